@@ -1,0 +1,47 @@
+"""Packaging. The packages are listed by name because kernels/, model/ and bench/ live at the root (see CONTRIBUTING)."""
+
+from pathlib import Path
+
+from setuptools import setup
+
+for link in ("kernels", "model", "bench"):
+    if not (Path(__file__).parent / "memflow_ops" / link).is_dir():
+        raise SystemExit(
+            f"memflow_ops/{link} must be a symbolic link to ../{link}, and it is not. On a file system without symbolic "
+            f"links copy the folder there, or check out again with: git config core.symlinks true && git checkout ."
+        )
+
+setup(
+    name="memflow-ops",
+    version="0.1.0",
+    description="Long memory for streaming video generation: top-k block-sparse memory attention, cache and retrieval",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.10",
+    packages=["memflow_ops", "memflow_ops.kernels", "memflow_ops.model", "memflow_ops.bench"],
+    package_data={
+        "memflow_ops": ["py.typed"],
+        "memflow_ops.model": ["weights/*.safetensors", "weights/*.json", "stories/*.jsonl"],
+    },
+    install_requires=[
+        "torch>=2.11",
+        "triton>=3.6; platform_system == 'Linux'",
+        "numpy",
+        "safetensors",
+        "typer",
+        "rich",
+        "av",
+        "matplotlib",
+    ],
+    extras_require={
+        "flash": ["flash-attn"],
+        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"],
+    },
+    entry_points={"console_scripts": ["memflow = memflow_ops.cli:main"]},
+    classifiers=[
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+    ],
+)
