@@ -1,0 +1,64 @@
+"""The flow-matching sampler: from noise to a chunk in any number of steps.
+
+Noise level sigma runs from 1 (pure noise) to 0 (clean); a noisy chunk is x = (1 - sigma) x0 + sigma noise, its
+velocity noise - x0, and the model's timestep 1000 sigma. `shift` spends more steps at high noise: sigma = shift s /
+(1 + (shift - 1) s) for s falling evenly from 1. With 4 steps and shift 5 that gives the timesteps 1000, 937.5, 833.33,
+625 of the released few-step models (Self-Forcing, LongLive, MemFlow).
+"""
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+
+def shifted(s: Tensor, shift: float) -> Tensor:
+    """Evenly spread noise levels s in 0..1 -> shifted ones, same shape; 0 and 1 stay where they are."""
+    return shift * s / (1 + (shift - 1) * s)
+
+
+class FlowMatchSampler:
+    """Noise levels and the step between them.
+
+    steps: passes of the model per chunk, the clean pass not counted.
+    stochastic: every step renews the noise (few-step distilled models); otherwise Euler along the velocity.
+    prediction: what the model's output means, `ModelConfig.prediction`.
+    """
+
+    def __init__(
+        self, steps: int, shift: float, stochastic: bool = False, prediction: Literal["velocity", "x0"] = "velocity"
+    ):
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
+        if shift <= 0:
+            raise ValueError(f"shift must be positive, got {shift}")
+        if prediction not in ("velocity", "x0"):
+            raise ValueError(f"prediction must be 'velocity' or 'x0', got {prediction!r}")
+        self.steps, self.shift, self.stochastic, self.prediction = steps, shift, stochastic, prediction
+        levels = shifted(1 - torch.arange(steps + 1, dtype=torch.float64) / steps, shift)
+        self.sigmas: list[float] = levels.tolist()
+        """steps + 1 noise levels, from 1.0 down to 0.0; step i goes from sigmas[i] to sigmas[i + 1]."""
+
+    @property
+    def timesteps(self) -> list[float]:
+        """The model's timestep of each pass, 1000 sigma; `steps` of them."""
+        return [1000 * sigma for sigma in self.sigmas[:-1]]
+
+    def denoised(self, x: Tensor, y: Tensor, sigma: float) -> Tensor:
+        """The clean chunk that the model's output y implies for the noisy chunk x at noise level sigma; like x."""
+        return y if self.prediction == "x0" else x - sigma * y
+
+    def step(self, x: Tensor, x0: Tensor, i: int, generator: torch.Generator | None = None) -> Tensor:
+        """x at sigmas[i] and the denoised x0 -> x at sigmas[i + 1]; the last step returns x0 itself.
+
+        generator: draws the fresh noise of a stochastic step, on the generator's own device, so that a seed gives the
+        same noise wherever the model runs.
+        """
+        sigma, following = self.sigmas[i], self.sigmas[i + 1]
+        if following == 0:
+            return x0
+        if self.stochastic:
+            device = x.device if generator is None else generator.device
+            noise = torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32).to(x)
+            return (1 - following) * x0 + following * noise
+        return x + (following - sigma) / sigma * (x - x0)  # the velocity is (x - x0) / sigma

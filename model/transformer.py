@@ -1,0 +1,288 @@
+"""A causal diffusion transformer in the Wan 2.1 architecture, thin: attention over the past is injected by the caller.
+
+The model knows nothing about caches, windows or memory. Every self-attention layer hands its queries, keys and
+values, normalised and not yet rotated, to the caller's `attend`, which decides what the chunk may see. Parameter names
+are those of the original Wan 2.1 release, so its checkpoints load as they are.
+
+What differs from the image-shaped Wan: the timestep is given per frame, RoPE takes absolute frame indices of any size,
+and conditions (such as coordinates) may be concatenated to the noisy channels, as Wan's image-to-video models do.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""attend(layer, q, k, v) -> out; all (B, F * T, heads, head_dim), q and k after their RMSNorm and before RoPE."""
+
+TextKeysValues = list[tuple[Tensor, Tensor]]
+"""Per layer the keys (after norm_k) and values of the text cross-attention, each (B, text_len, heads, head_dim)."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of a model, and what its output means.
+
+    `in_dim` counts the condition channels too: x carries out_dim channels, `condition` the remaining in_dim - out_dim.
+    """
+
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int
+    out_dim: int
+    text_dim: int
+    text_len: int
+    freq_dim: int = 256
+    patch_size: tuple[int, int, int] = (1, 2, 2)
+    eps: float = 1e-6
+    prediction: Literal["velocity", "x0"] = "velocity"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "patch_size", tuple(self.patch_size))  # JSON brings a list
+        if self.dim % self.num_heads or (self.dim // self.num_heads) % 2:
+            raise ValueError(f"dim must be num_heads times an even number, got dim={self.dim}, heads={self.num_heads}")
+        if len(self.patch_size) != 3 or self.patch_size[0] != 1:
+            raise ValueError(f"patch_size must be (1, height, width), got {self.patch_size}")
+        if self.in_dim < self.out_dim:
+            raise ValueError(f"in_dim must be at least out_dim, got in_dim={self.in_dim}, out_dim={self.out_dim}")
+        if self.prediction not in ("velocity", "x0"):
+            raise ValueError(f"prediction must be 'velocity' or 'x0', got {self.prediction!r}")
+
+    @property
+    def head_dim(self) -> int:
+        return self.dim // self.num_heads
+
+
+# ------------------------------------------------------------------------------------------------------------ positions
+
+
+def sinusoid(t: Tensor, dim: int) -> Tensor:
+    """The timestep embedding: t (...) -> (..., dim) float32, cosines first, computed in float64 as Wan does."""
+    half = dim // 2
+    frequencies = torch.arange(half, dtype=torch.float64, device=t.device).div(-half).mul(math.log(10_000)).exp()
+    angles = t.double()[..., None] * frequencies
+    return torch.cat([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def rope_rotation(head_dim: int, frames: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of 3-D RoPE for a grid of tokens.
+
+    frames (F,) or (B, F), rows (h,), columns (w,): positions of any size, integer or not.
+    Returns two float32 tensors (B or 1, F * h * w, 1, head_dim / 2). A head of D channels has D - 4 (D // 6) of them
+    for time, 2 (D // 6) for the row and as many for the column, as interleaved pairs. Angles are float64, so that frame
+    100,000 is as exact as frame 0; there is no table to run out of.
+    """
+    frames = frames if frames.dim() == 2 else frames[None]
+    spatial = 2 * (head_dim // 6)
+    parts = []
+    for positions, channels in ((frames, head_dim - 2 * spatial), (rows, spatial), (columns, spatial)):
+        exponents = torch.arange(0, channels, 2, dtype=torch.float64, device=frames.device) / max(channels, 1)
+        parts.append(positions.to(frames.device, torch.float64)[..., None] * 10_000.0**-exponents)
+    time, row, column = parts
+    shape = (frames.shape[0], frames.shape[1], len(rows), len(columns), -1)
+
+    def spread(of: Callable[[Tensor], Tensor]) -> Tensor:
+        # Trigonometry on the few distinct positions, then one expansion to all tokens.
+        pieces = (of(time)[:, :, None, None], of(row)[None, None, :, None], of(column)[None, None, None])
+        return torch.cat([p.float().expand(*shape[:4], p.shape[-1]) for p in pieces], dim=-1).flatten(1, 3)[:, :, None]
+
+    return spread(torch.cos), spread(torch.sin)
+
+
+def apply_rotation(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotates the interleaved pairs of x (B, tokens, heads, head_dim) in float32; the result has x's dtype."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1).flatten(-2).to(x.dtype)
+
+
+# --------------------------------------------------------------------------------------------------------------- layers
+
+
+class RMSNorm(nn.Module):
+    """Root-mean-square norm over the full width, in float32 whatever the model's dtype."""
+
+    def __init__(self, dim: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), (x.shape[-1],), eps=self.eps).to(x.dtype) * self.weight
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer norm in float32 whatever the model's dtype."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class Attention(nn.Module):
+    """The projections and norms that Wan's self-attention and text cross-attention share."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q, self.norm_k = RMSNorm(config.dim, config.eps), RMSNorm(config.dim, config.eps)
+
+    def heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def queries(self, x: Tensor) -> Tensor:
+        return self.heads(self.norm_q(self.q(x)))
+
+    def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
+
+
+class Block(nn.Module):
+    """Self-attention, text cross-attention, feed-forward; the first and the last modulated by the frame's timestep."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        dim = config.dim
+        self.norm1 = LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.self_attn = Attention(config)
+        self.norm3 = LayerNorm(dim, config.eps)
+        self.cross_attn = Attention(config)
+        self.norm2 = LayerNorm(dim, config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU("tanh"), nn.Linear(config.ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+
+    def encode_text(self, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Text after the text MLP (B, text_len, dim) -> keys and values (B, text_len, heads, head_dim)."""
+        return self.cross_attn.keys_values(context)
+
+    def forward(self, x: Tensor, time: Tensor, text: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
+        """x (B, F * T, dim), time (B, F, 6, dim), text keys and values (B, text_len, heads, head_dim) -> like x."""
+        frames = time.shape[1]
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + time).to(x.dtype).unbind(2)
+
+        h = modulate(self.norm1(x), shift, scale)
+        out = attend(layer, self.self_attn.queries(h), *self.self_attn.keys_values(h))
+        x = x + gated(self.self_attn.o(out.flatten(2)), gate, frames)
+
+        q, (k, v) = self.cross_attn.queries(self.norm3(x)), text
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+        x = x + self.cross_attn.o(out.flatten(2))
+
+        return x + gated(self.ffn(modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate, frames)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x (B, F * T, dim) * (1 + scale) + shift, with shift and scale (B, F, dim) per frame."""
+    per_frame = x.unflatten(1, (shift.shape[1], -1))
+    return (per_frame * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+
+
+def gated(x: Tensor, gate: Tensor, frames: int) -> Tensor:
+    """x (B, F * T, dim) times gate (B, F, dim) per frame."""
+    return (x.unflatten(1, (frames, -1)) * gate[:, :, None]).flatten(1, 2)
+
+
+class Head(nn.Module):
+    """Norm, modulation by the time embedding (before `time_projection`), and the projection to pixels of a patch."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.norm = LayerNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """x (B, F * T, dim), embedding (B, F, dim) -> (B, F * T, patch values * out_dim)."""
+        shift, scale = (self.modulation + embedding[:, :, None]).to(x.dtype).unbind(2)
+        return self.head(modulate(self.norm(x), shift, scale))
+
+
+# ---------------------------------------------------------------------------------------------------------------- model
+
+
+class CausalVideoModel(nn.Module):
+    """One pass over one chunk. What `prediction` names is what the raw output means; the sampler turns it into x0."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU("tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(nn.Linear(config.freq_dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Token rows and columns of a frame; a ValueError when patches do not divide it."""
+        _, patch_height, patch_width = self.config.patch_size
+        if height % patch_height or width % patch_width:
+            raise ValueError(f"a {height} x {width} frame does not divide into {patch_height} x {patch_width} patches")
+        return height // patch_height, width // patch_width
+
+    def tokens(self, height: int, width: int) -> int:
+        """Tokens per frame."""
+        return math.prod(self.grid(height, width))
+
+    def encode_text(self, embeddings: Tensor) -> TextKeysValues:
+        """embeddings (B, Lt, text_dim) -> the text keys and values of every layer; once per prompt.
+
+        Shorter texts are padded with zeros to text_len before the text MLP. As in Wan, nothing masks the padding: all
+        text_len positions are attended to.
+        """
+        config = self.config
+        if embeddings.dim() != 3 or embeddings.shape[1] > config.text_len or embeddings.shape[2] != config.text_dim:
+            expected = f"(batch, up to {config.text_len}, {config.text_dim})"
+            raise ValueError(f"text embeddings must be {expected}, got {tuple(embeddings.shape)}")
+        padded = F.pad(embeddings, (0, 0, 0, config.text_len - embeddings.shape[1]))
+        context = self.text_embedding(padded.to(self.patch_embedding.weight.dtype))
+        return [block.encode_text(context) for block in cast("list[Block]", self.blocks)]
+
+    def rotate(self, x: Tensor, frames: Tensor, grid: tuple[int, int]) -> Tensor:
+        """3-D RoPE of x (B, F * h * w, heads, head_dim); frames (F,) or (B, F) absolute indices, grid (h, w)."""
+        rows, columns = (torch.arange(n, device=x.device) for n in grid)
+        return apply_rotation(x, *rope_rotation(x.shape[-1], frames.to(x.device), rows, columns))
+
+    def forward(
+        self, x: Tensor, t: Tensor, text: TextKeysValues, attend: Attend, condition: Tensor | None = None
+    ) -> Tensor:
+        """One pass of a chunk.
+
+        x (B, out_dim, F, H, W) noisy latents · t (B, F) timesteps in 0..1000, 0 = clean · text: of `encode_text` ·
+        condition (B, in_dim - out_dim, F, H, W), needed exactly when in_dim > out_dim -> (B, out_dim, F, H, W).
+        """
+        if condition is not None:
+            x = torch.cat([x, condition.to(x.dtype).expand(len(x), *condition.shape[1:])], dim=1)
+        if x.shape[1] != self.config.in_dim:
+            raise ValueError(f"the model takes {self.config.in_dim} channels, condition included, got {x.shape[1]}")
+        frames, height, width = x.shape[2:]
+        grid = self.grid(height, width)
+        hidden = self._patches(x, grid)
+
+        embedding = self.time_embedding(sinusoid(t, self.config.freq_dim).to(hidden.dtype))  # (B, F, dim)
+        time = self.time_projection(embedding).unflatten(-1, (6, -1))  # (B, F, 6, dim)
+        for layer, block in enumerate(self.blocks):
+            hidden = block(hidden, time, text[layer], layer, attend)
+        return self._unpatched(self.head(hidden, embedding), frames, grid)
+
+    def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+        """(B, in_dim, F, H, W) -> (B, F * T, dim). Patches do not overlap, so the convolution is one matrix product."""
+        _, patch_height, patch_width = self.config.patch_size
+        x = x.unflatten(4, (grid[1], patch_width)).unflatten(3, (grid[0], patch_height))  # (B, C, F, h, p, w, q)
+        x = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)  # (B, F * T, C * p * q)
+        weight = self.patch_embedding.weight
+        return F.linear(x.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
+
+    def _unpatched(self, x: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
+        """(B, F * T, p * q * out_dim), channels last in a patch -> (B, out_dim, F, H, W)."""
+        _, patch_height, patch_width = self.config.patch_size
+        x = x.unflatten(-1, (patch_height, patch_width, self.config.out_dim)).unflatten(1, (frames, *grid))
+        return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # from (B, F, h, w, p, q, C)
