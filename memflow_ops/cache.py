@@ -1,0 +1,547 @@
+"""The frame cache: what a streaming video model keeps of the past, laid out so that no pass copies it.
+
+One preallocated pool per tensor holds, for every layer and story of the batch, P frame places in this order:
+
+    [ sink frames | ring of the local window | history slots ]
+
+Keys have no order, so attention reads the ring as it lies, and "sink + window" or "sink + window + history" are views
+as well. The passes over a chunk overwrite its place in the ring; its first frame, the prototype, is copied to a history
+slot once, after the clean pass; retrieval only moves numbers in a slot table, which `memory_attention` follows.
+
+A frame leaves the ring before it may be retrieved or seen as sink, so that none is attended to twice. Prototypes that
+the device has no slot for move to host memory (pinned on CUDA), the least recently retrieved first, and come back
+when they are retrieved; beyond the host's share the oldest is forgotten. Means of un-rotated keys, which retrieval
+compares with the prompt, stay on the device for all that is remembered. The stories of a batch advance together, but
+each has its own slots and its own share of host memory: a story is remembered as if it were alone.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memflow_ops.selection import describe_blocks
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Every size of a `FrameCache`, checked, and what it will cost in bytes before anything is allocated.
+
+    layers, batch, frame_tokens, kv_heads, head_dim: of the model and its latents.
+    chunk_frames: frames that are generated together.
+    window_frames: the local window, current chunk included; a multiple of chunk_frames.
+    sink_frames: first frames of the video that are kept for good; 0 for none.
+    bank_frames: at most so many history frames may be retrieved for a chunk and story.
+    device_frames: prototypes of a story that the device has slots for; 0 keeps no history.
+    host_frames: further prototypes of a story that may wait in host memory.
+    block_size: tokens of a block, the unit of activation.
+    relevance_block_size: tokens that share one mean for retrieval; None: the frame has one mean.
+    dtype: of keys, values, descriptors and means.
+    """
+
+    layers: int
+    batch: int
+    frame_tokens: int
+    kv_heads: int
+    head_dim: int
+    chunk_frames: int = 3
+    window_frames: int = 6
+    sink_frames: int = 3
+    bank_frames: int = 3
+    device_frames: int = 64
+    host_frames: int = 0
+    block_size: int = 64
+    relevance_block_size: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames")
+        for name, value in vars(self).items():
+            if name == "dtype" or (name == "relevance_block_size" and value is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < (0 if name in may_be_zero else 1):
+                raise ValueError(f"{name} must be {'at least 0' if name in may_be_zero else 'positive'}, got {value}")
+        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r}")
+        if self.window_frames % self.chunk_frames:
+            raise ValueError(
+                f"window_frames must be a multiple of chunk_frames={self.chunk_frames}, got {self.window_frames}"
+            )
+        needed = max(1, self.bank_frames) + self.window_chunks - 1
+        if self.device_frames and self.device_frames < needed:
+            raise ValueError(
+                f"device_frames must hold the bank and the window's prototypes, max(1, bank_frames) + window_frames / "
+                f"chunk_frames - 1 = {needed} frames (or be 0, for no history), got {self.device_frames}"
+            )
+        if self.host_frames and not self.device_frames:
+            raise ValueError(f"host_frames={self.host_frames} needs device_frames > 0 to bring frames back to, got 0")
+
+    @property
+    def window_chunks(self) -> int:
+        return self.window_frames // self.chunk_frames
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.chunk_frames * self.frame_tokens
+
+    @property
+    def pool_frames(self) -> int:
+        """P: frame places of the pool."""
+        return self.sink_frames + self.window_frames + self.device_frames
+
+    @property
+    def blocks_per_frame(self) -> int:
+        return -(-self.frame_tokens // self.block_size)
+
+    @property
+    def relevance_lengths(self) -> tuple[int, ...]:
+        """How many tokens each of a frame's means stands for; they add up to frame_tokens."""
+        size = self.relevance_block_size or self.frame_tokens
+        return tuple(min(size, self.frame_tokens - start) for start in range(0, self.frame_tokens, size))
+
+    def _vector_bytes(self, vectors: int) -> int:
+        return self.layers * self.batch * vectors * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def frame_bytes(self) -> int:
+        """One frame place: keys, values and descriptors of all layers and stories."""
+        return self._vector_bytes(2 * self.frame_tokens + self.blocks_per_frame)
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.pool_frames * self.frame_bytes
+
+    @property
+    def means_bytes(self) -> int:
+        return (self.device_frames + self.host_frames) * self._vector_bytes(len(self.relevance_lengths))
+
+    @property
+    def device_bytes(self) -> int:
+        """What the cache allocates on the device, all of it at construction: pool and means."""
+        return self.pool_bytes + self.means_bytes
+
+    @property
+    def host_bytes(self) -> int:
+        """The most that host memory will hold; allocated frame by frame, with one spare frame to swap through."""
+        return (self.host_frames + 1) * self.frame_bytes if self.host_frames else 0
+
+
+class Memory(NamedTuple):
+    """One layer's memory, as `memory_attention` takes it. Everything is a view or a persistent tensor."""
+
+    keys: Tensor  # (B, P * T, Hkv, D), the whole pool
+    values: Tensor  # (B, P * T, Hkv, D)
+    descriptors: Tensor  # (B, P * blocks_per_frame, Hkv, D)
+    slots: Tensor  # (B, sink_frames + bank_frames) int32: the frame place of each bank frame
+    frames: Tensor  # (B,) int32: valid bank frames
+
+
+class Candidates(NamedTuple):
+    """What retrieval may choose from: the prototypes that have left the window."""
+
+    frames: list[list[int]]  # per story F absolute frame indices, ascending
+    means: Tensor  # (layers, B, F, n, Hkv, D) means of keys before RoPE
+    lengths: tuple[int, ...]  # (n,) tokens behind each mean
+
+
+@dataclass
+class _Prototype:
+    """Where the first frame of a chunk is kept for one story: in a history slot, or else in host memory."""
+
+    frame: int
+    row: int  # of the means
+    last_used: int  # number of the chunk that retrieved it last, or for which it became a candidate
+    slot: int | None
+    host: tuple[Tensor, ...] = ()  # keys, values (layers, T, Hkv, D) and descriptors
+
+
+class _Story:
+    """The bookkeeping of one story's history."""
+
+    def __init__(self, layout: CacheLayout):
+        self.history: dict[int, _Prototype] = {}  # by frame index, ascending
+        self.free_slots = list(range(layout.device_frames))
+        self.free_rows = list(range(layout.device_frames + layout.host_frames))
+        self.free_host: list[tuple[Tensor, ...]] = []
+        self.bank: list[int] = []  # retrieved frames, ascending
+
+
+class FrameCache:
+    """Ring, sink and history of a batch of stories that advance chunk by chunk together.
+
+    Per chunk: `candidates` and `set_bank` (retrieval), `begin_chunk`, passes that call `write` per layer and attend to
+    `window`, `dense` or `memory`, in the last, clean pass also `remember`, then `commit`. At a prompt switch
+    `restart_window` comes between retrieval and `begin_chunk`. Calls out of order raise a RuntimeError, bad tensors a
+    ValueError or TypeError, in both cases before anything is changed.
+    """
+
+    def __init__(self, layout: CacheLayout, device: torch.device | str = "cpu"):
+        self.layout, self.device = layout, torch.device(device)
+        sizes = (layout.layers, layout.batch)
+        vectors = (layout.kv_heads, layout.head_dim)
+
+        def allocate(*shape: int) -> Tensor:
+            return torch.empty(*sizes, *shape, *vectors, dtype=layout.dtype, device=self.device)
+
+        self._keys = allocate(layout.pool_frames * layout.frame_tokens)
+        self._values = allocate(layout.pool_frames * layout.frame_tokens)
+        self._descriptors = allocate(layout.pool_frames * layout.blocks_per_frame)
+        # The same memory with one index per frame place: (layers, B, P, tokens or blocks, Hkv, D).
+        self._places = [t.unflatten(2, (layout.pool_frames, -1)) for t in (self._keys, self._values, self._descriptors)]
+        rows = layout.device_frames + layout.host_frames
+        self._means = allocate(rows, len(layout.relevance_lengths))
+        self._staged_means = allocate(len(layout.relevance_lengths))
+
+        # Read by kernels, so they stay where they are and are overwritten; entries past the valid frames are place 0.
+        bank_places = (layout.batch, layout.sink_frames + layout.bank_frames)
+        self._slot_table = torch.zeros(bank_places, dtype=torch.int32, device=self.device)
+        self._bank_lengths = torch.zeros(layout.batch, dtype=torch.int32, device=self.device)
+
+        self._stories = [_Story(layout) for _ in range(layout.batch)]
+        self._batch_index = torch.arange(layout.batch, device=self.device)
+        self._ever_evicted = False
+
+        self._committed = 0  # chunks
+        self._ring: list[int] = []  # chunk number per ring place, the current chunk's included
+        self._place = 0  # ring place of the current chunk
+        self._to_recache: list[int] = []  # chunk numbers still to be passed again, oldest first
+        self._rewritten: Tensor | None = None  # stories that re-caching rewrites; None: all of them
+        self._open: int | None = None  # number of the chunk between begin_chunk and commit
+        self._written: set[int] = set()
+        self._remembered: set[int] = set()
+
+    # ------------------------------------------------------------------------------------------------------ the chunk
+
+    def begin_chunk(self) -> int:
+        """Opens the next chunk (after `restart_window`: the next one to be re-cached) and returns its first frame.
+
+        It takes the ring place of the chunk that leaves the window.
+        """
+        if self._open is not None:
+            raise RuntimeError("begin_chunk: the current chunk has not been committed")
+        self._open = self._to_recache[0] if self._to_recache else self._committed
+        if len(self._ring) < self.layout.window_chunks:
+            self._place = len(self._ring)
+            self._ring.append(self._open)
+        else:
+            self._place = self._ring.index(min(self._ring))
+            self._ring[self._place] = self._open
+        self._written.clear()
+        self._remembered.clear()
+        return self._open * self.layout.chunk_frames
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Puts a layer's rotated keys and its values of the current chunk, (B, chunk tokens, Hkv, D), into the ring.
+
+        Every pass overwrites the last. While re-caching, only the stories whose prompt changed are written.
+        """
+        self._check_open("write")
+        self._check_tensor("k", layer, k)
+        self._check_tensor("v", layer, v)
+        start = self.layout.sink_frames * self.layout.frame_tokens + self._place * self.layout.chunk_tokens
+        for pool, new in ((self._keys, k.detach()), (self._values, v.detach())):
+            target = pool[layer, :, start : start + self.layout.chunk_tokens]
+            if self._to_recache and self._rewritten is not None:
+                target[self._rewritten] = new[self._rewritten]
+            else:
+                target.copy_(new)
+        self._written.add(layer)
+
+    def remember(self, layer: int, k: Tensor) -> None:
+        """In the clean pass of a new chunk: takes the means of its first frame from k (B, chunk tokens, Hkv, D), the
+        layer's keys *before* RoPE, because rotated means move with the frame index."""
+        self._check_open("remember")
+        if self._to_recache:
+            raise RuntimeError("remember: a chunk that is re-cached keeps the prototype of its first prompt")
+        self._check_tensor("k", layer, k)
+        tokens = self.layout.frame_tokens
+        size = self.layout.relevance_block_size or tokens
+        self._staged_means[layer] = describe_blocks(k[:, :tokens].detach(), min(size, tokens), tokens)
+        self._remembered.add(layer)
+
+    def commit(self) -> None:
+        """Closes the chunk after its clean pass. A new chunk leaves its prototype and its part of the sink behind; they
+        become visible when the chunk has left the window. The bank is empty again, but for the sink."""
+        self._check_open("commit")
+        layout = self.layout
+        missing = set(range(layout.layers)) - self._written
+        if missing:
+            raise RuntimeError(f"commit: layers {sorted(missing)} have not been written")
+        if self._to_recache:
+            self._to_recache.pop(0)
+            self._open = None
+            return
+        chunk = self._committed
+        prototype = chunk * layout.chunk_frames
+        to_history = layout.device_frames > 0 and prototype >= layout.sink_frames  # a sink frame is not stored twice
+        missing = set(range(layout.layers)) - self._remembered
+        if to_history and missing:
+            raise RuntimeError(f"commit: the means of layers {sorted(missing)} have not been taken, see remember")
+        for frame in range(prototype, min(prototype + layout.chunk_frames, layout.sink_frames)):
+            self._copy_from_ring(frame - prototype, [layout.sink_frames - 1 - frame] * layout.batch)
+        if to_history:
+            self._store_prototype(prototype)
+        self._committed += 1
+        self._open = None
+        self._write_bank([[] for _ in range(layout.batch)])
+
+    def restart_window(self, stories: Sequence[bool] | None = None) -> list[int]:
+        """Empties the ring at a prompt switch. Returns the first frames of the chunks that stay in the coming chunk's
+        window: each must be passed again under the new text, oldest first, in the order in which `begin_chunk` gives
+        them out. The ring grows with them, so every one of these passes sees only what has been passed again.
+
+        stories: whose prompt changed (None: all). The others keep their keys and values as they are.
+        """
+        if self._open is not None:
+            raise RuntimeError("restart_window: the current chunk has not been committed")
+        if self._to_recache:
+            raise RuntimeError(f"restart_window: {len(self._to_recache)} chunks are still to be re-cached")
+        self._rewritten = None
+        if stories is not None:
+            if len(stories) != self.layout.batch:
+                raise ValueError(f"stories must have {self.layout.batch} entries, got {len(stories)}")
+            if not all(stories):
+                self._rewritten = torch.tensor([b for b, changed in enumerate(stories) if changed], device=self.device)
+                self._order_ring()
+        kept = self.layout.window_chunks - 1
+        self._to_recache = sorted(self._ring)[-kept:] if kept else []
+        self._ring.clear()
+        return [chunk * self.layout.chunk_frames for chunk in self._to_recache]
+
+    # ------------------------------------------------------------------------------------------------- what is attended
+
+    def window(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the ring, (B, up to window tokens, Hkv, D), as views, the current chunk included."""
+        self._check_open("window")
+        first = self.layout.sink_frames
+        return self._view(layer, first, first + len(self._ring) * self.layout.chunk_frames)
+
+    def dense(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all that is remembered: visible sink frames, ring and candidates, (B, tokens, Hkv, D).
+
+        A view, except while the window is being re-cached: the ring is then not full and the history not next to it. A
+        RuntimeError says when a prototype has already had to leave the device.
+        """
+        self._check_open("dense")
+        if self._ever_evicted:
+            raise RuntimeError(
+                f"the history has outgrown device_frames={self.layout.device_frames}, so it can no longer be attended "
+                "to in full; raise device_frames or use memory='memflow'"
+            )
+        first = self.layout.sink_frames
+        filled = first + len(self._ring) * self.layout.chunk_frames
+        end_of_ring = first + self.layout.window_frames
+        # Nothing has ever been evicted, so the candidates, the oldest prototypes, lie in the leading slots.
+        history = len(self.candidate_frames()[0])
+        start = first - self.visible_sink()
+        if not history or filled == end_of_ring:
+            return self._view(layer, start, filled + history)
+        near, far = self._view(layer, start, filled), self._view(layer, end_of_ring, end_of_ring + history)
+        return torch.cat([near[0], far[0]], dim=1), torch.cat([near[1], far[1]], dim=1)
+
+    def memory(self, layer: int) -> Memory:
+        """The sink and the bank, for `memory_attention` beside the dense `window`."""
+        self._check_open("memory")
+        pools = self._keys[layer], self._values[layer], self._descriptors[layer]
+        return Memory(*pools, self._slot_table, self._bank_lengths)
+
+    # --------------------------------------------------------------------------------------------------------- the bank
+
+    def visible_sink(self) -> int:
+        """Sink frames that have left the coming (or current) chunk's window; always the first ones."""
+        return min(self.layout.sink_frames, self._first_in_window())
+
+    def window_frames(self) -> list[int]:
+        """Absolute indices of the frames in the ring, as they lie there."""
+        size = self.layout.chunk_frames
+        return [chunk * size + i for chunk in self._ring for i in range(size)]
+
+    def candidate_frames(self) -> list[list[int]]:
+        """Per story the prototypes that have left the coming (or current) chunk's window, ascending.
+
+        Every story stores one per chunk and forgets only candidates, so that all stories have the same number.
+        """
+        first = self._first_in_window()
+        return [[frame for frame in story.history if frame < first] for story in self._stories]
+
+    def candidates(self) -> Candidates:
+        """All that retrieval may choose from for the coming chunk, in host memory or not."""
+        frames = self.candidate_frames()
+        rows = [[story.history[frame].row for frame in of] for story, of in zip(self._stories, frames, strict=True)]
+        index = torch.tensor(rows, dtype=torch.long, device=self.device)
+        return Candidates(frames, self._means[:, self._batch_index[:, None], index], self.layout.relevance_lengths)
+
+    def bank(self) -> list[list[int]]:
+        """Per story the absolute indices of the bank frames in bank order: visible sink, then retrieved, ascending."""
+        return [[*range(self.visible_sink()), *story.bank] for story in self._stories]
+
+    def set_bank(self, chosen: Sequence[Sequence[int]]) -> None:
+        """Retrieves, per story, the given candidate frames for the coming chunk; those in host memory are brought back.
+
+        Needs no answer from the device: copies and the new slot table are queued.
+        """
+        if self._open is not None:
+            raise RuntimeError("set_bank: the bank is chosen before begin_chunk")
+        if len(chosen) != self.layout.batch:
+            raise ValueError(f"set_bank takes one list of frames per story, {self.layout.batch}, got {len(chosen)}")
+        for number, (frames, possible) in enumerate(zip(chosen, self.candidate_frames(), strict=True)):
+            if len(frames) > self.layout.bank_frames or len(set(frames)) < len(frames):
+                raise ValueError(
+                    f"story {number}: the bank takes up to {self.layout.bank_frames} different frames, "
+                    f"got {list(frames)}"
+                )
+            if not set(possible).issuperset(frames):
+                raise ValueError(
+                    f"story {number}: frames {sorted(set(frames) - set(possible))} are not among the {len(possible)} "
+                    f"candidates, the prototypes that have left the window and are still remembered"
+                )
+        for number, frames in enumerate(chosen):
+            history = self._stories[number].history
+            for frame in frames:
+                history[frame].last_used = self._committed
+            for frame in frames:
+                if history[frame].slot is None:
+                    self._bring_back(number, history[frame], keep=frames)
+        self._write_bank([sorted(frames) for frames in chosen])
+
+    # ---------------------------------------------------------------------------------------------------------- details
+
+    def _first_in_window(self) -> int:
+        """The oldest frame of the window of the coming or current new chunk; what is older may be a candidate."""
+        return max(0, self._committed + 1 - self.layout.window_chunks) * self.layout.chunk_frames
+
+    def _history_place(self, slot: int) -> int:
+        return self.layout.sink_frames + self.layout.window_frames + slot
+
+    def _view(self, layer: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the frame places first to end - 1."""
+        tokens = slice(first * self.layout.frame_tokens, end * self.layout.frame_tokens)
+        return self._keys[layer, :, tokens], self._values[layer, :, tokens]
+
+    def _copy_from_ring(self, frame: int, places: list[int]) -> None:
+        """Copies frame number `frame` of the current chunk to each story's place in sink or history, described."""
+        layout = self.layout
+        source = layout.sink_frames + self._place * layout.chunk_frames + frame
+        target = torch.tensor(places, device=self.device)
+        keys, values, descriptors = self._places
+        keys[:, self._batch_index, target] = keys[:, :, source]
+        values[:, self._batch_index, target] = values[:, :, source]
+        blocks = describe_blocks(keys[:, :, source].flatten(0, 1), layout.block_size, layout.frame_tokens)
+        descriptors[:, self._batch_index, target] = blocks.unflatten(0, (layout.layers, layout.batch))
+
+    def _store_prototype(self, frame: int) -> None:
+        """Gives the current chunk's first frame a history slot and a row of means in every story."""
+        slots = [self._free_slot(number, keep=()) for number in range(self.layout.batch)]
+        rows = [story.free_rows.pop(0) for story in self._stories]
+        self._copy_from_ring(0, [self._history_place(slot) for slot in slots])
+        self._means[:, self._batch_index, torch.tensor(rows, device=self.device)] = self._staged_means
+        # Becoming a candidate counts as a use: otherwise a newcomer would be the first to go and never be retrieved.
+        last_used = self._committed + self.layout.window_chunks
+        for story, slot, row in zip(self._stories, slots, rows, strict=True):
+            story.history[frame] = _Prototype(frame, row, last_used, slot)
+
+    def _write_bank(self, chosen: list[list[int]]) -> None:
+        """Fills the slot table: the visible sink, then each story's chosen frames, all of them on the device."""
+        sink = [self.layout.sink_frames - 1 - frame for frame in range(self.visible_sink())]
+        rows, width = [], self._slot_table.shape[1]
+        for story, frames in zip(self._stories, chosen, strict=True):
+            story.bank = frames
+            row = sink + [self._place_of(story.history[frame]) for frame in frames]
+            rows.append(row + [0] * (width - len(row)))
+        self._slot_table.copy_(torch.tensor(rows, dtype=torch.int32))
+        self._bank_lengths.copy_(torch.tensor([len(sink) + len(frames) for frames in chosen], dtype=torch.int32))
+
+    def _free_slot(self, number: int, keep: Sequence[int]) -> int:
+        """A history slot of a story: a free one, or that of its least recently used candidate outside `keep`."""
+        story = self._stories[number]
+        if not story.free_slots:
+            first = self._first_in_window()
+            movable = [p for p in story.history.values() if p.slot is not None and p.frame < first]
+            victim = min((p for p in movable if p.frame not in keep), key=lambda p: (p.last_used, p.frame))
+            # When a frame is about to leave host memory in return (keep), one more may enter.
+            self._move_off_device(number, victim, room=self.layout.host_frames + bool(keep))
+        return story.free_slots.pop(0)
+
+    def _move_off_device(self, number: int, prototype: _Prototype, room: int) -> None:
+        """Moves a story's prototype to host memory, which holds `room` frames; if it is full, the oldest of those off
+        the device is forgotten."""
+        story = self._stories[number]
+        self._ever_evicted = True
+        off_device = [p for p in story.history.values() if p.slot is None]
+        if len(off_device) >= room:
+            oldest = min([*off_device, prototype], key=lambda p: p.frame)
+            self._forget(story, oldest)
+            if oldest is prototype:
+                return
+        on_device = [t[:, number, self._place_of(prototype)] for t in self._places]
+        if story.free_host:
+            prototype.host = story.free_host.pop()
+        else:
+            pinned = self.device.type == "cuda"  # so that the copies need not wait for the host
+            prototype.host = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t in on_device)
+        for source, target in zip(on_device, prototype.host, strict=True):
+            target.copy_(source, non_blocking=True)
+        story.free_slots.append(self._place_of(prototype) - self._history_place(0))
+        prototype.slot = None
+
+    def _bring_back(self, number: int, prototype: _Prototype, keep: Sequence[int]) -> None:
+        """Copies a prototype from host memory into a slot. Copies are queued on one stream, so reuse is in order."""
+        prototype.slot = self._free_slot(number, keep)
+        for pool, source in zip(self._places, prototype.host, strict=True):
+            pool[:, number, self._place_of(prototype)].copy_(source, non_blocking=True)
+        self._stories[number].free_host.append(prototype.host)
+        prototype.host = ()
+
+    @staticmethod
+    def _forget(story: _Story, prototype: _Prototype) -> None:
+        if prototype.slot is not None:
+            story.free_slots.append(prototype.slot)
+        else:
+            story.free_host.append(prototype.host)
+        story.free_rows.append(prototype.row)
+        del story.history[prototype.frame]
+
+    def _place_of(self, prototype: _Prototype) -> int:
+        """The frame place of a prototype that is on the device."""
+        assert prototype.slot is not None, f"frame {prototype.frame} is in host memory"
+        return self._history_place(prototype.slot)
+
+    def _order_ring(self) -> None:
+        """Sorts the kept chunks of the ring by age, oldest first, as `begin_chunk` will hand out their places again.
+
+        Only for a switch that concerns some stories of a batch: the others' chunks must be where they will be sought.
+        """
+        layout = self.layout
+        kept = sorted(self._ring)[-(layout.window_chunks - 1) :] if layout.window_chunks > 1 else []
+        frames = [
+            layout.sink_frames + self._ring.index(chunk) * layout.chunk_frames + i
+            for chunk in kept
+            for i in range(layout.chunk_frames)
+        ]
+        order = torch.tensor(frames, dtype=torch.long, device=self.device)
+        for pool in self._places[:2]:
+            for layer in range(layout.layers):  # layer by layer, so that the copy in between stays small
+                pool[layer, :, layout.sink_frames : layout.sink_frames + len(frames)] = pool[layer][:, order]
+        self._ring = kept
+
+    def _check_open(self, what: str) -> None:
+        if self._open is None:
+            raise RuntimeError(f"{what}: no chunk is open, call begin_chunk first")
+
+    def _check_tensor(self, name: str, layer: int, tensor: Tensor) -> None:
+        layout = self.layout
+        if not 0 <= layer < layout.layers:
+            raise ValueError(f"layer must be 0 to {layout.layers - 1}, got {layer}")
+        shape = (layout.batch, layout.chunk_tokens, layout.kv_heads, layout.head_dim)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must be (batch, chunk tokens, kv_heads, head_dim) {shape}, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != layout.dtype:
+            raise TypeError(f"{name} must be {layout.dtype}, got {tensor.dtype}")
+        if tensor.device.type != self.device.type:
+            raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")
