@@ -1,0 +1,20 @@
+"""Long memory for streaming video generation: top-k block-sparse memory attention, frame cache and retrieval.
+
+Importing this package needs torch alone: kernels are imported on first use.
+"""
+
+from memflow_ops.attention import attend_selected, memory_attention, merge_states
+from memflow_ops.relevance import frame_relevance
+from memflow_ops.selection import describe_blocks, select_blocks
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "__version__",
+    "attend_selected",
+    "describe_blocks",
+    "frame_relevance",
+    "memory_attention",
+    "merge_states",
+    "select_blocks",
+]

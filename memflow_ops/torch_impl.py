@@ -1,0 +1,380 @@
+"""`impl="torch"`: vectorised, gathers only what is selected, never a dense mask; the default on a CPU.
+
+The dense keys go through torch's fused attention, which returns the LSE. The selected blocks are gathered a few query
+groups at a time into one small buffer that stays in the cache, attended to, and merged into the dense result in place.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+# Bytes of gathered keys and values at a time: measured best where they stay in a core's L2 cache.
+_GATHER_BYTES = 2 << 20
+# Elements of scores that the backward holds at a time.
+_SCORE_ELEMENTS = 4 << 20
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def describe_blocks(k: Tensor, block_size: int, frame_tokens: int) -> Tensor:
+    batch, tokens, heads, size = k.shape
+    frames = k.unflatten(1, (-1, frame_tokens)) if tokens else k.view(batch, 0, frame_tokens, heads, size)
+    whole = frame_tokens // block_size * block_size
+    parts = []
+    if whole:
+        parts.append(frames[:, :, :whole].unflatten(2, (-1, block_size)).mean(3, dtype=_wide(k.dtype)))
+    if whole < frame_tokens:
+        parts.append(frames[:, :, whole:].mean(2, keepdim=True, dtype=_wide(k.dtype)))
+    return torch.cat(parts, 2).flatten(1, 2).to(k.dtype)
+
+
+def select_blocks(
+    q: Tensor,
+    descriptors: Tensor,
+    top_k: int,
+    query_group: int,
+    memory_frames: Tensor | None,
+    memory_slots: Tensor | None,
+    blocks_per_frame: int,
+) -> Tensor:
+    batch, queries, heads, size = q.shape
+    if memory_slots is not None:
+        frames = descriptors.unflatten(1, (-1, blocks_per_frame))
+        slots = memory_slots.clamp(0, frames.shape[1] - 1).long()
+        descriptors = frames[torch.arange(batch, device=q.device).unsqueeze(1), slots].flatten(1, 2)
+    blocks = descriptors.shape[1]
+    chosen = min(top_k, blocks)
+    wide = _wide(q.dtype)
+    table = descriptors.to(wide).permute(0, 2, 3, 1)  # [B, Hkv, D, N]
+    means = _group_means(q, query_group).transpose(1, 2).unflatten(1, (table.shape[1], -1))  # [B, Hkv, rep, G, D]
+    repeats, groups = means.shape[2:4]
+    indices = q.new_empty((batch, heads, groups, chosen), dtype=torch.int32)
+    if not chosen:
+        return indices
+    invalid = None
+    if memory_frames is not None:
+        valid = memory_frames.clamp(0).unsqueeze(1) * blocks_per_frame
+        invalid = (torch.arange(blocks, device=q.device) >= valid)[:, None, None, None, :]
+    step = max(1, _SCORE_ELEMENTS // (batch * heads * blocks))
+    for start in range(0, groups, step):
+        part = means[:, :, :, start : start + step]
+        scores = (part.flatten(2, 3) @ table).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
+        ranks = _rank_keys(scores)
+        if invalid is not None:
+            ranks.masked_fill_(invalid, torch.iinfo(ranks.dtype).min)
+        best, order = torch.sort(
+            ranks, dim=-1, descending=True, stable=True
+        )  # stable: equal scores keep the lower block first
+        order = order[..., :chosen].masked_fill(best[..., :chosen] == torch.iinfo(ranks.dtype).min, blocks)
+        order = order.sort(-1).values
+        indices[:, :, start : start + step] = order.masked_fill_(order == blocks, -1).flatten(1, 2)
+    return indices
+
+
+def _group_means(q: Tensor, group: int) -> Tensor:
+    """(B, Lq, H, D) -> (B, G, H, D), float32 or wider; the last group may be short."""
+    wide = q.to(_wide(q.dtype))
+    if group == 1:
+        return wide
+    whole = q.shape[1] // group * group
+    parts = [wide[:, :whole].unflatten(1, (-1, group)).mean(2)] if whole else []
+    if whole < q.shape[1]:
+        parts.append(wide[:, whole:].mean(1, keepdim=True))
+    return torch.cat(parts, 1)
+
+
+def _rank_keys(scores: Tensor) -> Tensor:
+    """Integers ordered as the scores: -0 equals +0, NaN is the lowest but for the smallest integer (never used)."""
+    integer = {torch.float32: torch.int32, torch.float64: torch.int64}[scores.dtype]
+    lowest = torch.iinfo(integer).min
+    bits = (scores + 0.0).view(integer)  # adding +0 turns -0 into +0
+    return torch.where(bits < 0, bits ^ ~lowest, bits).masked_fill_(scores.isnan(), lowest + 1)
+
+
+class _Rows:
+    """A memory tensor (B, L, Hkv, D) of any strides seen as a table of rows of D elements, without a copy."""
+
+    def __init__(self, x: Tensor):
+        batch, tokens, heads, size = x.shape
+        strides = x.stride()[:3]
+        self.unit = math.gcd(*(s for s, n in zip(strides, x.shape[:3], strict=True) if n > 1)) or size
+        last = sum(s * (n - 1) for s, n in zip(strides, x.shape[:3], strict=True))
+        self.table = x.as_strided((last // self.unit + 1, size), (self.unit, 1))
+        self.batch_step, self.token_step, self.head_step = (s // self.unit for s in strides)
+        self.strides = strides
+
+
+class _Bank:
+    """The selected blocks of a memory, gathered for a few tiles (query groups of a head) at a time."""
+
+    def __init__(
+        self, memory_k: Tensor, memory_v: Tensor, indices: Tensor, block: int, frame: int, slots: Tensor | None
+    ):
+        batch, heads, groups, _ = indices.shape
+        self.k, self.v = _Rows(memory_k), _Rows(memory_v)
+        self.block, self.shape, self.device = block, memory_k.shape, memory_k.device
+        blocks = -(-frame // block)
+        frames = memory_k.shape[1] // frame if slots is None else slots.shape[1]
+        used = (indices >= 0) & (indices < frames * blocks)
+        # an unused entry repeats the tile's first used block, masked, so that nothing unselected is read
+        first = indices.gather(-1, used.byte().argmax(-1, keepdim=True))
+        places = torch.where(used, indices, first).clamp(0, frames * blocks - 1).long()
+        bank_frames, self.start = places // blocks, places % blocks * block
+        length = (frame - self.start).clamp_(max=block)
+        if slots is not None:
+            table = slots.clamp(0, memory_k.shape[1] // frame - 1).long()
+            bank_frames = table.gather(1, bank_frames.flatten(1)).view_as(bank_frames)
+        self.start = (self.start + bank_frames * frame).flatten(0, 1)  # [B * H, G, K] first token
+        self.length = torch.where(used, length, 0).flatten(0, 1)  # [B * H, G, K] tokens, 0: unused
+        self.empty = ~used.any(-1).flatten(0, 1)  # [B * H, G]
+        # a host read: on CUDA it would stall, so there the mask is always applied
+        self.ragged = memory_k.is_cuda or bool((self.length < block).any())
+        head = torch.arange(batch * heads, device=self.device)
+        self.b, self.h = (head // heads).view(-1, 1, 1), (head % heads // (heads // memory_k.shape[2])).view(-1, 1, 1)
+
+    def tokens(self, tiles: tuple[slice, slice]) -> tuple[Tensor, Tensor | None]:
+        """Tokens [r, g, K * block] of some tiles, and which of them to mask."""
+        offsets = torch.arange(self.block, device=self.device)
+        start, length = self.start[tiles].unsqueeze(-1), self.length[tiles].unsqueeze(-1)
+        if not self.ragged:
+            return (start + offsets).flatten(2), None
+        inside = torch.minimum(offsets, (length - 1).clamp_(min=0))
+        return (start + inside).flatten(2), (offsets >= length).flatten(2)
+
+    def rows(self, tokens: Tensor, tiles: tuple[slice, slice], rows: _Rows) -> Tensor:
+        heads = self.b[tiles[0]] * rows.batch_step + self.h[tiles[0]] * rows.head_step
+        return (tokens * rows.token_step + heads).flatten()
+
+    def gather(
+        self, tokens: Tensor, tiles: tuple[slice, slice], buffers: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Keys and values [r, g, K * block, D] of some tiles, in the buffers."""
+        count = tokens.numel()
+        rows_k = self.rows(tokens, tiles, self.k)
+        rows_v = rows_k if self.v.strides == self.k.strides else self.rows(tokens, tiles, self.v)
+        k = torch.index_select(_words(self.k.table), 0, rows_k, out=_words(buffers[0][:count]))
+        v = torch.index_select(_words(self.v.table), 0, rows_v, out=_words(buffers[1][:count]))
+        shape = (*tokens.shape, -1)
+        return k.view(buffers[0].dtype).view(shape), v.view(buffers[1].dtype).view(shape)
+
+    def buffers(self, size: int, dtype: torch.dtype, tiles: int) -> tuple[Tensor, Tensor]:
+        count = tiles * self.start.shape[2] * self.block
+        k, v = torch.empty((2, count, size), dtype=dtype, device=self.device)
+        return k, v
+
+
+def _words(x: Tensor) -> Tensor:
+    """The same rows as 8-byte words where they divide: a gather of half-precision rows is then a third faster."""
+    per_word = 8 // x.element_size()
+    if x.is_cuda or any(n % per_word for n in (x.shape[-1], x.stride(0), x.storage_offset())):
+        return x
+    return x.view(torch.int64)
+
+
+def _walk(rows: int, groups: int, tiles: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of about `tiles` tiles that cover all of rows x groups."""
+    row_step, group_step = max(1, tiles // groups), min(tiles, groups)
+    for r in range(0, rows, row_step):
+        for g in range(0, groups, group_step):
+            yield slice(r, min(r + row_step, rows)), slice(g, min(g + group_step, groups))
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, masked: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Plain attention with its LSE: q [b, h, n, D], k and v [b, h, S, D], masked [b, h, S]."""
+    if q.device.type == "cpu":
+        bias = None
+        if masked is not None:
+            bias = torch.zeros(masked.shape, dtype=q.dtype).masked_fill_(masked, -torch.inf).unsqueeze(2)
+            bias = bias.expand(-1, -1, q.shape[2], -1)
+        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    wide = _wide(q.dtype)
+    k, v = k.to(wide), v.to(wide)
+    out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
+    step = max(1, _SCORE_ELEMENTS // (k.shape[0] * k.shape[1] * k.shape[2]))
+    for n in range(0, q.shape[2], step):
+        scores = q[:, :, n : n + step].to(wide) @ k.mT * scale
+        if masked is not None:
+            scores.masked_fill_(masked.unsqueeze(2), -torch.inf)
+        lse[:, :, n : n + step] = scores.logsumexp(-1)
+        out[:, :, n : n + step] = (scores.softmax(-1) @ v).to(q.dtype)
+    return out, lse
+
+
+def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense attention of (B, Lq, H, D) over (B, Lk, Hkv, D): out (B, Lq, H, D) and LSE (B, H, Lq)."""
+    batch, queries, heads, size = q.shape
+    kv_heads = k.shape[2]
+    # the query heads that share a key head become more queries of it
+    folded = q.transpose(1, 2).reshape(batch, kv_heads, heads // kv_heads * queries, size)
+    out, lse = _attention(folded, k.transpose(1, 2), v.transpose(1, 2), scale)
+    out = out.reshape(batch, heads, queries, size).transpose(1, 2).contiguous()
+    return out, lse.reshape(batch, heads, queries).contiguous()
+
+
+def attend(
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    indices: Tensor,
+    *,
+    block_size: int,
+    frame_tokens: int,
+    query_group: int,
+    softmax_scale: float,
+    memory_slots: Tensor | None,
+    resume_out: Tensor | None,
+    resume_lse: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _ = q.shape
+    if k is not None and v is not None and k.shape[1]:
+        out, lse = _dense(q, k, v, softmax_scale)
+    elif resume_out is not None and resume_lse is not None:
+        gone = (resume_lse == -torch.inf).transpose(1, 2).unsqueeze(-1)
+        out, lse = (
+            resume_out.masked_fill(gone, 0.0).contiguous(),
+            resume_lse.clone(memory_format=torch.contiguous_format),
+        )
+    else:
+        out = q.new_zeros(q.shape)
+        lse = q.new_full((batch, heads, queries), -torch.inf, dtype=_wide(q.dtype))
+    if memory_k is None or memory_v is None or not indices.shape[-1]:
+        return out, lse
+    whole = queries // query_group * query_group
+    for rows, groups, n in (
+        (slice(0, whole), slice(0, queries // query_group), query_group),
+        (slice(whole, queries), slice(queries // query_group, None), queries - whole),
+    ):
+        if not n or rows.start == rows.stop:
+            continue
+        bank = _Bank(memory_k, memory_v, indices[:, :, groups], block_size, frame_tokens, memory_slots)
+        out_tiles, lse_tiles = _tiles(out[:, rows], n), lse[:, :, rows].flatten(0, 1).unflatten(1, (-1, n))
+        _add_bank(_tiles(q[:, rows], n), bank, softmax_scale, out_tiles, lse_tiles)
+        if out_tiles.data_ptr() != out[:, rows].data_ptr():  # the tiles are a copy; those of the LSE never are
+            out[:, rows] = out_tiles.view(batch, heads, -1, out.shape[-1]).transpose(1, 2)
+    return out, lse
+
+
+def _tiles(x: Tensor, n: int) -> Tensor:
+    """(B, G * n, H, D) -> [B * H, G, n, D]; a view where B is 1."""
+    return x.transpose(1, 2).flatten(0, 1).unflatten(1, (-1, n))
+
+
+def _add_bank(q: Tensor, bank: _Bank, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Merge attention of the tiles q [B * H, G, n, D] over the bank into out and lse [B * H, G, n], in place."""
+    tile_bytes = 2 * bank.start.shape[2] * bank.block * q.shape[-1] * q.element_size()
+    count = max(torch.get_num_threads(), _GATHER_BYTES // tile_bytes)  # a tile per thread at least
+    buffers = bank.buffers(q.shape[-1], q.dtype, min(count, q.shape[0] * q.shape[1]))
+    for tiles in _walk(*q.shape[:2], count):
+        tokens, masked = bank.tokens(tiles)
+        part, part_lse = _attention(q[tiles], *bank.gather(tokens, tiles, buffers), scale, masked)
+        if bank.ragged:
+            part.masked_fill_(bank.empty[tiles][..., None, None], 0.0)
+            part_lse.masked_fill_(bank.empty[tiles].unsqueeze(-1), -torch.inf)
+        weight = torch.sigmoid(part_lse - lse[tiles]).nan_to_num_(0.0).unsqueeze(-1)
+        out[tiles] = torch.lerp(out[tiles].to(weight.dtype), part.to(weight.dtype), weight)
+        lse[tiles] = torch.logaddexp(lse[tiles], part_lse)
+
+
+def attend_backward(
+    grad_out: Tensor,
+    delta: Tensor,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    indices: Tensor,
+    lse: Tensor,
+    *,
+    block_size: int,
+    frame_tokens: int,
+    query_group: int,
+    softmax_scale: float,
+    memory_slots: Tensor | None,
+) -> tuple[Tensor, ...]:
+    batch, queries, heads, size = q.shape
+    wide = _wide(q.dtype)
+    grads = [
+        torch.zeros(() if x is None else x.shape, dtype=wide, device=q.device) for x in (q, k, v, memory_k, memory_v)
+    ]
+    # a query without keys: P = exp(score - inf) = 0
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    if k is not None and v is not None and k.shape[1]:
+        step = max(1, _SCORE_ELEMENTS // k.shape[1])
+        for b in range(batch):
+            for h in range(heads):
+                kv = h // (heads // k.shape[2])
+                keys, values = k[b, :, kv].to(wide), v[b, :, kv].to(wide)
+                for n in (slice(i, i + step) for i in range(0, queries, step)):
+                    tile = q[b, n, h].to(wide), grad_out[b, n, h].to(wide), lse[b, h, n], delta[b, h, n]
+                    dq, dk, dv = _tile_backward(*tile, keys, values, softmax_scale, None)
+                    grads[0][b, n, h] += dq
+                    grads[1][b, :, kv] += dk
+                    grads[2][b, :, kv] += dv
+    if memory_k is None or memory_v is None or not indices.shape[-1]:
+        return tuple(x.to(q.dtype) for x in grads)
+    whole = queries // query_group * query_group
+    for rows, groups, n in (
+        (slice(0, whole), slice(0, queries // query_group), query_group),
+        (slice(whole, queries), slice(queries // query_group, None), queries - whole),
+    ):
+        if not n or rows.start == rows.stop:
+            continue
+        bank = _Bank(memory_k, memory_v, indices[:, :, groups], block_size, frame_tokens, memory_slots)
+        states = (x[:, :, rows].flatten(0, 1).unflatten(1, (-1, n)) for x in (lse, delta))
+        inputs = (_tiles(q[:, rows], n), _tiles(grad_out[:, rows], n), *states)
+        dq = _bank_backward(*inputs, bank, softmax_scale, grads[3], grads[4])
+        grads[0][:, rows] += dq.view(batch, heads, -1, size).transpose(1, 2)
+    return tuple(x.to(q.dtype) for x in grads)
+
+
+def _tile_backward(
+    q: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, k: Tensor, v: Tensor, scale: float, masked: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """dQ, dK, dV of tiles [..., n, D] over keys [..., S, D]: dS = P * (dO V^T - delta) under the final LSE."""
+    scores = q @ k.mT * scale
+    if masked is not None:
+        scores.masked_fill_(masked.unsqueeze(-2), -torch.inf)
+    p = scores.sub_(lse.unsqueeze(-1)).exp_()
+    ds = (grad_out @ v.mT).sub_(delta.unsqueeze(-1)).mul_(p).mul_(scale)
+    return ds @ k, ds.mT @ q, p.mT @ grad_out
+
+
+def _bank_backward(
+    q: Tensor,
+    grad_out: Tensor,
+    lse: Tensor,
+    delta: Tensor,
+    bank: _Bank,
+    scale: float,
+    grad_k: Tensor,
+    grad_v: Tensor,
+) -> Tensor:
+    """dQ [B * H, G, n, D] of the tiles; adds to grad_k and grad_v (B, Lm, Hkv, D)."""
+    wide = grad_k.dtype
+    keys = bank.start.shape[2] * bank.block
+    count = max(1, _SCORE_ELEMENTS // (keys * (q.shape[2] + 2 * q.shape[3])))
+    buffers = bank.buffers(q.shape[-1], q.dtype, min(count, q.shape[0] * q.shape[1]))
+    grad_rows = _Rows(grad_k)
+    grad_q = torch.empty(q.shape, dtype=wide, device=q.device)
+    for tiles in _walk(*q.shape[:2], count):
+        tokens, masked = bank.tokens(tiles)
+        k, v = (x.to(wide) for x in bank.gather(tokens, tiles, buffers))
+        tile = q[tiles].to(wide), grad_out[tiles].to(wide), lse[tiles], delta[tiles]
+        dq, dk, dv = _tile_backward(*tile, k, v, scale, masked)
+        if bank.ragged:
+            empty = bank.empty[tiles][..., None, None]
+            dq, dk, dv = (x.masked_fill_(empty, 0.0) for x in (dq, dk, dv))
+        grad_q[tiles] = dq
+        rows = bank.rows(tokens, tiles, grad_rows)
+        grad_k.view(-1, q.shape[-1]).index_add_(0, rows, dk.flatten(0, 2))
+        grad_v.view(-1, q.shape[-1]).index_add_(0, rows, dv.flatten(0, 2))
+    return grad_q
