@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from memflow_ops import memory_attention, select_blocks
-from memflow_ops.cache import CacheLayout, FrameCache
+from memflow_ops.cache import FrameCache
+from memflow_ops.cache_layout import CacheLayout
 from memflow_ops.model import world
 from memflow_ops.model.sampler import FlowMatchSampler
 from memflow_ops.model.text import embed_prompts
