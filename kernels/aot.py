@@ -1,0 +1,101 @@
+"""Ahead-of-time compilation of a planned launch for a GPU that need not be there, and what the machine code says.
+
+launch, *_ = plan_attend(...)   # tensors on the "meta" device will do
+compile_launch(launch, capability=90).registers
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from .launch import Launch
+
+# Shared memory that one program may have, in bytes, by compute capability.
+SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+
+POINTER_TYPES = {
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int32: "*i32",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a compiled kernel takes: registers per thread, bytes, and the count of each opcode in the code."""
+
+    registers: int
+    stack_bytes: int
+    shared_bytes: int
+    opcodes: Counter[str]
+    ptx: str
+
+    @property
+    def spills(self) -> int:
+        """Loads and stores of local memory: registers that did not fit."""
+        return self.opcodes["LDL"] + self.opcodes["STL"]
+
+    @property
+    def tensor_core_products(self) -> int:
+        """Matrix products on tensor cores: HMMA on sm_80, HGMMA on sm_90, UTCHMMA on sm_100."""
+        return sum(self.opcodes[name] for name in ("HMMA", "HGMMA", "UTCHMMA"))
+
+
+def compile_launch(launch: Launch, capability: int) -> Machine:
+    """Compile as the launch itself would on a device of this compute capability (80, 90, 100); takes seconds."""
+    source = launch_source(launch)
+    target = GPUTarget("cuda", capability, 32)
+    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        usage = cuobjdump("--dump-resource-usage", file.name)
+        assembly = cuobjdump("-sass", file.name)
+    resources = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
+    # An instruction: /*address*/, perhaps a predicate (@!P0), the opcode and its modifiers.
+    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", assembly, re.MULTILINE)
+    return Machine(
+        resources["REG"], resources["STACK"], compiled.metadata.shared, Counter(opcodes), compiled.asm["ptx"]
+    )
+
+
+def cuobjdump(*arguments: str) -> str:
+    """Output of NVIDIA's disassembler, which comes with triton."""
+    command = [triton.knobs.nvidia.cuobjdump.path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def launch_source(launch: Launch) -> ASTSource:
+    """The kernel with the types, constants and divisibility that the just-in-time compiler would see."""
+    signature: dict[str, Any] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+
+    def describe(value: Any, path: tuple[int, ...], constant: bool) -> Any:
+        if isinstance(value, tuple):
+            return tuple(describe(item, (*path, i), constant) for i, item in enumerate(value))
+        if constant or value is None or (isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, torch.Tensor):
+            attributes[path] = [["tt.divisibility", 16]]
+            return POINTER_TYPES[value.dtype]
+        if value % 16 == 0:
+            attributes[path] = [["tt.divisibility", 16]]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    for position, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        signature[parameter.name] = describe(value, (position,), parameter.is_constexpr)
+    return ASTSource(launch.kernel, signature, constants, attributes)

@@ -1,0 +1,67 @@
+"""Small device functions that the kernels share: tile loads, products, rounding, the online softmax, sortable scores."""
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter multiplies the raw bits of bfloat16 and truncates when it casts to it: both are put right below.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def load_rows(rows, row_mask, columns, HEAD_DIM: tl.constexpr):
+    """The tile [ROWS, COLUMNS] of the rows at the pointers `rows`; what is masked or past HEAD_DIM is 0 and not read."""
+    return tl.load(rows[:, None] + columns[None, :], mask=row_mask[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def cast(x, dtype: tl.constexpr):
+    """The float32 tile x rounded to the nearest of `dtype`, ties to even."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), x)
+    return x.to(dtype)
+
+
+@triton.jit
+def matmul(a, b, accumulator):
+    """accumulator + a @ b in float32: half precisions on the tensor cores, float32 as IEEE products (no TF32)."""
+    if INTERPRETED:
+        a = a.to(tl.float32)
+        b = b.to(tl.float32)
+    return tl.dot(a, b, accumulator, input_precision="ieee")
+
+
+@triton.jit
+def online_softmax_update(scores, row_max, row_sum):
+    """One step of the softmax over a row whose scores arrive in tiles (base 2: scores are already times log2 e).
+
+    scores [ROWS, COLUMNS], -inf where there is no key; row_max, row_sum [ROWS], -inf and 0 before the first key.
+    Returns the tile's weights, the factor for what was accumulated before, and the new row_max and row_sum.
+    """
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    # While a row has no key its maximum is -inf, and -inf - -inf is NaN.
+    reference = tl.where(new_max == float("-inf"), 0.0, new_max)
+    weights = tl.math.exp2(scores - reference[:, None])
+    correction = tl.math.exp2(row_max - reference)
+    return weights, correction, new_max, row_sum * correction + tl.sum(weights, 1)
+
+
+@triton.jit
+def sortable_key(scores):
+    """Unsigned integers in the order of the float32 scores: -0 equals +0, NaN is 1, below -inf. 0 is left for "none"."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.uint32, bitcast=True)
+    keys = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
+    return tl.where(scores == scores, keys, 1).to(tl.uint32)
+
+
+@triton.jit
+def physical_frame(memory_slots, frame, mask, physical_frames):
+    """Where in memory the bank's frames lie: by the slot table of this batch (clamped), or in order without one."""
+    if memory_slots is None:
+        return frame
+    slot = tl.load(memory_slots + frame, mask=mask, other=0)
+    return tl.minimum(tl.maximum(slot, 0), physical_frames - 1)
