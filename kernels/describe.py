@@ -68,7 +68,7 @@ def describe_blocks(k: torch.Tensor, block_size: int, frame_tokens: int) -> torc
     """The descriptors of the blocks of k: float32 means over a block's tokens, rounded once to k's dtype.
 
     k (B, L, H, D), L a multiple of frame_tokens, last dimension contiguous -> (B, N, H, D) with
-    N = L / frame_tokens * ceil(frame_tokens / block_size): blocks never cross a frame, and the last of one may be short.
+    N = L / frame_tokens * ceil(frame_tokens / block_size): blocks never cross a frame, the last may be short.
     """
     launch, means = plan_block_means(k, block_size, frame_tokens, k.dtype)
     launch.run()

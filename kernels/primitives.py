@@ -1,4 +1,4 @@
-"""Small device functions that the kernels share: tile loads, products, rounding, the online softmax, sortable scores."""
+"""What the kernels share: tile loads, products, rounding, the online softmax, sortable scores."""
 
 import triton
 import triton.language as tl
@@ -12,7 +12,7 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_rows(rows, row_mask, columns, HEAD_DIM: tl.constexpr):
-    """The tile [ROWS, COLUMNS] of the rows at the pointers `rows`; what is masked or past HEAD_DIM is 0 and not read."""
+    """The tile [ROWS, COLUMNS] of the rows at the pointers `rows`; masked or past HEAD_DIM it is 0 and not read."""
     return tl.load(rows[:, None] + columns[None, :], mask=row_mask[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
 
 
@@ -52,7 +52,7 @@ def online_softmax_update(scores, row_max, row_sum):
 
 @triton.jit
 def sortable_key(scores):
-    """Unsigned integers in the order of the float32 scores: -0 equals +0, NaN is 1, below -inf. 0 is left for "none"."""
+    """Unsigned integers in the order of the float32 scores: -0 equals +0, NaN is 1, below -inf; 0 means "none"."""
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.uint32, bitcast=True)
     keys = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
     return tl.where(scores == scores, keys, 1).to(tl.uint32)

@@ -98,7 +98,6 @@ def select_kernel(
     if memory_frames is not None:
         valid_frames = tl.minimum(tl.maximum(tl.load(memory_frames + batch * frame_stride), 0), frames)
     valid_blocks = valid_frames * blocks_per_frame
-    blocks = frames * blocks_per_frame
 
     kth_key = tl.zeros([ROWS], tl.uint32)
     ties_wanted = tl.zeros([ROWS], tl.int32) + top_k  # becomes: how many keys equal to kth_key are selected
@@ -109,8 +108,9 @@ def select_kernel(
             shift = tl.zeros([ROWS], tl.uint32) + (PASSES - 1 - step) * DIGIT_BITS
             counts = tl.zeros([ROWS, DIGITS], tl.int32)
             for first in range(0, valid_blocks, COLUMNS):
+                candidates = first + tl.arange(0, COLUMNS)
                 keys = score_keys(
-                    query_rows, row_mask, descriptors, descriptor_strides[1], memory_slots, first + tl.arange(0, COLUMNS),
+                    query_rows, row_mask, descriptors, descriptor_strides[1], memory_slots, candidates,
                     valid_blocks, blocks_per_frame, physical_frames, HEAD_DIM, DIM_TILE,
                 )  # fmt: skip
                 counts += digit_counts(keys, kth_key, settled, shift)
