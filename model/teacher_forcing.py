@@ -158,7 +158,7 @@ class TeacherForcedAttention:
             memory_valid = self.plan.valid.repeat_interleave(self.tokens, 1)
             memory_k, memory_v = memory_k.repeat(2, 1, 1, 1), memory_v.repeat(2, 1, 1, 1)
         else:
-            memory_k, memory_v = self._select(q, memory_k, memory_v)
+            memory_k, memory_v = self._select(q, memory_k, memory_v, self.top_k)
             memory_valid = self.plan.valid.any(1, keepdim=True).expand(-1, memory_k.shape[2])
         keys = torch.cat([memory_k, local_k.repeat(2, 1, 1, 1), own_k], dim=2)
         values = torch.cat([memory_v, local_v.repeat(2, 1, 1, 1), own_v], dim=2)
@@ -167,7 +167,7 @@ class TeacherForcedAttention:
         bias = bias.repeat(2, 1)[:, None, None].expand(-1, q.shape[1], q.shape[2], -1)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).transpose(1, 2)
 
-    def _select(self, q: Tensor, memory_k: Tensor, memory_v: Tensor) -> tuple[Tensor, Tensor]:
+    def _select(self, q: Tensor, memory_k: Tensor, memory_v: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         """The top_k blocks of each row and head by mean rotated query . mean rotated key.
 
         q (2 R, heads, L, head_dim), memory (R, heads, M * T, head_dim) -> twice (2 R, heads, top_k * block, head_dim).
@@ -182,13 +182,14 @@ class TeacherForcedAttention:
                 noise = torch.randn(scores.shape, generator=self.generator)
                 scores = scores + self.selection_noise * scores.std(-1, keepdim=True) * noise
             valid = self.plan.valid.repeat_interleave(BLOCKS_PER_FRAME, 1)
-            chosen = scores.masked_fill(~valid[None, :, None], float("-inf")).topk(self.top_k, dim=-1).indices
+            chosen = scores.masked_fill(~valid[None, :, None], float("-inf")).topk(top_k, dim=-1).indices
             base = (torch.arange(rows)[:, None] * heads + torch.arange(heads)) * count
             index = (chosen + base[None, ..., None]).flatten()
-        return tuple(  # type: ignore[return-value]
-            x.reshape(rows * heads * count, -1).index_select(0, index).view(2 * rows, heads, -1, head_dim)
-            for x in (memory_k, memory_v)
-        )
+
+        def taken(x: Tensor) -> Tensor:
+            return x.reshape(rows * heads * count, -1).index_select(0, index).view(2 * rows, heads, -1, head_dim)
+
+        return taken(memory_k), taken(memory_v)
 
 
 def relevance_loss(frame_means: list[Tensor], text: TextKeysValues, who: Tensor, usable: Tensor) -> Tensor:

@@ -40,7 +40,7 @@ TOY_CONFIG = ModelConfig(
     patch_size=(1, 4, 4),
     prediction="x0",
 )
-CHUNKS = 6
+CHUNKS = 8
 """Chunks per training clip."""
 TOP_K = 4
 
@@ -61,9 +61,9 @@ class Stage:
 
 
 STAGES = (
-    Stage(steps=900, size=16, batch=16, shift=4.0, foreground=3.0),
-    Stage(steps=1600, size=16, batch=16, shift=4.0),
-    Stage(steps=600, size=32, batch=10, shift=7.0),
+    Stage(steps=900, size=16, batch=12, shift=4.0, foreground=3.0),
+    Stage(steps=1600, size=16, batch=12, shift=4.0),
+    Stage(steps=600, size=32, batch=8, shift=7.0),
 )
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 
@@ -79,6 +79,8 @@ class Settings:
     context_noise: float = 0.3
     """Clean chunks get noise of up to this level (times u^2, u uniform): a stream's own past is never perfect."""
     relevance_weight: float = 0.1
+    recached_share: float = 0.35
+    """Share of the prompt switches at which the clean stream's last chunk already carries the new prompt."""
     dense_share: float = 0.3
     """Share of steps that attend to all of memory instead of the top k blocks."""
 
@@ -94,19 +96,20 @@ class Batch:
     ids: Tensor
     """(R, 2) prompt of each chunk, as vocabulary indices"""
     clean_ids: Tensor
-    """(R, 2) prompt that the clean stream carries: at a switch half of the time already the next one's"""
+    """(R, 2) prompt that the clean stream carries: at a switch sometimes already the next one's"""
     usable: Tensor
     """(R,) bool, the clean stream carries the chunk's own prompt"""
     plan: MemoryPlan
 
 
-def draw_batch(clips: int, size: int, generator: torch.Generator) -> Batch:
+def draw_batch(clips: int, size: int, settings: Settings, generator: torch.Generator) -> Batch:
     """Random clips with prompts and memory."""
     drawn = world.random_clips(clips, CHUNKS, generator, chunk_frames=CHUNK_FRAMES, size=size)
     ids = world.prompt_ids(drawn.who, drawn.place)  # (B, C, 2)
     following = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
-    # A stream re-caches its local window under the new prompt when the prompt changes.
-    recached = (ids != following).any(-1) & (torch.rand(clips, CHUNKS, generator=generator) < 0.5)
+    # A stream re-caches its local window under the new prompt when the prompt changes. Such chunks are never memory, so
+    # a larger share would leave too few returns to learn from.
+    recached = (ids != following).any(-1) & (torch.rand(clips, CHUNKS, generator=generator) < settings.recached_share)
     clean_ids = torch.where(recached[..., None], following, ids)
     target = drawn.frames.unflatten(2, (CHUNKS, CHUNK_FRAMES)).transpose(1, 2).flatten(0, 1)
     plan = plan_memory(drawn.who, recached, generator)
@@ -225,7 +228,7 @@ def run(
             for _ in range(stage.steps):
                 for group in optimizer.param_groups:
                     group["lr"] = settings.learning_rate * learning_rate_factor(step / total, step)
-                batch = draw_batch(stage.batch, stage.size, generator)
+                batch = draw_batch(stage.batch, stage.size, settings, generator)
                 losses = training_losses(model, batch, stage, settings, generator)
                 optimizer.zero_grad()
                 losses.total.backward()

@@ -144,7 +144,7 @@ def random_clips(
     def integers(low: int, high: int, *shape: int) -> Tensor:
         return torch.randint(low, high, shape, generator=generator)
 
-    switch = uniform(batch, chunks) < 0.6
+    switch = uniform(batch, chunks) < 0.7
     switch &= uniform(batch, 1) > 0.15  # copying is learned first where one character simply stays
     switch[:, 0] = True
     segment = switch.cumsum(1) - 1  # (B, C), which prompt of the clip a chunk belongs to
@@ -159,8 +159,8 @@ def random_clips(
     velocity = (uniform(batch, chunks, 2) - 0.5) * 0.02
     time = torch.arange(chunks * chunk_frames)[:, None]
     centre = (start.gather(1, per_frame) + velocity.gather(1, per_frame) * time).clamp(MARGIN, 1 - MARGIN)
-    spread = [x.repeat_interleave(chunk_frames, 1) for x in (who, place, hue)]
-    return Clips(render(*spread, centre, size).transpose(1, 2), who, place, hue)
+    whom, where, tint = (x.repeat_interleave(chunk_frames, 1) for x in (who, place, hue))
+    return Clips(render(whom, where, tint, centre, size).transpose(1, 2), who, place, hue)
 
 
 # ---------------------------------------------------------------------------------------------------------------- judge
@@ -193,6 +193,25 @@ def judge(frames: Tensor) -> Verdict:
     hue = torch.rad2deg(torch.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)) % 360
     area = mask.flatten(-2).float().mean(-1)
     return Verdict(area >= PRESENT_SHARE, hue, area)
+
+
+def recognise(frames: Tensor) -> Tensor:
+    """Which character frames (..., 3, H, W) in -1..1 look most like, 0..3 (int64); meaningless where none is present.
+
+    The colour mask is laid over each shape, drawn at the mask's centre, and compared by intersection over union.
+    """
+    mask = colour_mask(frames).float()
+    height, width = mask.shape[-2:]
+    y, x = ((torch.arange(n, device=mask.device) + 0.5) / n for n in (height, width))
+    mass = mask.sum((-2, -1)).clamp(min=1)
+    centre_x = (mask.sum(-2) * x).sum(-1) / mass
+    centre_y = (mask.sum(-1) * y).sum(-1) / mass
+    offset_x, offset_y = torch.broadcast_tensors(
+        x[None, :] - centre_x[..., None, None], y[:, None] - centre_y[..., None, None]
+    )
+    shapes = (shape_distances(offset_x, offset_y)[: len(CHARACTERS)] > 0).float()  # (4, ..., H, W)
+    both = (shapes * mask).sum((-2, -1))
+    return (both / (shapes.sum((-2, -1)) + mask.sum((-2, -1)) - both).clamp(min=1)).argmax(0)
 
 
 def hue_difference(a: Tensor, b: Tensor) -> Tensor:
