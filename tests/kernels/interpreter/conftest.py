@@ -13,12 +13,17 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 collect_ignore_glob = [] if INTERPRETING else ["test_*.py"]
 
 if INTERPRETING:
-    from hypothesis import HealthCheck, settings
+    from hypothesis import HealthCheck, Phase, settings
 
-    # Deterministic, and without the example database: the suite gives the same result every time.
-    fixed = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-    settings.register_profile("kernels", deadline=None, derandomize=True, database=None, suppress_health_check=fixed)
-    settings.load_profile("kernels")
+    settings.register_profile(
+        "interpreter",
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=(Phase.explicit, Phase.generate),  # to shrink an example takes minutes here
+        suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    )
+    settings.load_profile("interpreter")
 
 
 @pytest.fixture(autouse=True)

@@ -1,0 +1,222 @@
+"""Attention over a dense segment and selected blocks against the reference in float64.
+
+Half precisions may be off by twice the error of PyTorch's dense attention in the same dtype over the same keys, plus
+two roundings of the largest output; float32 by 1e-5. Whatever is not selected is NaN.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memflow_ops import reference
+from memflow_ops.kernels.attend import attend
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+def ascending_selection(shape, top_k, blocks):
+    """A random subset of the blocks for each group, at most top_k, ascending, then -1."""
+    chosen = torch.rand(*shape, blocks).argsort(-1)[..., :top_k]
+    chosen[torch.rand(chosen.shape) < 0.2] = blocks  # out of the selection
+    chosen = chosen.sort(-1).values
+    return torch.where(chosen == blocks, -1, chosen).to(torch.int32)
+
+
+def case(
+    dtype, *, batch=1, heads=(2, 1), head_dim=16, queries=(8, 20), dense=0, bank=(3, 37, 16), top_k=4, slots=False
+):
+    """Arguments of a launch, with NaN in each batch and key head wherever no group of its heads has selected."""
+    (group, length), (frames, frame_tokens, block_size), (q_heads, kv_heads) = queries, bank, heads
+    blocks_per_frame = -(-frame_tokens // block_size) if frames else 0
+    physical = frames + 2 if slots else frames
+    arguments = dict(
+        q=torch.randn(batch, length, q_heads, head_dim).to(dtype),
+        k=torch.randn(batch, dense, kv_heads, head_dim).to(dtype) if dense else None,
+        v=torch.randn(batch, dense, kv_heads, head_dim).to(dtype) if dense else None,
+        memory_k=torch.randn(batch, physical * frame_tokens, kv_heads, head_dim).to(dtype) if frames else None,
+        memory_v=torch.randn(batch, physical * frame_tokens, kv_heads, head_dim).to(dtype) if frames else None,
+        indices=ascending_selection((batch, q_heads, -(-length // group)), top_k, frames * blocks_per_frame),
+        block_size=block_size,
+        frame_tokens=frame_tokens,
+        query_group=group,
+        softmax_scale=head_dim**-0.5,
+        memory_slots=torch.randint(-1, physical + 1, (batch, frames), dtype=torch.int32) if slots else None,
+        resume_out=None,
+        resume_lse=None,
+    )
+    if frames:
+        used = torch.zeros(batch, physical * frame_tokens, kv_heads, dtype=torch.bool)
+        for b, _rows, _head, kv_head, tokens in groups(arguments):
+            used[b, tokens, kv_head] = True
+        for name in ("memory_k", "memory_v"):
+            arguments[name][~used] = torch.nan
+    return arguments
+
+
+def groups(arguments):
+    names = ("q", "k", "memory_k", "indices", "block_size", "frame_tokens", "query_group", "memory_slots")
+    return reference.tiles(*(arguments[name] for name in names))
+
+
+def call(attention, arguments):
+    named = dict(arguments)
+    return attention(*[named.pop(name) for name in ("q", "k", "v", "memory_k", "memory_v", "indices")], **named)
+
+
+def launch(arguments):
+    return call(attend, arguments)
+
+
+def exact(arguments):
+    """out and lse in float64."""
+    widened = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()}
+    return call(reference.attend, widened)
+
+
+def dense_error(arguments, out):
+    """The largest error of PyTorch's dense attention in this dtype, group by group over the same keys."""
+    q, scale, worst = arguments["q"], arguments["softmax_scale"], 0.0
+    for b, rows, h, kv_head, tokens in groups(arguments):
+        keys = reference.gather(arguments["k"], arguments["memory_k"], b, kv_head, tokens)
+        values = reference.gather(arguments["v"], arguments["memory_v"], b, kv_head, tokens)
+        if len(keys):
+            got = F.scaled_dot_product_attention(q[b, rows, h][None], keys[None], values[None], scale=scale)[0]
+            worst = max(worst, (got.double() - out[b, rows, h]).abs().max().item())
+    return worst
+
+
+def check(arguments, got=None, extra_roundings=0):
+    out, lse = launch(arguments) if got is None else got
+    expected_out, expected_lse = exact(arguments)
+    dtype = arguments["q"].dtype
+    assert out.dtype == dtype and lse.dtype == torch.float32
+    assert out.shape == expected_out.shape and lse.shape == expected_lse.shape
+    limit = 1e-5
+    if dtype != torch.float32:
+        rounding = torch.finfo(dtype).eps / 2 * expected_out.abs().max().item()
+        limit = 2 * dense_error(arguments, expected_out) + (2 + extra_roundings) * rounding
+    error = (out.double() - expected_out).abs().max().item()
+    assert error <= limit, f"error {error:.2e}, allowed {limit:.2e}"
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-5, rtol=1e-5)
+    assert torch.equal(lse == -torch.inf, expected_lse == -torch.inf)
+
+
+@settings(max_examples=60)
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, 2),
+    st.sampled_from([(1, 1), (2, 2), (4, 2), (3, 1)]),
+    st.sampled_from([16, 40, 64, 72, 80, 96, 128, 256]),
+    st.sampled_from([(1, 3), (4, 6), (16, 33), (20, 50), (63, 63), (128, 140), (200, 200)]),
+    st.sampled_from([0, 1, 15, 64, 100]),
+    st.sampled_from([(1, 20, 20), (3, 37, 16), (2, 100, 64), (4, 10, 3), (2, 7, 100), (1, 130, 65), (0, 1, 16)]),
+    st.integers(1, 9),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_odd_shapes(dtype, batch, heads, head_dim, queries, dense, bank, top_k, slots, seed):
+    torch.manual_seed(seed)
+    if queries[0] == 1:  # one program per query: slow here
+        heads, batch = (1, 1), 1
+    check(case(dtype, batch=batch, heads=heads, head_dim=head_dim, queries=queries, dense=dense, bank=bank, top_k=top_k,
+               slots=slots))  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_at_the_size_of_the_shipped_tiles(dtype):
+    torch.manual_seed(0)
+    check(case(dtype, head_dim=128, queries=(128, 200), dense=70, bank=(2, 136, 64), top_k=5))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_resume_continues_over_other_keys(dtype):
+    torch.manual_seed(1)
+    whole = case(dtype, head_dim=40, dense=50)
+    none = dict(k=None, v=None)
+    out, lse = launch({**whole, "memory_k": None, "memory_v": None})
+    continued = launch({**whole, **none, "resume_out": out, "resume_lse": lse})
+    check(whole, continued, extra_roundings=1)
+    # in the other order, and with the state in float32
+    out, lse = launch({**whole, **none})
+    continued = launch({**whole, "memory_k": None, "memory_v": None, "resume_out": out.float(), "resume_lse": lse})
+    check(whole, continued, extra_roundings=1)
+
+
+def test_resume_from_nothing_and_into_nothing():
+    torch.manual_seed(2)
+    arguments = case(torch.float32, batch=2)
+    fresh = launch(arguments)
+    nothing = dict(resume_out=torch.full((2, 20, 2, 16), torch.nan), resume_lse=torch.full((2, 2, 20), -torch.inf))
+    resumed = launch({**arguments, **nothing})
+    assert torch.equal(resumed[0], fresh[0]) and torch.equal(resumed[1], fresh[1])
+    state = dict(resume_out=torch.randn(2, 20, 2, 16), resume_lse=torch.randn(2, 2, 20))
+    out, lse = launch({**arguments, **state, "indices": torch.full_like(arguments["indices"], -1)})
+    torch.testing.assert_close(out, state["resume_out"], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(lse, state["resume_lse"], atol=1e-6, rtol=1e-6)
+
+
+def test_rows_without_a_key():
+    arguments = case(torch.float32, queries=(8, 20))
+    arguments["indices"][0, 1, 1] = -1
+    out, lse = launch(arguments)
+    assert (out[0, 8:16, 1] == 0).all() and (lse[0, 1, 8:16] == -torch.inf).all()
+    check(arguments)
+    for absent in ({"memory_k": None, "memory_v": None}, {"indices": arguments["indices"][..., :0]}):
+        out, lse = launch({**arguments, **absent})
+        assert (out == 0).all() and (lse == -torch.inf).all()
+
+
+def test_no_queries():
+    out, lse = launch(case(torch.float32, queries=(8, 0), dense=5))
+    assert out.shape == (1, 0, 2, 16) and lse.shape == (1, 2, 0)
+
+
+def test_indices_out_of_range_are_skipped():
+    torch.manual_seed(3)
+    arguments = case(torch.float32, top_k=6, slots=True)
+    wild = torch.tensor([-5, 9, 2**31 - 1, -(2**31)], dtype=torch.int32).expand(1, 2, 3, 4)
+    expected = launch(arguments)
+    got = launch({**arguments, "indices": torch.cat([wild, arguments["indices"], wild], -1)})
+    torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-6)
+
+
+def test_selecting_everything_is_dense_attention():
+    torch.manual_seed(4)
+    arguments = case(torch.float32, batch=2, bank=(3, 37, 16), top_k=9)
+    keys, values = torch.randn(2, 2, 111, 1, 16)
+    everything = torch.arange(9, dtype=torch.int32).expand(2, 2, 3, 9)
+    bank = launch({**arguments, "memory_k": keys, "memory_v": values, "indices": everything})
+    dense = launch({**arguments, "memory_k": None, "memory_v": None, "k": keys, "v": values})
+    torch.testing.assert_close(bank, dense, atol=2e-6, rtol=2e-6)
+
+
+def test_large_scores_do_not_overflow():
+    torch.manual_seed(5)
+    arguments = case(torch.float32, dense=30)
+    arguments["q"] = arguments["q"] * 300
+    out, lse = launch(arguments)
+    expected_out, expected_lse = exact(arguments)
+    torch.testing.assert_close(out.double(), expected_out, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=1e-6)
+    assert lse.abs().max() > 500
+
+
+def test_any_strides_and_the_same_bits_twice():
+    torch.manual_seed(6)
+    arguments = case(torch.bfloat16, batch=2, heads=(4, 2), dense=33, queries=(8, 21), slots=True)
+    plain = launch(arguments)
+
+    def scattered(x):
+        """The same values with every stride different, the last dimension contiguous."""
+        room = torch.full((x.shape[2] + 1, x.shape[1] + 2, x.shape[0], 3 * x.shape[3]), torch.nan, dtype=x.dtype)
+        view = room.permute(2, 1, 0, 3)[:, 1:-1, 1:, x.shape[3] : 2 * x.shape[3]]
+        view.copy_(x)
+        return view
+
+    moved = {name: scattered(arguments[name]) for name in ("q", "k", "v", "memory_k", "memory_v")}
+    moved["indices"] = arguments["indices"].repeat_interleave(2, -1)[..., ::2]
+    moved["memory_slots"] = arguments["memory_slots"].repeat(1, 2)[:, :3]
+    got = launch({**arguments, **moved})
+    assert torch.equal(got[0], plain[0]) and torch.equal(got[1], plain[1])
