@@ -164,29 +164,29 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, text: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
         """x (B, F * T, dim), time (B, F, 6, dim), text keys and values (B, text_len, heads, head_dim) -> like x."""
-        frames = time.shape[1]
         shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + time).to(x.dtype).unbind(2)
 
         h = modulate(self.norm1(x), shift, scale)
         out = attend(layer, self.self_attn.queries(h), *self.self_attn.keys_values(h))
-        x = x + gated(self.self_attn.o(out.flatten(2)), gate, frames)
+        x = add_gated(x, self.self_attn.o(out.flatten(2)), gate)
 
         q, (k, v) = self.cross_attn.queries(self.norm3(x)), text
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         x = x + self.cross_attn.o(out.flatten(2))
 
-        return x + gated(self.ffn(modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate, frames)
+        return add_gated(x, self.ffn(modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (B, F * T, dim) * (1 + scale) + shift, with shift and scale (B, F, dim) per frame."""
     per_frame = x.unflatten(1, (shift.shape[1], -1))
-    return (per_frame * (1 + scale[:, :, None]) + shift[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift[:, :, None], per_frame, 1 + scale[:, :, None]).flatten(1, 2)
 
 
-def gated(x: Tensor, gate: Tensor, frames: int) -> Tensor:
-    """x (B, F * T, dim) times gate (B, F, dim) per frame."""
-    return (x.unflatten(1, (frames, -1)) * gate[:, :, None]).flatten(1, 2)
+def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """x + update, both (B, F * T, dim), the update times gate (B, F, dim) per frame."""
+    per_frame = (gate.shape[1], -1)
+    return torch.addcmul(x.unflatten(1, per_frame), update.unflatten(1, per_frame), gate[:, :, None]).flatten(1, 2)
 
 
 class Head(nn.Module):
