@@ -8,11 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memflow_ops.model import teacher_forcing, text, train, world
+from memflow_ops.model import text, train, world
 from memflow_ops.model.checkpoints import load_checkpoint
 from memflow_ops.model.teacher_forcing import CHUNK_FRAMES, TeacherForcedAttention, plan_memory, relevance_loss
 from memflow_ops.model.train import CHUNKS, Settings, Stage, draw_batch, run, scaled_stages
-from memflow_ops.model.transformer import CausalVideoModel
+from memflow_ops.model.transformer import CausalVideoModel, apply_rotation, rope_rotation
 
 SMALL = Stage(steps=20, size=16, batch=2, shift=4.0, foreground=3.0)
 
@@ -115,8 +115,8 @@ def test_attention_equals_a_masked_dense_one(batch, top_k):
 
     def rotated(x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(4) * 2  # half resolution: tokens stand twice as far apart
-        turn = teacher_forcing.rope_rotation(head_dim, frames, positions, positions)
-        return teacher_forcing.apply_rotation(x[None], *turn)[0]
+        turn = rope_rotation(head_dim, frames, positions, positions)
+        return apply_rotation(x[None], *turn)[0]
 
     here = torch.arange(3)
     for stream_index, row in ((0, 5), (1, 5), (1, 13), (1, 16), (0, 30), (1, 31), (1, 79)):
