@@ -62,6 +62,7 @@ def sortable_key(scores):
 def physical_frame(memory_slots, frame, mask, physical_frames):
     """Where in memory the bank's frames lie: by the slot table of this batch (clamped), or in order without one."""
     if memory_slots is None:
-        return frame
-    slot = tl.load(memory_slots + frame, mask=mask, other=0)
-    return tl.minimum(tl.maximum(slot, 0), physical_frames - 1)
+        slot = frame
+    else:
+        slot = tl.minimum(tl.maximum(tl.load(memory_slots + frame, mask=mask, other=0), 0), physical_frames - 1)
+    return slot

@@ -104,7 +104,8 @@ def select_kernel(
     if RANK:
         digits = tl.arange(0, DIGITS)[None, :]
         settled = tl.zeros([ROWS], tl.uint32)
-        for step in range(PASSES):
+        # With at most k valid blocks the k-th key stays 0, below every valid one, and no pass is needed.
+        for step in range(tl.where(valid_blocks > top_k, PASSES, 0)):
             shift = tl.zeros([ROWS], tl.uint32) + (PASSES - 1 - step) * DIGIT_BITS
             counts = tl.zeros([ROWS, DIGITS], tl.int32)
             for first in range(0, valid_blocks, COLUMNS):
@@ -115,8 +116,7 @@ def select_kernel(
                 )  # fmt: skip
                 counts += digit_counts(keys, kth_key, settled, shift)
             at_least = tl.sum(counts, 1)[:, None] - tl.cumsum(counts, 1) + counts  # keys whose digit is this or higher
-            # With fewer than k valid blocks no digit suffices: the key stays 0, below every valid one.
-            digit = tl.maximum(tl.sum((at_least >= ties_wanted[:, None]).to(tl.int32), 1) - 1, 0)
+            digit = tl.sum((at_least >= ties_wanted[:, None]).to(tl.int32), 1) - 1
             ties_wanted -= tl.sum(tl.where(digits > digit[:, None], counts, 0), 1)
             kth_key |= digit.to(tl.uint32) << shift
             settled |= (tl.zeros([ROWS], tl.uint32) + (DIGITS - 1)) << shift
