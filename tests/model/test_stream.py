@@ -1,0 +1,470 @@
+"""The streaming loop against a slow one that keeps every frame in a dictionary and attends to a concatenation."""
+
+import itertools
+from collections.abc import Sequence
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memflow_ops.model import stream as stream_module
+from memflow_ops.model import world
+from memflow_ops.model.sampler import FlowMatchSampler
+from memflow_ops.model.stream import Chunk, Streamer, StreamSettings, chunk_prompts, stream
+from memflow_ops.model.text import TEXT_DIM, embed_prompts
+from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.retrieval import Relevance
+
+SIZE = 16  # pixels; patches of 4 make 16 tokens per frame
+EVERYTHING = 10_000
+STORY = ("a ball in the meadow", "a box in the sea", "an empty desert", "a ball at night")
+OTHER = ("a star at night", "a star at night", "a ring in the desert", "an empty sea")
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalVideoModel:
+    torch.manual_seed(3)
+    sizes = {"dim": 32, "ffn_dim": 64, "num_heads": 2, "num_layers": 2, "in_dim": 5, "out_dim": 3}
+    config = ModelConfig(**sizes, text_dim=TEXT_DIM, text_len=4, patch_size=(1, 4, 4), prediction="x0")
+    model = CausalVideoModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if ".q." in name or ".k." in name or "norm_k" in name:  # sharper attention: what is attended to matters
+            parameter.data.mul_(2)
+    return model
+
+
+def settings_of(**changes) -> StreamSettings:
+    defaults = {"height": SIZE, "width": SIZE, "steps": 2, "block_size": 4, "device_frames": 40}
+    return StreamSettings(**{**defaults, **changes})
+
+
+def run(model, prompts, seed=0, **changes) -> list[Chunk]:
+    return list(stream(model, prompts, settings_of(**changes), seed))
+
+
+def frames_of(chunks: Sequence[Chunk]) -> Tensor:
+    return torch.cat([chunk.frames for chunk in chunks], dim=2)
+
+
+def assert_same_video(got: Sequence[Chunk], want: Sequence[Chunk], tolerance: float = 1e-4) -> None:
+    torch.testing.assert_close(frames_of(got), frames_of(want), rtol=0, atol=tolerance)
+
+
+class SlowStream:
+    """One story, chunk by chunk, with nothing clever: all frames ever made, as un-rotated keys and values.
+
+    banks: per chunk the retrieved frames (memory="memflow" with every block activated).
+    """
+
+    def __init__(self, model: CausalVideoModel, settings: StreamSettings, banks: Sequence[Sequence[int]] = ()):
+        self.model, self.settings, self.banks = model, settings, banks
+        self.window: dict[int, list] = {}  # frame -> per layer (k, v), re-cached ones anew
+        self.first: dict[int, list] = {}  # frame -> the same, as of its own clean pass
+        self.clean: dict[int, Tensor] = {}
+        self.sampler = FlowMatchSampler(settings.steps, settings.shift, prediction=model.config.prediction)
+
+    def past(self, chunk: int) -> list[int]:
+        """The frames beyond the local window that a chunk sees."""
+        settings, size = self.settings, self.settings.chunk_frames
+        old = range(max(0, (chunk + 1) * size - settings.window_frames))
+        sink = [frame for frame in old if frame < settings.sink_frames]
+        prototypes = [frame for frame in old if frame >= settings.sink_frames and frame % size == 0]
+        bank = list(self.banks[chunk]) if self.banks else []
+        return {"none": [], "sink": sink, "full": sink + prototypes, "memflow": sink + bank}[settings.memory]
+
+    def run_pass(self, x: Tensor, t: float, text, first_frame: int, past: list[int], local: list[int]):
+        model, grid = self.model, self.model.grid(SIZE, SIZE)
+        own = []
+
+        def attend(layer, q, k, v):
+            own.append((k, v))
+            known = [self.first[frame][layer] for frame in past] + [self.window[frame][layer] for frame in local]
+            keys = torch.cat([k for k, _ in known] + [k], dim=1)
+            values = torch.cat([v for _, v in known] + [v], dim=1)
+            here = torch.arange(first_frame, first_frame + self.settings.chunk_frames)
+            q = model.rotate(q, here, grid)
+            keys = model.rotate(keys, torch.cat([torch.tensor(past + local, dtype=torch.long), here]), grid)
+            parts = (part.transpose(1, 2) for part in (q, keys, values))
+            return F.scaled_dot_product_attention(*parts).transpose(1, 2)
+
+        frames = x.shape[2]
+        y = model(x, torch.full((1, frames), t), text, attend, world.coordinates(frames, SIZE, SIZE))
+        tokens = own[0][0].shape[1] // frames
+        kept = [
+            [(k[:, i * tokens : (i + 1) * tokens], v[:, i * tokens : (i + 1) * tokens]) for k, v in own]
+            for i in range(frames)
+        ]
+        return y, kept
+
+    @torch.no_grad()
+    def run(self, prompts: Sequence[str], noises: Sequence[Tensor]) -> list[Tensor]:
+        settings, size, done, previous = self.settings, self.settings.chunk_frames, [], None
+        for chunk, (prompt, x) in enumerate(zip(prompts, noises, strict=True)):
+            first_frame, past = chunk * size, self.past(chunk)
+            text = self.model.encode_text(embed_prompts([prompt]))
+            window_start = max(0, first_frame + size - settings.window_frames)
+            local = list(range(window_start, first_frame))
+            if settings.recache and previous not in (None, prompt):
+                for start in range(window_start, first_frame, size):
+                    clean = torch.stack([self.clean[start + i] for i in range(size)], dim=2)
+                    seen = list(range(window_start, start))
+                    _, kept = self.run_pass(clean, 0.0, text, start, past, seen)
+                    self.window.update({start + i: kept[i] for i in range(size)})
+            for i, sigma in enumerate(self.sampler.sigmas[:-1]):
+                y, _ = self.run_pass(x, 1000 * sigma, text, first_frame, past, local)
+                x = self.sampler.step(x, self.sampler.denoised(x, y, sigma), i)
+            _, kept = self.run_pass(x, 0.0, text, first_frame, past, local)
+            for i in range(size):
+                self.window[first_frame + i] = self.first[first_frame + i] = kept[i]
+                self.clean[first_frame + i] = x[:, :, i]
+            done.append(x)
+            previous = prompt
+        return done
+
+
+MODES = {
+    "none": {"memory": "none"},
+    "sink": {"memory": "sink"},
+    "full": {"memory": "full"},
+    "memflow": {"memory": "memflow", "top_k": EVERYTHING},
+    "memflow-window-9": {"memory": "memflow", "top_k": EVERYTHING, "window_frames": 9, "sink_frames": 1},
+    "full-window-9": {"memory": "full", "window_frames": 9, "sink_frames": 4},
+    "sink-window-9": {"memory": "sink", "window_frames": 9, "sink_frames": 5},
+    "no-recache": {"memory": "memflow", "top_k": EVERYTHING, "recache": False},
+    "host": {"memory": "memflow", "top_k": EVERYTHING, "device_frames": 4, "host_frames": 30, "relevance": "random"},
+    "window-is-chunk": {"memory": "full", "window_frames": 3},
+    "chunk-1": {"memory": "full", "chunk_frames": 1, "window_frames": 4, "sink_frames": 2},
+    "fewer-groups": {"memory": "memflow", "top_k": EVERYTHING, "query_group": 7, "bank_frames": 1, "sink_frames": 0},
+}
+
+
+@pytest.mark.parametrize("changes", MODES.values(), ids=MODES)
+def test_against_the_slow_stream(model, changes):
+    settings = settings_of(**changes)
+    prompts = chunk_prompts([STORY], 9, settings.chunk_frames)
+    streamer = Streamer(model, 1, settings, seed=5)
+    noises, got = [], []
+    for prompt in prompts:
+        noises.append(streamer._noise()[0])
+        got.append(streamer.next_chunk(prompt))
+    banks = [chunk.retrieved[0] for chunk in got] if settings.memory == "memflow" else ()
+    want = SlowStream(model, settings, banks).run([prompt for (prompt,) in prompts], noises)
+    torch.testing.assert_close(frames_of(got), torch.cat(want, dim=2), rtol=0, atol=2e-4)
+
+
+def test_memflow_with_everything_activated_is_full_memory(model):
+    prompts = chunk_prompts([STORY, OTHER], 12)
+    full = run(model, prompts, memory="full")
+    memflow = run(model, prompts, memory="memflow", bank_frames=20, top_k=EVERYTHING)
+    assert_same_video(memflow, full)
+    assert memflow[-1].candidates[0] == [0, 1, 2, *range(3, 42, 3)]
+
+
+def test_modes_agree_until_something_has_left_the_window_and_differ_afterwards(model):
+    prompts = chunk_prompts([STORY], 9)
+    videos = {memory: run(model, prompts, memory=memory) for memory in ("none", "sink", "memflow", "full")}
+    for memory, chunks in videos.items():
+        assert_same_video(chunks[:2], videos["none"][:2], tolerance=1e-5)
+        for other in videos:
+            if other != memory:
+                assert (frames_of(chunks[4:]) - frames_of(videos[other][4:])).abs().max() > 1e-2
+
+
+def test_same_seed_same_video(model):
+    prompts = chunk_prompts([STORY], 9)
+    first, again, other = (run(model, prompts, seed=seed) for seed in (4, 4, 5))
+    assert torch.equal(frames_of(first), frames_of(again))
+    assert first[-1].retrieved == again[-1].retrieved and first[-1].relevance == again[-1].relevance
+    assert (frames_of(first) - frames_of(other)).abs().max() > 0.1
+
+
+def test_noise_depends_on_seed_and_chunk_alone(model):
+    prompts = chunk_prompts([STORY], 3)
+    noises = {}
+    for memory in ("none", "memflow"):
+        streamer = Streamer(model, 1, settings_of(memory=memory, stochastic=memory == "none"), seed=1)
+        noises[memory] = []
+        for prompt in prompts:
+            noises[memory].append(streamer._noise()[0])
+            streamer.next_chunk(prompt)
+    assert torch.equal(torch.stack(noises["none"]), torch.stack(noises["memflow"]))
+    values = torch.stack(noises["none"]).flatten(1)
+    assert (torch.corrcoef(values) - torch.eye(len(values))).abs().max() < 0.15, "chunks have noise of their own"
+
+
+@pytest.mark.parametrize("stochastic", [False, True], ids=["euler", "stochastic"])
+@pytest.mark.parametrize("memory", ["memflow", "full"])
+def test_a_batch_of_two_is_two_runs(model, memory, stochastic):
+    """The stories switch at different chunks, retrieve different frames, and outgrow the device."""
+    sizes = {"device_frames": 5, "host_frames": 2} if memory == "memflow" else {}
+    changes = {"memory": memory, "stochastic": stochastic, "window_frames": 9, **sizes}
+    together = run(model, chunk_prompts([STORY, OTHER], 9), seed=7, **changes)
+    for story, prompts in enumerate((STORY, OTHER)):
+        alone = run(model, chunk_prompts([prompts], 9), seed=7 + story, **changes)
+        got = frames_of(together)[story : story + 1]
+        torch.testing.assert_close(got, frames_of(alone), rtol=0, atol=1e-4)
+        assert [chunk.retrieved[story] for chunk in together] == [chunk.retrieved[0] for chunk in alone]
+        for both, single in zip(together, alone, strict=True):
+            assert both.activation[story] == pytest.approx(single.activation[0])
+    retrieved = [chunk.retrieved for chunk in together]
+    assert memory == "full" or any(first != second for first, second in retrieved)
+    seeds = run(model, chunk_prompts([STORY, OTHER], 9), seed=[7, 8], **changes)
+    assert torch.equal(frames_of(seeds), frames_of(together))
+
+
+# -------------------------------------------------------------------------------------------------- switches, retrieval
+
+
+@pytest.mark.parametrize("score", ["linear", "softmax"])
+def test_a_switch_takes_effect_at_once(model, score):
+    """The first chunk after it retrieves by the new prompt, and sees the window's keys as the new text makes them."""
+    settings = settings_of(relevance=score, window_frames=9, bank_frames=2, redundancy=0.99)
+    streamer = Streamer(model, 1, settings)
+    for _ in range(9):
+        streamer.next_chunk([STORY[0]])
+    text = {prompt: model.encode_text(embed_prompts([prompt])) for prompt in (STORY[0], OTHER[2])}
+    candidates, policy = streamer.cache.candidates(), Relevance(2, score, 0.99)
+    two = torch.tensor([2], dtype=torch.int32)
+    choice = {prompt: policy.choose(candidates, [keys for keys, _ in layers], two) for prompt, layers in text.items()}
+    chunk = streamer.next_chunk([OTHER[2]])
+    assert chunk.retrieved == choice[OTHER[2]].frames
+    assert chunk.relevance[0] == pytest.approx(choice[OTHER[2]].scores[0], abs=1e-6)
+    assert choice[OTHER[2]].scores != choice[STORY[0]].scores
+
+
+def test_retrieval_by_two_prompts_differs(model):
+    """So that the test above means something: what is retrieved does depend on the prompt."""
+    streamer = Streamer(model, 1, settings_of())
+    for prompt in itertools.chain.from_iterable(chunk_prompts([STORY], 9)):
+        streamer.next_chunk([prompt])
+    candidates, two = streamer.cache.candidates(), torch.tensor([2], dtype=torch.int32)
+    places, characters = ("meadow", "desert", "sea", "night"), ("ball", "box", "star", "ring")
+    chosen = set()
+    for who, where in itertools.product(characters, places):
+        text = model.encode_text(embed_prompts([f"a {who} in the {where}"]))
+        chosen.add(tuple(Relevance(3).choose(candidates, [keys for keys, _ in text], two).frames[0]))
+    assert len(chosen) > 3
+
+
+def test_recached_window_equals_a_fresh_pass_under_the_new_text(model):
+    streamer = Streamer(model, 1, settings_of(memory="none"))
+    past = [streamer.next_chunk([STORY[0]]).frames for _ in range(5)][-1]
+    streamer.next_chunk([STORY[1]])
+    assert streamer.cache.window_frames() == list(range(12, 18))
+
+    fresh = []
+
+    def alone(layer, q, k, v):
+        q, k = (model.rotate(x, torch.arange(12, 15), (4, 4)) for x in (q, k))
+        fresh.append((k, v))
+        parts = (part.transpose(1, 2) for part in (q, k, v))
+        return F.scaled_dot_product_attention(*parts).transpose(1, 2)
+
+    text = model.encode_text(embed_prompts([STORY[1]]))
+    with torch.no_grad():
+        model(past, torch.zeros(1, 3), text, alone, world.coordinates(3, SIZE, SIZE))
+    streamer.cache.begin_chunk()  # opens the views; it will overwrite the re-cached chunk, but has not yet
+    for layer, (k, v) in enumerate(fresh):
+        for got, want in zip(streamer.cache.window(layer), (k, v), strict=True):
+            torch.testing.assert_close(got[:, : k.shape[1]], want, rtol=0, atol=1e-5)
+
+
+def test_padding_of_the_text_does_not_matter(model):
+    """Whether the encoder pads or the model does: same keys, same frames retrieved."""
+    prompts = chunk_prompts([STORY], 9)
+    plain = run(model, prompts)
+    padded = list(stream(model, prompts, settings_of(), encode=lambda p: F.pad(embed_prompts(p), (0, 0, 0, 2))))
+    assert torch.equal(frames_of(plain), frames_of(padded))
+    assert [chunk.relevance for chunk in plain] == [chunk.relevance for chunk in padded]
+
+
+def test_stories_with_texts_of_different_length(model):
+    """Each story's padding is its own: a batch whose second text is shorter is two single runs."""
+
+    def encode(prompts: Sequence[str]) -> Tensor:
+        embeddings = F.pad(embed_prompts(prompts), (0, 0, 0, 2))
+        for row, prompt in zip(embeddings, prompts, strict=True):
+            if prompt in STORY:
+                row[2:] = 0.5
+        return embeddings
+
+    together = list(stream(model, chunk_prompts([STORY, OTHER], 9), settings_of(), encode=encode))
+    for story, prompts in enumerate((STORY, OTHER)):
+        alone = list(stream(model, chunk_prompts([prompts], 9), settings_of(), story, encode=encode))
+        for both, single in zip(together, alone, strict=True):
+            assert both.retrieved[story] == single.retrieved[0]
+            assert both.relevance[story] == pytest.approx(single.relevance[0], abs=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- what is attended to
+
+
+@pytest.mark.parametrize("memory", ["none", "sink", "memflow", "full"])
+def test_every_pass_sees_every_frame_once(model, memory, monkeypatch):
+    """Absolute frames of all dense keys and of all candidates, pass by pass, over hundreds of chunks."""
+    settings = settings_of(memory=memory, steps=1, device_frames=6 if memory == "memflow" else 360, host_frames=400)
+    streamer = Streamer(model, 1, settings)
+    cache, layout = streamer.cache, streamer.cache.layout
+    counts = []
+
+    def spy(q, k, v, memory_k=None, memory_v=None, **arguments):
+        if memory_k is not None:
+            counts.append((k.shape[1] // layout.frame_tokens, arguments["memory_frames"].tolist()[0]))
+        else:
+            counts.append((k.shape[1] // layout.frame_tokens, 0))
+        return torch.zeros_like(q)
+
+    monkeypatch.setattr(stream_module, "memory_attention", spy)
+    chunks = 350  # frames up to 1050: no table of 1024 to run out of
+    for index in range(chunks):
+        counts.clear()
+        before = (cache.visible_sink(), cache.candidate_frames()[0])
+        chunk = streamer.next_chunk([STORY[index // 7 % 4]])
+        assert chunk.first_frame == 3 * index and torch.isfinite(chunk.frames).all()
+        sink, history = before
+        window = min(6, chunk.first_frame + 3)
+        bank = cache.layout.bank_frames and len(chunk.candidates[0])
+        dense = {"none": window, "sink": window + sink, "memflow": window, "full": window + sink + len(history)}[memory]
+        assert counts[-4:] == [(dense, bank)] * 4  # two passes of two layers
+        if len(counts) > 4:  # the window re-cached: one chunk of it
+            assert counts[:-4] == [(dense - 3, bank)] * 2
+        attended = chunk.candidates[0] + list(range(max(0, chunk.first_frame - 3), chunk.first_frame + 3))
+        assert len(set(attended)) == len(attended)
+        if memory == "memflow":
+            assert chunk.candidates[0] == [*range(sink), *sorted(chunk.retrieved[0])]
+            assert set(chunk.retrieved[0]) <= set(history) and len(chunk.retrieved[0]) == min(3, len(history))
+        else:
+            assert chunk.candidates == chunk.retrieved == chunk.activation == [[]]
+
+
+def test_activation_counts_the_blocks_of_the_clean_pass(model, monkeypatch):
+    seen = []
+
+    def spy(*arguments, **options):
+        seen.append(select(*arguments, **options))
+        return seen[-1]
+
+    select = stream_module.select_blocks
+    monkeypatch.setattr(stream_module, "select_blocks", spy)
+    for chunk in stream(model, chunk_prompts([STORY, OTHER], 9), settings_of(top_k=3, query_group=5)):
+        for story, frames in enumerate(chunk.candidates):
+            chosen = [int(block) for layer in seen for block in layer[story].flatten() if block >= 0]
+            assert len(chosen) == (2 * 2 * 10 * 3 if frames else 0)  # layers, heads, groups of 5 in 48 queries, top_k
+            shares = [sum(block // 4 == j for block in chosen) / len(chosen) for j in range(len(frames))]
+            assert chunk.activation[story] == pytest.approx(shares)
+        assert not seen or len(seen) == 2  # once per layer, in the clean pass alone
+        seen.clear()
+
+
+def allocated_bytes(streamer: Streamer, prompt: str) -> int:
+    """All that the CPU allocator hands out while one chunk is made, transient or not."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        streamer.next_chunk([prompt])
+    events = profile.profiler.kineto_results.events()
+    return sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+
+
+@pytest.mark.parametrize("memory", ["none", "sink", "memflow"])
+def test_a_chunk_allocates_nothing_in_proportion_to_the_cache(model, memory):
+    sizes = []
+    for device_frames in (10, 2000):
+        streamer = Streamer(model, 1, settings_of(memory=memory, device_frames=device_frames))
+        for _ in range(6):
+            streamer.next_chunk([STORY[0]])
+        sizes.append(allocated_bytes(streamer, STORY[0]))
+    assert sizes[0] > 0 and abs(sizes[1] - sizes[0]) < 0.01 * sizes[0], sizes
+
+
+# ------------------------------------------------------------------------------------------------------- use and misuse
+
+
+def test_chunks_come_as_they_are_made_from_prompts_without_end(model):
+    asked = []
+
+    def prompts():
+        for index in itertools.count():
+            asked.append(index)
+            yield [STORY[index % 2]]
+
+    chunks = stream(model, prompts(), settings_of())
+    assert [next(chunks).index for _ in range(3)] == [0, 1, 2]
+    assert asked == [0, 1, 2]
+    chunks.close()
+
+
+def test_runs_under_inference_mode_and_keeps_no_graph(model):
+    prompts = chunk_prompts([STORY], 9)
+    with torch.inference_mode():
+        inferred = run(model, prompts)
+    plain = run(model, prompts)
+    assert torch.equal(frames_of(inferred), frames_of(plain)) and not frames_of(plain).requires_grad
+    assert torch.is_grad_enabled()
+
+
+def test_half_precision_follows_float32(model):
+    half = CausalVideoModel(model.config).eval()
+    half.load_state_dict(model.state_dict())
+    prompts = chunk_prompts([STORY], 9)[:5]
+    got, want = run(half.bfloat16(), prompts, memory="full"), run(model, prompts, memory="full")
+    assert got[0].frames.dtype == torch.float32
+    assert (frames_of(got) - frames_of(want)).abs().mean() < 0.05 * frames_of(want).abs().mean()
+
+
+def test_chunk_prompts_round_switches_up_to_a_chunk():
+    assert chunk_prompts([["a", "b", "c"]], 4) == [("a",), ("a",), ("b",), ("c",)]
+    assert chunk_prompts([["a", "b"], ["c", "d"]], 3) == [("a", "c"), ("b", "d")]
+    assert len(chunk_prompts([STORY], 12)) == 16
+    for stories, frames, message in (
+        ([["a"], ["b", "c"]], 3, r"same number of prompts, at least 1, got \[1, 2\]"),
+        ([[]], 3, r"got \[0\]"),
+        ([], 3, r"got \[\]"),
+        ([["a"]], 0, "frames_per_prompt must be positive, got 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            chunk_prompts(stories, frames)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"memory": "all"}, "memory must be one of none, sink, memflow, full, got 'all'"),
+        ({"relevance": "cosine"}, "relevance must be one of linear, softmax, random, got 'cosine'"),
+        ({"window_frames": 7}, "window_frames must be a multiple of chunk_frames=3, got 7"),
+        ({"steps": 0}, "steps must be positive, got 0"),
+        ({"shift": -1.0}, "shift must be positive, got -1.0"),
+        ({"top_k": 0}, "top_k must be positive, got 0"),
+        ({"query_group": 0}, "query_group must be positive or None"),
+        ({"redundancy": 2.0}, "redundancy is a cosine"),
+        ({"device_frames": 2}, "device_frames must hold the bank"),
+        ({"block_size": 0}, "block_size must be positive, got 0"),
+    ],
+    ids=str,
+)
+def test_impossible_settings_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        settings_of(**changes)
+
+
+def test_what_cannot_work_is_said_before_the_first_chunk(model):
+    with pytest.raises(ValueError, match="20 chunks need device_frames >= 19, got 10"):
+        stream(model, [["a ball in the sea"]] * 20, settings_of(memory="full", device_frames=10))
+    for prompts in ("a ball in the sea", ["a ball in the sea"], [[]], [[3]]):
+        with pytest.raises(TypeError, match="prompts"):
+            next(stream(model, prompts, settings_of()))
+    with pytest.raises(ValueError, match="does not divide into 4 x 4 patches"):
+        next(stream(model, [[STORY[0]]], settings_of(width=18)))
+    for seed in (-1, [1, 2]):
+        with pytest.raises(ValueError, match="seed must be"):
+            Streamer(model, 1, settings_of(), seed)
+
+
+def test_a_bad_prompt_in_mid_stream_loses_nothing(model):
+    streamer = Streamer(model, 1, settings_of(), seed=2)
+    first = streamer.next_chunk([STORY[0]])
+    with pytest.raises(ValueError, match="unknown word 'dragon'"):
+        streamer.next_chunk(["a dragon in the sea"])
+    with pytest.raises(ValueError, match="takes 1 prompts, one per story, got 2"):
+        streamer.next_chunk([STORY[0], STORY[1]])
+    second = streamer.next_chunk([STORY[0]])
+    assert_same_video([first, second], run(model, [[STORY[0]]] * 2, seed=2), tolerance=0)
