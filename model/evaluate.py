@@ -11,7 +11,6 @@ character absent in either is a miss. By chance one return in six matches. Memor
 import argparse
 import json
 import math
-import platform
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -21,8 +20,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from memflow_ops.environment import ROOT, environment
 from memflow_ops.model import world
-from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint
+from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint, write_atomically
 from memflow_ops.model.stream import Chunk, MemoryMode, StreamSettings, chunk_prompts, stream
 from memflow_ops.model.text import CHARACTERS, EMPTY, PLACES, parse_prompt
 from memflow_ops.model.transformer import CausalVideoModel
@@ -185,6 +185,41 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
+def report(
+    weights: Path = TOY_WEIGHTS,
+    *,
+    stories: int = 96,
+    seed: int = 10_000,
+    fillers: int = 2,
+    memory: Sequence[MemoryMode] = MODES,
+    settings: StreamSettings | None = None,
+    out: Path | None = None,
+) -> None:
+    """Judges every given memory mode as `evaluate` does, prints the table and writes it as JSON to `out`.
+
+    out: None is bench/results/toy-cpu.json in a checkout, and no file where the package is installed elsewhere.
+    """
+    settings = settings or StreamSettings()
+    model = load_checkpoint(weights)
+    rows = [
+        evaluate(model, stories=stories, memory=mode, seed=seed, fillers=fillers, settings=settings) for mode in memory
+    ]
+    print(table(rows))
+    results = {
+        "command": "memflow evaluate",
+        **environment(torch.device("cpu")),
+        "seed": seed,
+        "gap_frames": fillers * FRAMES_PER_PROMPT,
+        "settings": asdict(settings),
+        "rows": [asdict(row) for row in rows],
+    }
+    if out is None and (ROOT / "setup.py").is_file():
+        out = ROOT / "bench" / "results" / "toy-cpu.json"
+    if out is not None:
+        write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+        print(f"written to {out}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Judge held-out stories of the toy world under every kind of memory.")
     parser.add_argument("--weights", type=Path, default=TOY_WEIGHTS)
@@ -194,39 +229,17 @@ def main() -> None:
     parser.add_argument("--memory", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--steps", type=int, default=StreamSettings.steps, help="the sampler's passes per chunk")
     parser.add_argument("--query-group", type=int, default=StreamSettings.query_group)
-    parser.add_argument("--out", type=Path, help="default: bench/results/toy-<device>.json in the checkout")
+    parser.add_argument("--out", type=Path, help="default: bench/results/toy-cpu.json in the checkout")
     arguments = parser.parse_args()
-
-    settings = StreamSettings(steps=arguments.steps, query_group=arguments.query_group)
-    model = load_checkpoint(arguments.weights)
-    rows = []
-    for memory in arguments.memory:
-        rows.append(
-            evaluate(
-                model,
-                stories=arguments.stories,
-                memory=memory,
-                seed=arguments.seed,
-                fillers=arguments.fillers,
-                settings=settings,
-            )
-        )
-    print(table(rows))
-    results = {
-        "command": "python -m memflow_ops.model.evaluate",
-        "device": "cpu",
-        "machine": platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "seed": arguments.seed,
-        "gap_frames": arguments.fillers * FRAMES_PER_PROMPT,
-        "settings": asdict(settings),
-        "rows": [asdict(row) for row in rows],
-    }
-    out = arguments.out or Path(__file__).resolve().parents[1] / "bench" / "results" / "toy-cpu.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {out}")
+    report(
+        arguments.weights,
+        stories=arguments.stories,
+        seed=arguments.seed,
+        fillers=arguments.fillers,
+        memory=arguments.memory,
+        settings=StreamSettings(steps=arguments.steps, query_group=arguments.query_group),
+        out=arguments.out,
+    )
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""What a figure depends on besides the code: device, versions, commit; and what this machine can run."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import re
+import subprocess
+from datetime import date
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+import memflow_ops
+
+ROOT = Path(__file__).resolve().parents[1]
+"""The checkout, where there is one; else the folder that the package is installed in."""
+
+
+def pick_device(name: str) -> torch.device:
+    """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N; a ValueError for what is not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
+    if not found:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}")
+    if name != "cpu" and int(found[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"there is no device {name!r} here: torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device(name)
+
+
+def device_name(device: torch.device) -> str:
+    """What the device calls itself; a CPU with the threads that torch uses of it."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", about.read_text()) if about.is_file() else None
+    name = found[1] if found else platform.processor() or platform.machine()
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def commit() -> str | None:
+    """The checkout's commit, marked where the tree has changes; None where this is no checkout."""
+    if not (ROOT / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() or None
+
+
+def version(distribution: str) -> str | None:
+    """The installed version of a distribution; None where it is not installed."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def environment(device: torch.device) -> dict[str, object]:
+    """The head of every result file, as JSON takes it."""
+    return {
+        "device": device_name(device),
+        "date": date.today().isoformat(),
+        "commit": commit(),
+        "memflow_ops": memflow_ops.__version__,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+    }
+
+
+def implementations() -> dict[str, str]:
+    """Every implementation of the ops -> "" where it runs here, else why it does not."""
+    return {"reference": "", "torch": "", "triton": _why_no_triton()}
+
+
+def _why_no_triton() -> str:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install triton)"
+    from triton import knobs
+
+    if not torch.cuda.is_available() and not knobs.runtime.interpret:
+        return "no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on a CPU, for tests"
+    return ""
+
+
+def dense_backends() -> dict[str, str]:
+    """Everything that attends to the local window -> "" where it runs here, else why it does not."""
+    kernel = _why_no_triton() or ("" if torch.cuda.is_available() else "no CUDA device")
+    return {"torch's flash attention for CPUs": "", "our Triton kernel": kernel}
