@@ -149,8 +149,13 @@ def test_against_the_slow_stream(model, changes):
         noises.append(streamer._noise()[0])
         got.append(streamer.next_chunk(prompt))
     banks = [chunk.retrieved[0] for chunk in got] if settings.memory == "memflow" else ()
-    want = SlowStream(model, settings, banks).run([prompt for (prompt,) in prompts], noises)
+    slow = SlowStream(model, settings, banks)
+    want = slow.run([prompt for (prompt,) in prompts], noises)
     torch.testing.assert_close(frames_of(got), torch.cat(want, dim=2), rtol=0, atol=2e-4)
+    candidates = streamer.cache.candidates()
+    for row, frame in enumerate(candidates.frames[0]):  # what retrieval compares: keys before RoPE
+        for layer, (k, _) in enumerate(slow.first[frame]):
+            torch.testing.assert_close(candidates.means[layer, 0, row, 0], k[0].mean(0), rtol=0, atol=2e-4)
 
 
 def test_memflow_with_everything_activated_is_full_memory(model):
