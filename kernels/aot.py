@@ -8,7 +8,7 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ class Machine:
     stack_bytes: int
     shared_bytes: int
     opcodes: Counter[str]
-    ptx: str
+    ptx: str = field(repr=False)
 
     @property
     def spills(self) -> int:

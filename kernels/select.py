@@ -166,7 +166,7 @@ def plan_select(
     top_k = min(top_k, frames * blocks_per_frame)
     indices = torch.empty((batch, heads, groups, top_k), dtype=torch.int32, device=q.device)
     # 64 rows of half precision would become TF32 tensor-core products on sm_100, whatever the precision asked for.
-    rows = 32 if groups >= 1024 else 16
+    rows, warps = (32, 8) if groups >= 1024 else (16, 4)
     arguments = dict(
         queries=q,
         descriptors=descriptors,
@@ -190,7 +190,7 @@ def plan_select(
         DIM_TILE=16,
     )
     grid = (triton.cdiv(groups, rows) if top_k else 0, heads, batch)
-    launches.append(Launch(select_kernel, grid, arguments, dict(num_warps=4, num_stages=2)))
+    launches.append(Launch(select_kernel, grid, arguments, dict(num_warps=warps, num_stages=2)))
     return launches, indices
 
 
