@@ -10,7 +10,7 @@ IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 
 
 def check_tensor(name: str, x: object, dims: str, like: Tensor | None = None) -> None:
-    """`x` is a floating tensor with one dimension per word of `dims`, a contiguous last one, and `like`'s dtype and device."""
+    """A floating tensor with a dimension per word of `dims`, the last contiguous, of `like`'s dtype and device."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor ({dims.replace(' ', ', ')}), got {type(x).__name__}")
     words = dims.split()

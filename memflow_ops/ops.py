@@ -20,7 +20,7 @@ _MODULES = {
 
 
 def resolve(impl: str, x: Tensor, *, differentiable: bool = False) -> str:
-    """The implementation that `auto` stands for: `triton` for CUDA inference, else `torch` (it alone has a backward)."""
+    """What `auto` stands for: `triton` on CUDA where no gradient is needed, else `torch`, which has a backward."""
     if impl == "triton" and differentiable:
         raise NotImplementedError(
             "impl='triton' has no backward yet: use impl='torch', or call it under torch.no_grad()"

@@ -11,6 +11,7 @@ Any floating dtype and device; float64 in, float64 throughout: the oracle of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -59,7 +60,10 @@ def select_blocks(
 
 def rank(scores: Tensor) -> list[int]:
     """Indices from best to worst: NaN last, equal scores (-0 equals +0) by index."""
-    return sorted(range(len(scores)), key=lambda j, s=scores.tolist(): (s[j] != s[j], -s[j] if s[j] == s[j] else 0, j))
+    values = scores.tolist()
+    return sorted(
+        range(len(values)), key=lambda j: (math.isnan(values[j]), 0 if math.isnan(values[j]) else -values[j], j)
+    )
 
 
 def slot_table(memory_slots: Tensor | None, batch: int, frames: int) -> list[list[int]]:

@@ -40,7 +40,9 @@ def select_blocks(
     blocks_per_frame: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """The `top_k` most relevant blocks of the bank for every query group (activation; SMA in MemFlow, arXiv 2512.14699).
+    """The `top_k` most relevant blocks of the bank for every query group.
+
+    This is activation, SMA in MemFlow (arXiv 2512.14699), at the granularity of blocks and query groups.
 
     A group's descriptor is the float32 mean of its queries; a block's score is the dot product of the two
     descriptors, accumulated in float32. Equal scores go to the lower block, -0 equals +0, NaN ranks last.

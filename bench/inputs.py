@@ -1,0 +1,48 @@
+"""Seeded inputs for benchmarks: keys and queries whose neighbours agree, as in a video, and unrelated ones."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# Tokens from one knot of the random curves to the next: neighbours within it agree.
+_KNOT_TOKENS = 64
+# Directions that the curves move in; real keys have few.
+_DIRECTIONS = 12
+# Share of the variance that is the curve's, the rest is noise of each token.
+_SHARED = 0.7
+
+
+def random_tokens(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Independent normal values (B, L, H, D)."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(batch, tokens, heads, head_dim, generator=generator).to(dtype)
+
+
+def correlated_tokens(batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int) -> Tensor:
+    """Unit-variance values (B, L, H, D) that follow a smooth random curve in few directions, plus noise.
+
+    The directions of a head are the same for every seed, so queries and keys of different seeds have much to do with
+    one another, and neighbouring queries with the same keys.
+    """
+    shared = torch.Generator().manual_seed(0)
+    basis = torch.randn(heads, _DIRECTIONS, head_dim, generator=shared) / _DIRECTIONS**0.5
+    generator = torch.Generator().manual_seed(seed)
+    knots = torch.randn(batch, heads * _DIRECTIONS, -(-tokens // _KNOT_TOKENS) + 1, generator=generator)
+    curve = functional.interpolate(knots, size=tokens, mode="linear", align_corners=True)
+    smooth = torch.einsum("bhrl,hrd->blhd", curve.unflatten(1, (heads, -1)), basis)
+    noise = torch.randn(smooth.shape, generator=generator)
+    return (_SHARED**0.5 * smooth / smooth.std() + (1 - _SHARED) ** 0.5 * noise).to(dtype)
+
+
+def union_size(indices: Tensor, tile: int) -> float:
+    """Distinct blocks that `tile` consecutive query groups of a head choose between them, on average."""
+    batch, heads, groups, _ = indices.shape
+    sizes = [
+        len(set(indices[b, h, g : g + tile].flatten().tolist()) - {-1})
+        for b in range(batch)
+        for h in range(heads)
+        for g in range(0, groups, tile)
+    ]
+    return sum(sizes) / len(sizes)

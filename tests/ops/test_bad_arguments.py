@@ -1,0 +1,121 @@
+"""Every bad argument that the host can see is refused before anything runs, with what was got and what is expected."""
+
+import pytest
+import torch
+
+import memflow_ops as ops
+
+
+def valid(**changes):
+    """Arguments of memory_attention that work; `changes` breaks them."""
+    make = lambda tokens, heads=2: torch.randn(2, tokens, heads, 8)  # noqa: E731
+    good = dict(q=make(6, 4), k=make(5), v=make(5), memory_k=make(12), memory_v=make(12), frame_tokens=6, block_size=4)
+    return {**good, **changes}
+
+
+X = torch.randn
+INT = lambda *shape: torch.zeros(shape, dtype=torch.int32)  # noqa: E731
+
+BAD = {
+    "q-not-a-tensor": (dict(q=[1.0]), TypeError, "q must be a tensor.*got list"),
+    "q-three-dims": (dict(q=X(6, 4, 8)), ValueError, r"q must have 4 dimensions.*\(6, 4, 8\)"),
+    "q-empty": (dict(q=X(2, 0, 4, 8)), ValueError, "q must not be empty"),
+    "q-integers": (dict(q=torch.ones(2, 6, 4, 8, dtype=torch.int32)), TypeError, "q must be float16.*int32"),
+    "k-dtype": (dict(k=X(2, 5, 2, 8).half()), TypeError, "k must have the dtype of q, torch.float32, got .*16"),
+    "k-batch": (dict(k=X(3, 5, 2, 8), v=X(3, 5, 2, 8)), ValueError, "k must have the batch size of q, 2, got 3"),
+    "k-head-size": (dict(k=X(2, 5, 2, 4), v=X(2, 5, 2, 4)), ValueError, "k must have the head size of q, 8, got 4"),
+    "k-heads": (dict(k=X(2, 5, 3, 8), v=X(2, 5, 3, 8)), ValueError, "4 heads of q must be a multiple.*got 3"),
+    "k-strides": (dict(k=X(2, 5, 8, 2).mT), ValueError, "k must be contiguous in its last dimension"),
+    "k-device": (dict(k=X(2, 5, 2, 8, device="meta")), ValueError, "k must be on the device of q, cpu, got meta"),
+    "v-shape": (dict(v=X(2, 4, 2, 8)), ValueError, r"v must have shape \(2, 5, 2, 8\), got \(2, 4, 2, 8\)"),
+    "no-memory-v": (dict(memory_v=None), ValueError, "memory_k and memory_v must be given together"),
+    "memory-heads": (dict(memory_k=X(2, 12, 4, 8), memory_v=X(2, 12, 4, 8)), ValueError, "heads of k, 2, got 4"),
+    "memory-dtype": (dict(memory_v=X(2, 12, 2, 8).double()), TypeError, "memory_v must have the dtype of q"),
+    "frames-not-whole": (dict(frame_tokens=5), ValueError, "memory_k must hold whole frames of 5 .*got 12 tokens"),
+    "frame-tokens-zero": (dict(frame_tokens=0), ValueError, "frame_tokens must be at least 1, got 0"),
+    "block-size-zero": (dict(block_size=0), ValueError, "block_size must be at least 1, got 0"),
+    "block-size-float": (dict(block_size=4.0), TypeError, "block_size must be an int, got float"),
+    "top-k-negative": (dict(top_k=-1), ValueError, "top_k must be at least 1, got -1"),
+    "top-k-bool": (dict(top_k=True), TypeError, "top_k must be an int, got bool"),
+    "group-zero": (dict(query_group=0), ValueError, "query_group must be at least 1, got 0"),
+    "scale-text": (dict(softmax_scale="1"), TypeError, "softmax_scale must be a number, got str"),
+    "impl": (dict(impl="cuda"), ValueError, "impl must be one of auto, reference, torch, triton, got 'cuda'"),
+    "descriptors-count": (dict(memory_descriptors=X(2, 3, 2, 8)), ValueError, r"_descriptors must have shape \(2, 4"),
+    "descriptors-dtype": (dict(memory_descriptors=X(2, 4, 2, 8).half()), TypeError, "_descriptors must have the dtype"),
+    "frames-dtype": (dict(memory_frames=torch.zeros(2)), TypeError, "memory_frames must be int32, got torch.float32"),
+    "frames-shape": (dict(memory_frames=INT(3)), ValueError, r"memory_frames must have shape \(2\), got \(3,\)"),
+    "frames-list": (dict(memory_frames=[1, 2]), TypeError, "memory_frames must be an int32 tensor"),
+    "slots-shape": (dict(memory_slots=INT(2)), ValueError, r"memory_slots must have shape \(2, any\)"),
+    "slots-dtype": (dict(memory_slots=INT(2, 2).long()), TypeError, "memory_slots must be int32"),
+    "slots-without-bank": (
+        dict(memory_k=None, memory_v=None, memory_slots=INT(2, 1)), ValueError, "without memory_k and memory_v",
+    ),
+    "slots-of-nothing": (
+        dict(memory_k=X(2, 0, 2, 8), memory_v=X(2, 0, 2, 8), memory_slots=INT(2, 1)), ValueError, "holds none",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_memory_attention_refuses(name, monkeypatch):
+    changes, error, message = BAD[name]
+    monkeypatch.setattr("memflow_ops.ops.memory_attention", lambda *_: pytest.fail("the op ran"))
+    with pytest.raises(error, match=message):
+        ops.memory_attention(**valid(**changes))
+
+
+def test_memory_attention_accepts_what_is_valid():
+    assert ops.memory_attention(**valid()).shape == (2, 6, 4, 8)
+    assert ops.memory_attention(**valid(memory_k=X(2, 0, 2, 8), memory_v=X(2, 0, 2, 8))).shape == (2, 6, 4, 8)
+
+
+Q, K = X(2, 6, 4, 8), X(2, 12, 2, 8)
+OUT, LSE = X(2, 6, 4, 8), X(2, 4, 6)
+
+
+def resumed(state):
+    return ops.attend_selected(Q, K, K, INT(2, 4, 2, 2), block_size=4, query_group=3, resume=state)
+
+
+OTHERS = {
+    "describe-block-size": (lambda: ops.describe_blocks(K, -4), ValueError, "block_size must be at least 1, got -4"),
+    "describe-frames": (lambda: ops.describe_blocks(K, 4, 5), ValueError, "whole frames of 5 tokens"),
+    "select-blocks-per-frame": (
+        lambda: ops.select_blocks(Q, K, 2, blocks_per_frame=5), ValueError, "whole frames of 5 blocks, got 12",
+    ),
+    "select-top-k": (lambda: ops.select_blocks(Q, K, 0), ValueError, "top_k must be at least 1"),
+    "select-heads": (lambda: ops.select_blocks(Q, X(2, 12, 3, 8), 2), ValueError, "multiple"),
+    "attend-indices-shape": (
+        lambda: ops.attend_selected(Q, K, K, INT(2, 4, 3, 2), block_size=4, query_group=3), ValueError,
+        r"indices must have shape \(2, 4, 2, any\), got \(2, 4, 3, 2\)",
+    ),
+    "attend-indices-dtype": (
+        lambda: ops.attend_selected(Q, K, K, INT(2, 4, 2, 2).long(), block_size=4, query_group=3), TypeError, "int32",
+    ),
+    "attend-resume-shape": (
+        lambda: resumed((OUT[:, 1:], LSE[..., 1:])),
+        ValueError, "resume's out must have shape",
+    ),
+    "attend-resume-lse-dtype": (
+        lambda: resumed((OUT, LSE.half())),
+        TypeError, "LSE of resume must be a torch.float32 tensor, got torch.float16",
+    ),
+    "merge-lse-shape": (
+        lambda: ops.merge_states(OUT, LSE.transpose(1, 2), OUT, LSE), ValueError, r"LSE of a must have .* \(2, 4, 6\)",
+    ),
+    "merge-shapes": (lambda: ops.merge_states(OUT, LSE, OUT[:1], LSE[:1]), ValueError, "out_b must have shape"),
+    "relevance-score": (
+        lambda: ops.frame_relevance(Q, K.unsqueeze(1), score="cosine"), ValueError, "one of linear, softmax",
+    ),
+    "relevance-dims": (lambda: ops.frame_relevance(Q, K), ValueError, "frame_keys must have 5 dimensions"),
+    "relevance-lengths": (
+        lambda: ops.frame_relevance(Q, K.unsqueeze(1), block_lengths=[3]), ValueError, "the 12 blocks of a frame, got 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_the_other_ops_refuse(name):
+    call, error, message = OTHERS[name]
+    with pytest.raises(error, match=message):
+        call()
