@@ -279,6 +279,7 @@ class Streamer:
         self.cache.commit()
         self._past.append(x)
         self._chunks += 1
+        # The one read of this chunk besides retrieval's: the report.
         shares = (selected / selected.sum(1, keepdim=True).clamp(min=1)).tolist()
         activation = [of[: len(frames)] for of, frames in zip(shares, candidates, strict=True)]
         return Chunk(
