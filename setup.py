@@ -1,4 +1,4 @@
-"""Packaging. The packages are listed by name because kernels/, model/ and bench/ live at the root (see CONTRIBUTING)."""
+"""Packaging; the packages are listed by name because kernels/, model/ and bench/ live at the root."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from setuptools import setup
 for link in ("kernels", "model", "bench"):
     if not (Path(__file__).parent / "memflow_ops" / link).is_dir():
         raise SystemExit(
-            f"memflow_ops/{link} must be a symbolic link to ../{link}, and it is not. On a file system without symbolic "
+            f"memflow_ops/{link} must be a symbolic link to ../{link}, and is not. On a file system without symbolic "
             f"links copy the folder there, or check out again with: git config core.symlinks true && git checkout ."
         )
 

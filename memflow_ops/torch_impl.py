@@ -153,32 +153,37 @@ class _Bank:
         return (start + inside).flatten(2), (offsets >= length).flatten(2)
 
     def rows(self, tokens: Tensor, tiles: tuple[slice, slice], rows: _Rows) -> Tensor:
-        """Row of every token: [tiles, K * block]."""
+        """Row of every token [r, g, K * block]."""
         heads = self.b[tiles[0]] * rows.batch_step + self.h[tiles[0]] * rows.head_step
-        return (tokens * rows.token_step + heads).flatten(0, 1)
+        return tokens * rows.token_step + heads
 
-    def gather(self, tokens: Tensor, tiles: tuple[slice, slice], count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Keys and values [count, K * block, D] of `count` of the tiles at a time, in buffers that are used again."""
+    def gather(
+        self, tokens: Tensor, tiles: tuple[slice, slice], count: int
+    ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+        """Keys and values [r, g, K * block, D] of about `count` of the tiles at a time, in buffers used again."""
         rows_k = self.rows(tokens, tiles, self.k)
         rows_v = rows_k if self.v.strides == self.k.strides else self.rows(tokens, tiles, self.v)
-        total, keys = rows_k.shape
-        shape = (min(count, total) * keys, self.k.table.shape[1])
-        buffers = [torch.empty(shape, dtype=x.table.dtype, device=self.device) for x in (self.k, self.v)]
-        words = [_words(x) for x in (self.k.table, self.v.table, *buffers)]
-        for i in range(0, total, count):
-            part = slice(i, min(i + count, total))
-            n = (part.stop - i) * keys
-            torch.index_select(words[0], 0, rows_k[part].view(-1), out=words[2][:n])
-            torch.index_select(words[1], 0, rows_v[part].view(-1), out=words[3][:n])
-            yield part, *(x[:n].view(-1, keys, shape[1]) for x in buffers)
+        keys, size = tokens.shape[2], self.k.table.shape[1]
+        sources = [(_Gather(x.table, min(count, tokens.shape[:2].numel()) * keys)) for x in (self.k, self.v)]
+        for part in _walk(*tokens.shape[:2], count):
+            k, v = (source(rows[part].reshape(-1)) for source, rows in zip(sources, (rows_k, rows_v), strict=True))
+            shape = (*rows_k[part].shape[:2], keys, size)
+            yield part, k.view(shape), v.view(shape)
 
 
-def _words(x: Tensor) -> Tensor:
-    """The same rows as 8-byte words where they divide: a gather of half-precision rows is then a third faster."""
-    per_word = 8 // x.element_size()
-    if x.is_cuda or any(n % per_word for n in (x.shape[-1], x.stride(0), x.storage_offset())):
-        return x
-    return x.view(torch.int64)
+class _Gather:
+    """Rows of a table into a buffer of up to `count` rows, which is used again."""
+
+    def __init__(self, table: Tensor, count: int):
+        self.buffer = torch.empty((count, table.shape[1]), dtype=table.dtype, device=table.device)
+        per_word = 8 // table.element_size()
+        # as 8-byte words, where the rows divide, gathering half precisions is a third faster
+        whole = all(n % per_word == 0 for n in (table.shape[1], table.stride(0), table.storage_offset()))
+        self.source, self.target = (x.view(torch.int64) if whole else x for x in (table, self.buffer))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        torch.index_select(self.source, 0, rows, out=self.target[: len(rows)])
+        return self.buffer[: len(rows)]
 
 
 def _walk(rows: int, groups: int, tiles: int) -> Iterator[tuple[slice, slice]]:
@@ -274,25 +279,22 @@ def _add_bank(q: Tensor, bank: _Bank, scale: float, out: Tensor, lse: Tensor) ->
     keys = bank.start.shape[2] * bank.block
     # a tile per thread at least
     count = max(torch.get_num_threads(), _GATHER_BYTES // (2 * keys * q.shape[-1] * q.element_size()))
-    for tiles in _walk(*q.shape[:2], max(count, _PLANNED_KEYS // keys)):
-        tokens, masked = bank.tokens(tiles)
+    for planned in _walk(*q.shape[:2], max(count, _PLANNED_KEYS // keys)):
+        tokens, masked = bank.tokens(planned)
         bias = None
         if masked is not None:
             bias = torch.zeros(masked.shape, dtype=q.dtype, device=q.device).masked_fill_(masked, -torch.inf)
-            bias = bias.view(1, -1, 1, keys)
-        queries = q[tiles].flatten(0, 1).unsqueeze(0)
-        parts = [
-            _attention(queries[:, i], k.unsqueeze(0), v.unsqueeze(0), scale, None if bias is None else bias[:, i])
-            for i, k, v in bank.gather(tokens, tiles, count)
-        ]
-        part = torch.cat([x for x, _ in parts], 1).view(q[tiles].shape)
-        part_lse = torch.cat([x for _, x in parts], 1).view(lse[tiles].shape)
-        if bank.ragged:
-            part.masked_fill_(bank.empty[tiles][..., None, None], 0.0)
-            part_lse.masked_fill_(bank.empty[tiles].unsqueeze(-1), -torch.inf)
-        weight = torch.sigmoid(part_lse - lse[tiles]).nan_to_num_(0.0).unsqueeze(-1)
-        out[tiles].lerp_(part, weight.to(out.dtype))
-        lse[tiles] = torch.logaddexp(lse[tiles], part_lse)
+        inputs = q[planned], out[planned], lse[planned], bank.empty[planned]
+        for tiles, k, v in bank.gather(tokens, planned, count):
+            q_tiles, out_tiles, lse_tiles, empty = (x[tiles] for x in inputs)
+            part, part_lse = _attention(q_tiles, k, v, scale, None if bias is None else bias[tiles].unsqueeze(2))
+            if bank.ragged:
+                part.masked_fill_(empty[..., None, None], 0.0)
+                part_lse.masked_fill_(empty.unsqueeze(-1), -torch.inf)
+            # the part's share of the softmax; 0 / 0 where neither has a key
+            weight = torch.sigmoid(part_lse - lse_tiles).nan_to_num_(0.0)
+            out_tiles.lerp_(part, weight.to(out.dtype).unsqueeze(-1))
+            lse_tiles.copy_(torch.logaddexp(lse_tiles, part_lse))
 
 
 def attend_backward(
@@ -378,15 +380,14 @@ def _bank_backward(
     grad_q = torch.empty(q.shape, dtype=wide, device=q.device)
     for tiles in _walk(*q.shape[:2], count):
         tokens, masked = bank.tokens(tiles)
-        inputs = [x[tiles].flatten(0, 1).to(wide) for x in (q, grad_out, lse, delta)]
-        ((_, k, v),) = bank.gather(tokens, tiles, tokens.numel() // keys)
-        masked = None if masked is None else masked.flatten(0, 1)
+        ((_, k, v),) = bank.gather(tokens, tiles, tokens.shape[:2].numel())
+        inputs = (x[tiles].to(wide) for x in (q, grad_out, lse, delta))
         dq, dk, dv = _tile_backward(*inputs, k.to(wide), v.to(wide), scale, masked)
         if bank.ragged:
-            empty = bank.empty[tiles].view(-1, 1, 1)
+            empty = bank.empty[tiles][..., None, None]
             dq, dk, dv = (x.masked_fill_(empty, 0.0) for x in (dq, dk, dv))
-        grad_q[tiles] = dq.view(grad_q[tiles].shape)
+        grad_q[tiles] = dq
         rows = bank.rows(tokens, tiles, grad_rows).flatten()
-        grad_k.view(-1, q.shape[-1]).index_add_(0, rows, dk.flatten(0, 1))
-        grad_v.view(-1, q.shape[-1]).index_add_(0, rows, dv.flatten(0, 1))
+        grad_k.view(-1, q.shape[-1]).index_add_(0, rows, dk.flatten(0, 2))
+        grad_v.view(-1, q.shape[-1]).index_add_(0, rows, dv.flatten(0, 2))
     return grad_q

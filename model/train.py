@@ -61,9 +61,10 @@ class Stage:
 
 
 STAGES = (
-    Stage(steps=900, size=16, batch=12, shift=4.0, foreground=3.0),
-    Stage(steps=1600, size=16, batch=12, shift=4.0),
-    Stage(steps=600, size=32, batch=8, shift=7.0),
+    Stage(steps=400, size=16, batch=12, shift=4.0, foreground=3.0),
+    Stage(steps=500, size=16, batch=12, shift=4.0),
+    Stage(steps=400, size=32, batch=6, shift=7.0, foreground=1.0),
+    Stage(steps=1200, size=32, batch=6, shift=7.0),
 )
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 
@@ -79,7 +80,7 @@ class Settings:
     context_noise: float = 0.3
     """Clean chunks get noise of up to this level (times u^2, u uniform): a stream's own past is never perfect."""
     relevance_weight: float = 0.1
-    recached_share: float = 0.35
+    recached_share: float = 0.5
     """Share of the prompt switches at which the clean stream's last chunk already carries the new prompt."""
     dense_share: float = 0.3
     """Share of steps that attend to all of memory instead of the top k blocks."""

@@ -31,7 +31,12 @@ class Case:
         return {name: getattr(self, name) for name in ("q", "k", "v", "memory_k", "memory_v")}
 
     def to(self, dtype: torch.dtype) -> Case:
-        return replace(self, **{n: None if x is None else x.to(dtype) for n, x in self.tensors().items()})
+        """The same values and strides in another dtype."""
+
+        def convert(x: Tensor) -> Tensor:
+            return torch.empty_strided(x.shape, x.stride(), dtype=dtype).copy_(x)
+
+        return replace(self, **{n: None if x is None else convert(x) for n, x in self.tensors().items()})
 
     def requires_grad(self) -> list[Tensor]:
         """Make leaves of the inputs that there are."""
@@ -94,7 +99,7 @@ def cases(draw, integers: bool = False) -> Case:
 
 
 def visible(case: Case, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """All keys and values (B, H, L, D) in a row, and the dense mask (B, H, Lq, L) of which are attended to how often."""
+    """All keys and values (B, H, L, D) in a row, and how often each query attends to each (B, H, Lq, L)."""
     batch, queries, heads, _ = case.q.shape
     repeat = heads // case.k.shape[2]
     keys, values, masks = [case.k], [case.v], [torch.ones(batch, heads, queries, case.k.shape[1], dtype=torch.int64)]

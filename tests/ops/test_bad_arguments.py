@@ -109,7 +109,7 @@ OTHERS = {
     ),
     "relevance-dims": (lambda: ops.frame_relevance(Q, K), ValueError, "frame_keys must have 5 dimensions"),
     "relevance-lengths": (
-        lambda: ops.frame_relevance(Q, K.unsqueeze(1), block_lengths=[3]), ValueError, "the 12 blocks of a frame, got 1",
+        lambda: ops.frame_relevance(Q, K.unsqueeze(1), block_lengths=[3]), ValueError, "the 12 blocks of a frame",
     ),
 }  # fmt: skip
 

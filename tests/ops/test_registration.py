@@ -115,7 +115,7 @@ def test_auto_is_torch_on_a_cpu():
 
 
 def test_torch_holds_little_more_than_what_it_gathers():
-    """No dense mask, and at most three times the gathered keys and values; here a mask would be 20 MiB."""
+    """At most three times the gathered keys and values; scores or a mask of the bank would be 20 times as much."""
     queries, frames, frame, size, top_k = 256, 200, 100, 16, 8
     q = torch.randn(1, queries, 4, 64)
     memory = torch.randn(1, frames * frame, 4, 64)
@@ -124,5 +124,4 @@ def test_torch_holds_little_more_than_what_it_gathers():
     options = dict(memory_descriptors=descriptors, top_k=top_k, block_size=size, frame_tokens=frame, query_group=32)
     peak = peak_bytes(lambda: ops.memory_attention(q, k, k, memory, memory, **options), q.device)
     gathered = 2 * queries // 32 * 4 * top_k * size * 64 * 4
-    assert gathered < 2 * 2**20 < peak + gathered
     assert peak <= 3 * gathered, f"held {peak / 2**20:.1f} MiB for {gathered / 2**20:.1f} MiB gathered"
