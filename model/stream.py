@@ -66,12 +66,14 @@ class StreamSettings:
     """Blocks of sink and bank that each query group attends to; memflow only."""
     block_size: int = 16
     """Tokens of a block."""
-    query_group: int | None = None
-    """Consecutive queries that share a selection; None: the whole chunk. The toy weights were trained with None."""
+    query_group: int | None = 16
+    """Consecutive queries that share a selection; None: the whole chunk, as in the paper. Two rows of the toy's tokens
+    bring a character back better than the whole chunk, although its training selects for the whole chunk."""
     relevance: RelevanceKind = "linear"
     """What retrieval goes by: a score of `frame_relevance`, or "random", a control."""
     redundancy: float | None = None
-    """Retrieval passes over frames whose mean key has a larger cosine with one already taken; None: it does not."""
+    """Retrieval passes over frames whose mean key has a larger cosine with one already taken; None: it does not. The
+    toy world's frames of one character are so alike that any threshold leaves one of them and fills up with others."""
     recache: bool = True
     """Re-cache the local window at a prompt switch."""
     steps: int = 8
