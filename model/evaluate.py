@@ -186,7 +186,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def report(
-    weights: Path = TOY_WEIGHTS,
+    weights: Path | CausalVideoModel = TOY_WEIGHTS,
     *,
     stories: int = 96,
     seed: int = 10_000,
@@ -200,7 +200,7 @@ def report(
     out: None is bench/results/toy-cpu.json in a checkout, and no file where the package is installed elsewhere.
     """
     settings = settings or StreamSettings()
-    model = load_checkpoint(weights)
+    model = weights if isinstance(weights, CausalVideoModel) else load_checkpoint(weights)
     rows = [
         evaluate(model, stories=stories, memory=mode, seed=seed, fillers=fillers, settings=settings) for mode in memory
     ]

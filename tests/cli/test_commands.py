@@ -1,0 +1,122 @@
+"""The other commands, and the words they choose."""
+
+import inspect
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from memflow_ops import cli, environment
+from memflow_ops.model import evaluate, train, world
+from memflow_ops.model.generate import DEMO_STORY, read_stories, to_pixels
+from memflow_ops.model.returns import Return, find_returns, judge_return
+from memflow_ops.model.stream import StreamSettings, chunk_prompts
+
+
+def memflow(*words) -> int:
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(word) for word in words])
+    return end.value.code
+
+
+def test_help_names_every_command(capfd):
+    assert memflow() == 0
+    said = capfd.readouterr().out
+    for command in ("generate", "demo", "info", "train", "evaluate"):
+        assert f"\n  {command} " in said
+        assert memflow(command, "--help") == 0
+
+
+@pytest.mark.parametrize("command", ["generate", "demo", "train", "evaluate"])
+def test_defaults_are_those_of_the_library(command):
+    defaults = {name: p.default for name, p in inspect.signature(getattr(cli, command)).parameters.items()}
+    library = {
+        "generate": vars(StreamSettings()),
+        "demo": vars(StreamSettings()),
+        "train": {name: p.default for name, p in inspect.signature(train.train).parameters.items()} | {"steps": None},
+        "evaluate": {name: p.default for name, p in inspect.signature(evaluate.report).parameters.items()}
+        | {"steps": StreamSettings.steps, "memory": None},
+    }[command]
+    shared = (defaults.keys() & library.keys()) - {"out", "weights"}
+    assert len(shared) >= 1
+    assert {name: defaults[name] for name in shared} == {name: library[name] for name in shared}
+
+
+def test_info_without_triton():
+    program = "import sys; sys.modules['triton'] = None\nfrom memflow_ops.cli import main; main(['info'])"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = {line[:36].strip(): line[36:] for line in done.stdout.splitlines() if line.startswith("  ")}
+    assert rows["torch"] in (torch.__version__, "yes") and rows["reference"] == "yes"
+    assert "not installed" in rows["our Triton kernel"]
+    assert "matplotlib" not in done.stderr
+
+
+def test_device_is_refused_where_it_is_not():
+    assert environment.pick_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="cuda:99"):
+        environment.pick_device("cuda:99")
+
+
+def test_demo_story_has_a_return_that_needs_memory():
+    (prompts,) = read_stories(DEMO_STORY)
+    settings = StreamSettings()
+    spoken = [prompt for (prompt,) in chunk_prompts([prompts], 12)]
+    first = find_returns(spoken, settings.chunk_frames)[0]
+    assert len(prompts) >= 4 and first.gap >= 24
+    assert first.character not in spoken[0], "never in the sink"
+
+
+def test_demo_says_what_came_of_it(tmp_path, weights, capfd):
+    assert memflow("demo", "--out", tmp_path, "--steps", 1, "--weights", weights, "--device", "cpu") == 0
+    said = capfd.readouterr().out
+    record = json.loads((tmp_path / "run.json").read_text())
+    there = record["returns"][0]
+    assert f"The {there['character']} leaves after frame {there['last_seen']}" in said
+    for words in (
+        "With memory:",
+        "Without memory:",
+        f"{100 * (record['overhead']['ratio'] - 1):+.0f} %",
+        str(tmp_path),
+    ):
+        assert words in said
+
+
+def rendered(who: int, hues: list[float]) -> np.ndarray:
+    """Three frames per hue (degrees) of a character, or of nobody (4)."""
+    hue = torch.tensor(hues).repeat_interleave(3) / 360
+    count = len(hue)
+    frames = world.render(
+        torch.full((count,), who), torch.zeros(count, dtype=torch.long), hue, torch.full((count, 2), 0.5)
+    )
+    return to_pixels(frames.transpose(0, 1))
+
+
+@pytest.mark.parametrize(
+    "before, after, same", [(10, 352, True), (10, 350, True), (100, 140, False), (200, 229, True), (0, 180, False)]
+)
+def test_judged_return(before, after, same):
+    frames = rendered(0, [50, before, 90, after])
+    judged = judge_return(frames, Return("ball", last_seen=5, back=9), 3)
+    expected = min((before - after) % 360, (after - before) % 360)
+    assert judged.difference == pytest.approx(expected, abs=1.5)
+    assert judged.same == same
+    words = cli._colours(vars(judged), "ball")
+    assert ("NOT the same" in words) == (not same)
+
+
+def test_nobody_returns():
+    frames = np.concatenate([rendered(0, [50, 60]), rendered(4, [0])])
+    judged = judge_return(frames, Return("ball", last_seen=2, back=6), 3)
+    assert judged.hue_before is not None and judged.hue_after is None and not judged.same
+    assert "not to be seen when it should have returned" in cli._colours(vars(judged), "ball")
+
+
+def test_returns_are_found():
+    spoken = ["empty meadow", "ball sea", "ball night", "star sea", "ball sea", "star sea"]
+    assert find_returns(spoken, 3) == [Return("ball", 8, 12), Return("star", 11, 15)]
+    assert find_returns(spoken, 3)[0].gap == 3
+    assert find_returns(spoken[:3], 3) == []

@@ -1,0 +1,252 @@
+"""`memflow generate`: what it writes, read back."""
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from memflow_ops import cli
+from memflow_ops.model.stream import StreamSettings
+from memflow_ops.model.video import SCALE, VideoWriter, read_video
+
+STORY = ["an empty meadow", "a ball in the meadow", "the ball at night"]
+FRAMES = 18  # 6 per prompt
+
+
+def write_story(path, *stories):
+    path.write_text("".join(json.dumps({"prompts": prompts}) + "\n" for prompts in stories))
+    return str(path)
+
+
+def memflow(*words) -> int:
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(word) for word in words])
+    return end.value.code
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, weights):
+    """A folder that one run has filled."""
+    folder = tmp_path_factory.mktemp("generate")
+    story = write_story(folder / "story.jsonl", STORY)
+    options = ("--steps", 1, "--frames-per-prompt", 6, "--seed", 3, "--top-k", 5, "--device", "cpu")
+    assert memflow("generate", story, "--out", folder / "out", "--weights", weights, *options) == 0
+    return folder / "out"
+
+
+@pytest.fixture(scope="module")
+def record(made):
+    return json.loads((made / "run.json").read_text())
+
+
+def test_files_are_complete_and_nothing_else_is_left(made):
+    assert sorted(path.name for path in made.iterdir()) == ["frames.npz", "run.json", "timeline.png", "video.mp4"]
+
+
+def test_video_shows_the_frames(made):
+    frames, video = np.load(made / "frames.npz")["frames"], read_video(made / "video.mp4")
+    assert frames.dtype == np.uint8 and frames.shape == (FRAMES, 32, 32, 3)
+    assert video.shape == (FRAMES, 32 * SCALE, 32 * SCALE, 3)
+    middles = video[:, SCALE // 2 :: SCALE, SCALE // 2 :: SCALE].astype(int)
+    assert np.abs(middles - frames).mean() < 4
+    # Nearest neighbour: inside a square the colour hardly changes.
+    squares = video.reshape(FRAMES, 32, SCALE, 32, SCALE, 3)[:, :, 2:-2, :, 2:-2].astype(int)
+    assert (squares.max((2, 4)) - squares.min((2, 4))).mean() < 8
+
+
+def test_colours_survive_the_encoder(tmp_path):
+    colours = np.array([[255, 0, 0], [0, 255, 0], [0, 0, 255], [128, 128, 128]], np.uint8)
+    frames = np.broadcast_to(colours[:, None, None], (4, 8, 8, 3))
+    with VideoWriter(tmp_path / "v.mp4", 8, 8, fragment_frames=3) as writer:
+        writer.write(frames)
+        writer.publish()
+    assert np.abs(read_video(tmp_path / "v.mp4")[:, ::SCALE, ::SCALE].astype(int) - frames).max() <= 6
+
+
+def test_record_says_what_was_run(record):
+    settings = StreamSettings(steps=1, top_k=5)
+    assert record["settings"] | {"device_frames": 64} == json.loads(json.dumps(vars(settings))) | {"device_frames": 64}
+    assert record["prompts"] == STORY and record["seed"] == 3 and record["frames"] == FRAMES
+    assert record["interrupted"] is False and record["error"] is None
+    assert {"device", "torch", "python", "memflow_ops", "commit", "date"} <= record.keys()
+    assert [chunk["first_frame"] for chunk in record["chunks"]] == list(range(0, FRAMES, 3))
+    assert [chunk["prompt"] for chunk in record["chunks"]] == [prompt for prompt in STORY for _ in range(2)]
+
+
+def test_record_says_what_was_remembered(record):
+    for chunk in record["chunks"]:
+        assert len(chunk["relevance"]) == len(chunk["retrieved"]) <= 3
+        assert len(chunk["activation"]) == len(chunk["candidates"])
+        assert set(chunk["retrieved"]) <= set(chunk["candidates"]) <= set(range(max(chunk["first_frame"] - 3, 0)))
+        if chunk["first_frame"] >= 6:
+            assert sum(chunk["activation"]) == pytest.approx(1)
+
+
+def test_overhead_is_the_median_of_pairs_beyond_the_window(record):
+    pairs = [(chunk["seconds"], chunk["baseline_seconds"]) for chunk in record["chunks"][2:]]
+    cost = record["overhead"]
+    assert cost["chunks_compared"] == 4
+    assert cost["ratio"] == pytest.approx(statistics.median(ours / without for ours, without in pairs))
+    assert cost["ratio_p20"] <= cost["ratio"] <= cost["ratio_p80"]
+    assert cost["seconds_per_chunk"] == pytest.approx(statistics.median(ours for ours, _ in pairs))
+    assert cost["baseline_seconds_per_chunk"] == pytest.approx(statistics.median(without for _, without in pairs))
+
+
+def test_timeline_is_a_picture_of_this_story(made):
+    picture = imread(made / "timeline.png")
+    assert picture.shape[0] > 900 and picture.shape[1] > 900
+    assert picture[..., :3].mean() > 0.6, "light"
+    assert picture[..., :3].std() > 0.05, "not blank"
+
+
+def test_seed_decides_and_baseline_does_not(made, tmp_path, weights):
+    story = write_story(tmp_path / "two.jsonl", STORY, STORY)
+    options = ("--steps", 1, "--frames-per-prompt", 6, "--seed", 2, "--top-k", 5, "--device", "cpu", "--no-baseline")
+    assert memflow("generate", story, "--out", tmp_path / "out", "--weights", weights, *options) == 0
+    frames = [np.load(tmp_path / "out" / f"story-{i:03d}" / "frames.npz")["frames"] for i in range(2)]
+    # Seeds 2 and 3: the second is the run above, but for its baseline.
+    assert (frames[1] == np.load(made / "frames.npz")["frames"]).all()
+    assert (frames[0] != frames[1]).any()
+    assert json.loads((tmp_path / "out" / "story-001" / "run.json").read_text())["overhead"] is None
+
+
+@pytest.mark.parametrize("memory", ["none", "sink", "full"])
+def test_other_kinds_of_memory(tmp_path, weights, memory):
+    story = write_story(tmp_path / "story.jsonl", STORY[:2])
+    options = ("--memory", memory, "--steps", 1, "--frames-per-prompt", 6, "--device", "cpu")
+    assert memflow("generate", story, "--out", tmp_path, "--weights", weights, *options) == 0
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["frames"] == 12 and (record["overhead"] is None) == (memory == "none")
+    assert imread(tmp_path / "timeline.png").shape[1] > 900
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGKILL], ids=["Ctrl-C", "killed"])
+def test_a_run_that_is_ended_leaves_a_playable_video(tmp_path, weights, end):
+    story = write_story(tmp_path / "story.jsonl", STORY * 200)
+    words = ["generate", story, "--out", str(tmp_path), "--weights", str(weights), "--device", "cpu"]
+    command = [sys.executable, "-c", "from memflow_ops.cli import main; main()", *words]
+    running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    growing = tmp_path / "video.part.mp4"
+    patience = time.monotonic() + 500
+    while not (growing.exists() and growing.stat().st_size > 4000):
+        assert running.poll() is None, running.stderr.read()
+        assert time.monotonic() < patience
+        time.sleep(0.05)
+    running.send_signal(end)
+    _, said = running.communicate(timeout=500)
+    if end == signal.SIGKILL:
+        assert len(read_video(growing)) > 0
+        assert not (tmp_path / "video.mp4").exists()
+        return
+    assert running.returncode == 130
+    assert "interrupted" in said and "Traceback" not in said
+    frames = np.load(tmp_path / "frames.npz")["frames"]
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["interrupted"] and record["frames"] == len(frames) == 3 * len(record["chunks"]) < 7200
+    assert len(read_video(tmp_path / "video.mp4")) == len(frames)
+    assert imread(tmp_path / "timeline.png").shape[1] > 900
+    assert not growing.exists()
+
+
+def test_an_error_on_the_way_keeps_what_was_made(tmp_path, weights):
+    import torch
+
+    from memflow_ops.model.generate import generate, load_model, make_plans
+
+    def fail(run):
+        raise RuntimeError("out of everything")
+
+    model = load_model(weights, torch.device("cpu"))
+    settings = replace(StreamSettings(), steps=1)
+    with pytest.raises(RuntimeError, match="everything"):
+        generate(model, make_plans([STORY], tmp_path, settings, baseline=False)[0], fail)
+    record = json.loads((tmp_path / "run.json").read_text())
+    assert record["frames"] == 3 and record["interrupted"] and "out of everything" in record["error"]
+    assert len(read_video(tmp_path / "video.mp4")) == 3
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+GOOD = '{"prompts": ["a ball in the meadow"]}'
+BAD_STORIES = {
+    "not JSON": ("{", "line 1"),
+    "second line": (f"{GOOD}\n[]", "line 2"),
+    "no prompts": ('{"prompts": []}', "at least one prompt"),
+    "no such key": ('{"story": ["a ball in the meadow"]}', "prompts"),
+    "prompts are numbers": ('{"prompts": [1]}', "string"),
+    "unknown word": ('{"prompts": ["a dragon in the meadow"]}', "'dragon'"),
+    "no place": ('{"prompts": ["a ball"]}', "one place"),
+    "empty file": ("\n", "no story"),
+}
+
+
+@pytest.mark.parametrize("text, expected", BAD_STORIES.values(), ids=BAD_STORIES.keys())
+def test_bad_story(tmp_path, weights, capfd, text, expected):
+    (tmp_path / "story.jsonl").write_text(text)
+    out = tmp_path / "out"
+    assert memflow("generate", tmp_path / "story.jsonl", "--out", out, "--weights", weights) == 2
+    said = capfd.readouterr().err
+    assert expected in said and said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_unknown_words_list_the_vocabulary(tmp_path, capfd):
+    (tmp_path / "story.jsonl").write_text(BAD_STORIES["unknown word"][0])
+    assert memflow("generate", tmp_path / "story.jsonl", "--out", tmp_path / "out") == 2
+    said = capfd.readouterr().err
+    assert all(word in said for word in ("ball", "box", "star", "ring", "empty", "meadow", "desert", "sea", "night"))
+
+
+BAD_OPTIONS = {
+    "seed": ("--seed", "-1"),
+    "seed is a word": ("--seed", "x"),
+    "top k": ("--top-k", "0"),
+    "bank": ("--bank-frames", "-1"),
+    "steps": ("--steps", "0"),
+    "frames per prompt": ("--frames-per-prompt", "0"),
+    "memory": ("--memory", "elephant"),
+    "device": ("--device", "abacus"),
+    "no such GPU": ("--device", "cuda:99"),
+    "no weights": ("--weights", "/no/such/file"),
+    "no such option": ("--colour", "red"),
+}
+
+
+@pytest.mark.parametrize("options", BAD_OPTIONS.values(), ids=BAD_OPTIONS.keys())
+def test_bad_option(tmp_path, weights, capfd, options):
+    (tmp_path / "story.jsonl").write_text(GOOD)
+    out = tmp_path / "out"
+    all_options = ("--weights", weights, *options)
+    assert memflow("generate", tmp_path / "story.jsonl", "--out", out, *all_options) == 2
+    said = capfd.readouterr().err
+    assert said.startswith("memflow: ") and said.count("\n") == 1
+    assert not out.exists()
+
+
+def test_files_that_are_in_the_way(tmp_path, weights, capfd):
+    story = write_story(tmp_path / "story.jsonl", STORY)
+    (tmp_path / "taken").write_text("mine")
+    for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
+        assert memflow("generate", story, "--out", out, "--weights", weights) == 2
+        assert "cannot write" in capfd.readouterr().err
+    assert memflow("generate", tmp_path / "missing.jsonl", "--out", tmp_path / "out", "--weights", weights) == 2
+    assert "missing.jsonl" in capfd.readouterr().err
+    assert memflow("generate", tmp_path, "--out", tmp_path / "out", "--weights", weights) == 2
+    (tmp_path / "text.safetensors").write_text("mine")
+    assert memflow("generate", story, "--out", tmp_path / "out", "--weights", tmp_path / "text.safetensors") == 2
+    assert (tmp_path / "taken").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+def test_frames_of_the_wrong_shape_are_refused(tmp_path):
+    with VideoWriter(tmp_path / "v.mp4", 8, 8, fragment_frames=3) as writer:
+        with pytest.raises(ValueError, match="uint8"):
+            writer.write(np.zeros((1, 8, 8, 3), np.float32))
+        writer.discard()
+    assert not list(tmp_path.iterdir())
