@@ -89,18 +89,18 @@ def attention_case(shape: Shape, dtype: torch.dtype, kind: str, layout: str, dev
         )  # fmt: skip
 
     groups = indices.shape[2]
-    notes = {
+    notes: dict[str, object] = {
         "union_of_all_groups": inputs.union_size(indices, groups),
         "blocks_chosen": groups * indices.shape[3],
         "gathered_bytes": shape.gathered_bytes(dtype),
     }
     name = f"attention {str(dtype).removeprefix('torch.')} {kind} {layout}"
     # the local window alone, through torch's own attention
-    window = [x.transpose(1, 2) for x in (q, k, v)]
+    window_q, window_k, window_v = (x.transpose(1, 2) for x in (q, k, v))
     return Case(
         name,
         ours,
-        lambda: torch.nn.functional.scaled_dot_product_attention(*window),
+        lambda: torch.nn.functional.scaled_dot_product_attention(window_q, window_k, window_v),
         1 + shape.memory_flops / shape.dense_flops,
         notes,
     )

@@ -7,7 +7,8 @@ groups at a time into one small buffer that stays in the cache, attended to, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -165,7 +166,7 @@ class _Bank:
         rows_v = rows_k if self.v.strides == self.k.strides else self.rows(tokens, tiles, self.v)
         keys, size = tokens.shape[2], self.k.table.shape[1]
         sources = [(_Gather(x.table, min(count, tokens.shape[:2].numel()) * keys)) for x in (self.k, self.v)]
-        for part in _walk(*tokens.shape[:2], count):
+        for part in _walk(tokens.shape, count):
             k, v = (source(rows[part].reshape(-1)) for source, rows in zip(sources, (rows_k, rows_v), strict=True))
             shape = (*rows_k[part].shape[:2], keys, size)
             yield part, k.view(shape), v.view(shape)
@@ -186,8 +187,9 @@ class _Gather:
         return self.buffer[: len(rows)]
 
 
-def _walk(rows: int, groups: int, tiles: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of about `tiles` tiles that cover all of rows x groups."""
+def _walk(shape: Sequence[int], tiles: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of about `tiles` tiles that cover all rows and groups of a shape [rows, groups, ...]."""
+    rows, groups = shape[:2]
     row_step, group_step = max(1, tiles // groups), min(tiles, groups)
     for r in range(0, rows, row_step):
         for g in range(0, groups, group_step):
@@ -279,7 +281,7 @@ def _add_bank(q: Tensor, bank: _Bank, scale: float, out: Tensor, lse: Tensor) ->
     keys = bank.start.shape[2] * bank.block
     # a tile per thread at least
     count = max(torch.get_num_threads(), _GATHER_BYTES // (2 * keys * q.shape[-1] * q.element_size()))
-    for planned in _walk(*q.shape[:2], max(count, _PLANNED_KEYS // keys)):
+    for planned in _walk(q.shape, max(count, _PLANNED_KEYS // keys)):
         tokens, masked = bank.tokens(planned)
         bias = None
         if masked is not None:
@@ -327,10 +329,11 @@ def attend_backward(
             for h in range(heads):
                 kv = h // (heads // k.shape[2])
                 keys, values = k[b, :, kv].to(wide), v[b, :, kv].to(wide)
-                for n in (slice(i, i + step) for i in range(0, queries, step)):
-                    tile = q[b, n, h].to(wide), grad_out[b, n, h].to(wide), lse[b, h, n], delta[b, h, n]
-                    dq, dk, dv = _tile_backward(*tile, keys, values, softmax_scale, None)
-                    grads[0][b, n, h] += dq
+                for i in range(0, queries, step):
+                    part = slice(i, i + step)
+                    above = q[b, part, h].to(wide), grad_out[b, part, h].to(wide), lse[b, h, part], delta[b, h, part]
+                    dq, dk, dv = _tile_backward(_Upstream(*above), keys, values, softmax_scale)
+                    grads[0][b, part, h] += dq
                     grads[1][b, :, kv] += dk
                     grads[2][b, :, kv] += dv
     if memory_k is None or memory_v is None or not indices.shape[-1]:
@@ -343,46 +346,46 @@ def attend_backward(
         if not n or rows.start == rows.stop:
             continue
         bank = _Bank(memory_k, memory_v, indices[:, :, groups], block_size, frame_tokens, memory_slots)
-        states = (x[:, :, rows].flatten(0, 1).unflatten(1, (-1, n)) for x in (lse, delta))
-        inputs = (_tiles(q[:, rows], n), _tiles(grad_out[:, rows], n), *states)
-        dq = _bank_backward(*inputs, bank, softmax_scale, grads[3], grads[4])
+        lse_tiles, delta_tiles = (x[:, :, rows].flatten(0, 1).unflatten(1, (-1, n)) for x in (lse, delta))
+        upstream = _Upstream(_tiles(q[:, rows], n), _tiles(grad_out[:, rows], n), lse_tiles, delta_tiles)
+        dq = _bank_backward(upstream, bank, softmax_scale, grads[3], grads[4])
         grads[0][:, rows] += dq.view(batch, heads, -1, size).transpose(1, 2)
     return tuple(x.to(q.dtype) for x in grads)
 
 
+class _Upstream(NamedTuple):
+    """Queries of some tiles and what arrives at them from above."""
+
+    q: Tensor  # [..., n, D]
+    grad_out: Tensor  # [..., n, D]
+    lse: Tensor  # [..., n]
+    delta: Tensor  # [..., n]
+
+
 def _tile_backward(
-    q: Tensor, grad_out: Tensor, lse: Tensor, delta: Tensor, k: Tensor, v: Tensor, scale: float, masked: Tensor | None
+    tiles: _Upstream, k: Tensor, v: Tensor, scale: float, masked: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dQ, dK, dV of tiles [..., n, D] over keys [..., S, D]: dS = P * (dO V^T - delta) under the final LSE."""
-    scores = q @ k.mT * scale
+    scores = tiles.q @ k.mT * scale
     if masked is not None:
         scores.masked_fill_(masked.unsqueeze(-2), -torch.inf)
-    p = scores.sub_(lse.unsqueeze(-1)).exp_()
-    ds = (grad_out @ v.mT).sub_(delta.unsqueeze(-1)).mul_(p).mul_(scale)
-    return ds @ k, ds.mT @ q, p.mT @ grad_out
+    p = scores.sub_(tiles.lse.unsqueeze(-1)).exp_()
+    ds = (tiles.grad_out @ v.mT).sub_(tiles.delta.unsqueeze(-1)).mul_(p).mul_(scale)
+    return ds @ k, ds.mT @ tiles.q, p.mT @ tiles.grad_out
 
 
-def _bank_backward(
-    q: Tensor,
-    grad_out: Tensor,
-    lse: Tensor,
-    delta: Tensor,
-    bank: _Bank,
-    scale: float,
-    grad_k: Tensor,
-    grad_v: Tensor,
-) -> Tensor:
+def _bank_backward(upstream: _Upstream, bank: _Bank, scale: float, grad_k: Tensor, grad_v: Tensor) -> Tensor:
     """dQ [B * H, G, n, D] of the tiles; adds to grad_k and grad_v (B, Lm, Hkv, D)."""
-    wide = grad_k.dtype
+    q, wide = upstream.q, grad_k.dtype
     keys = bank.start.shape[2] * bank.block
     count = max(1, _SCORE_ELEMENTS // (keys * (q.shape[2] + 2 * q.shape[3])))
     grad_rows = _Rows(grad_k)
     grad_q = torch.empty(q.shape, dtype=wide, device=q.device)
-    for tiles in _walk(*q.shape[:2], count):
+    for tiles in _walk(q.shape, count):
         tokens, masked = bank.tokens(tiles)
         ((_, k, v),) = bank.gather(tokens, tiles, tokens.shape[:2].numel())
-        inputs = (x[tiles].to(wide) for x in (q, grad_out, lse, delta))
-        dq, dk, dv = _tile_backward(*inputs, k.to(wide), v.to(wide), scale, masked)
+        part = _Upstream(*(x[tiles].to(wide) for x in upstream))
+        dq, dk, dv = _tile_backward(part, k.to(wide), v.to(wide), scale, masked)
         if bank.ragged:
             empty = bank.empty[tiles][..., None, None]
             dq, dk, dv = (x.masked_fill_(empty, 0.0) for x in (dq, dk, dv))
