@@ -11,7 +11,7 @@ from memflow_ops.kernels.describe import describe_blocks
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-@settings(max_examples=40)
+@settings(max_examples=25)
 @given(
     st.sampled_from(DTYPES),
     st.integers(1, 2),

@@ -15,7 +15,7 @@ def expected_selection(q, descriptors, *arguments):
     return reference.select_blocks(q.double(), descriptors.double(), *arguments)
 
 
-@settings(max_examples=30)
+@settings(max_examples=25)
 @given(
     st.sampled_from(DTYPES),
     st.integers(1, 2),
