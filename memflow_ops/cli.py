@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -187,7 +188,9 @@ def evaluate(
         list[str] | None, typer.Option(help="none, sink, memflow or full; may be repeated. Default: all four.")
     ] = None,
     steps: Annotated[int, typer.Option(help="Denoising passes per chunk.", min=1, metavar="N")] = 8,
-    query_group: Annotated[int | None, typer.Option(help="Queries that share a selection. Default: a chunk's.")] = None,
+    query_group: Annotated[
+        int | None, typer.Option(help="Queries that share a selection; 0: the whole chunk.", min=0, metavar="N")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file. Default: bench/results/toy-cpu.json.")] = None,
 ) -> None:
     """Stream held-out stories under every kind of memory and judge from the pixels who came back the same."""
@@ -197,7 +200,9 @@ def evaluate(
 
     with _mistakes():
         modes = [StreamSettings(memory=mode).memory for mode in memory or judging.MODES]  # type: ignore[arg-type]
-        settings = StreamSettings(steps=steps, query_group=query_group)
+        settings = StreamSettings(steps=steps)
+        if query_group is not None:
+            settings = replace(settings, query_group=query_group or None)
         model = load_checkpoint(weights or TOY_WEIGHTS)
     judging.report(model, stories=stories, seed=seed, fillers=fillers, memory=modes, settings=settings, out=out)
 

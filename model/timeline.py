@@ -154,7 +154,7 @@ def _draw_header(page: _Page, run: Run) -> None:
     page.text(
         MARGIN,
         0.94,
-        "Under a chunk: older frames that it could look back at. A bar is a frame's share of what its attention picked.",
+        "Under a chunk: older frames it could look back at. A bar is a frame's share of what its attention picked.",
         9.5,
         PALE,
     )
