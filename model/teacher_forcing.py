@@ -113,8 +113,8 @@ def turned(x: Tensor, turn: Tensor) -> Tensor:
 class TeacherForcedAttention:
     """The `attend` of one training step; it also collects what the relevance loss needs.
 
-    top_k: blocks that a row keeps per head, None: all of memory, dense. selection_noise: perturbs the choice, so that
-    what is selected is not always best.
+    recached (R,) bool: chunks whose clean pass is that of a prompt switch. top_k: blocks that a row keeps per head,
+    None: all of memory, dense. selection_noise: perturbs the choice, so that what is selected is not always best.
     """
 
     def __init__(
@@ -124,6 +124,7 @@ class TeacherForcedAttention:
         grid: tuple[int, int],
         head_dim: int,
         *,
+        recached: Tensor | None = None,
         top_k: int | None,
         selection_noise: float = 0.0,
         generator: torch.Generator | None = None,
@@ -141,8 +142,10 @@ class TeacherForcedAttention:
             for frames in (here, here - CHUNK_FRAMES, -plan.distance)
         )
         self.tokens = grid[0] * grid[1]
-        count = len(plan.frame)
-        self.local_valid = (torch.arange(count) % chunks > 0)[:, None].expand(-1, CHUNK_FRAMES * self.tokens)
+        has_past = torch.arange(len(plan.frame)) % chunks > 0
+        # Re-caching starts with an empty window: such a chunk's clean pass does not see the chunk before it.
+        clean_has_past = has_past if recached is None else has_past & ~recached
+        self.local_valid = torch.cat([clean_has_past, has_past])[:, None].expand(-1, CHUNK_FRAMES * self.tokens)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (2 R, CHUNK_FRAMES * T, heads, head_dim), clean rows first -> like q."""
@@ -171,9 +174,10 @@ class TeacherForcedAttention:
             memory_valid = self.plan.valid.any(1, keepdim=True).expand(-1, memory_k.shape[2])
         keys = torch.cat([memory_k, local_k.repeat(2, 1, 1, 1), own_k], dim=2)
         values = torch.cat([memory_v, local_v.repeat(2, 1, 1, 1), own_v], dim=2)
-        mask = torch.cat([memory_valid, self.local_valid, torch.ones(rows, own_k.shape[2], dtype=torch.bool)], dim=1)
+        own_valid = torch.ones(2 * rows, own_k.shape[2], dtype=torch.bool)
+        mask = torch.cat([memory_valid.repeat(2, 1), self.local_valid, own_valid], dim=1)
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
-        bias = bias.repeat(2, 1)[:, None, None].expand(-1, q.shape[1], q.shape[2], -1)
+        bias = bias[:, None, None].expand(-1, q.shape[1], q.shape[2], -1)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).transpose(1, 2)
 
     def _select(self, q: Tensor, memory_k: Tensor, memory_v: Tensor, top_k: int) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """The toy world: four characters, four places, and hues that no prompt names; its renderer and its pixel judge.
 
 A frame is RGB in -1..1, 32 x 32. A place is a pale picture (HSV saturation below 0.3), a character a vivid shape of its
-own (above 0.7) on 11 to 16 % of the frame. A prompt says who is where; the hue is the model's to invent when a
+own (above 0.7) on 15 to 19 % of the frame. A prompt says who is where; the hue is the model's to invent when a
 character first appears, and to bring back when it returns. So whether memory works can be read off the pixels.
 """
 
@@ -32,8 +32,8 @@ _PLACE_COLOURS = {
 }
 _HORIZON = 0.55
 _SATURATION, _VALUE = 0.9, 0.95  # of a character
-MARGIN = 0.3
-"""Characters' centres keep this distance from the frame's edge, in frame sides, so that no shape is cut."""
+PLACE_LOW, PLACE_HIGH = (0.36, 0.50), (0.64, 0.58)
+"""Characters' centres lie between these (x, y), in frame sides: on the ground, and never cut by the frame's edge."""
 
 
 def hue_to_rgb(hue: Tensor) -> Tensor:
@@ -74,10 +74,10 @@ def shape_distances(x: Tensor, y: Tensor) -> Tensor:
     In the vocabulary's order: ball, box, star, ring, and nothing for an empty place.
     """
     distance = torch.hypot(x, y)
-    ball = 0.215 - distance
-    box = 0.19 - torch.maximum(x.abs(), y.abs())
-    star = _star_distance(x, y, radius=0.31, inner=0.15)
-    ring = torch.minimum(0.26 - distance, distance - 0.135)
+    ball = 0.23 - distance
+    box = 0.205 - torch.maximum(x.abs(), y.abs())
+    star = _star_distance(x, y, radius=0.345, inner=0.165)
+    ring = torch.minimum(0.285 - distance, distance - 0.15)
     return torch.stack([ball, box, star, ring, torch.full_like(distance, -1.0)])
 
 
@@ -155,10 +155,11 @@ def random_clips(
     hue = uniform(batch, EMPTY_INDEX + 1).gather(1, who)
 
     per_frame = segment.repeat_interleave(chunk_frames, 1)[..., None].expand(-1, -1, 2)
-    start = MARGIN + uniform(batch, chunks, 2) * (1 - 2 * MARGIN)
-    velocity = (uniform(batch, chunks, 2) - 0.5) * 0.02
+    low, high = torch.tensor(PLACE_LOW), torch.tensor(PLACE_HIGH)
+    start = low + uniform(batch, chunks, 2) * (high - low)
+    velocity = (uniform(batch, chunks, 2) - 0.5) * torch.tensor([0.015, 0.0])
     time = torch.arange(chunks * chunk_frames)[:, None]
-    centre = (start.gather(1, per_frame) + velocity.gather(1, per_frame) * time).clamp(MARGIN, 1 - MARGIN)
+    centre = (start.gather(1, per_frame) + velocity.gather(1, per_frame) * time).clamp(low, high)
     whom, where, tint = (x.repeat_interleave(chunk_frames, 1) for x in (who, place, hue))
     return Clips(render(whom, where, tint, centre, size).transpose(1, 2), who, place, hue)
 
