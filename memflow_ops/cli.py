@@ -34,6 +34,14 @@ Weights = Annotated[
     typer.Option(help="A checkpoint of `memflow train`. Default: the toy weights that come with the package."),
 ]
 
+Recache = Annotated[
+    bool,
+    typer.Option(
+        "--recache/--no-recache",
+        help="At a prompt switch pass the local window again under the new prompt. The toy weights do better without.",
+    ),
+]
+
 
 @app.callback(invoke_without_command=True)
 def start(
@@ -64,6 +72,7 @@ def generate(
     top_k: Annotated[int, typer.Option(help="Memory blocks that each query group attends to.", min=1, metavar="N")] = 4,
     frames_per_prompt: Annotated[int, typer.Option(help="How long each prompt lasts.", min=1, metavar="N")] = 12,
     steps: Annotated[int, typer.Option(help="Denoising passes per chunk.", min=1, metavar="N")] = 8,
+    recache: Recache = False,
     device: Device = "auto",
     weights: Weights = None,
     baseline: Annotated[
@@ -85,7 +94,7 @@ def generate(
     """
     with _mistakes():
         model, plans = _prepare(
-            story, out, memory, seed, bank_frames, top_k, frames_per_prompt, steps, device, weights, baseline
+            story, out, memory, seed, bank_frames, top_k, frames_per_prompt, steps, recache, device, weights, baseline
         )
     for run in _generate(model, plans):
         typer.echo(_made(run))
@@ -106,7 +115,7 @@ def demo(
     with _mistakes():
         from memflow_ops.model.generate import DEMO_STORY
 
-        model, plans = _prepare(DEMO_STORY, out, "memflow", seed, 3, 4, 12, steps, device, weights, True)
+        model, plans = _prepare(DEMO_STORY, out, "memflow", seed, 3, 4, 12, steps, False, device, weights, True)
     for run in _generate(model, plans):
         typer.echo(f"The story: {', then '.join(run.plan.prompts)}.\n")
         for there in run.returns():
@@ -191,16 +200,17 @@ def evaluate(
     query_group: Annotated[
         int | None, typer.Option(help="Queries that share a selection; 0: the whole chunk.", min=0, metavar="N")
     ] = None,
+    recache: Recache = False,
     out: Annotated[Path | None, typer.Option(help="JSON file. Default: bench/results/toy-cpu.json.")] = None,
 ) -> None:
     """Stream held-out stories under every kind of memory and judge from the pixels who came back the same."""
     from memflow_ops.model import evaluate as judging
     from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint
-    from memflow_ops.model.stream import StreamSettings
+    from memflow_ops.model.stream import TOY_SETTINGS, StreamSettings
 
     with _mistakes():
         modes = [StreamSettings(memory=mode).memory for mode in memory or judging.MODES]  # type: ignore[arg-type]
-        settings = StreamSettings(steps=steps)
+        settings = replace(TOY_SETTINGS, steps=steps, recache=recache)
         if query_group is not None:
             settings = replace(settings, query_group=query_group or None)
         model = load_checkpoint(weights or TOY_WEIGHTS)
@@ -219,6 +229,7 @@ def _prepare(
     top_k: int,
     frames_per_prompt: int,
     steps: int,
+    recache: bool,
     device: str,
     weights: Path | None,
     baseline: bool,
@@ -227,14 +238,16 @@ def _prepare(
     from memflow_ops.environment import pick_device
     from memflow_ops.model.checkpoints import TOY_WEIGHTS
     from memflow_ops.model.generate import load_model, make_plans, read_stories
-    from memflow_ops.model.stream import StreamSettings
+    from memflow_ops.model.stream import TOY_SETTINGS, StreamSettings
 
     stories = read_stories(story)
-    settings = StreamSettings(
+    settings = replace(
+        TOY_SETTINGS,
         memory=memory,  # type: ignore[arg-type]
         bank_frames=bank_frames,
         top_k=top_k,
         steps=steps,
+        recache=recache,
         device_frames=max(StreamSettings.device_frames, bank_frames + StreamSettings.window_frames),
     )
     model = load_model(weights or TOY_WEIGHTS, pick_device(device))

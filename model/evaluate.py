@@ -23,7 +23,7 @@ from torch import Tensor
 from memflow_ops.environment import ROOT, environment
 from memflow_ops.model import world
 from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint, write_atomically
-from memflow_ops.model.stream import Chunk, MemoryMode, StreamSettings, chunk_prompts, stream
+from memflow_ops.model.stream import TOY_SETTINGS, Chunk, MemoryMode, StreamSettings, chunk_prompts, stream
 from memflow_ops.model.text import CHARACTERS, EMPTY, PLACES, parse_prompt
 from memflow_ops.model.transformer import CausalVideoModel
 
@@ -90,7 +90,7 @@ def evaluate(
     12 frames each, and should be 24 or more.
     """
     model = weights if isinstance(weights, CausalVideoModel) else load_checkpoint(weights)
-    settings = replace(settings or StreamSettings(), memory=memory)
+    settings = replace(settings or TOY_SETTINGS, memory=memory)
     told = make_stories(stories, seed, fillers)
     chunk_frames = settings.chunk_frames
     # Nothing is asked of the return beyond its first chunk.
@@ -199,7 +199,7 @@ def report(
 
     out: None is bench/results/toy-cpu.json in a checkout, and no file where the package is installed elsewhere.
     """
-    settings = settings or StreamSettings()
+    settings = settings or TOY_SETTINGS
     model = weights if isinstance(weights, CausalVideoModel) else load_checkpoint(weights)
     rows = [
         evaluate(model, stories=stories, memory=mode, seed=seed, fillers=fillers, settings=settings) for mode in memory
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--memory", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--steps", type=int, default=StreamSettings.steps, help="the sampler's passes per chunk")
     parser.add_argument("--query-group", type=int, default=StreamSettings.query_group)
+    parser.add_argument("--recache", action="store_true", help="re-cache the local window at a prompt switch")
     parser.add_argument("--out", type=Path, help="default: bench/results/toy-cpu.json in the checkout")
     arguments = parser.parse_args()
     report(
@@ -237,7 +238,9 @@ def main() -> None:
         seed=arguments.seed,
         fillers=arguments.fillers,
         memory=arguments.memory,
-        settings=StreamSettings(steps=arguments.steps, query_group=arguments.query_group),
+        settings=replace(
+            TOY_SETTINGS, steps=arguments.steps, query_group=arguments.query_group, recache=arguments.recache
+        ),
         out=arguments.out,
     )
 

@@ -129,6 +129,11 @@ class StreamSettings:
         )
 
 
+TOY_SETTINGS = StreamSettings(recache=False)
+"""What the toy weights are streamed with. They cannot tell a window that was re-cached under a new character's prompt
+from one that shows it: with re-caching, every new character takes the colour of the one before."""
+
+
 @dataclass(frozen=True)
 class Chunk:
     """A finished chunk of B stories, and how it remembered."""
