@@ -235,9 +235,9 @@ class Run:
 def generate(model: CausalVideoModel, plan: Plan, report: Callable[[Run], None] | None = None) -> Run:
     """Streams one story into its folder. `report` is called after every chunk.
 
-    Files appear under their names when all are complete; until then the video grows as video.part.mp4. Ctrl-C, or an
-    error, ends the story early: what was made until then is written all the same (nothing before the first chunk), and
-    the run says `interrupted`; an error is raised afterwards.
+    Files appear under their names when all are complete; until then the video grows as video.part.mp4. Ctrl-C, SIGTERM
+    or an error ends the story early: what was made until then is written all the same (nothing before the first
+    chunk), and the run says `interrupted`; an error is raised afterwards.
     """
     settings = plan.settings
     run = Run(plan, model.patch_embedding.weight.device)
@@ -316,10 +316,12 @@ def _write_files(run: Run, writer: VideoWriter) -> None:
 
 
 class _Interrupts:
-    """Inside, Ctrl-C raises KeyboardInterrupt only where it is `allowed`; elsewhere it waits until it is.
+    """Ctrl-C, and SIGTERM by which schedulers end a job: a KeyboardInterrupt only where it is `allowed`, else it waits.
 
     So a chunk is in all files or in none, and files are written to the end.
     """
+
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
         self._raise, self.waiting = False, False
@@ -327,12 +329,13 @@ class _Interrupts:
 
     def __enter__(self) -> "_Interrupts":
         if self._mine:
-            self._before = signal.signal(signal.SIGINT, self._handle)
+            self._before = [(number, signal.signal(number, self._handle)) for number in self._SIGNALS]
         return self
 
     def __exit__(self, *_: object) -> None:
         if self._mine:
-            signal.signal(signal.SIGINT, self._before)
+            for number, handler in self._before:
+                signal.signal(number, handler or signal.SIG_DFL)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self._raise:

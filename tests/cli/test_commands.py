@@ -13,7 +13,7 @@ from memflow_ops import cli, environment
 from memflow_ops.model import evaluate, train, world
 from memflow_ops.model.generate import DEMO_STORY, read_stories, to_pixels
 from memflow_ops.model.returns import Return, find_returns, judge_return
-from memflow_ops.model.stream import StreamSettings, chunk_prompts
+from memflow_ops.model.stream import TOY_SETTINGS, chunk_prompts
 
 
 def memflow(*words) -> int:
@@ -34,11 +34,11 @@ def test_help_names_every_command(capfd):
 def test_defaults_are_those_of_the_library(command):
     defaults = {name: p.default for name, p in inspect.signature(getattr(cli, command)).parameters.items()}
     library = {
-        "generate": vars(StreamSettings()),
-        "demo": vars(StreamSettings()),
+        "generate": vars(TOY_SETTINGS),
+        "demo": vars(TOY_SETTINGS),
         "train": {name: p.default for name, p in inspect.signature(train.train).parameters.items()} | {"steps": None},
         "evaluate": {name: p.default for name, p in inspect.signature(evaluate.report).parameters.items()}
-        | {"steps": StreamSettings.steps, "memory": None},
+        | {"steps": TOY_SETTINGS.steps, "memory": None},
     }[command]
     shared = (defaults.keys() & library.keys()) - {"out", "weights"}
     assert len(shared) >= 1
@@ -63,7 +63,7 @@ def test_device_is_refused_where_it_is_not():
 
 def test_demo_story_has_a_return_that_needs_memory():
     (prompts,) = read_stories(DEMO_STORY)
-    settings = StreamSettings()
+    settings = TOY_SETTINGS
     spoken = [prompt for (prompt,) in chunk_prompts([prompts], 12)]
     first = find_returns(spoken, settings.chunk_frames)[0]
     assert len(prompts) >= 4 and first.gap >= 24
