@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# Bytes of gathered keys and values at a time: measured best where they stay in a core's L2 cache.
-_GATHER_BYTES = 2 << 20
+# Bytes of gathered keys and values at a time: about what the L2 caches of two cores hold.
+_GATHER_BYTES = 4 << 20
 # Keys whose places are worked out at a time.
 _PLANNED_KEYS = 1 << 20
 # Elements of scores that the backward holds at a time.
@@ -286,17 +286,20 @@ def _add_bank(q: Tensor, bank: _Bank, scale: float, out: Tensor, lse: Tensor) ->
         bias = None
         if masked is not None:
             bias = torch.zeros(masked.shape, dtype=q.dtype, device=q.device).masked_fill_(masked, -torch.inf)
-        inputs = q[planned], out[planned], lse[planned], bank.empty[planned]
-        for tiles, k, v in bank.gather(tokens, planned, count):
-            q_tiles, out_tiles, lse_tiles, empty = (x[tiles] for x in inputs)
-            part, part_lse = _attention(q_tiles, k, v, scale, None if bias is None else bias[tiles].unsqueeze(2))
-            if bank.ragged:
-                part.masked_fill_(empty[..., None, None], 0.0)
-                part_lse.masked_fill_(empty.unsqueeze(-1), -torch.inf)
-            # the part's share of the softmax; 0 / 0 where neither has a key
-            weight = torch.sigmoid(part_lse - lse_tiles).nan_to_num_(0.0)
-            out_tiles.lerp_(part, weight.to(out.dtype).unsqueeze(-1))
-            lse_tiles.copy_(torch.logaddexp(lse_tiles, part_lse))
+        states = [
+            _attention(q[planned][tiles], k, v, scale, None if bias is None else bias[tiles].unsqueeze(2))
+            for tiles, k, v in bank.gather(tokens, planned, count)
+        ]
+        # merged at once: many small operations on strided tiles cost more than this copy
+        part = torch.cat([x.flatten(0, 1) for x, _ in states]).view(q[planned].shape)
+        part_lse = torch.cat([x.flatten(0, 1) for _, x in states]).view(lse[planned].shape)
+        if bank.ragged:
+            part.masked_fill_(bank.empty[planned][..., None, None], 0.0)
+            part_lse.masked_fill_(bank.empty[planned].unsqueeze(-1), -torch.inf)
+        # the part's share of the softmax; 0 / 0 where neither has a key
+        weight = torch.sigmoid(part_lse - lse[planned]).nan_to_num_(0.0)
+        out[planned].lerp_(part, weight.to(out.dtype).unsqueeze(-1))
+        lse[planned] = torch.logaddexp(lse[planned], part_lse)
 
 
 def attend_backward(

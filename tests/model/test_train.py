@@ -19,7 +19,7 @@ SMALL = Stage(steps=20, size=16, batch=2, shift=4.0, foreground=3.0)
 
 @pytest.fixture(scope="module")
 def batch() -> train.Batch:
-    return draw_batch(12, 16, Settings(), torch.Generator().manual_seed(0))
+    return draw_batch(12, 16, Settings(recached_share=0.5), torch.Generator().manual_seed(0))
 
 
 def test_twenty_steps_lower_the_loss_and_repeat():
@@ -110,8 +110,10 @@ def test_attention_equals_a_masked_dense_one(batch, top_k):
     rows, tokens, heads, head_dim, block = len(batch.who), 16, 2, 12, 4
     generator = torch.Generator().manual_seed(2)
     q, k, v = torch.randn(3, 2 * rows, CHUNK_FRAMES * tokens, heads, head_dim, generator=generator)
-    attention = TeacherForcedAttention(batch.plan, CHUNKS, (4, 4), head_dim, top_k=top_k)
+    recached = ~batch.usable
+    attention = TeacherForcedAttention(batch.plan, CHUNKS, (4, 4), head_dim, recached=recached, top_k=top_k)
     out = attention(0, q, k, v)
+    late_recached = int((recached & (torch.arange(rows) % CHUNKS > 1)).nonzero()[0])
 
     def rotated(x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(4) * 2  # half resolution: tokens stand twice as far apart
@@ -119,12 +121,21 @@ def test_attention_equals_a_masked_dense_one(batch, top_k):
         return apply_rotation(x[None], *turn)[0]
 
     here = torch.arange(3)
-    for stream_index, row in ((0, 5), (1, 5), (1, 13), (1, 16), (0, 30), (1, 31), (1, 79)):
+    for stream_index, row in (
+        (0, 5),
+        (1, 5),
+        (1, 13),
+        (1, 16),
+        (0, 30),
+        (1, 31),
+        (0, late_recached),
+        (1, late_recached),
+    ):
         index = stream_index * rows + row
         query = rotated(q[index], here)
         for head in range(heads):
             keys, values = [rotated(k[index], here)[:, head]], [v[index][:, head]]
-            if row % CHUNKS:
+            if row % CHUNKS and not (stream_index == 0 and recached[row]):  # re-caching starts from an empty window
                 keys.append(rotated(k[row - 1], here - 3)[:, head])
                 values.append(v[row - 1][:, head])
             blocks = []
