@@ -318,7 +318,10 @@ def _cost(run: Run) -> str:
 def _returned(there: dict[str, Any]) -> str:
     """A return in plain words, with memory and without."""
     character = there["character"]
-    words = [f"The {character} leaves after frame {there['last_seen']} and returns at frame {there['back']}."]
+    words = [
+        f"The {character} leaves after frame {there['last_seen']} and returns at frame {there['back']}. "
+        f"Judged from the pixels, hues within 30 degrees counting as the same:"
+    ]
     for name, seen in (("With memory", there["with_memory"]), ("Without memory", there["without_memory"])):
         if seen is not None:
             words.append(f"  {name + ':':<16}{_colours(seen, character)}")
@@ -332,10 +335,10 @@ def _colours(seen: dict[str, Any], character: str) -> str:
     if before is None or after is None:
         when = "when it should have left" if before is None else "when it should have returned"
         return f"the {character} was not to be seen {when}."
-    verdict = "the same" if seen["same"] else "NOT the same"
+    verdict = "in the same colour" if seen["same"] else "NOT in the same colour"
     return (
         f"it came back {verdict}: hue {before:.0f} degrees ({colour_name(before)}) when it left, "
-        f"{after:.0f} ({colour_name(after)}) on return, {seen['difference']:.0f} apart (below 30 counts as the same)."
+        f"{after:.0f} ({colour_name(after)}) on return."
     )
 
 

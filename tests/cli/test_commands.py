@@ -105,7 +105,7 @@ def test_judged_return(before, after, same):
     assert judged.difference == pytest.approx(expected, abs=3)  # the judge's colour circle is not quite HSV's
     assert judged.same == same
     words = cli._colours(vars(judged), "ball")
-    assert ("NOT the same" in words) == (not same)
+    assert ("NOT in the same colour" in words) == (not same)
 
 
 def test_nobody_returns():
