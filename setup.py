@@ -32,7 +32,7 @@ setup(
         "safetensors",
         "typer",
         "rich",
-        "av",
+        "av>=14",  # FFmpeg 7.1: mp4 files that grow
         "matplotlib",
     ],
     extras_require={
