@@ -74,6 +74,7 @@ def memory_attention(
         if memory_k.shape[2] != k.shape[2]:
             raise ValueError(f"memory_k must have the heads of k, {k.shape[2]}, got {memory_k.shape[2]}")
         frame = checks.frame_size(frame_tokens, memory_k.shape[1], "memory_k")
+        block_size = min(block_size, frame)
         frames = memory_k.shape[1] // frame
         if memory_slots is not None:
             check_slots(memory_slots, q, frames)
@@ -84,7 +85,8 @@ def memory_attention(
         if frames == 0 or (memory_slots is not None and memory_slots.shape[1] == 0):
             memory_k = memory_v = memory_descriptors = memory_slots = None
     else:
-        for name, value in (("memory_descriptors", memory_descriptors), ("memory_slots", memory_slots)):
+        given = {"memory_descriptors": memory_descriptors, "memory_slots": memory_slots, "memory_frames": memory_frames}
+        for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} is given without memory_k and memory_v")
     if memory_k is None:
@@ -132,6 +134,7 @@ def attend_selected(
     _check_pair("k", k, "v", v, q)
     block_size = checks.check_positive("block_size", block_size)
     frame = checks.frame_size(frame_tokens, k.shape[1], "k")
+    block_size = min(block_size, frame)
     group = checks.group_size(query_group, q.shape[1])
     groups = -(-q.shape[1] // group)
     checks.check_integers("indices", indices, (q.shape[0], q.shape[2], groups, -1), q)
@@ -139,8 +142,13 @@ def attend_selected(
     checks.check_impl(impl)
     if memory_slots is not None:
         check_slots(memory_slots, q, k.shape[1] // frame)
-    resume_out, resume_lse = (None, None) if resume is None else resume
-    if resume_out is not None and resume_lse is not None:
+    if not k.shape[1] or (memory_slots is not None and not memory_slots.shape[1]):
+        indices = indices[..., :0]  # an empty bank
+    resume_out = resume_lse = None
+    if resume is not None:
+        if not isinstance(resume, (tuple, list)) or len(resume) != 2:
+            raise TypeError(f"resume must be a pair (out, lse), got {type(resume).__name__}")
+        resume_out, resume_lse = resume
         _check_state("resume", resume_out, resume_lse)
         checks.check_tensor("resume's out", resume_out, "B Lq H D", like=q)
         checks.check_shape("resume's out", resume_out, tuple(q.shape))

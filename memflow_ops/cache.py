@@ -326,8 +326,9 @@ class FrameCache:
         source = layout.sink_frames + self._place * layout.chunk_frames + frame
         target = torch.tensor(places, device=self.device)
         keys, values, descriptors = self._places
-        keys[:, self._batch_index, target] = keys[:, :, source]
-        values[:, self._batch_index, target] = values[:, :, source]
+        # cloned: with one layer and one story torch takes source and target for the same memory
+        keys[:, self._batch_index, target] = keys[:, :, source].clone()
+        values[:, self._batch_index, target] = values[:, :, source].clone()
         blocks = describe_blocks(keys[:, :, source].flatten(0, 1), layout.block_size, layout.frame_tokens)
         descriptors[:, self._batch_index, target] = blocks.unflatten(0, (layout.layers, layout.batch))
 

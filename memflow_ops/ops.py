@@ -38,6 +38,11 @@ def _implementation(impl: str) -> ModuleType:
     return importlib.import_module(_MODULES[impl])
 
 
+def _as_given(x: Tensor) -> torch.autocast:
+    """Precision is the inputs': autocast would otherwise reach into the implementations' own products."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 def _state_like(q: Tensor) -> tuple[Tensor, Tensor]:
     """Empty out (B, Lq, H, D) and LSE (B, H, Lq)."""
     batch, queries, heads, _ = q.shape
@@ -52,7 +57,8 @@ def _indices_like(q: Tensor, blocks: int, top_k: int, query_group: int) -> Tenso
 
 @torch.library.custom_op("memflow_ops::describe_blocks", mutates_args=())
 def describe_blocks(k: Tensor, block_size: int, frame_tokens: int, impl: str) -> Tensor:
-    return _implementation(impl).describe_blocks(k, block_size, frame_tokens)
+    with _as_given(k):
+        return _implementation(impl).describe_blocks(k, block_size, frame_tokens)
 
 
 @describe_blocks.register_fake
@@ -99,9 +105,10 @@ def select_blocks(
     blocks_per_frame: int,
     impl: str,
 ) -> Tensor:
-    return _implementation(impl).select_blocks(
-        q, descriptors, top_k, query_group, memory_frames, memory_slots, blocks_per_frame
-    )
+    with _as_given(q):
+        return _implementation(impl).select_blocks(
+            q, descriptors, top_k, query_group, memory_frames, memory_slots, blocks_per_frame
+        )
 
 
 @select_blocks.register_fake
@@ -125,11 +132,12 @@ def attend_selected(
     softmax_scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    return _implementation(impl).attend(
-        q, None, None, memory_k, memory_v, indices, block_size=block_size, frame_tokens=frame_tokens,
-        query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots,
-        resume_out=resume_out, resume_lse=resume_lse,
-    )  # fmt: skip
+    with _as_given(q):
+        return _implementation(impl).attend(
+            q, None, None, memory_k, memory_v, indices, block_size=block_size, frame_tokens=frame_tokens,
+            query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots,
+            resume_out=resume_out, resume_lse=resume_lse,
+        )  # fmt: skip
 
 
 @attend_selected.register_fake
@@ -156,20 +164,21 @@ def memory_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, LSE and the selected indices (B, H, G, K), K = 0 without a bank."""
     implementation = _implementation(impl)
-    if memory_k is None:
-        indices = _indices_like(q, 0, top_k, query_group)
-    else:
-        if memory_descriptors is None:
-            memory_descriptors = implementation.describe_blocks(memory_k, block_size, frame_tokens)
-        blocks = -(-frame_tokens // block_size)
-        indices = implementation.select_blocks(
-            q, memory_descriptors, top_k, query_group, memory_frames, memory_slots, blocks
-        )
-    out, lse = implementation.attend(
-        q, k, v, memory_k, memory_v, indices, block_size=block_size, frame_tokens=frame_tokens,
-        query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots,
-        resume_out=None, resume_lse=None,
-    )  # fmt: skip
+    with _as_given(q):
+        if memory_k is None:
+            indices = _indices_like(q, 0, top_k, query_group)
+        else:
+            if memory_descriptors is None:
+                memory_descriptors = implementation.describe_blocks(memory_k, block_size, frame_tokens)
+            blocks = -(-frame_tokens // block_size)
+            indices = implementation.select_blocks(
+                q, memory_descriptors, top_k, query_group, memory_frames, memory_slots, blocks
+            )
+        out, lse = implementation.attend(
+            q, k, v, memory_k, memory_v, indices, block_size=block_size, frame_tokens=frame_tokens,
+            query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots,
+            resume_out=None, resume_lse=None,
+        )  # fmt: skip
     return out, lse, indices
 
 
@@ -205,10 +214,11 @@ def attend_backward(
 
     delta (B, H, Lq) is rowsum(grad_out * out) - grad_lse: a score's gradient is P * (dP - delta).
     """
-    return _implementation(impl).attend_backward(
-        grad_out, delta, q, k, v, memory_k, memory_v, indices, lse, block_size=block_size,
-        frame_tokens=frame_tokens, query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots,
-    )  # fmt: skip
+    with _as_given(q):
+        return _implementation(impl).attend_backward(
+            grad_out, delta, q, k, v, memory_k, memory_v, indices, lse, block_size=block_size,
+            frame_tokens=frame_tokens, query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots,
+        )  # fmt: skip
 
 
 @attend_backward.register_fake
@@ -271,7 +281,8 @@ def _selected_grad(ctx, grad_out, grad_lse):
         weight = _state_weight(resume_lse, lse)
         grad_resume_out = (grad_out * weight.transpose(1, 2).unsqueeze(-1)).to(out.dtype)
         dot = (grad_out.to(lse.dtype) * resume_out.to(lse.dtype)).sum(-1).transpose(1, 2)
-        grad_resume_lse = weight * (dot - delta)
+        # what has no weight is ignored, NaN included
+        grad_resume_lse = torch.where(weight > 0, weight * (dot - delta), 0.0)
     return (gradients[0], *gradients[3:], None, None, grad_resume_out, grad_resume_lse, *(None,) * 5)
 
 
@@ -324,14 +335,15 @@ def _frame_relevance(
         share = (positions < lengths).to(wide) / (lengths * heads)  # padding takes no part
         text_q = torch.where((positions < lengths)[:, :, None, None], text_q, 0.0)
     text_q = text_q.unflatten(2, (frame_keys.shape[3], -1))  # a group of query heads per key head
-    if score == "linear":
-        # an inner product of means: nothing of size text x history is made
-        frame_means = torch.einsum("bfnkd,n->bfkd", frame_keys, block_weights.to(wide))
-        text_sum = torch.einsum("btkgd,bt->bkd", text_q, share)
-        return torch.einsum("bkd,bfkd->bf", text_sum, frame_means) * softmax_scale
-    scores = torch.einsum("btkgd,bfnkd->btkgfn", text_q, frame_keys) * softmax_scale + block_weights.to(wide).log()
-    mass = scores.flatten(4).softmax(-1).unflatten(4, frame_keys.shape[1:3]).sum(-1)
-    return torch.einsum("btkgf,bt->bf", mass, share)
+    with _as_given(text_q):
+        if score == "linear":
+            # an inner product of means: nothing of size text x history is made
+            frame_means = torch.einsum("bfnkd,n->bfkd", frame_keys, block_weights.to(wide))
+            text_sum = torch.einsum("btkgd,bt->bkd", text_q, share)
+            return torch.einsum("bkd,bfkd->bf", text_sum, frame_means) * softmax_scale
+        scores = torch.einsum("btkgd,bfnkd->btkgfn", text_q, frame_keys) * softmax_scale + block_weights.to(wide).log()
+        mass = scores.flatten(4).softmax(-1).unflatten(4, frame_keys.shape[1:3]).sum(-1)
+        return torch.einsum("btkgf,bt->bf", mass, share)
 
 
 # composites of torch's own operators: autograd and fakes follow from their parts

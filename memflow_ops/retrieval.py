@@ -64,7 +64,7 @@ class Relevance:
 
     def _scores(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Tensor:
         """(B, F) float32. Layer by layer: the softmax score makes text tokens x blocks numbers of each."""
-        total = torch.zeros(candidates.means.shape[1:3], device=candidates.means.device)
+        total = torch.zeros(candidates.means.shape[1:3], dtype=torch.float32, device=candidates.means.device)
         for keys, means in zip(text_keys, candidates.means, strict=True):
             total += frame_relevance(
                 keys, means, score=self.score, text_lengths=text_lengths, block_lengths=candidates.lengths

@@ -26,7 +26,7 @@ def describe_blocks(k: Tensor, block_size: int, frame_tokens: int | None = None,
     block_size = checks.check_positive("block_size", block_size)
     frame = checks.frame_size(frame_tokens, k.shape[1], "k")
     checks.check_impl(impl)
-    return ops.describe_blocks(k, block_size, frame, ops.resolve(impl, k))
+    return ops.describe_blocks(k, min(block_size, frame), frame, ops.resolve(impl, k))
 
 
 def select_blocks(

@@ -67,7 +67,7 @@ def select_blocks(
     step = max(1, _SCORE_ELEMENTS // (batch * heads * blocks))
     for start in range(0, groups, step):
         part = means[:, :, :, start : start + step]
-        scores = (part.flatten(2, 3) @ table).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
+        scores = _ieee_product(part.flatten(2, 3), table).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
         order = _best(scores, chosen, invalid).sort(-1).values
         indices[:, :, start : start + step] = order.masked_fill_(order == blocks, -1).flatten(1, 2)
     return indices
@@ -83,6 +83,16 @@ def _group_means(q: Tensor, group: int) -> Tensor:
     if whole < q.shape[1]:
         parts.append(q[:, whole:].mean(1, keepdim=True, dtype=wide))
     return torch.cat(parts, 1)
+
+
+def _ieee_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as float32 means it, whatever the user allows other products to round: selections must agree."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return a @ b
+    finally:
+        torch.set_float32_matmul_precision(allowed)
 
 
 def _best(scores: Tensor, count: int, invalid: Tensor | None) -> Tensor:
@@ -199,6 +209,8 @@ def _walk(shape: Sequence[int], tiles: int) -> Iterator[tuple[slice, slice]]:
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Plain attention with its LSE: q [b, h, n, D], k and v [b, h, S, D], bias [b, h, 1, S] of 0 and -inf."""
     if q.device.type == "cpu":
+        if any(s == 1 and n > 1 for s, n in zip(q.stride()[:3], q.shape[:3], strict=True)):
+            q = q.contiguous()  # the kernel lays its output out like q, and takes another stride of 1 for the last
         if bias is not None:
             bias = bias.expand(-1, -1, q.shape[2], -1)
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)

@@ -229,3 +229,72 @@ def test_top_k_beyond_the_bank_is_dense_attention_over_everything():
     )
     for impl in ("reference", "torch"):
         torch.testing.assert_close(case.run(impl)[0], dense)
+
+
+@pytest.mark.parametrize("group", [1, 3, None])
+def test_many_small_steps_are_one_large_one(group, monkeypatch):
+    """Every loop of the torch implementation takes several steps; one story has no valid frame."""
+    from memflow_ops import torch_impl
+
+    case = small_case(query_group=group, memory_frames=torch.tensor([0, 2], dtype=torch.int32))
+    leaves = case.requires_grad()
+    weight = torch.randn_like(case.q)
+
+    def run(impl):
+        out, lse = case.run(impl)
+        return out, lse, *torch.autograd.grad((out * weight).sum() + lse.sin().sum(), leaves)
+
+    expected = run("reference")
+    for name, value in (("_GATHER_BYTES", 4096), ("_PLANNED_KEYS", 64), ("_SCORE_ELEMENTS", 64)):
+        monkeypatch.setattr(torch_impl, name, value)
+    for ours, theirs in zip(run("torch"), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+@BOTH
+def test_autocast_does_not_reach_into_the_ops(impl):
+    case = small_case().to(torch.float32)
+    leaves = case.requires_grad()
+    text, frames = torch.randn(1, 3, 2, 8), torch.randn(1, 4, 2, 2, 8)
+
+    def run():
+        out, lse = case.run(impl)
+        relevance = ops.frame_relevance(text, frames, score="softmax")
+        return out, lse, relevance, case.indices(impl), *torch.autograd.grad(out.sum() + lse.sum(), leaves)
+
+    expected = run()
+    with torch.autocast("cpu", torch.bfloat16):
+        for ours, theirs in zip(run(), expected, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+
+
+@BOTH
+def test_queries_with_a_second_stride_of_one(impl):
+    q = torch.randn(99).as_strided((1, 5, 2, 8), (20, 2, 1, 1), 3)
+    k = torch.randn(1, 6, 2, 8)
+    torch.testing.assert_close(ops.memory_attention(q, k, k, impl=impl), ops.memory_attention(q.contiguous(), k, k))
+
+
+@BOTH
+def test_an_empty_bank_leaves_the_resumed_state(impl):
+    case = small_case()
+    state = ops.memory_attention(case.q, case.k, case.v, return_lse=True)
+    indices = torch.full((2, 4, 3, 2), -1, dtype=torch.int32)
+    options = dict(block_size=4, query_group=3, impl=impl)
+    nothing = case.memory_k[:, :0]
+    slots = torch.zeros(2, 0, dtype=torch.int32)
+    for bank, table in ((nothing, None), (case.memory_k, slots)):
+        ours = ops.attend_selected(case.q, bank, bank, indices, memory_slots=table, resume=state, **options)
+        torch.testing.assert_close(ours, state)
+
+
+def test_selection_ignores_what_precision_other_products_may_have():
+    q, descriptors = torch.randn(1, 64, 4, 64), torch.randn(1, 400, 4, 64)
+    select = lambda: ops.select_blocks(q, descriptors, 8, query_group=1, blocks_per_frame=1)  # noqa: E731
+    exact = select()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(select(), exact)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -50,6 +50,10 @@ BAD = {
     "slots-without-bank": (
         dict(memory_k=None, memory_v=None, memory_slots=INT(2, 1)), ValueError, "without memory_k and memory_v",
     ),
+    "scale-nan": (dict(softmax_scale=float("nan")), ValueError, "softmax_scale must be finite, got nan"),
+    "frames-without-bank": (
+        dict(memory_k=None, memory_v=None, memory_frames=INT(2)), ValueError, "memory_frames is given without",
+    ),
     "slots-of-nothing": (
         dict(memory_k=X(2, 0, 2, 8), memory_v=X(2, 0, 2, 8), memory_slots=INT(2, 1)), ValueError, "holds none",
     ),
@@ -96,6 +100,8 @@ OTHERS = {
         lambda: resumed((OUT[:, 1:], LSE[..., 1:])),
         ValueError, "resume's out must have shape",
     ),
+    "attend-resume-half": (lambda: resumed((OUT, None)), TypeError, "LSE of resume must be"),
+    "attend-resume-alone": (lambda: resumed(OUT), TypeError, "resume must be a pair"),
     "attend-resume-lse-dtype": (
         lambda: resumed((OUT, LSE.half())),
         TypeError, "LSE of resume must be a torch.float32 tensor, got torch.float16",
