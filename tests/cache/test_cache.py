@@ -517,3 +517,31 @@ def test_bytes_are_stated_before_and_match_what_is_allocated():
         cache.commit()
     places = [p for story in cache._stories for p in (*story.free_host, *(q.host for q in story.history.values()))]
     assert sum(t.nbytes for place in places for t in place) <= layout.host_bytes
+
+
+def test_one_layer_of_one_story():
+    """A cache per layer, as a model of somebody else's may want it; and a commit empties the bank."""
+    torch.manual_seed(0)
+    layout = CacheLayout(
+        1, 1, 4, 1, 4, chunk_frames=1, window_frames=2, sink_frames=1, bank_frames=1, device_frames=3, block_size=2
+    )
+    cache, written = FrameCache(layout), []
+    for chunk in range(4):
+        if chunk == 3:
+            cache.set_bank([[1]])
+            assert cache.bank() == [[0, 1]]
+        cache.begin_chunk()
+        written.append(torch.randn(1, 4, 1, 4))
+        cache.write(0, written[-1], -written[-1])
+        cache.remember(0, written[-1])
+        if chunk == 3:
+            memory = cache.memory(0)
+            assert memory.frames.tolist() == [2]
+            for slot, frame in zip(memory.slots[0].tolist(), (0, 1), strict=True):
+                tokens = slice(slot * 4, slot * 4 + 4)
+                assert torch.equal(memory.keys[:, tokens], written[frame])
+                assert torch.equal(memory.values[:, tokens], -written[frame])
+        cache.commit()
+    assert cache.bank() == [[0]]
+    cache.begin_chunk()
+    assert cache.memory(0).frames.tolist() == [1], "only the sink until something is retrieved"
