@@ -1,4 +1,4 @@
-"""Random cases of the op for hypothesis, and DESIGN's tolerance: PyTorch's own dense attention as the yardstick."""
+"""Random cases of the op for hypothesis, and the tolerance: PyTorch's own dense attention as the yardstick."""
 
 from __future__ import annotations
 
