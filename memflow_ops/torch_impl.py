@@ -134,7 +134,7 @@ class _Bank:
     ):
         batch, heads = indices.shape[:2]
         self.k, self.v = _Rows(memory_k), _Rows(memory_v)
-        self.block, self.shape, self.device = block, memory_k.shape, memory_k.device
+        self.block, self.device = block, memory_k.device
         blocks = -(-frame // block)
         frames = memory_k.shape[1] // frame if slots is None else slots.shape[1]
         used = (indices >= 0) & (indices < frames * blocks)
@@ -268,19 +268,22 @@ def attend(
         lse = q.new_full((batch, heads, queries), -torch.inf, dtype=_wide(q.dtype))
     if memory_k is None or memory_v is None or not indices.shape[-1]:
         return out, lse
-    whole = queries // query_group * query_group
-    for rows, groups, n in (
-        (slice(0, whole), slice(0, queries // query_group), query_group),
-        (slice(whole, queries), slice(queries // query_group, None), queries - whole),
-    ):
-        if not n or rows.start == rows.stop:
-            continue
+    for rows, groups, n in _equal_groups(queries, query_group):
         bank = _Bank(memory_k, memory_v, indices[:, :, groups], block_size, frame_tokens, memory_slots)
         out_tiles, lse_tiles = _tiles(out[:, rows], n), lse[:, :, rows].flatten(0, 1).unflatten(1, (-1, n))
         _add_bank(_tiles(q[:, rows], n), bank, softmax_scale, out_tiles, lse_tiles)
         if out_tiles.data_ptr() != out[:, rows].data_ptr():  # the tiles are a copy; those of the LSE never are
             out[:, rows] = out_tiles.view(batch, heads, -1, out.shape[-1]).transpose(1, 2)
     return out, lse
+
+
+def _equal_groups(queries: int, group: int) -> Iterator[tuple[slice, slice, int]]:
+    """Queries, query groups and their size: the whole groups, then the short one, where there are such."""
+    groups = queries // group
+    if groups:
+        yield slice(0, groups * group), slice(0, groups), group
+    if queries % group:
+        yield slice(groups * group, queries), slice(groups, None), queries % group
 
 
 def _tiles(x: Tensor, n: int) -> Tensor:
@@ -353,13 +356,7 @@ def attend_backward(
                     grads[2][b, :, kv] += dv
     if memory_k is None or memory_v is None or not indices.shape[-1]:
         return tuple(x.to(q.dtype) for x in grads)
-    whole = queries // query_group * query_group
-    for rows, groups, n in (
-        (slice(0, whole), slice(0, queries // query_group), query_group),
-        (slice(whole, queries), slice(queries // query_group, None), queries - whole),
-    ):
-        if not n or rows.start == rows.stop:
-            continue
+    for rows, groups, n in _equal_groups(queries, query_group):
         bank = _Bank(memory_k, memory_v, indices[:, :, groups], block_size, frame_tokens, memory_slots)
         lse_tiles, delta_tiles = (x[:, :, rows].flatten(0, 1).unflatten(1, (-1, n)) for x in (lse, delta))
         upstream = _Upstream(_tiles(q[:, rows], n), _tiles(grad_out[:, rows], n), lse_tiles, delta_tiles)
