@@ -69,7 +69,7 @@ def generate(
     ] = "memflow",
     seed: Seed = 0,
     bank_frames: Annotated[int, typer.Option(help="Past frames retrieved for a chunk.", min=0, metavar="N")] = 3,
-    top_k: Annotated[int, typer.Option(help="Memory blocks that each query group attends to.", min=1, metavar="N")] = 4,
+    top_k: Annotated[int, typer.Option(help="Memory blocks that each query group attends to.", min=1, metavar="N")] = 8,
     frames_per_prompt: Annotated[int, typer.Option(help="How long each prompt lasts.", min=1, metavar="N")] = 12,
     steps: Annotated[int, typer.Option(help="Denoising passes per chunk.", min=1, metavar="N")] = 8,
     recache: Recache = False,
@@ -167,54 +167,90 @@ def info() -> None:
 @app.command()
 def train(
     out: Annotated[Path | None, typer.Option(help="Default: the package's own toy weights, replaced.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.", min=0, metavar="N")] = 0,
+    seed: Annotated[int, typer.Option(help="Of everything random, below 10000.", min=0, metavar="N")] = 0,
     steps: Annotated[
         int | None, typer.Option(help="Default: the full schedule; fewer shorten it.", min=1, metavar="N")
     ] = None,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1, metavar="N")] = 2,
+    device: Device = "cpu",
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, although an unfinished run lies there.")
+    ] = False,
 ) -> None:
-    """Train the toy world's model from scratch on the CPU. Ctrl-C ends early and keeps what was learned."""
+    """Train the toy world's model from scratch. After Ctrl-C or a kill the same command continues where it was."""
+    from memflow_ops.environment import pick_device
     from memflow_ops.model import train as training
     from memflow_ops.model.checkpoints import TOY_WEIGHTS
 
     target = out or TOY_WEIGHTS
-    with _mistakes():  # rather now than after the training
-        target.parent.mkdir(parents=True, exist_ok=True)
+    with _mistakes():
+        target.parent.mkdir(parents=True, exist_ok=True)  # rather now than after the training
         if target.is_dir():
             raise ValueError(f"{target} is a folder; --out takes a file name")
-    training.train(target, seed=seed, steps=steps or training.TOTAL_STEPS, threads=threads)
+        training.train(
+            target,
+            seed=seed,
+            steps=steps or training.TOTAL_STEPS,
+            threads=threads,
+            device=str(pick_device(device)),
+            restart=restart,
+        )
 
 
 @app.command()
 def evaluate(
     weights: Weights = None,
-    stories: Annotated[int, typer.Option(help="Held-out stories to stream.", min=1, metavar="N")] = 96,
-    seed: Annotated[int, typer.Option(help="Of the stories and their noise.", min=0, metavar="N")] = 10_000,
-    fillers: Annotated[
-        int, typer.Option(help="Prompts of 12 frames between leaving and returning.", min=1, metavar="N")
-    ] = 2,
+    stories: Annotated[int, typer.Option(help="Held-out stories of each length.", min=1, metavar="N")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the stories and their noise, 10000 or more.", metavar="N")] = 10_000,
     memory: Annotated[
-        list[str] | None, typer.Option(help="none, sink, memflow or full; may be repeated. Default: all four.")
+        list[str] | None,
+        typer.Option(help="A kind of memory, such as none, memflow or 'random frames'; may be repeated. Default: all."),
     ] = None,
-    steps: Annotated[int, typer.Option(help="Denoising passes per chunk.", min=1, metavar="N")] = 8,
-    query_group: Annotated[
-        int | None, typer.Option(help="Queries that share a selection; 0: the whole chunk.", min=0, metavar="N")
-    ] = None,
-    recache: Recache = False,
+    top_k: Annotated[int | None, typer.Option(help="Blocks that a query group selects.", min=1, metavar="N")] = None,
+    steps: Annotated[int | None, typer.Option(help="Denoising passes per chunk.", min=1, metavar="N")] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file. Default: bench/results/toy-cpu.json.")] = None,
 ) -> None:
-    """Stream held-out stories under every kind of memory and judge from the pixels who came back the same."""
+    """Stream held-out stories under every kind of memory and judge from the pixels who came back the same.
+
+    Writes a JSON file and a picture beside it. Ctrl-C ends early and keeps the kinds that are finished.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
     from memflow_ops.model import evaluate as judging
     from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint
-    from memflow_ops.model.stream import TOY_SETTINGS, StreamSettings
+    from memflow_ops.model.stream import TOY_SETTINGS
 
+    kinds = memory or list(judging.KINDS)
+    target = out or judging.default_results()
     with _mistakes():
-        modes = [StreamSettings(memory=mode).memory for mode in memory or judging.MODES]  # type: ignore[arg-type]
-        settings = replace(TOY_SETTINGS, steps=steps, recache=recache)
-        if query_group is not None:
-            settings = replace(settings, query_group=query_group or None)
+        settings = replace(TOY_SETTINGS, top_k=top_k or TOY_SETTINGS.top_k, steps=steps or TOY_SETTINGS.steps)
         model = load_checkpoint(weights or TOY_WEIGHTS)
-    judging.report(model, stories=stories, seed=seed, fillers=fillers, memory=modes, settings=settings, out=out)
+        judging.check(kinds, stories, seed)
+    rows: list[judging.Row] = []
+    with Progress(console=Console(stderr=True)) as bar:
+        tasks = {name: bar.add_task(name, total=None, start=False) for name in kinds}
+
+        def report(name: str, done: int, total: int) -> None:
+            if done == 1:
+                bar.start_task(tasks[name])
+            bar.update(tasks[name], completed=done, total=total)
+
+        try:
+            for row in judging.evaluate(
+                model, stories=stories, kinds=kinds, seed=seed, settings=settings, report=report
+            ):
+                rows.append(row)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+    typer.echo(judging.table(rows))
+    if target is not None:
+        name = weights.name if weights else TOY_WEIGHTS.name
+        judging.write_results(rows, settings, seed=seed, stories=stories, weights=name, out=target)
+        typer.echo(f"written to {target} and {target.with_suffix('.png').name}")
+    if len(rows) < len(kinds):
+        raise KeyboardInterrupt
 
 
 # ------------------------------------------------------------------------------------------------------------ the steps
@@ -320,7 +356,7 @@ def _returned(there: dict[str, Any]) -> str:
     character = there["character"]
     words = [
         f"The {character} leaves after frame {there['last_seen']} and returns at frame {there['back']}. "
-        f"Judged from the pixels, hues within 30 degrees counting as the same:"
+        f"Judged from the pixels, hues within 30 degrees and equal patterns counting as the same:"
     ]
     for name, seen in (("With memory", there["with_memory"]), ("Without memory", there["without_memory"])):
         if seen is not None:
@@ -335,10 +371,10 @@ def _colours(seen: dict[str, Any], character: str) -> str:
     if before is None or after is None:
         when = "when it should have left" if before is None else "when it should have returned"
         return f"the {character} was not to be seen {when}."
-    verdict = "in the same colour" if seen["same"] else "NOT in the same colour"
+    verdict = "with the same look" if seen["same"] else "with ANOTHER look"
     return (
-        f"it came back {verdict}: hue {before:.0f} degrees ({colour_name(before)}) when it left, "
-        f"{after:.0f} ({colour_name(after)}) on return."
+        f"it came back {verdict}: {colour_name(before)} {seen['pattern_before']}, hue {before:.0f} degrees, when it "
+        f"left, {colour_name(after)} {seen['pattern_after']}, hue {after:.0f}, on return."
     )
 
 

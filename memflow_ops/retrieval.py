@@ -92,6 +92,58 @@ class Relevance:
         return torch.stack(order, dim=1)
 
 
+class Coverage:
+    """The frames that together answer every word of the prompt.
+
+    A word's relevance is shared out over the frames by a softmax over all candidates, as in the paper's equation, of
+    text key . frame mean (mean over heads, sum over layers). Frames are taken one by one, each time the one that adds
+    most to the sum over words of sqrt(relevance gathered so far): another frame for a word already answered adds
+    little, so that "the ball and the star" retrieves both. A word that prefers no frame takes hardly any part.
+
+    bank_frames: how many to choose at most, per story.
+    """
+
+    def __init__(self, bank_frames: int):
+        if bank_frames < 1:
+            raise ValueError(f"bank_frames must be positive, got {bank_frames}")
+        self.bank_frames = bank_frames
+
+    def choose(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Retrieved:
+        shares = self._shares(candidates, text_keys, text_lengths)
+        stories, words, count = shares.shape
+        each = torch.arange(stories, device=shares.device)
+        gathered = torch.zeros(stories, words, 1, device=shares.device)
+        taken = torch.zeros(stories, count, dtype=torch.bool, device=shares.device)
+        order = []
+        for _ in range(min(self.bank_frames, count)):
+            gain = ((gathered + shares).sqrt() - gathered.sqrt()).sum(1)
+            index = gain.masked_fill(taken, -1).argmax(1)
+            order.append(index)
+            taken[each, index] = True
+            gathered = gathered + shares[each, :, index][..., None]
+        chosen = torch.stack(order, dim=1)
+        scores = (shares.sum(1) / text_lengths.clamp(min=1)[:, None]).gather(1, chosen)
+        # The one place where the host waits for the device.
+        numbers = torch.stack([chosen.double(), scores.double()]).tolist()
+        frames = [[of[int(i)] for i in row] for of, row in zip(candidates.frames, numbers[0], strict=True)]
+        return Retrieved(frames, numbers[1])
+
+    def _shares(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Tensor:
+        """(B, Lt, F) float32, of each word one in all; nothing for padding."""
+        means = candidates.means.float()  # (layers, B, F, n, Hkv, D)
+        weights = torch.tensor(candidates.lengths, dtype=torch.float32, device=means.device) / sum(candidates.lengths)
+        frame_means = torch.einsum("lbfnhd,n->lbfhd", means, weights)
+        total = torch.zeros(())
+        for keys, of_layer in zip(text_keys, frame_means, strict=True):
+            grouped = keys.float().unflatten(2, (of_layer.shape[2], -1)).mean(3)  # queries that share a key head
+            total = total.to(means) + torch.einsum("bwhd,bfhd->bwf", grouped, of_layer) / (
+                grouped.shape[2] * grouped.shape[3] ** 0.5
+            )
+        shares = total.nan_to_num(nan=torch.finfo(torch.float32).min).softmax(-1)
+        words = torch.arange(total.shape[1], device=total.device)
+        return shares * (words < text_lengths[:, None])[..., None]
+
+
 class Random:
     """A control: frames at random, whatever the prompt. The same seed and candidates give the same choice.
 

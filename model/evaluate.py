@@ -1,249 +1,372 @@
-"""Does memory work? Held-out stories in which a character leaves and returns, judged from the pixels alone.
+"""Does memory work? Held-out stories in which characters leave and return, judged from the pixels alone.
 
-  python -m memflow_ops.model.evaluate --stories 96
-
-Every frame is generated. A story is: an opening that is somebody else's or nobody's (so that the sink never shows the
-character), then the character, then two others, then the character again in some place: a gap of 24 frames. The return
-counts as a match when the hue of its first chunk is within 30 degrees of the first chunk of the first appearance; a
-character absent in either is a miss. By chance one return in six matches. Memory modes share stories and noise.
+Every frame is generated, first appearances included. A return is compared with the story's first appearance of that
+character, first chunk against first chunk: hue within 30 degrees (by chance one in six), pattern (one in three). A
+character that is absent in either is a miss. All rows share stories and noise; some are controls, which would expose a
+memory that does nothing.
 """
 
-import argparse
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
-from typing import get_args
 
 import torch
 from torch import Tensor
 
+from memflow_ops.cache import Candidates
 from memflow_ops.environment import ROOT, environment
-from memflow_ops.model import world
-from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint, write_atomically
-from memflow_ops.model.stream import TOY_SETTINGS, Chunk, MemoryMode, StreamSettings, chunk_prompts, stream
-from memflow_ops.model.text import CHARACTERS, EMPTY, PLACES, parse_prompt
+from memflow_ops.model import judge
+from memflow_ops.model.checkpoints import write_atomically
+from memflow_ops.model.held_out import FRAMES_PER_PROMPT, Appearance, appearances, is_return, make_stories
+from memflow_ops.model.stream import TOY_SETTINGS, Chunk, Streamer, StreamSettings, chunk_prompts
+from memflow_ops.model.text import parse_prompt
 from memflow_ops.model.transformer import CausalVideoModel
+from memflow_ops.retrieval import Retrieved
 
-FRAMES_PER_PROMPT = 12
-MODES: tuple[MemoryMode, ...] = get_args(MemoryMode)
+GAPS = ((24, 48), (49, 120), (121, 240))
+"""Returns are also judged apart by the frames since the character was last named."""
+
+
+# ----------------------------------------------------------------------------------------------------------------- rows
+
+
+class Oracle:
+    """A control: frames that show whom the coming prompt names, by what the prompts said when they were made.
+
+    `coming` is set before each chunk. Who is named takes turns, each with its frames spread over the past.
+    """
+
+    def __init__(self, bank_frames: int, stories: Sequence[Sequence[str]]):
+        self.bank_frames, self.stories = bank_frames, stories
+        self.coming: Sequence[str] = ()
+
+    def choose(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Retrieved:
+        chosen = []
+        for story, prompt, frames in zip(self.stories, self.coming, candidates.frames, strict=True):
+            queues = [
+                [frame for frame in frames if character in shown_at(story, frame)]
+                for character in parse_prompt(prompt).who
+            ]
+            spread = [queue[:: max(1, len(queue) // self.bank_frames)] for queue in queues]
+            turns = chain.from_iterable(zip(*(_padded(queue, self.bank_frames) for queue in spread), strict=True))
+            chosen.append(list(dict.fromkeys(frame for frame in turns if frame is not None))[: self.bank_frames])
+        return Retrieved(chosen, [[0.0] * len(frames) for frames in chosen])
+
+
+def _padded(queue: list[int], length: int) -> list[int | None]:
+    return [*queue[:length], *[None] * (length - len(queue))]
+
+
+def shown_at(story: Sequence[str], frame: int) -> tuple[int, ...]:
+    """Whom the story's prompt named at that frame."""
+    return parse_prompt(story[frame // FRAMES_PER_PROMPT]).who
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of memory to be judged."""
+
+    about: str
+    change: Callable[[StreamSettings], StreamSettings]
+    oracle: bool = False
+
+
+KINDS = {
+    "none": Kind("the local window alone", lambda s: replace(s, memory="none")),
+    "sink": Kind("and the first frames", lambda s: replace(s, memory="sink")),
+    "full": Kind("and the whole history, dense", lambda s: replace(s, memory="full")),
+    "memflow": Kind("retrieved frames, top-k blocks", lambda s: s),
+    "random frames": Kind("frames at random, top-k blocks", lambda s: replace(s, relevance="random")),
+    "random blocks": Kind("retrieved frames, blocks at random", lambda s: replace(s, selection="random")),
+    "dense bank": Kind("retrieved frames, all blocks", lambda s: replace(s, top_k=10_000)),
+    "oracle frames": Kind("the right frames by name, top-k blocks", lambda s: s, oracle=True),
+}
+
+
+@dataclass(frozen=True)
+class Share:
+    """A share of cases with its 95 % Wilson interval."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+    """of cases in all"""
+
+    @classmethod
+    def of(cls, hits: Sequence[bool]) -> "Share":
+        n, z = len(hits), 1.96
+        if not n:
+            return cls(math.nan, math.nan, math.nan, 0)
+        p = sum(hits) / n
+        centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+        low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
+        return cls(round(p, 4), round(low, 4), round(high, 4), n)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: how returns went under one kind of memory. Shares are in 0..1, hues in degrees."""
+    """How returns went under one kind of memory. Hues in degrees."""
 
     memory: str
-    stories: int
-    match: float
-    """share of returns with the same hue; an absent character is a miss"""
+    hue: Share
+    """of returns: the hue of the first appearance, within 30 degrees"""
     median_error: float
     """median hue difference, over returns with the character present both times"""
-    present: float
-    """share of first chunks of a prompt for a character in which a character is seen"""
-    shape: float
-    """share of those that look like the character that was named"""
+    pattern: Share
+    """of returns: the pattern of the first appearance"""
+    shape: Share
+    """of all appearances: looks like the character that was named"""
+    pairs: Share
+    """of prompts that bring back two: both have their hue"""
+    gaps: dict[str, Share]
+    """hue, by frames of absence"""
     precision: float | None
-    """share of the retrieved frames, at the return, that show the character; None without retrieval"""
+    """share of the retrieved frames, at returns, that show somebody the prompt names; None without retrieval"""
+    activated: float | None
+    """share of the bank's blocks that a query group selects, at returns; None where nothing is selected"""
     copies: float
-    """share of first appearances with the hue of the character before them (chance 1/6)"""
+    """share of first appearances with the hue of the character before (chance 1/6)"""
     drift: float
     """median hue change over a prompt, first to last chunk"""
     hues: list[int]
     """first appearances per sixth of the colour circle"""
-    seconds: float
+    chunk_seconds: float
+    """median wall time of a chunk of all stories of one length, over the second half of the longest stories"""
 
 
-def make_stories(count: int, seed: int, fillers: int = 2) -> list[list[str]]:
-    """Stories of `fillers` + 3 prompts: opening, character, fillers, character again.
-
-    Seeds of training draw clips, never prompts, so no story was ever trained on.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    stories = []
-    for _ in range(count):
-        cast = torch.randperm(len(CHARACTERS), generator=generator).tolist()
-        hero, others = CHARACTERS[cast[0]], [CHARACTERS[i] for i in cast[1:]]
-        empty_opening = torch.rand((), generator=generator) < 0.5
-        names = [EMPTY if empty_opening else others[-1], hero]
-        names += [others[i % 2] for i in range(fillers)] + [hero]
-        places = torch.randint(len(PLACES), (len(names),), generator=generator).tolist()
-        stories.append([f"{name} {PLACES[place]}" for name, place in zip(names, places, strict=True)])
-    return stories
+# -------------------------------------------------------------------------------------------------------------- looking
 
 
-def evaluate(
-    weights: Path | CausalVideoModel = TOY_WEIGHTS,
-    *,
-    stories: int = 96,
-    memory: MemoryMode = "memflow",
-    seed: int = 10_000,
-    fillers: int = 2,
-    settings: StreamSettings | None = None,
-) -> Row:
-    """Streams held-out stories under one kind of memory and judges them.
-
-    weights: a checkpoint, or a model. memory: a memory mode of the stream, which replaces that of `settings`. seed:
-    draws the stories, and is the first story's noise. fillers: prompts between first appearance and return; the gap is
-    12 frames each, and should be 24 or more.
-    """
-    model = weights if isinstance(weights, CausalVideoModel) else load_checkpoint(weights)
-    settings = replace(settings or TOY_SETTINGS, memory=memory)
-    told = make_stories(stories, seed, fillers)
-    chunk_frames = settings.chunk_frames
-    # Nothing is asked of the return beyond its first chunk.
-    prompts = chunk_prompts(told, FRAMES_PER_PROMPT, chunk_frames)
-    prompts = prompts[: (fillers + 2) * FRAMES_PER_PROMPT // chunk_frames + 1]
-    started = time.perf_counter()
-    chunks = list(stream(model, prompts, settings, seed))
-    seconds = time.perf_counter() - started
-    return _judge(memory, told, chunks, fillers, chunk_frames, seconds)
+Story = list[str]
+Looks = dict[tuple[int, int, int | None, bool], judge.Look]
+"""(story, prompt, slot, last chunk of the prompt instead of first) -> look"""
 
 
-def _judge(
-    memory: str, told: list[list[str]], chunks: list[Chunk], fillers: int, chunk_frames: int, seconds: float
-) -> Row:
+# ------------------------------------------------------------------------------------------------------------ streaming
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Stories of one length under one kind of memory, looked at."""
+
+    stories: list[Story]
+    looks: Looks
+    retrieved: dict[tuple[int, int], list[int]]
+    """(story, prompt) -> frames retrieved for its first chunk"""
+    candidates: dict[tuple[int, int], int]
+    """(story, prompt) -> frames of the bank, sink included"""
+    seconds: list[float]
+    """per chunk, of all stories together"""
+
+
+def stream_stories(
+    model: CausalVideoModel, stories: list[Story], kind: Kind, settings: StreamSettings, seed: int
+) -> Iterator[Chunk]:
+    """Chunk after chunk of all stories, which have the same length, as `kind` remembers."""
+    spoken = chunk_prompts(stories, FRAMES_PER_PROMPT, settings.chunk_frames)
+    # Nothing is to be forgotten: what is judged is retrieval from the whole past.
+    settings = kind.change(replace(settings, device_frames=max(settings.device_frames, len(spoken))))
+    oracle = Oracle(settings.bank_frames, stories) if kind.oracle else None
+    streamer = Streamer(model, len(stories), settings, seed, policy=oracle)
+    for prompts in spoken:
+        if oracle is not None:
+            oracle.coming = prompts
+        yield streamer.next_chunk(prompts)
+
+
+def watch(stories: list[Story], chunks: Iterator[Chunk], chunk_frames: int) -> Streamed:
+    """Looks at the first and the last chunk of every appearance; nothing else is kept of the frames."""
     per_prompt = FRAMES_PER_PROMPT // chunk_frames
-    hues, present, shapes = (
-        torch.stack(x, dim=1) for x in zip(*(_look(chunk.frames) for chunk in chunks), strict=True)
-    )  # (stories, chunks)
-    who = torch.tensor([[parse_prompt(prompt)[0] for prompt in story] for story in told])  # (stories, prompts)
-    starts = torch.arange(fillers + 3) * per_prompt
-    seen, named = present[:, starts], who < world.EMPTY_INDEX
+    slots: dict[int, list[Appearance]] = {}
+    for appearance in appearances(stories):
+        slots.setdefault(appearance.prompt, []).append(appearance)
+    looks: Looks = {}
+    retrieved, candidates, seconds = {}, {}, []
+    for chunk in chunks:
+        prompt, part = divmod(chunk.index, per_prompt)
+        seconds.append(chunk.seconds)
+        if part == 0:
+            for story, found in enumerate(chunk.retrieved):
+                retrieved[story, prompt] = found
+                candidates[story, prompt] = len(chunk.candidates[story])
+        named = slots.get(prompt, [])
+        if named and part in (0, per_prompt - 1):
+            frames = chunk.frames[[appearance.story for appearance in named]]
+            for appearance, look in zip(named, judge.look_at(frames, [a.slot for a in named]), strict=True):
+                looks[appearance.story, prompt, appearance.slot, part > 0] = look
+    return Streamed(stories, looks, retrieved, candidates, seconds)
 
-    first, back = per_prompt, int(starts[-1])
-    error = world.hue_difference(hues[:, first], hues[:, back])
-    both = present[:, first] & present[:, back]
 
-    # First appearances that follow a character: everybody else's prompts but the return and the repeated fillers.
-    copy_errors, new_hues = [], []
-    for prompt in range(1, min(fillers, 2) + 2):
-        here, before = starts[prompt], starts[prompt - 1]
-        usable = present[:, here] & present[:, before] & named[:, prompt - 1]
-        copy_errors.append(world.hue_difference(hues[:, here], hues[:, before])[usable])
-        new_hues.append(hues[:, here][present[:, here]])
-    ends = starts[1:-1] + per_prompt - 1
-    stays = present[:, starts[1:-1]] & present[:, ends]
-    drift = world.hue_difference(hues[:, starts[1:-1]], hues[:, ends])[stays]
+# -------------------------------------------------------------------------------------------------------------- judging
 
-    precision = None
-    if any(chunks[back].retrieved):
-        hits = [
-            parse_prompt(story[frame // FRAMES_PER_PROMPT])[0] == parse_prompt(story[-1])[0]
-            for story, frames in zip(told, chunks[back].retrieved, strict=True)
-            for frame in frames
-        ]
-        precision = _mean(torch.tensor(hits))
+
+def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSettings, blocks_per_frame: int) -> Row:
+    """The row of one kind of memory; settings: those that were streamed with."""
+    hue: list[bool] = []
+    gap_hits: dict[str, list[bool]] = {f"{low} to {high}": [] for low, high in GAPS}
+    pattern, shape, both, precision, copies = [], [], [], [], []
+    errors, drifts, activated, hues = [], [], [], [0] * 6
+
+    for group in streamed:
+        pair_hits: dict[tuple[int, int], list[bool]] = {}
+        before: dict[int, judge.Look] = {}  # per story the character seen last
+        for it in appearances(group.stories):
+            look = group.looks[it.story, it.prompt, it.slot, False]
+            shape.append(look.present and look.shape == it.character)
+            last = group.looks[it.story, it.prompt, it.slot, True]
+            if look.present and last.present:
+                drifts.append(_difference(look, last))
+            if it.first is None and look.present:
+                hues[min(int(look.hue // 60), 5)] += 1
+                if it.story in before and before[it.story].present:
+                    copies.append(_difference(look, before[it.story]) < judge.SAME_HUE_DEGREES)
+            before[it.story] = last
+            if it.first is None or not is_return(it):
+                continue
+            first = group.looks[it.story, it.first.prompt, it.first.slot, False]
+            present = first.present and look.present
+            if present:
+                errors.append(_difference(first, look))
+            hit = present and _difference(first, look) < judge.SAME_HUE_DEGREES
+            hue.append(hit)
+            pattern.append(present and first.pattern == look.pattern)
+            next(hits for (low, high), hits in zip(GAPS, gap_hits.values(), strict=True) if it.gap <= high).append(hit)
+            if it.slot is not None:
+                pair_hits.setdefault((it.story, it.prompt), []).append(hit)
+            story = group.stories[it.story]
+            named = parse_prompt(story[it.prompt]).who
+            for frame in group.retrieved[it.story, it.prompt]:
+                precision.append(bool(set(named) & set(shown_at(story, frame))))
+            if frames := group.candidates[it.story, it.prompt]:
+                blocks = frames * blocks_per_frame
+                activated.append(min(settings.top_k, blocks) / blocks)
+        both += [all(hits) for hits in pair_hits.values() if len(hits) == 2]
+
+    seconds = streamed[-1].seconds
     return Row(
-        memory,
-        len(told),
-        _mean(both & (error < world.SAME_HUE_DEGREES)),
-        _median(error[both]),
-        _mean(seen[named]),
-        _mean((shapes[:, starts] == who)[named & seen]),
-        precision,
-        _mean(torch.cat(copy_errors) < world.SAME_HUE_DEGREES),
-        _median(drift),
-        (torch.cat(new_hues) // 60).long().clamp(max=5).bincount(minlength=6).tolist(),
-        round(seconds, 1),
+        memory=memory,
+        hue=Share.of(hue),
+        median_error=_median(errors),
+        pattern=Share.of(pattern),
+        shape=Share.of(shape),
+        pairs=Share.of(both),
+        gaps={name: Share.of(hits) for name, hits in gap_hits.items()},
+        precision=round(sum(precision) / len(precision), 4) if precision else None,
+        activated=round(sum(activated) / len(activated), 4) if activated else None,
+        copies=round(sum(copies) / len(copies), 4) if copies else math.nan,
+        drift=_median(drifts),
+        hues=hues,
+        chunk_seconds=round(_median(seconds[len(seconds) // 2 :]), 4),
     )
 
 
-def _look(frames: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A chunk (B, 3, F, H, W) -> per story its hue over all frames, whether somebody is seen in most, and whom."""
-    frames = frames.cpu().transpose(1, 2)
-    verdict = world.judge(frames)
-    # Hues are averaged on the circle.
-    angle = torch.deg2rad(verdict.hue)
-    weight = verdict.area * verdict.present
-    hue = torch.rad2deg(torch.atan2((angle.sin() * weight).sum(1), (angle.cos() * weight).sum(1))) % 360
-    return hue, verdict.present.float().mean(1) > 0.5, world.recognise(frames).mode(dim=1).values
+def _difference(a: judge.Look, b: judge.Look) -> float:
+    return judge.hue_difference(torch.tensor(a.hue), torch.tensor(b.hue)).item()
 
 
-def _mean(x: Tensor) -> float:
-    return round(x.float().mean().item(), 4) if x.numel() else math.nan
+def _median(values: Sequence[float]) -> float:
+    return round(torch.tensor(values, dtype=torch.float64).median().item(), 4) if values else math.nan
 
 
-def _median(x: Tensor) -> float:
-    return round(x.float().median().item(), 2) if x.numel() else math.nan
+# ------------------------------------------------------------------------------------------------------------ the whole
+
+
+def check(kinds: Sequence[str], stories: int, seed: int) -> None:
+    """A ValueError for arguments that `evaluate` cannot work with."""
+    unknown = [name for name in kinds if name not in KINDS]
+    if unknown:
+        raise ValueError(f"unknown kind of memory {', '.join(map(repr, unknown))}; there are {', '.join(KINDS)}")
+    make_stories(stories, seed)
+
+
+def evaluate(
+    model: CausalVideoModel,
+    *,
+    stories: int = 10,
+    kinds: Sequence[str] = tuple(KINDS),
+    seed: int = 10_000,
+    settings: StreamSettings | None = None,
+    report: Callable[[str, int, int], None] | None = None,
+) -> Iterator[Row]:
+    """Streams held-out stories under each kind of memory and yields its row.
+
+    stories: of each length, see `held_out.make_stories`. kinds: names of KINDS. seed: of stories and noise, held out.
+    report: called with a kind's name, the chunks done and all of its chunks.
+    """
+    check(kinds, stories, seed)
+    settings = settings or TOY_SETTINGS
+    told = make_stories(stories, seed)
+    tokens = model.tokens(settings.height, settings.width)
+    total = sum(len(group[0]) for group in told) * FRAMES_PER_PROMPT // settings.chunk_frames
+
+    def counted(name: str, chunks: Iterator[Chunk], done: int) -> Iterator[Chunk]:
+        for chunk in chunks:
+            yield chunk
+            if report is not None:
+                report(name, done + chunk.index + 1, total)
+
+    for name in kinds:
+        streamed: list[Streamed] = []
+        for group in told:
+            done = sum(len(other.seconds) for other in streamed)
+            # No two stories share their noise.
+            first_seed = seed + sum(len(other.stories) for other in streamed)
+            chunks = stream_stories(model, group, KINDS[name], settings, first_seed)
+            streamed.append(watch(group, counted(name, chunks, done), settings.chunk_frames))
+        yield summarise(name, streamed, KINDS[name].change(settings), -(-tokens // settings.block_size))
 
 
 def table(rows: Sequence[Row]) -> str:
     """The rows as a table of fixed-width text."""
 
     def percent(x: float | None) -> str:
-        return "-" if x is None else f"{100 * x:.0f} %"
+        return "-" if x is None or math.isnan(x) else f"{100 * x:.0f} %"
 
-    heads = ("memory", "same hue", "median error", "retrieved right", "present", "right shape", "copies", "drift")
-    cells: list[tuple[str, ...]] = [heads]
+    def interval(x: Share) -> str:
+        return f"{100 * x.value:.0f} % ({100 * x.low:.0f}-{100 * x.high:.0f})"
+
+    base = next((row.chunk_seconds for row in rows if row.memory == "none"), None)
+    gaps = list(rows[0].gaps) if rows else []
+    heads = ["memory", "returns", "same hue (95 %)", "error", "pattern", "both of two", "as named", "retrieved right"]
+    heads += ["activated", *(f"gap {gap}" for gap in gaps), "copies", "s/chunk", "overhead"]
+    cells = [heads]
     for row in rows:
-        shares = (percent(x) for x in (row.precision, row.present, row.shape, row.copies))
-        cells.append((row.memory, percent(row.match), f"{row.median_error:.1f}", *shares, f"{row.drift:.1f}"))
+        overhead = "-" if base is None or row.memory == "none" else f"{100 * (row.chunk_seconds / base - 1):+.0f} %"
+        line = [row.memory, str(row.hue.count), interval(row.hue), f"{row.median_error:.1f}"]
+        line += [percent(x) for x in (row.pattern.value, row.pairs.value, row.shape.value)]
+        line += [percent(row.precision), percent(row.activated)]
+        line += [f"{percent(row.gaps[gap].value)} of {row.gaps[gap].count}" for gap in gaps]
+        cells.append([*line, percent(row.copies), f"{row.chunk_seconds:.3f}", overhead])
     widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def report(
-    weights: Path | CausalVideoModel = TOY_WEIGHTS,
-    *,
-    stories: int = 96,
-    seed: int = 10_000,
-    fillers: int = 2,
-    memory: Sequence[MemoryMode] = MODES,
-    settings: StreamSettings | None = None,
-    out: Path | None = None,
+def write_results(
+    rows: Sequence[Row], settings: StreamSettings, *, seed: int, stories: int, weights: str, out: Path
 ) -> None:
-    """Judges every given memory mode as `evaluate` does, prints the table and writes it as JSON to `out`.
+    """Writes the rows as JSON to `out` and as a picture beside it."""
+    from memflow_ops.model.evaluation_plot import draw
 
-    out: None is bench/results/toy-cpu.json in a checkout, and no file where the package is installed elsewhere.
-    """
-    settings = settings or TOY_SETTINGS
-    model = weights if isinstance(weights, CausalVideoModel) else load_checkpoint(weights)
-    rows = [
-        evaluate(model, stories=stories, memory=mode, seed=seed, fillers=fillers, settings=settings) for mode in memory
-    ]
-    print(table(rows))
     results = {
         "command": "memflow evaluate",
         **environment(torch.device("cpu")),
+        "weights": weights,
         "seed": seed,
-        "gap_frames": fillers * FRAMES_PER_PROMPT,
+        "stories_of_each_length": stories,
+        "frames_per_prompt": FRAMES_PER_PROMPT,
         "settings": asdict(settings),
+        "written": time.strftime("%Y-%m-%d"),
         "rows": [asdict(row) for row in rows],
     }
-    if out is None and (ROOT / "setup.py").is_file():
-        out = ROOT / "bench" / "results" / "toy-cpu.json"
-    if out is not None:
-        write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
-        print(f"written to {out}")
+    write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(out.with_suffix(".png"), draw(rows))
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="Judge held-out stories of the toy world under every kind of memory.")
-    parser.add_argument("--weights", type=Path, default=TOY_WEIGHTS)
-    parser.add_argument("--stories", type=int, default=96)
-    parser.add_argument("--seed", type=int, default=10_000)
-    parser.add_argument("--fillers", type=int, default=2, help="prompts of 12 frames between leaving and returning")
-    parser.add_argument("--memory", nargs="+", default=list(MODES), choices=MODES)
-    parser.add_argument("--steps", type=int, default=StreamSettings.steps, help="the sampler's passes per chunk")
-    parser.add_argument("--query-group", type=int, default=StreamSettings.query_group)
-    parser.add_argument("--recache", action="store_true", help="re-cache the local window at a prompt switch")
-    parser.add_argument("--out", type=Path, help="default: bench/results/toy-cpu.json in the checkout")
-    arguments = parser.parse_args()
-    report(
-        arguments.weights,
-        stories=arguments.stories,
-        seed=arguments.seed,
-        fillers=arguments.fillers,
-        memory=arguments.memory,
-        settings=replace(
-            TOY_SETTINGS, steps=arguments.steps, query_group=arguments.query_group, recache=arguments.recache
-        ),
-        out=arguments.out,
-    )
-
-
-if __name__ == "__main__":
-    main()
+def default_results() -> Path | None:
+    """bench/results/toy-cpu.json in a checkout; None where the package is installed elsewhere."""
+    return ROOT / "bench" / "results" / "toy-cpu.json" if (ROOT / "setup.py").is_file() else None

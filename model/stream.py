@@ -30,10 +30,11 @@ from memflow_ops.model import world
 from memflow_ops.model.sampler import FlowMatchSampler
 from memflow_ops.model.text import embed_prompts
 from memflow_ops.model.transformer import CausalVideoModel, TextKeysValues, apply_rotation, rope_rotation
-from memflow_ops.retrieval import Policy, Random, Relevance, Retrieved
+from memflow_ops.retrieval import Coverage, Policy, Random, Relevance, Retrieved
 
 MemoryMode = Literal["none", "sink", "memflow", "full"]
-RelevanceKind = Literal["linear", "softmax", "random"]
+RelevanceKind = Literal["linear", "softmax", "coverage", "random"]
+SelectionKind = Literal["top", "random"]
 
 TextEncoder = Callable[[Sequence[str]], Tensor]
 """B prompts -> embeddings (B, Lt, text_dim), rows past a text's true length all zero, as Wan's text encoder leaves
@@ -70,7 +71,9 @@ class StreamSettings:
     """Consecutive queries that share a selection; None: the whole chunk, as in the paper. Two rows of the toy's tokens
     bring a character back better than the whole chunk, although its training selects for the whole chunk."""
     relevance: RelevanceKind = "linear"
-    """What retrieval goes by: a score of `frame_relevance`, or "random", a control."""
+    """What retrieval goes by: a score of `frame_relevance`, word by word ("coverage"), or "random", a control."""
+    selection: SelectionKind = "top"
+    """Which blocks activation takes: those that score best, or as many "random" ones, a control."""
     redundancy: float | None = None
     """Retrieval passes over frames whose mean key has a larger cosine with one already taken; None: it does not. The
     toy world's frames of one character are so alike that any threshold leaves one of them and fills up with others."""
@@ -86,7 +89,8 @@ class StreamSettings:
     """Implementation of the attention op: auto, reference, torch or triton."""
 
     def __post_init__(self) -> None:
-        for name, kinds in (("memory", get_args(MemoryMode)), ("relevance", get_args(RelevanceKind))):
+        choices = (("memory", MemoryMode), ("relevance", RelevanceKind), ("selection", SelectionKind))
+        for name, kinds in ((name, get_args(kind)) for name, kind in choices):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {getattr(self, name)!r}")
         for name in ("height", "width", "top_k", "steps"):
@@ -129,7 +133,7 @@ class StreamSettings:
         )
 
 
-TOY_SETTINGS = StreamSettings(recache=False)
+TOY_SETTINGS = StreamSettings(recache=False, relevance="coverage", top_k=8)
 """What the toy weights are streamed with. They cannot tell a window that was re-cached under a new character's prompt
 from one that shows it: with re-caching, every new character takes the colour of the one before."""
 
@@ -229,7 +233,9 @@ class Streamer:
         seed: int | Sequence[int] = 0,
         *,
         encode: TextEncoder = embed_prompts,
+        policy: Policy | None = None,
     ):
+        """policy: chooses the bank instead of the one that `settings` names."""
         self.model, self.settings, self.encode = model, settings, encode
         self.seeds = [seed + story for story in range(batch)] if isinstance(seed, int) else list(seed)
         if len(self.seeds) != batch or min(self.seeds, default=0) < 0:
@@ -240,7 +246,11 @@ class Streamer:
         self.sampler = FlowMatchSampler(settings.steps, settings.shift, settings.stochastic, config.prediction)
         self.policy: Policy | None = None
         if self.cache.layout.bank_frames:
-            if settings.relevance == "random":
+            if policy is not None:
+                self.policy = policy
+            elif settings.relevance == "coverage":
+                self.policy = Coverage(settings.bank_frames)
+            elif settings.relevance == "random":
                 self.policy = Random(settings.bank_frames, self.seeds)
             else:
                 self.policy = Relevance(settings.bank_frames, settings.relevance, settings.redundancy)
@@ -255,6 +265,7 @@ class Streamer:
                 f"a stream can give the model pixel coordinates (2 channels) as condition, or none; this model "
                 f"expects {config.in_dim - config.out_dim} channels"
             )
+        self._chance = torch.Generator().manual_seed(self.seeds[0])
         self._chunks = 0
         self._prompts: list[str] | None = None
         self._text: TextKeysValues = []
@@ -382,11 +393,14 @@ class Streamer:
                 return attention(q, keys, values, impl=settings.impl)
             keys, values = cache.window(layer)
             memory = cache.memory(layer)
+            descriptors = memory.descriptors
+            if settings.selection == "random":  # of descriptors without meaning every subset is as likely as any other
+                descriptors = torch.randn(descriptors.shape, generator=self._chance).to(descriptors)
             if selected is not None:
                 blocks = cache.layout.blocks_per_frame
                 chosen = select_blocks(
                     q,
-                    memory.descriptors,
+                    descriptors,
                     settings.top_k,
                     query_group=settings.query_group,
                     memory_frames=memory.frames,
@@ -401,7 +415,7 @@ class Streamer:
                 values,
                 memory.keys,
                 memory.values,
-                memory_descriptors=memory.descriptors,
+                memory_descriptors=descriptors,
                 top_k=settings.top_k,
                 block_size=settings.block_size,
                 frame_tokens=cache.layout.frame_tokens,

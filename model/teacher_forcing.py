@@ -18,8 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memflow_ops.model.text import NOBODY
 from memflow_ops.model.transformer import TextKeysValues, rope_rotation
-from memflow_ops.model.world import EMPTY_INDEX, FRAME_SIZE
+from memflow_ops.model.world import FRAME_SIZE
 
 CHUNK_FRAMES = 3
 BANK_FRAMES = 3
@@ -41,31 +42,32 @@ class MemoryPlan:
     valid: Tensor
     """(R, M) bool; what is not valid is not attended to"""
 
+    def to(self, device: torch.device) -> "MemoryPlan":
+        return MemoryPlan(self.frame.to(device), self.distance.to(device), self.valid.to(device))
 
-def plan_memory(who: Tensor, recached: Tensor, generator: torch.Generator) -> MemoryPlan:
+
+def plan_memory(shows: Tensor, generator: torch.Generator) -> MemoryPlan:
     """Draws the memory of every chunk of a batch of clips.
 
-    who (B, C) characters · recached (B, C) bool: chunks whose clean keys carry the next chunk's prompt, which a stream
-    never remembers.
+    shows (B, C, characters) bool: whom each chunk's prompt names.
 
-    Frames of other clips in the batch stand in for a longer past: as long as they do not show the row's own character
-    they are what a stream's memory is full of, other characters of other hues. The sink is a whole first chunk, the
-    bank holds prototypes: mostly those that show the named character (retrieval works), sometimes one or by luck.
+    Frames of other clips in the batch stand in for a longer past: as long as they show nobody whom the row names, they
+    are what a stream's memory is full of, other characters of other looks. The sink is a whole first chunk, the bank
+    holds prototypes: mostly those that show who is named (retrieval works), sometimes one of each or by luck.
     """
-    clips, chunks = who.shape
+    clips, chunks = shows.shape[:2]
     rows = clips * chunks
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
-    flat_who = who.flatten()
+    named = shows.flatten(0, 1)
     clip = torch.arange(clips).repeat_interleave(chunks)
     chunk = torch.arange(chunks).repeat(clips)
-    showable = ~recached.flatten()[None]  # (1, R) as a remembered chunk
     same_clip = clip[:, None] == clip[None]
-    out_of_window = same_clip & (chunk[None] < chunk[:, None] - 1) & showable
-    shows_named = (flat_who[:, None] == flat_who[None]) & (flat_who != EMPTY_INDEX)[:, None]
-    foreign = ~same_clip & (flat_who[:, None] != flat_who[None]) & showable & (chunk > 0)[:, None]
+    out_of_window = same_clip & (chunk[None] < chunk[:, None] - 1)
+    shows_named = (named[:, None] & named[None]).any(-1)  # (R, R)
+    foreign = ~same_clip & ~shows_named & (chunk > 0)[:, None]
 
     # The sink: the clip's own first chunk, or a stranger's, so that a return is often not to be found in the sink.
     first = (chunk == 0)[None]
@@ -79,9 +81,12 @@ def plan_memory(who: Tensor, recached: Tensor, generator: torch.Generator) -> Me
     relevant = own & shows_named
     score = uniform(rows, rows)
     mode = uniform(rows, 1)
-    one_relevant = F.one_hot((score * relevant).argmax(1), rows).bool() & relevant
-    preferred = torch.where(mode < 0.55, relevant, (mode < 0.8) & one_relevant)
-    score = score + 4 * preferred + (own & ~relevant) + (relevant & (mode >= 0.8))
+    one_of_each = torch.zeros(rows, rows, dtype=torch.bool)
+    for character in range(named.shape[1]):
+        showing = relevant & named[:, None, character] & named[None, :, character]
+        one_of_each |= F.one_hot((score * showing).argmax(1), rows).bool() & showing
+    preferred = torch.where(mode < 0.55, relevant, (mode < 0.8) & one_of_each)
+    score = score + 4 * preferred + 4 * (one_of_each & (mode < 0.8)) + (own & ~relevant) + (relevant & (mode >= 0.8))
     score = score.masked_fill(~(own | (foreign & ~in_sink)), -1)
     bank_best, bank_chunk = score.topk(min(BANK_FRAMES, rows), dim=1)
     if rows < BANK_FRAMES:  # tiny batches in tests
@@ -113,8 +118,8 @@ def turned(x: Tensor, turn: Tensor) -> Tensor:
 class TeacherForcedAttention:
     """The `attend` of one training step; it also collects what the relevance loss needs.
 
-    recached (R,) bool: chunks whose clean pass is that of a prompt switch. top_k: blocks that a row keeps per head,
-    None: all of memory, dense. selection_noise: perturbs the choice, so that what is selected is not always best.
+    top_k: blocks that a row keeps per head, None: all of memory, dense. selection_noise: perturbs the choice, so that
+    what is selected is not always best.
     """
 
     def __init__(
@@ -124,7 +129,6 @@ class TeacherForcedAttention:
         grid: tuple[int, int],
         head_dim: int,
         *,
-        recached: Tensor | None = None,
         top_k: int | None,
         selection_noise: float = 0.0,
         generator: torch.Generator | None = None,
@@ -133,19 +137,18 @@ class TeacherForcedAttention:
         self.plan, self.top_k, self.selection_noise, self.generator = plan, top_k, selection_noise, generator
         self.frame_means: list[Tensor] = []
         """Per layer (R, heads, head_dim): the mean un-rotated key of each clean chunk's first frame."""
-        rows, columns = (torch.arange(n) for n in grid)
+        device = plan.frame.device
+        rows, columns = (torch.arange(n, device=device) for n in grid)
         # On a coarser grid tokens stand further apart, so that distances mean the same at every resolution.
         rows, columns = rows * (full_grid / grid[0]), columns * (full_grid / grid[1])
-        here = torch.arange(CHUNK_FRAMES)
+        here = torch.arange(CHUNK_FRAMES, device=device)
         self.own_turn, self.local_turn, self.memory_turn = (
             torch.complex(*rope_rotation(head_dim, frames, rows, columns))
             for frames in (here, here - CHUNK_FRAMES, -plan.distance)
         )
         self.tokens = grid[0] * grid[1]
-        has_past = torch.arange(len(plan.frame)) % chunks > 0
-        # Re-caching starts with an empty window: such a chunk's clean pass does not see the chunk before it.
-        clean_has_past = has_past if recached is None else has_past & ~recached
-        self.local_valid = torch.cat([clean_has_past, has_past])[:, None].expand(-1, CHUNK_FRAMES * self.tokens)
+        has_past = torch.arange(len(plan.frame), device=device) % chunks > 0
+        self.local_valid = torch.cat([has_past, has_past])[:, None].expand(-1, CHUNK_FRAMES * self.tokens)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q, k, v (2 R, CHUNK_FRAMES * T, heads, head_dim), clean rows first -> like q."""
@@ -174,7 +177,7 @@ class TeacherForcedAttention:
             memory_valid = self.plan.valid.any(1, keepdim=True).expand(-1, memory_k.shape[2])
         keys = torch.cat([memory_k, local_k.repeat(2, 1, 1, 1), own_k], dim=2)
         values = torch.cat([memory_v, local_v.repeat(2, 1, 1, 1), own_v], dim=2)
-        own_valid = torch.ones(2 * rows, own_k.shape[2], dtype=torch.bool)
+        own_valid = torch.ones(2 * rows, own_k.shape[2], dtype=torch.bool, device=q.device)
         mask = torch.cat([memory_valid.repeat(2, 1), self.local_valid, own_valid], dim=1)
         bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
         bias = bias[:, None, None].expand(-1, q.shape[1], q.shape[2], -1)
@@ -192,11 +195,11 @@ class TeacherForcedAttention:
             queries = q.mean(2).unflatten(0, (2, rows))  # (2, R, heads, head_dim)
             scores = torch.einsum("srhd,rhnd->srhn", queries, descriptors)
             if self.selection_noise:
-                noise = torch.randn(scores.shape, generator=self.generator)
+                noise = torch.randn(scores.shape, generator=self.generator).to(scores)
                 scores = scores + self.selection_noise * scores.std(-1, keepdim=True) * noise
             valid = self.plan.valid.repeat_interleave(BLOCKS_PER_FRAME, 1)
             chosen = scores.masked_fill(~valid[None, :, None], float("-inf")).topk(top_k, dim=-1).indices
-            base = (torch.arange(rows)[:, None] * heads + torch.arange(heads)) * count
+            base = (torch.arange(rows)[:, None] * heads + torch.arange(heads)).to(chosen.device) * count
             index = (chosen + base[None, ..., None]).flatten()
 
         def taken(x: Tensor) -> Tensor:
@@ -205,21 +208,25 @@ class TeacherForcedAttention:
         return taken(memory_k), taken(memory_v)
 
 
-def relevance_loss(frame_means: list[Tensor], text: TextKeysValues, who: Tensor, usable: Tensor) -> Tensor:
-    """Teaches the text keys to find the frames that show whom they name; a scalar.
+def relevance_loss(frame_means: list[Tensor], text: TextKeysValues, ids: Tensor) -> Tensor:
+    """Teaches the words of a prompt to find the frames that show whom they name; a scalar.
 
-    frame_means: per layer (R, heads, head_dim) · text: `encode_text` of the R rows' prompts · who (R,) · usable (R,)
-    bool: which frames may be candidates. Every frame of the batch is a candidate for every row. The score is
-    `frame_relevance`'s linear one, summed over layers; each frame that shows the named character must beat the
-    log-sum-exp of all that do not. Gradients reach the keys of the self-attention: without that it does not learn.
+    frame_means: per layer (R, heads, head_dim) · text: `encode_text` of the R rows' prompts · ids (R, 3): what they say
+    The score is that of `memflow_ops.retrieval.Coverage`, word by word. Every frame of the batch is a candidate for
+    every row: each frame that shows the character a word names must beat the log-sum-exp of all that do not, and the
+    place, which needs no memory, must prefer none. Gradients reach the keys of the self-attention: without that it
+    does not learn.
     """
-    scores = torch.zeros(len(who), len(who))
-    for means, (text_keys, _) in zip(frame_means, text, strict=True):
-        queries = text_keys.mean(1)  # over the prompt's words
-        heads, head_dim = queries.shape[1:]
-        scores = scores + queries.flatten(1).float() @ means.flatten(1).float().T / (heads * head_dim**0.5)
-    same = who[:, None] == who[None]
-    negatives = scores.masked_fill(same | ~usable[None], float("-inf")).logsumexp(1, keepdim=True)
-    asked = same & usable[None] & (who != EMPTY_INDEX)[:, None] & negatives.isfinite()
+    scores = sum(
+        torch.einsum("rwhd,fhd->rwf", keys.float(), means.float()) / (means.shape[1] * means.shape[2] ** 0.5)
+        for means, (keys, _) in zip(frame_means, text, strict=True)
+    )
+    assert isinstance(scores, Tensor)  # (R, words, R)
+    indifference = scores[:, 0].var(dim=1).mean()
+    who = ids[:, :2]
+    shown = (who[:, :, None, None] == who[None, None]).any(-1)  # (R, 2, R): does that frame show that word's character?
+    scores = scores[:, 1:]
+    negatives = scores.masked_fill(shown, float("-inf")).logsumexp(-1, keepdim=True)
+    asked = shown & (who != NOBODY)[..., None] & negatives.isfinite()
     loss = F.softplus(torch.where(asked, negatives - scores, 0.0)) * asked
-    return loss.sum() / asked.sum().clamp(min=1)
+    return loss.sum() / asked.sum().clamp(min=1) + indifference

@@ -1,6 +1,7 @@
 """The toy world's language: who is where, in a handful of words."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -9,17 +10,29 @@ CHARACTERS = ("ball", "box", "star", "ring")
 EMPTY = "empty"
 PLACES = ("meadow", "desert", "sea", "night")
 VOCABULARY = (*CHARACTERS, EMPTY, *PLACES)
-FREE_WORDS = frozenset(("a", "an", "the", "in", "on", "at", "by"))
+FREE_WORDS = frozenset(("a", "an", "and", "the", "in", "on", "at", "by"))
 """Words that may stand anywhere and mean nothing."""
 
-WHO = {word: i for i, word in enumerate(VOCABULARY[: len(CHARACTERS) + 1])}
-WHERE = {word: i for i, word in enumerate(VOCABULARY) if word in PLACES}
-TEXT_LENGTH = 2
-TEXT_DIM = len(VOCABULARY)
+NOBODY = len(CHARACTERS)
+"""The character index of nobody: characters are indexed as in CHARACTERS, 0..3 and this."""
+TEXT_LENGTH = 3
+"""The place, who is named first, and who is named second."""
+TEXT_DIM = len(VOCABULARY) + 1
+"""One-hot over the vocabulary, and a mark on who is named second."""
 
 
-def parse_prompt(prompt: str) -> tuple[int, int]:
-    """ "A ball in the meadow" -> the vocabulary indices (who, where).
+@dataclass(frozen=True)
+class Scene:
+    """What a prompt says."""
+
+    who: tuple[int, ...]
+    """indices of the characters it names: none, one, or two that differ; of two the first stands on the left"""
+    place: int
+    """index of the place"""
+
+
+def parse_prompt(prompt: str) -> Scene:
+    """ "A ball in the meadow", "the ball and the star at sea", "an empty desert" -> what it says.
 
     Case, full stops, commas and the free words do not matter. A ValueError says what is wrong and lists the vocabulary.
     """
@@ -29,17 +42,44 @@ def parse_prompt(prompt: str) -> tuple[int, int]:
     unknown = [word for word in words if word not in VOCABULARY]
     if unknown:
         raise ValueError(f"unknown word {', '.join(map(repr, unknown))} in the prompt {prompt!r}; {help_text}")
-    who, where = ([table[word] for word in words if word in table] for table in (WHO, WHERE))
-    if len(who) != 1 or len(where) != 1:
-        raise ValueError(f"a prompt names one character (or {EMPTY!r}) and one place, got {prompt!r}; {help_text}")
-    return who[0], where[0]
+    who = [CHARACTERS.index(word) for word in words if word in CHARACTERS]
+    where = [PLACES.index(word) for word in words if word in PLACES]
+    empty = words.count(EMPTY)
+    named_well = (empty == 1 and not who) or (not empty and len(who) in (1, 2) and len(set(who)) == len(who))
+    if len(where) != 1 or not named_well:
+        raise ValueError(
+            f"a prompt names one character, two different ones or {EMPTY!r}, and one place, got {prompt!r}; {help_text}"
+        )
+    return Scene(tuple(who), where[0])
+
+
+def describe(scene: Scene) -> str:
+    """A prompt that says it; `parse_prompt` undoes it."""
+    named = " and ".join(f"the {CHARACTERS[who]}" for who in scene.who)
+    place = PLACES[scene.place]
+    return f"{named} in the {place}" if named else f"{EMPTY} {place}"
 
 
 def embed_ids(ids: Tensor) -> Tensor:
-    """Vocabulary indices (..., 2) -> one-hot embeddings (..., 2, text_dim) float32."""
-    return torch.nn.functional.one_hot(ids, TEXT_DIM).float()
+    """Scenes (..., 3) int64 -> embeddings (..., 3, text_dim) float32.
+
+    A scene is who is named first and second (NOBODY where there is none) and the place. The rows are place, first,
+    second, so that what a shorter prompt lacks lies at the end; that row is all zero.
+    """
+    first, second, place = ids.unbind(-1)
+    rows = torch.stack([place + VOCABULARY.index(PLACES[0]), first, second], dim=-1)
+    embeddings = torch.nn.functional.one_hot(rows, TEXT_DIM).float()
+    embeddings[..., 2, -1] = 1
+    embeddings[..., 2, :] *= (second != NOBODY)[..., None]
+    return embeddings
+
+
+def scene_ids(scenes: Sequence[Scene]) -> Tensor:
+    """Scenes -> (len(scenes), 3) int64 for `embed_ids`."""
+    rows = [(*(*scene.who, NOBODY, NOBODY)[:2], scene.place) for scene in scenes]
+    return torch.tensor(rows, dtype=torch.long).view(-1, 3)
 
 
 def embed_prompts(prompts: Sequence[str]) -> Tensor:
-    """B prompts -> text embeddings (B, 2, text_dim) float32 for `CausalVideoModel.encode_text`."""
-    return embed_ids(torch.tensor([parse_prompt(prompt) for prompt in prompts]))
+    """B prompts -> text embeddings (B, 3, text_dim) float32 for `CausalVideoModel.encode_text`."""
+    return embed_ids(scene_ids([parse_prompt(prompt) for prompt in prompts]))

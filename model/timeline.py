@@ -176,17 +176,18 @@ def _draw_heading(page: _Page, run: Run, number: int, chunks: Sequence[Chunk], y
 
 
 def _return_in_words(there: dict) -> str:
-    """ "the ball is back after 24 frames, in the same colour (blue, 212° then, 214° now)" """
+    """ "the ball is back after 24 frames, in with the same look (blue stripes: hue 212° then, 214° now)" """
     seen = there["with_memory"]
     said = f"the {there['character']} is back after {there['gap']} frames"
     if seen["difference"] is None:
         return f"{said}, says the prompt, but one of the two times it is not to be seen"
     before, after = seen["hue_before"], seen["hue_after"]
     if seen["same"]:
-        return f"{said}, in the same colour ({colour_name(before)}: hue {before:.0f}° then, {after:.0f}° now)"
-    return (
-        f"{said}, in another colour (hue {before:.0f}°, {colour_name(before)}, then {after:.0f}°, {colour_name(after)})"
-    )
+        same = f"{colour_name(before)} {seen['pattern_before']}: hue {before:.0f}° then, {after:.0f}° now"
+        return f"{said}, with the same look ({same})"
+    looks = ((before, seen["pattern_before"]), (after, seen["pattern_after"]))
+    then, now = (f"{colour_name(hue)} {pattern}, hue {hue:.0f}°" for hue, pattern in looks)
+    return f"{said}, with another look ({then}, then {now})"
 
 
 def _draw_chunk(page: _Page, chunk: Chunk, frames: np.ndarray, x: float, y: float, size: int) -> None:

@@ -1,23 +1,25 @@
 """Trains the toy world's model on a CPU: `memflow train`, or `python -m memflow_ops.model.train --out PATH`.
 
 The schedule is counted in steps and every random number comes from the seed, so a run can be repeated. The model
-predicts the clean chunk; the loss is that of the velocity, |x0 - target|^2 / max(sigma, 0.1)^2. Most steps run at half
-resolution, where a step costs a quarter; the same weights then continue at full size.
+predicts the clean chunk; the loss is that of the velocity, |x0 - target|^2 / max(sigma, 0.1)^2. The first steps run at
+half resolution, where a step costs less and memory is learned sooner; the same weights then continue at full size.
 """
 
 import argparse
+import io
 import json
 import math
+import pickle
 import platform
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from memflow_ops.model import checkpoints, text, world
+from memflow_ops.model import checkpoints, judge, text, world
 from memflow_ops.model.sampler import shifted
 from memflow_ops.model.teacher_forcing import (
     CHUNK_FRAMES,
@@ -26,12 +28,13 @@ from memflow_ops.model.teacher_forcing import (
     plan_memory,
     relevance_loss,
 )
+from memflow_ops.model.text import NOBODY
 from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
 
 TOY_CONFIG = ModelConfig(
-    dim=64,
-    ffn_dim=256,
-    num_heads=2,
+    dim=96,
+    ffn_dim=384,
+    num_heads=3,
     num_layers=3,
     in_dim=5,
     out_dim=3,
@@ -42,7 +45,9 @@ TOY_CONFIG = ModelConfig(
 )
 CHUNKS = 8
 """Chunks per training clip."""
-TOP_K = 4
+TOP_K = 8
+HELD_OUT_SEED = 10_000
+"""Seeds below are for training and tuning; from here on they are held out for `memflow evaluate`."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +66,9 @@ class Stage:
 
 
 STAGES = (
-    Stage(steps=500, size=16, batch=12, shift=4.0, foreground=3.0),
-    Stage(steps=250, size=32, batch=6, shift=7.0, foreground=1.0),
-    Stage(steps=1250, size=32, batch=6, shift=7.0),
+    Stage(steps=400, size=16, batch=8, shift=4.0, foreground=3.0),
+    Stage(steps=900, size=32, batch=4, shift=7.0, foreground=2.0),
+    Stage(steps=1500, size=32, batch=4, shift=7.0),
 )
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 
@@ -79,12 +84,16 @@ class Settings:
     context_noise: float = 0.3
     """Clean chunks get noise of up to this level (times u^2, u uniform): a stream's own past is never perfect."""
     relevance_weight: float = 0.1
-    recached_share: float = 0.0
-    """Share of the prompt switches at which the clean stream's last chunk already carries the new prompt, as when a
-    stream re-caches. 0, because at this size it cannot be learned: with 0.5 all new characters took the hue of the one
-    before, since a re-cached window looks like a character that stays. So the toy is streamed without re-caching."""
+    """Of the auxiliary loss that teaches the prompt's words to find frames; see `relevance_loss`."""
     dense_share: float = 0.3
     """Share of steps that attend to all of memory instead of the top k blocks."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.seed < HELD_OUT_SEED:
+            raise ValueError(
+                f"seeds from {HELD_OUT_SEED} on are held out for evaluation: train with 0 to {HELD_OUT_SEED - 1}, "
+                f"got {self.seed}"
+            )
 
 
 @dataclass(frozen=True)
@@ -93,29 +102,17 @@ class Batch:
 
     target: Tensor
     """(R, 3, CHUNK_FRAMES, size, size)"""
-    who: Tensor
-    """(R,)"""
     ids: Tensor
-    """(R, 2) prompt of each chunk, as vocabulary indices"""
-    clean_ids: Tensor
-    """(R, 2) prompt that the clean stream carries: at a switch sometimes already the next one's"""
-    usable: Tensor
-    """(R,) bool, the clean stream carries the chunk's own prompt"""
+    """(R, 3) what each chunk's prompt says, for `text.embed_ids`"""
     plan: MemoryPlan
 
 
-def draw_batch(clips: int, size: int, settings: Settings, generator: torch.Generator) -> Batch:
+def draw_batch(clips: int, size: int, generator: torch.Generator) -> Batch:
     """Random clips with prompts and memory."""
     drawn = world.random_clips(clips, CHUNKS, generator, chunk_frames=CHUNK_FRAMES, size=size)
-    ids = world.prompt_ids(drawn.who, drawn.place)  # (B, C, 2)
-    following = torch.cat([ids[:, 1:], ids[:, -1:]], dim=1)
-    # A stream re-caches its local window under the new prompt when the prompt changes. Such chunks are never memory, so
-    # a larger share would leave too few returns to learn from.
-    recached = (ids != following).any(-1) & (torch.rand(clips, CHUNKS, generator=generator) < settings.recached_share)
-    clean_ids = torch.where(recached[..., None], following, ids)
     target = drawn.frames.unflatten(2, (CHUNKS, CHUNK_FRAMES)).transpose(1, 2).flatten(0, 1)
-    plan = plan_memory(drawn.who, recached, generator)
-    return Batch(target, drawn.who.flatten(), ids.flatten(0, 1), clean_ids.flatten(0, 1), ~recached.flatten(), plan)
+    shows = (drawn.ids[..., :2, None] == torch.arange(NOBODY)).any(-2)  # (B, C, characters)
+    return Batch(target, drawn.ids.flatten(0, 1), plan_memory(shows, generator))
 
 
 @dataclass(frozen=True)
@@ -129,42 +126,42 @@ def training_losses(
     model: CausalVideoModel, batch: Batch, stage: Stage, settings: Settings, generator: torch.Generator
 ) -> Losses:
     """The losses of one step; draws timesteps, noise and the kind of selection."""
-    target, rows = batch.target, len(batch.target)
+    device = model.patch_embedding.weight.device
+    target, rows = batch.target.to(device), len(batch.target)
 
     def per_row(level: Tensor) -> Tensor:
         return level[:, None, None, None, None]
 
     def noise() -> Tensor:
-        return torch.randn(target.shape, generator=generator)
+        return torch.randn(target.shape, generator=generator).to(device)
 
-    sigma = shifted(torch.rand(rows, generator=generator), stage.shift)
+    sigma = shifted(torch.rand(rows, generator=generator), stage.shift).to(device)
     noisy = (1 - per_row(sigma)) * target + per_row(sigma) * noise()
-    context_level = settings.context_noise * torch.rand(rows, generator=generator) ** 2
+    context_level = settings.context_noise * torch.rand(rows, generator=generator).to(device) ** 2
     clean = target + per_row(context_level) * noise()
 
     dense, perturbed = torch.rand(2, generator=generator).tolist()
     attention = TeacherForcedAttention(
-        batch.plan,
+        batch.plan.to(device),
         CHUNKS,
         model.grid(stage.size, stage.size),
         model.config.head_dim,
-        recached=~batch.usable,
         top_k=None if dense < settings.dense_share else TOP_K,
         selection_noise=0.5 if perturbed < 0.3 else 0.0,
         generator=generator,
     )
-    encoded = model.encode_text(text.embed_ids(torch.cat([batch.clean_ids, batch.ids])))
-    timesteps = torch.cat([torch.zeros(rows), 1000 * sigma])[:, None].expand(-1, CHUNK_FRAMES)
-    condition = world.coordinates(CHUNK_FRAMES, stage.size, stage.size)
+    encoded = model.encode_text(text.embed_ids(batch.ids).to(device).repeat(2, 1, 1))
+    timesteps = torch.cat([torch.zeros_like(sigma), 1000 * sigma])[:, None].expand(-1, CHUNK_FRAMES)
+    condition = world.coordinates(CHUNK_FRAMES, stage.size, stage.size).to(device)
     x0 = model(torch.cat([clean, noisy]), timesteps, encoded, attention, condition)[rows:]
 
     weight = 1 / per_row(sigma.clamp(min=0.1)) ** 2
     if stage.foreground:
-        mask = world.colour_mask(target.transpose(1, 2))[:, None]  # (R, 1, CHUNK_FRAMES, size, size)
+        mask = judge.colour_mask(target.transpose(1, 2))[:, None]  # (R, 1, CHUNK_FRAMES, size, size)
         weight = weight * (1 + stage.foreground * mask)
     denoising = ((x0 - target) ** 2 * weight).mean()
     own_text = [(keys[rows:], values[rows:]) for keys, values in encoded]
-    relevance = relevance_loss(attention.frame_means, own_text, batch.who, batch.usable)
+    relevance = relevance_loss(attention.frame_means, own_text, batch.ids.to(device))
     return Losses(denoising + settings.relevance_weight * relevance, denoising, relevance)
 
 
@@ -207,63 +204,142 @@ def scaled_stages(stages: Sequence[Stage], steps: int) -> tuple[Stage, ...]:
     return tuple(stage for stage in scaled if stage.steps)
 
 
-def run(
-    settings: Settings, *, config: ModelConfig = TOY_CONFIG, report: Callable[[Progress], None] | None = None
-) -> tuple[CausalVideoModel, list[dict[str, float]]]:
-    """Trains from scratch; returns the averaged model in eval mode and the loss curve (a point every 50 steps).
+class Trainer:
+    """A training run that can be stopped after any step and continued bit for bit, in another process if need be."""
 
-    A KeyboardInterrupt ends training early: what has been learned so far is returned.
-    """
-    generator = torch.Generator().manual_seed(settings.seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(settings.seed)  # the layers' own initialisation draws from the global generator
-        model = CausalVideoModel(config)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay, betas=(0.9, 0.98), fused=True
-    )
-    average = MovingAverage(model)
-    total = sum(stage.steps for stage in settings.stages)
-    curve: list[dict[str, float]] = []
-    running: dict[str, float] = {}
-    step = 0
-    try:
-        for stage in settings.stages:
-            for _ in range(stage.steps):
-                for group in optimizer.param_groups:
-                    group["lr"] = settings.learning_rate * learning_rate_factor(step / total, step)
-                batch = draw_batch(stage.batch, stage.size, settings, generator)
-                losses = training_losses(model, batch, stage, settings, generator)
-                optimizer.zero_grad()
-                losses.total.backward()
-                torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-                optimizer.step()
-                average.update(model, step)
-                step += 1
-                for name, value in (("denoising", losses.denoising), ("relevance", losses.relevance)):
-                    running[name] = 0.98 * running.get(name, value.item()) + 0.02 * value.item()
-                if step % 50 == 0 or step == total:
-                    curve.append({"step": step, "size": stage.size} | {k: round(v, 5) for k, v in running.items()})
-                if report is not None:
-                    report(Progress(step, total, stage, running["denoising"], running["relevance"]))
-    except KeyboardInterrupt:
-        pass
-    model.load_state_dict(average.weights)
-    return model.eval(), curve
+    def __init__(self, settings: Settings, config: ModelConfig = TOY_CONFIG, device: str | torch.device = "cpu"):
+        self.settings, self.device = settings, torch.device(device)
+        self.total = sum(stage.steps for stage in settings.stages)
+        self.generator = torch.Generator().manual_seed(settings.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(settings.seed)  # the layers' own initialisation draws from the global generator
+            self.model = CausalVideoModel(config).to(self.device)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(),
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            betas=(0.9, 0.98),
+            fused=True,
+        )
+        self.average = MovingAverage(self.model)
+        self.steps_done = 0
+        self.seconds = 0.0
+        self.running: dict[str, float] = {}
+        self.curve: list[dict[str, float]] = []
+        """The smoothed losses, a point every 50 steps."""
+
+    @property
+    def stage(self) -> Stage:
+        """The stage of the coming step; the last one at the end."""
+        left = self.steps_done
+        for stage in self.settings.stages:
+            if left < stage.steps:
+                return stage
+            left -= stage.steps
+        return self.settings.stages[-1]
+
+    def step(self) -> Progress:
+        """One step of the optimiser."""
+        started, stage = time.perf_counter(), self.stage
+        for group in self.optimizer.param_groups:
+            factor = learning_rate_factor(self.steps_done / self.total, self.steps_done)
+            group["lr"] = self.settings.learning_rate * factor
+        batch = draw_batch(stage.batch, stage.size, self.generator)
+        losses = training_losses(self.model, batch, stage, self.settings, self.generator)
+        self.optimizer.zero_grad()
+        losses.total.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self.optimizer.step()
+        self.average.update(self.model, self.steps_done)
+        self.steps_done += 1
+        for name, value in (("denoising", losses.denoising.item()), ("relevance", losses.relevance.item())):
+            self.running[name] = 0.98 * self.running.get(name, value) + 0.02 * value
+        if self.steps_done % 50 == 0 or self.steps_done == self.total:
+            point = {"step": self.steps_done, "size": stage.size}
+            self.curve.append(point | {name: round(value, 5) for name, value in self.running.items()})
+        self.seconds += time.perf_counter() - started
+        return Progress(self.steps_done, self.total, stage, self.running["denoising"], self.running["relevance"])
+
+    def averaged_model(self) -> CausalVideoModel:
+        """What has been learned so far, in eval mode: a model of its own with the averaged weights."""
+        model = CausalVideoModel(self.model.config).to(self.device)
+        model.load_state_dict(self.average.weights)
+        return model.eval()
+
+    def save(self, path: Path) -> None:
+        """Writes everything that `load` needs, atomically."""
+        content = io.BytesIO()
+        state = {
+            "settings": json.dumps(asdict(self.settings)),
+            "config": json.dumps(asdict(self.model.config)),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "average": self.average.weights,
+            "generator": self.generator.get_state(),
+            "steps_done": self.steps_done,
+            "seconds": self.seconds,
+            "running": self.running,
+            "curve": self.curve,
+        }
+        torch.save(state, content)
+        checkpoints.write_atomically(path, content.getvalue())
+
+    def load(self, path: Path) -> None:
+        """Continues where `save` left; a ValueError when that was another run, by settings or model."""
+        try:
+            state = torch.load(path, map_location=self.device, weights_only=True)
+            settings, config = json.loads(state["settings"]), json.loads(state["config"])
+        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+            raise ValueError(f"{path} is no training state of ours: {error}") from error
+        for name, then, now in (
+            ("settings", settings, json.loads(json.dumps(asdict(self.settings)))),
+            ("model", config, json.loads(json.dumps(asdict(self.model.config)))),
+        ):
+            if then != now:
+                differing = [key for key in now if then.get(key) != now[key]]
+                raise ValueError(f"{path} was written by a run with another {name}: {', '.join(differing)} differ")
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.average.weights = state["average"]
+        self.generator.set_state(state["generator"].cpu())
+        self.steps_done, self.seconds = state["steps_done"], state["seconds"]
+        self.running, self.curve = state["running"], state["curve"]
 
 
-def train(out: Path, *, seed: int = 0, steps: int = TOTAL_STEPS, threads: int = 2) -> None:
-    """Trains the toy world's model and writes its weights to `out`, with a JSON beside them.
+SAVE_SECONDS = 60.0
+"""Time between two savings of the training state."""
 
-    seed: of everything random. steps: in all; fewer shorten every stage alike. threads: CPU threads for torch.
-    Ctrl-C stops early and still writes what there is.
+
+def train(
+    out: Path,
+    *,
+    seed: int = 0,
+    steps: int = TOTAL_STEPS,
+    threads: int = 2,
+    device: str = "cpu",
+    restart: bool = False,
+) -> None:
+    """Trains the toy world's model and writes its weights to `out`, with settings and loss curve in a JSON beside them.
+
+    seed: of everything random, below HELD_OUT_SEED. steps: in all; fewer shorten every stage alike. threads: CPU
+    threads for torch.
+
+    The state of an unfinished run lies in `out` with the suffix .partial, written every minute and on Ctrl-C; the same
+    command continues it bit for bit. restart: begin anew instead. KeyboardInterrupt passes through.
+    ValueError when the unfinished run had other settings.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as ProgressBar
 
     torch.set_num_threads(threads)
-    settings = Settings(seed=seed, stages=scaled_stages(STAGES, steps))
+    out = Path(out)
+    partial = out.with_suffix(".partial")
+    trainer = Trainer(Settings(seed=seed, stages=scaled_stages(STAGES, steps)), device=device)
     console = Console()
+    if partial.is_file() and not restart:
+        trainer.load(partial)
+        console.print(f"continuing after step {trainer.steps_done} of {trainer.total} ({partial})")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -271,32 +347,40 @@ def train(out: Path, *, seed: int = 0, steps: int = TOTAL_STEPS, threads: int = 
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
-    started = time.perf_counter()
-    with ProgressBar(*columns, console=console) as bar:
-        task = bar.add_task("training", total=steps)
-
-        def report(progress: Progress) -> None:
-            size, loss = progress.stage.size, progress.denoising
-            description = f"{size} x {size}, loss {loss:.4f}, retrieval {progress.relevance:.4f}"
-            bar.update(task, completed=progress.step, description=description)
-            if progress.step % 250 == 0 and not console.is_terminal:
-                console.print(f"step {progress.step}/{progress.total}: {description}")
-
-        model, curve = run(settings, report=report)
-    seconds = time.perf_counter() - started
+    saved = time.perf_counter()
+    try:
+        with ProgressBar(*columns, console=console) as bar:
+            task = bar.add_task("training", total=trainer.total, completed=trainer.steps_done)
+            while trainer.steps_done < trainer.total:
+                progress = trainer.step()
+                size, loss = progress.stage.size, progress.denoising
+                description = f"{size} x {size}, loss {loss:.4f}, retrieval {progress.relevance:.4f}"
+                bar.update(task, completed=progress.step, description=description)
+                if progress.step % 250 == 0 and not console.is_terminal:
+                    console.print(f"step {progress.step}/{progress.total}: {description}")
+                if time.perf_counter() - saved > SAVE_SECONDS:
+                    trainer.save(partial)
+                    saved = time.perf_counter()
+    except KeyboardInterrupt:
+        trainer.save(partial)
+        console.print(f"stopped after step {trainer.steps_done}; the same command continues from {partial}")
+        raise
+    model = trainer.averaged_model()
     checkpoints.save_checkpoint(out, model.state_dict(), model.config)
     notes = {
-        "settings": asdict(settings),
+        "settings": asdict(trainer.settings),
         "config": asdict(model.config),
-        "steps_done": curve[-1]["step"] if curve else 0,
-        "seconds": round(seconds, 1),
+        "steps_done": trainer.steps_done,
+        "seconds": round(trainer.seconds, 1),
         "threads": threads,
+        "device": device,
         "torch": torch.__version__,
         "machine": platform.processor() or platform.machine(),
-        "loss": curve,
+        "loss": trainer.curve,
     }
-    checkpoints.write_atomically(Path(out).with_suffix(".json"), (json.dumps(notes, indent=1) + "\n").encode())
-    console.print(f"{out}: {seconds / 60:.1f} minutes")
+    checkpoints.write_atomically(out.with_suffix(".json"), (json.dumps(notes, indent=1) + "\n").encode())
+    partial.unlink(missing_ok=True)
+    console.print(f"{out}: {trainer.seconds / 60:.1f} minutes")
 
 
 def main() -> None:
@@ -305,8 +389,9 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=TOTAL_STEPS)
     parser.add_argument("--threads", type=int, default=2)
-    arguments = parser.parse_args()
-    train(arguments.out, seed=arguments.seed, steps=arguments.steps, threads=arguments.threads)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--restart", action="store_true", help="begin anew instead of continuing an unfinished run")
+    train(**vars(parser.parse_args()))
 
 
 if __name__ == "__main__":

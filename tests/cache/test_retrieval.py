@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from memflow_ops.cache import Candidates, FrameCache
 from memflow_ops.cache_layout import CacheLayout
-from memflow_ops.retrieval import Random, Relevance, mean_keys
+from memflow_ops.retrieval import Coverage, Random, Relevance, mean_keys
 
 LAYERS, TOKENS, HEADS, HEAD_DIM = 2, 6, 2, 8
 
@@ -142,6 +142,64 @@ def test_planted_frame_is_found_in_all_of_the_past_and_comes_back_from_host():
             tokens = slice(place * TOKENS, (place + 1) * TOKENS)
             assert torch.equal(memory.keys[story, tokens], written[story, layer][0])
             assert torch.equal(memory.values[story, tokens], written[story, layer][1])
+
+
+def told_apart(words: list[list[float]]) -> tuple[Candidates, list[torch.Tensor]]:
+    """Candidates that score words[w][f] for word w: one layer, a head of which each word has a channel of its own."""
+    scores = torch.tensor(words)
+    count, frames = scores.shape
+    means = torch.zeros(1, 1, frames, 1, 1, count)
+    means[0, 0, :, 0, 0] = scores.T * count**0.5
+    keys = torch.eye(count).view(1, count, 1, count)
+    return Candidates([list(range(10, 10 + frames))], means, (TOKENS,)), [keys]
+
+
+def test_coverage_answers_every_word():
+    """Each word has its frames; the best by the mean over words are all the first word's."""
+    candidates, keys = told_apart([[9, 9, 9, 0, 0, 0], [0, 0, 0, 0, 6, 0]])
+    chosen = Coverage(2).choose(candidates, keys, lengths(2)).frames[0]
+    assert set(chosen) & {10, 11, 12} and 14 in chosen
+    assert set(Relevance(2).choose(candidates, keys, lengths(2)).frames[0]) <= {10, 11, 12}
+    three = Coverage(3).choose(candidates, keys, lengths(2)).frames[0]
+    assert 14 in three and len(set(three)) == 3
+
+
+def test_coverage_takes_all_of_a_single_word_s_frames_first():
+    """A word without preference, such as a place's, takes no frame from the one that has its own."""
+    candidates, keys = told_apart([[0.1, 0, 0, 0.1, 0, 0, 0.2, 0], [0, 9, 0, 0, 9, 0, 0, 9]])
+    assert set(Coverage(3).choose(candidates, keys, lengths(2)).frames[0]) == {11, 14, 17}
+
+
+def test_coverage_by_brute_force():
+    """The first frame has the largest gain, and so has every next one, by the definition."""
+    candidates, keys = random_candidates(2, 9), text_keys(2)
+    valid = [4, 2]
+    got = Coverage(4).choose(candidates, keys, lengths(*valid))
+    for story in range(2):
+        shares = []
+        for word in range(valid[story]):
+            logits = []
+            for frame in range(9):
+                total = 0.0
+                for layer, of_layer in enumerate(keys):
+                    heads = of_layer.shape[2]
+                    mean = candidates.means[layer, story, frame].double().mean(0)  # (Hkv, D)
+                    for head in range(heads):
+                        key_head = head * mean.shape[0] // heads
+                        query = of_layer[story, word, head].double()
+                        total += (query @ mean[key_head]).item() / heads / mean.shape[1] ** 0.5
+                logits.append(total)
+            shares.append(torch.tensor(logits).double().softmax(0))
+        gathered, taken = [0.0] * len(shares), []
+        for frame in got.frames[story]:
+            index = candidates.frames[story].index(frame)
+            gains = [
+                sum((g + s[f].item()) ** 0.5 - g**0.5 for g, s in zip(gathered, shares, strict=True)) for f in range(9)
+            ]
+            best = max(gain for f, gain in enumerate(gains) if f not in taken)
+            assert gains[index] == pytest.approx(best, abs=1e-6)
+            taken.append(index)
+            gathered = [g + s[index].item() for g, s in zip(gathered, shares, strict=True)]
 
 
 def test_random_is_seeded_per_story_and_spread_over_the_past():

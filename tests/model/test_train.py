@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,8 @@ import torch.nn.functional as F
 from memflow_ops.model import text, train, world
 from memflow_ops.model.checkpoints import load_checkpoint
 from memflow_ops.model.teacher_forcing import CHUNK_FRAMES, TeacherForcedAttention, plan_memory, relevance_loss
-from memflow_ops.model.train import CHUNKS, Settings, Stage, draw_batch, run, scaled_stages
+from memflow_ops.model.text import NOBODY
+from memflow_ops.model.train import CHUNKS, Settings, Stage, Trainer, draw_batch, scaled_stages
 from memflow_ops.model.transformer import CausalVideoModel, apply_rotation, rope_rotation
 
 SMALL = Stage(steps=20, size=16, batch=2, shift=4.0, foreground=3.0)
@@ -19,34 +21,44 @@ SMALL = Stage(steps=20, size=16, batch=2, shift=4.0, foreground=3.0)
 
 @pytest.fixture(scope="module")
 def batch() -> train.Batch:
-    return draw_batch(12, 16, Settings(recached_share=0.5), torch.Generator().manual_seed(0))
+    return draw_batch(12, 16, torch.Generator().manual_seed(0))
 
 
-def test_twenty_steps_lower_the_loss_and_repeat():
-    settings = Settings(seed=3, stages=(SMALL,))
-    losses: list[list[float]] = [[], []]
-    weights = []
-    for attempt in losses:
-        model, curve = run(settings, report=lambda progress, kept=attempt: kept.append(progress.denoising))
-        weights.append(model.state_dict())
-        assert curve[-1]["step"] == 20
-    assert losses[0] == losses[1]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-    assert losses[0][-1] < 0.9 * losses[0][0]  # a running mean with a memory of 50 steps: the drop itself is larger
+def test_twenty_steps_lower_the_loss_and_resume_bit_for_bit(tmp_path):
+    whole = Trainer(Settings(seed=3, stages=(SMALL,)))
+    losses = [whole.step().denoising for _ in range(20)]
+    assert losses[-1] < 0.9 * losses[0]  # a running mean with a memory of 50 steps: the drop itself is larger
 
-    other, _ = run(Settings(seed=4, stages=(Stage(1, 16, 2, 4.0),)))
-    assert not torch.equal(other.state_dict()["head.head.weight"], weights[0]["head.head.weight"])
+    begun = Trainer(Settings(seed=3, stages=(SMALL,)))
+    assert [begun.step().denoising for _ in range(7)] == losses[:7]
+    begun.save(tmp_path / "state")
+    resumed = Trainer(Settings(seed=3, stages=(SMALL,)))
+    resumed.load(tmp_path / "state")
+    assert [resumed.step().denoising for _ in range(13)] == losses[7:]
+    assert resumed.curve == whole.curve and resumed.steps_done == 20
+    for of in (lambda t: t.model.state_dict(), lambda t: t.average.weights):
+        assert all(torch.equal(tensor, of(resumed)[name]) for name, tensor in of(whole).items())
+
+    other = Trainer(Settings(seed=4, stages=(SMALL,)))
+    assert other.step().denoising != losses[0]
 
 
-def test_ctrl_c_keeps_what_was_learned():
-    def interrupt(progress: train.Progress) -> None:
-        if progress.step == 3:
-            raise KeyboardInterrupt
+def test_a_state_of_another_run_is_refused(tmp_path):
+    Trainer(Settings(seed=3, stages=(SMALL,))).save(tmp_path / "state")
+    with pytest.raises(ValueError, match="another settings: seed differ"):
+        Trainer(Settings(seed=4, stages=(SMALL,))).load(tmp_path / "state")
+    wider = replace(train.TOY_CONFIG, ffn_dim=128)
+    with pytest.raises(ValueError, match="another model: ffn_dim differ"):
+        Trainer(Settings(seed=3, stages=(SMALL,)), wider).load(tmp_path / "state")
+    (tmp_path / "state").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="no training state of ours"):
+        Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / "state")
 
-    short, _ = run(Settings(seed=3, stages=(SMALL,)), report=interrupt)
-    initial = CausalVideoModel(train.TOY_CONFIG)
-    assert short.state_dict().keys() == initial.state_dict().keys()
-    assert all(torch.isfinite(tensor).all() for tensor in short.state_dict().values())
+
+@pytest.mark.parametrize("seed", [-1, train.HELD_OUT_SEED, 123_456])
+def test_held_out_seeds_are_refused(seed):
+    with pytest.raises(ValueError, match="held out for evaluation"):
+        Settings(seed=seed)
 
 
 def test_command_writes_weights_and_notes(tmp_path):
@@ -58,6 +70,30 @@ def test_command_writes_weights_and_notes(tmp_path):
     notes = json.loads(out.with_suffix(".json").read_text())
     assert notes["settings"]["seed"] == 0 and notes["steps_done"] == 4 and notes["seconds"] > 0
     assert notes["loss"][-1]["denoising"] > 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["w.json", "w.safetensors"]
+
+
+def test_ctrl_c_and_the_same_command_again_equal_one_run(tmp_path, monkeypatch, capsys):
+    """Interrupted in the fourth step: what three steps learned is on disk, and the rest follows bit for bit."""
+    steps = 6
+    train.train(tmp_path / "whole.safetensors", seed=5, steps=steps, threads=torch.get_num_threads())
+    out, step, done = tmp_path / "halting.safetensors", Trainer.step, []
+
+    def halting(self: Trainer) -> train.Progress:
+        if len(done) == 3:
+            raise KeyboardInterrupt
+        done.append(1)
+        return step(self)
+
+    monkeypatch.setattr(Trainer, "step", halting)
+    with pytest.raises(KeyboardInterrupt):
+        train.train(out, seed=5, steps=steps, threads=torch.get_num_threads())
+    assert not out.exists() and out.with_suffix(".partial").is_file()
+    monkeypatch.setattr(Trainer, "step", step)
+    train.train(out, seed=5, steps=steps, threads=torch.get_num_threads())
+    assert "continuing after step 3 of 6" in " ".join(capsys.readouterr().out.split())
+    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert not out.with_suffix(".partial").exists()
 
 
 def test_stages_scale_to_any_number_of_steps():
@@ -69,18 +105,22 @@ def test_stages_scale_to_any_number_of_steps():
         scaled_stages(train.STAGES, 0)
 
 
+def named(ids: torch.Tensor) -> torch.Tensor:
+    """(R, 3) -> whom each row names (R, characters)."""
+    return (ids[:, :2, None] == torch.arange(NOBODY)).any(1)
+
+
 def test_memory_is_what_a_stream_could_remember(batch):
-    """No frame twice, none from the window or the future, none re-cached, and no stranger in the named role."""
-    plan, who = batch.plan, batch.who
+    """No frame twice, none from the window or the future, and no stranger in the role of who is named."""
+    plan, shows = batch.plan, named(batch.ids)
     chunk_of = plan.frame // CHUNK_FRAMES
-    rows = torch.arange(len(who))[:, None]
+    rows = torch.arange(len(shows))[:, None]
     clip, chunk = rows // CHUNKS, rows % CHUNKS
     own = (chunk_of // CHUNKS == clip) & plan.valid
     foreign = (chunk_of // CHUNKS != clip) & plan.valid
     assert own.any() and foreign.any()
     assert (chunk_of % CHUNKS <= chunk - 2)[own].all()
-    assert (who[chunk_of] != who[:, None])[foreign].all()
-    assert batch.usable[chunk_of][plan.valid].all()
+    assert not (shows[chunk_of] & shows[:, None]).any(-1)[foreign].any()
     assert not plan.valid[::CHUNKS].any()  # a first chunk has no past
     for frames, valid in zip(plan.frame, plan.valid, strict=True):
         assert len(frames[valid].unique()) == valid.sum()
@@ -95,25 +135,29 @@ def test_distances_reach_far_and_are_never_in_the_window(batch):
     assert distance.max() > 200
 
 
-def test_returns_are_frequent():
-    batch = draw_batch(200, 16, Settings(), torch.Generator().manual_seed(1))
-    who, plan = batch.who, batch.plan
-    shown = (who[plan.frame // CHUNK_FRAMES] == who[:, None]) & plan.valid
-    fresh = (torch.arange(len(who)) % CHUNKS > 0) & (who != who.roll(1)) & (who < world.EMPTY_INDEX)
-    assert (fresh & shown.any(1)).float().mean() > 0.1
-    assert (fresh & shown[:, 3:].any(1) & ~shown[:, :3].any(1)).float().mean() > 0.05  # not to be had from the sink
+def test_returns_are_frequent_and_pairs_find_both():
+    batch = draw_batch(200, 16, torch.Generator().manual_seed(1))
+    shows, plan = named(batch.ids), batch.plan
+    remembered = shows[plan.frame // CHUNK_FRAMES] & plan.valid[..., None]  # (R, M, characters)
+    in_past = torch.arange(len(shows)) % CHUNKS > 0
+    fresh = shows & ~shows.roll(1, 0) & in_past[:, None]  # comes in this chunk
+    back = fresh & remembered.any(1)
+    assert back.any(1).float().mean() > 0.1
+    assert (fresh & remembered[:, 3:].any(1) & ~remembered[:, :3].any(1)).any(
+        1
+    ).float().mean() > 0.05  # not in the sink
+    both = fresh.sum(1) == 2
+    assert (back.sum(1)[both] == 2).float().mean() > 0.2
 
 
 @pytest.mark.parametrize("top_k", [None, 4], ids=["dense", "top4"])
 def test_attention_equals_a_masked_dense_one(batch, top_k):
     """Row by row, from the keys that the plan names, with the selection spelled out."""
-    rows, tokens, heads, head_dim, block = len(batch.who), 16, 2, 12, 4
+    rows, tokens, heads, head_dim, block = len(batch.ids), 16, 2, 12, 4
     generator = torch.Generator().manual_seed(2)
     q, k, v = torch.randn(3, 2 * rows, CHUNK_FRAMES * tokens, heads, head_dim, generator=generator)
-    recached = ~batch.usable
-    attention = TeacherForcedAttention(batch.plan, CHUNKS, (4, 4), head_dim, recached=recached, top_k=top_k)
+    attention = TeacherForcedAttention(batch.plan, CHUNKS, (4, 4), head_dim, top_k=top_k)
     out = attention(0, q, k, v)
-    late_recached = int((recached & (torch.arange(rows) % CHUNKS > 1)).nonzero()[0])
 
     def rotated(x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
         positions = torch.arange(4) * 2  # half resolution: tokens stand twice as far apart
@@ -121,21 +165,12 @@ def test_attention_equals_a_masked_dense_one(batch, top_k):
         return apply_rotation(x[None], *turn)[0]
 
     here = torch.arange(3)
-    for stream_index, row in (
-        (0, 5),
-        (1, 5),
-        (1, 13),
-        (1, 16),
-        (0, 30),
-        (1, 31),
-        (0, late_recached),
-        (1, late_recached),
-    ):
+    for stream_index, row in ((0, 5), (1, 5), (1, 13), (1, 16), (0, 30), (1, 31)):
         index = stream_index * rows + row
         query = rotated(q[index], here)
         for head in range(heads):
             keys, values = [rotated(k[index], here)[:, head]], [v[index][:, head]]
-            if row % CHUNKS and not (stream_index == 0 and recached[row]):  # re-caching starts from an empty window
+            if row % CHUNKS:
                 keys.append(rotated(k[row - 1], here - 3)[:, head])
                 values.append(v[row - 1][:, head])
             blocks = []
@@ -160,9 +195,9 @@ def test_attention_equals_a_masked_dense_one(batch, top_k):
 def test_noisy_rows_do_not_leak_into_others(batch):
     """The answer to one row's noise depends on no other row's noise, nor on its own clean chunk."""
     model = CausalVideoModel(train.TOY_CONFIG).eval()
-    rows = len(batch.who)
+    rows = len(batch.ids)
     x = torch.randn(2 * rows, 3, CHUNK_FRAMES, 16, 16, generator=torch.Generator().manual_seed(3))
-    encoded = model.encode_text(text.embed_ids(torch.cat([batch.clean_ids, batch.ids])))
+    encoded = model.encode_text(text.embed_ids(batch.ids.repeat(2, 1)))
     t = torch.cat([torch.zeros(rows), torch.full((rows,), 700.0)])[:, None].expand(-1, CHUNK_FRAMES)
 
     @torch.no_grad()
@@ -182,17 +217,26 @@ def test_noisy_rows_do_not_leak_into_others(batch):
 
 
 def test_relevance_loss_by_hand():
-    """Two frames, one prompt naming the first: softplus of the wrong score minus the right one."""
+    """Two frames, one prompt naming whom the first shows: softplus of the wrong score minus the right one."""
     means = [torch.zeros(2, 2, 4)]
     means[0][0, :, 0], means[0][1, :, 0] = 1.0, 3.0
-    keys = torch.zeros(2, 2, 2, 4)
-    keys[..., 0] = 2.0
-    who = torch.tensor([0, world.EMPTY_INDEX])
-    scores = torch.tensor([1.0, 3.0]) * 2.0 / 4**0.5  # mean over heads and words of q . k / sqrt(4)
-    expected = F.softplus(scores[1] - scores[0])
-    got = relevance_loss(means, [(keys, keys)], who, torch.tensor([True, True]))
-    torch.testing.assert_close(got, expected)
-    assert relevance_loss(means, [(keys, keys)], who, torch.tensor([False, True])) == 0
+    keys = torch.zeros(2, 3, 2, 4)
+    keys[:, 1:, :, 0] = 2.0  # the place prefers no frame
+    ids = torch.tensor([[0, NOBODY, 1], [NOBODY, NOBODY, 2]])
+    scores = torch.tensor([1.0, 3.0]) * 2.0 / 4**0.5  # mean over heads of q . k / sqrt(4)
+    got = relevance_loss(means, [(keys, keys)], ids)
+    torch.testing.assert_close(got, F.softplus(scores[1] - scores[0]))
+
+    keys[:, 0, :, 0] = 2.0  # now it prefers the second: the variance is on top
+    torch.testing.assert_close(relevance_loss(means, [(keys, keys)], ids) - got, scores.var())
+
+    # The second word asks for its own character: the frame of the other is wrong for it, although it is named too.
+    keys[:, 0] = 0.0
+    pair = torch.tensor([[0, 1, 1], [1, NOBODY, 2]])
+    means[0][0, :, 0], means[0][1, :, 0] = 3.0, 1.0
+    right = relevance_loss(means, [(keys, keys)], pair)
+    asked = [scores[1] - scores[0]]  # row 1, its character is in both frames: nothing to tell apart; row 0, word 0
+    torch.testing.assert_close(right, F.softplus(-torch.stack(asked)).mean())
 
 
 def test_relevance_loss_reaches_the_self_attention_keys(batch):
@@ -205,7 +249,6 @@ def test_relevance_loss_reaches_the_self_attention_keys(batch):
 
 
 def test_plan_repeats_with_its_generator():
-    who = torch.randint(0, 5, (4, 6), generator=torch.Generator().manual_seed(5))
-    recached = torch.zeros(4, 6, dtype=torch.bool)
-    one, two = (plan_memory(who, recached, torch.Generator().manual_seed(6)) for _ in range(2))
+    shows = torch.rand(4, 6, NOBODY, generator=torch.Generator().manual_seed(5)) < 0.3
+    one, two = (plan_memory(shows, torch.Generator().manual_seed(6)) for _ in range(2))
     assert torch.equal(one.frame, two.frame) and torch.equal(one.distance, two.distance)
