@@ -119,6 +119,9 @@ class Row:
     """median hue difference, over returns with the character present both times"""
     pattern: Share
     """of returns: the pattern of the first appearance"""
+    chance_hue: float
+    """the same with identities shuffled: of returns held against first appearances in all other stories"""
+    chance_pattern: float
     shape: Share
     """of all appearances: looks like the character that was named"""
     pairs: Share
@@ -211,8 +214,10 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
     gap_hits: dict[str, list[bool]] = {f"{low} to {high}": [] for low, high in GAPS}
     pattern, shape, both, precision, copies = [], [], [], [], []
     errors, drifts, activated, hues = [], [], [], [0] * 6
+    firsts: list[tuple[tuple[int, int], judge.Look]] = []
+    returned: list[tuple[tuple[int, int], judge.Look]] = []
 
-    for group in streamed:
+    for length, group in enumerate(streamed):
         pair_hits: dict[tuple[int, int], list[bool]] = {}
         before: dict[int, judge.Look] = {}  # per story the character seen last
         for it in appearances(group.stories):
@@ -221,6 +226,8 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
             last = group.looks[it.story, it.prompt, it.slot, True]
             if look.present and last.present:
                 drifts.append(_difference(look, last))
+            if it.first is None:
+                firsts.append(((length, it.story), look))
             if it.first is None and look.present:
                 hues[min(int(look.hue // 60), 5)] += 1
                 if it.story in before and before[it.story].present:
@@ -229,6 +236,7 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
             if it.first is None or not is_return(it):
                 continue
             first = group.looks[it.story, it.first.prompt, it.first.slot, False]
+            returned.append(((length, it.story), look))
             present = first.present and look.present
             if present:
                 errors.append(_difference(first, look))
@@ -247,12 +255,15 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
                 activated.append(min(settings.top_k, blocks) / blocks)
         both += [all(hits) for hits in pair_hits.values() if len(hits) == 2]
 
+    chance_hue, chance_pattern = _shuffled(firsts, returned)
     seconds = streamed[-1].seconds
     return Row(
         memory=memory,
         hue=Share.of(hue),
         median_error=_median(errors),
         pattern=Share.of(pattern),
+        chance_hue=chance_hue,
+        chance_pattern=chance_pattern,
         shape=Share.of(shape),
         pairs=Share.of(both),
         gaps={name: Share.of(hits) for name, hits in gap_hits.items()},
@@ -265,8 +276,22 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
     )
 
 
+def _shuffled(
+    firsts: Sequence[tuple[tuple[int, int], judge.Look]], returned: Sequence[tuple[tuple[int, int], judge.Look]]
+) -> tuple[float, float]:
+    """Share of hues and of patterns that match where every return is held against all other stories' first looks.
+
+    What a memory that brings back somebody else would reach: it knows which looks this model likes to invent.
+    """
+    pairs = [(first, look) for here, look in returned for story, first in firsts if story != here]
+    present = [(first, look) for first, look in pairs if first.present and look.present]
+    hue = sum(_difference(first, look) < judge.SAME_HUE_DEGREES for first, look in present)
+    pattern = sum(first.pattern == look.pattern for first, look in present)
+    return round(hue / max(len(pairs), 1), 4), round(pattern / max(len(pairs), 1), 4)
+
+
 def _difference(a: judge.Look, b: judge.Look) -> float:
-    return judge.hue_difference(torch.tensor(a.hue), torch.tensor(b.hue)).item()
+    return abs((a.hue - b.hue + 180) % 360 - 180)
 
 
 def _median(values: Sequence[float]) -> float:
@@ -332,13 +357,13 @@ def table(rows: Sequence[Row]) -> str:
 
     base = next((row.chunk_seconds for row in rows if row.memory == "none"), None)
     gaps = list(rows[0].gaps) if rows else []
-    heads = ["memory", "returns", "same hue (95 %)", "error", "pattern", "both of two", "as named", "retrieved right"]
-    heads += ["activated", *(f"gap {gap}" for gap in gaps), "copies", "s/chunk", "overhead"]
+    heads = ["memory", "returns", "same hue (95 %)", "chance", "error", "pattern", "chance", "both of two", "as named"]
+    heads += ["retrieved right", "activated", *(f"gap {gap}" for gap in gaps), "copies", "s/chunk", "overhead"]
     cells = [heads]
     for row in rows:
         overhead = "-" if base is None or row.memory == "none" else f"{100 * (row.chunk_seconds / base - 1):+.0f} %"
-        line = [row.memory, str(row.hue.count), interval(row.hue), f"{row.median_error:.1f}"]
-        line += [percent(x) for x in (row.pattern.value, row.pairs.value, row.shape.value)]
+        line = [row.memory, str(row.hue.count), interval(row.hue), percent(row.chance_hue), f"{row.median_error:.1f}"]
+        line += [percent(x) for x in (row.pattern.value, row.chance_pattern, row.pairs.value, row.shape.value)]
         line += [percent(row.precision), percent(row.activated)]
         line += [f"{percent(row.gaps[gap].value)} of {row.gaps[gap].count}" for gap in gaps]
         cells.append([*line, percent(row.copies), f"{row.chunk_seconds:.3f}", overhead])

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 INK, PALE = "#22262b", "#6b737c"
 SUBJECT, OTHERS = "#2f6fc4", "#9aa3ad"
-CHANCE_HUE, CHANCE_PATTERN, CHANCE_SHAPE = 1 / 6, 1 / 3, 1 / 4
+CHANCE_SHAPE = 1 / 4
 
 
 def draw(rows: Sequence[Row]) -> bytes:
@@ -28,19 +28,26 @@ def draw(rows: Sequence[Row]) -> bytes:
     colours = [SUBJECT if row.memory == "memflow" else OTHERS for row in rows]
     count = max(row.hue.count for row in rows)
     columns = (
-        (f"same hue, {count} returns", [row.hue for row in rows], CHANCE_HUE),
-        ("same pattern", [row.pattern for row in rows], CHANCE_PATTERN),
-        ("shape as named", [row.shape for row in rows], CHANCE_SHAPE),
+        (f"same hue, {count} returns", [row.hue for row in rows], [row.chance_hue for row in rows]),
+        ("same pattern", [row.pattern for row in rows], [row.chance_pattern for row in rows]),
+        ("shape as named", [row.shape for row in rows], [CHANCE_SHAPE] * len(rows)),
     )
-    for panel, (title, shares, chance) in zip(panels, columns, strict=False):
+    for panel, (title, shares, chances) in zip(panels, columns, strict=False):
         values = [100 * share.value for share in shares]
         spans = [[100 * (s.value - s.low) for s in shares], [100 * (s.high - s.value) for s in shares]]
         panel.barh(places, values, height=0.62, color=colours, xerr=spans, ecolor=INK, error_kw={"elinewidth": 1})
-        panel.axvline(100 * chance, color=PALE, linewidth=1, linestyle=(0, (3, 3)))
+        panel.vlines([100 * chance for chance in chances], places - 0.4, places + 0.4, color=INK, linestyle=(0, (2, 1)))
         panel.set_title(title, fontsize=10, color=INK)
         for place, share in zip(places, shares, strict=True):
             panel.text(1.5, place, f"{100 * share.value:.0f} %", va="center", fontsize=8.5, color="white")
-    panels[0].text(100 * CHANCE_HUE + 1, len(rows) - 0.45, "dashed: chance", fontsize=7.5, color=PALE, va="bottom")
+    panels[0].text(
+        100 * rows[0].chance_hue + 1,
+        len(rows) - 0.45,
+        "dashed: chance, by shuffled identities",
+        fontsize=7.5,
+        color=PALE,
+        va="bottom",
+    )
 
     last = panels[-1]
     shades = np.linspace(0.45, 1, len(gaps))
@@ -49,7 +56,6 @@ def draw(rows: Sequence[Row]) -> bytes:
         offset = (len(gaps) - 1) / 2 - i
         height = 0.66 / len(gaps)
         last.barh(places + offset * height, values, height=height * 0.92, color=INK, alpha=shade, label=f"{gap} frames")
-    last.axvline(100 * CHANCE_HUE, color=PALE, linewidth=1, linestyle=(0, (3, 3)))
     last.set_title("same hue, by frames away", fontsize=10, color=INK)
     figure.legend(loc="outside lower right", ncols=len(gaps), fontsize=8, frameon=False)
 

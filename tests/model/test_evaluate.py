@@ -127,6 +127,14 @@ def test_an_absent_character_is_a_miss_everywhere():
     assert math.isnan(row.median_error)
 
 
+def test_chance_is_that_of_shuffled_identities():
+    """Looks are drawn evenly here; every hue 90 degrees off at returns changes nothing for other stories."""
+    row = judged()
+    assert row.chance_hue == pytest.approx(1 / 6, abs=0.12) and row.chance_pattern == pytest.approx(1 / 3, abs=0.12)
+    assert judged(turn_returns=90).chance_hue == pytest.approx(1 / 6, abs=0.12)
+    assert judged(absent=True).chance_hue == judged(absent=True).chance_pattern == 0
+
+
 def test_returns_are_counted_by_their_gap():
     row = judged()
     counts = [sum(low <= it.gap <= high for it in returns()) for low, high in ((24, 48), (49, 120), (121, 240))]
