@@ -71,7 +71,7 @@ def generate(
     bank_frames: Annotated[int, typer.Option(help="Past frames retrieved for a chunk.", min=0, metavar="N")] = 3,
     top_k: Annotated[int, typer.Option(help="Memory blocks that each query group attends to.", min=1, metavar="N")] = 8,
     frames_per_prompt: Annotated[int, typer.Option(help="How long each prompt lasts.", min=1, metavar="N")] = 12,
-    steps: Annotated[int, typer.Option(help="Denoising passes per chunk.", min=1, metavar="N")] = 8,
+    steps: Annotated[int, typer.Option(help="Denoising passes per chunk.", min=1, metavar="N")] = 16,
     recache: Recache = False,
     device: Device = "auto",
     weights: Weights = None,
@@ -108,7 +108,7 @@ def demo(
     out: Out = Path("out/demo"),
     seed: Seed = 0,
     device: Device = "auto",
-    steps: Annotated[int, typer.Option(help="Denoising passes per chunk.", min=1, metavar="N")] = 8,
+    steps: Annotated[int, typer.Option(help="Denoising passes per chunk.", min=1, metavar="N")] = 16,
     weights: Weights = None,
 ) -> None:
     """Stream the shipped story, in which a character leaves and returns, and say in plain words what came of it."""
@@ -200,7 +200,7 @@ def train(
 @app.command()
 def evaluate(
     weights: Weights = None,
-    stories: Annotated[int, typer.Option(help="Held-out stories of each length.", min=1, metavar="N")] = 10,
+    stories: Annotated[int, typer.Option(help="Held-out stories of each length.", min=1, metavar="N")] = 8,
     seed: Annotated[int, typer.Option(help="Of the stories and their noise, 10000 or more.", metavar="N")] = 10_000,
     memory: Annotated[
         list[str] | None,

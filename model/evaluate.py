@@ -312,7 +312,7 @@ def check(kinds: Sequence[str], stories: int, seed: int) -> None:
 def evaluate(
     model: CausalVideoModel,
     *,
-    stories: int = 10,
+    stories: int = 8,
     kinds: Sequence[str] = tuple(KINDS),
     seed: int = 10_000,
     settings: StreamSettings | None = None,

@@ -133,7 +133,7 @@ class StreamSettings:
         )
 
 
-TOY_SETTINGS = StreamSettings(recache=False, relevance="coverage", top_k=8)
+TOY_SETTINGS = StreamSettings(recache=False, relevance="coverage", top_k=8, steps=16, stochastic=True)
 """What the toy weights are streamed with. They cannot tell a window that was re-cached under a new character's prompt
 from one that shows it: with re-caching, every new character takes the colour of the one before."""
 
