@@ -136,8 +136,8 @@ class FrameCache:
         Every pass overwrites the last. While re-caching, only the stories whose prompt changed are written.
         """
         self._check_open("write")
-        self._check_tensor("k", layer, k)
-        self._check_tensor("v", layer, v)
+        self.layout.check_chunk_tensor("k", layer, k, self.device)
+        self.layout.check_chunk_tensor("v", layer, v, self.device)
         start = self.layout.sink_frames * self.layout.frame_tokens + self._place * self.layout.chunk_tokens
         for pool, new in ((self._keys, k.detach()), (self._values, v.detach())):
             target = pool[layer, :, start : start + self.layout.chunk_tokens]
@@ -153,7 +153,7 @@ class FrameCache:
         self._check_open("remember")
         if self._to_recache:
             raise RuntimeError("remember: a chunk that is re-cached keeps the prototype of its first prompt")
-        self._check_tensor("k", layer, k)
+        self.layout.check_chunk_tensor("k", layer, k, self.device)
         tokens = self.layout.frame_tokens
         size = self.layout.relevance_block_size or tokens
         self._staged_means[layer] = describe_blocks(k[:, :tokens].detach(), min(size, tokens), tokens)
@@ -430,17 +430,3 @@ class FrameCache:
     def _check_open(self, what: str) -> None:
         if self._open is None:
             raise RuntimeError(f"{what}: no chunk is open, call begin_chunk first")
-
-    def _check_tensor(self, name: str, layer: int, tensor: Tensor) -> None:
-        layout = self.layout
-        if not 0 <= layer < layout.layers:
-            raise ValueError(f"layer must be 0 to {layout.layers - 1}, got {layer}")
-        shape = (layout.batch, layout.chunk_tokens, layout.kv_heads, layout.head_dim)
-        if tuple(tensor.shape) != shape:
-            raise ValueError(
-                f"{name} must be (batch, chunk tokens, kv_heads, head_dim) {shape}, got {tuple(tensor.shape)}"
-            )
-        if tensor.dtype != layout.dtype:
-            raise TypeError(f"{name} must be {layout.dtype}, got {tensor.dtype}")
-        if tensor.device.type != self.device.type:
-            raise ValueError(f"{name} must be on {self.device}, got {tensor.device}")

@@ -1,8 +1,10 @@
 """The sizes of a frame cache and what they cost, known before anything is allocated."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -37,16 +39,7 @@ class CacheLayout:
     dtype: torch.dtype = torch.float32
 
     def __post_init__(self) -> None:
-        may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames")
-        for name, value in vars(self).items():
-            if name == "dtype" or (name == "relevance_block_size" and value is None):
-                continue
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an int, got {value!r}")
-            if value < (0 if name in may_be_zero else 1):
-                raise ValueError(f"{name} must be {'at least 0' if name in may_be_zero else 'positive'}, got {value}")
-        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
-            raise TypeError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r}")
+        self._check_types()
         if self.window_frames % self.chunk_frames:
             raise ValueError(
                 f"window_frames must be a multiple of chunk_frames={self.chunk_frames}, got {self.window_frames}"
@@ -59,6 +52,32 @@ class CacheLayout:
             )
         if self.host_frames and not self.device_frames:
             raise ValueError(f"host_frames={self.host_frames} needs device_frames > 0 to bring frames back to, got 0")
+
+    def _check_types(self) -> None:
+        may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames")
+        for name, value in vars(self).items():
+            if name == "dtype" or (name == "relevance_block_size" and value is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < (0 if name in may_be_zero else 1):
+                raise ValueError(f"{name} must be {'at least 0' if name in may_be_zero else 'positive'}, got {value}")
+        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r}")
+
+    def check_chunk_tensor(self, name: str, layer: int, tensor: Tensor, device: torch.device) -> None:
+        """A ValueError or TypeError unless `tensor` is one layer's keys or values of a chunk."""
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"layer must be 0 to {self.layers - 1}, got {layer}")
+        shape = (self.batch, self.chunk_tokens, self.kv_heads, self.head_dim)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must be (batch, chunk tokens, kv_heads, head_dim) {shape}, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != self.dtype:
+            raise TypeError(f"{name} must be {self.dtype}, got {tensor.dtype}")
+        if tensor.device.type != device.type:
+            raise ValueError(f"{name} must be on {device}, got {tensor.device}")
 
     @property
     def window_chunks(self) -> int:
@@ -108,3 +127,42 @@ class CacheLayout:
     def host_bytes(self) -> int:
         """The most that host memory will hold; allocated frame by frame, with one spare frame to swap through."""
         return (self.host_frames + 1) * self.frame_bytes if self.host_frames else 0
+
+
+@dataclass(frozen=True)
+class ReleasedLayout(CacheLayout):
+    """Every size of a `ReleasedCache`. A block is a frame, and nothing of the past is kept but sink, bank and window.
+
+    window_frames: the newest frames outside the sink, current chunk included; at least a chunk, of any number.
+    record_interval: chunks after which the bank goes on to its next place.
+    """
+
+    window_frames: int = 9
+    device_frames: int = field(default=0, init=False)
+    host_frames: int = field(default=0, init=False)
+    block_size: int = field(default=1, init=False)
+    relevance_block_size: int | None = field(default=None, init=False)
+    record_interval: int = 3
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "block_size", self.frame_tokens)
+        self._check_types()
+        if self.window_frames < self.chunk_frames:
+            raise ValueError(
+                f"window_frames must hold the chunk, chunk_frames={self.chunk_frames}, got {self.window_frames}"
+            )
+
+    @property
+    def pool_frames(self) -> int:
+        return self.bank_frames + self.sink_frames + self.window_frames
+
+    @property
+    def means_bytes(self) -> int:
+        return 0  # the rotated means are the descriptors
+
+
+def on_device(numbers: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A list of host numbers as a tensor on `device`, queued without waiting for what the device still has to do."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
