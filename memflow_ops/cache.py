@@ -15,14 +15,15 @@ compares with the prompt, stay on the device for all that is remembered. The sto
 each has its own slots and its own share of host memory: a story is remembered as if it were alone.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from memflow_ops.cache_layout import CacheLayout
+from memflow_ops.cache_layout import CacheLayout, on_device
+from memflow_ops.cache_state import check_layout, check_places, load_places, save_layout, save_places
 from memflow_ops.selection import describe_blocks
 
 
@@ -56,14 +57,19 @@ class _Prototype:
 
 
 class _Story:
-    """The bookkeeping of one story's history."""
+    """The bookkeeping of one story's history. Which slots and rows are free is not kept but seen from the history, so
+    that no interruption can make the two disagree."""
 
-    def __init__(self, layout: CacheLayout):
+    def __init__(self) -> None:
         self.history: dict[int, _Prototype] = {}  # by frame index, ascending
-        self.free_slots = list(range(layout.device_frames))
-        self.free_rows = list(range(layout.device_frames + layout.host_frames))
         self.free_host: list[tuple[Tensor, ...]] = []
         self.bank: list[int] = []  # retrieved frames, ascending
+
+
+def _first_free(used: Iterable[int | None], count: int) -> int | None:
+    """The lowest of `count` numbers that is not used."""
+    taken = set(used)
+    return next((number for number in range(count) if number not in taken), None)
 
 
 class FrameCache:
@@ -71,8 +77,9 @@ class FrameCache:
 
     Per chunk: `candidates` and `set_bank` (retrieval), `begin_chunk`, passes that call `write` per layer and attend to
     `window`, `dense` or `memory`, in the last, clean pass also `remember`, then `commit`. At a prompt switch
-    `restart_window` comes between retrieval and `begin_chunk`. Calls out of order raise a RuntimeError, bad tensors a
-    ValueError or TypeError, in both cases before anything is changed.
+    `restart_window` comes between retrieval and `begin_chunk`. After an interruption `abort` goes back to the last
+    commit. Calls out of order raise a RuntimeError, bad tensors a ValueError or TypeError, in both cases before
+    anything is changed.
     """
 
     def __init__(self, layout: CacheLayout, device: torch.device | str = "cpu"):
@@ -97,12 +104,13 @@ class FrameCache:
         self._slot_table = torch.zeros(bank_places, dtype=torch.int32, device=self.device)
         self._bank_lengths = torch.zeros(layout.batch, dtype=torch.int32, device=self.device)
 
-        self._stories = [_Story(layout) for _ in range(layout.batch)]
+        self._stories = [_Story() for _ in range(layout.batch)]
         self._batch_index = torch.arange(layout.batch, device=self.device)
         self._ever_evicted = False
 
         self._committed = 0  # chunks
         self._ring: list[int] = []  # chunk number per ring place, the current chunk's included
+        self._ring_before: list[int] = []  # to go back to
         self._place = 0  # ring place of the current chunk
         self._to_recache: list[int] = []  # chunk numbers still to be passed again, oldest first
         self._rewritten: Tensor | None = None  # stories that re-caching rewrites; None: all of them
@@ -112,6 +120,11 @@ class FrameCache:
 
     # ------------------------------------------------------------------------------------------------------ the chunk
 
+    @property
+    def committed(self) -> int:
+        """Finished chunks."""
+        return self._committed
+
     def begin_chunk(self) -> int:
         """Opens the next chunk (after `restart_window`: the next one to be re-cached) and returns its first frame.
 
@@ -119,6 +132,8 @@ class FrameCache:
         """
         if self._open is not None:
             raise RuntimeError("begin_chunk: the current chunk has not been committed")
+        if not self._to_recache:
+            self._ring_before = self._ring.copy()
         self._open = self._to_recache[0] if self._to_recache else self._committed
         if len(self._ring) < self.layout.window_chunks:
             self._place = len(self._ring)
@@ -185,6 +200,19 @@ class FrameCache:
         self._open = None
         self._write_bank([[] for _ in range(layout.batch)])
 
+    def abort(self) -> None:
+        """Forgets a chunk that was begun and not committed, and a re-caching that was not completed. Whatever was being
+        re-cached must be so again before the next chunk. Does nothing where all is committed."""
+        if self._to_recache or self._open == self._committed:
+            self._ring = self._ring_before.copy()
+            for story in self._stories:
+                for frame in [f for f in story.history if f >= self._committed * self.layout.chunk_frames]:
+                    self._forget(story, story.history[frame])
+        elif self._open is None:
+            return
+        self._to_recache, self._rewritten, self._open = [], None, None
+        self._write_bank([[] for _ in range(self.layout.batch)])
+
     def restart_window(self, stories: Sequence[bool] | None = None) -> list[int]:
         """Empties the ring at a prompt switch. Returns the first frames of the chunks that stay in the coming chunk's
         window: each must be passed again under the new text, oldest first, in the order in which `begin_chunk` gives
@@ -201,13 +229,13 @@ class FrameCache:
             if len(stories) != self.layout.batch:
                 raise ValueError(f"stories must have {self.layout.batch} entries, got {len(stories)}")
             if not all(stories):
-                self._rewritten = torch.tensor(
-                    [number for number, changed in enumerate(stories) if changed], dtype=torch.long, device=self.device
-                )
+                changed = [number for number, switched in enumerate(stories) if switched]
+                self._rewritten = on_device(changed, torch.long, self.device)
                 self._order_ring()
         kept = self.layout.window_chunks - 1
-        self._to_recache = sorted(self._ring)[-kept:] if kept else []
-        self._ring.clear()
+        self._ring_before = sorted(self._ring)[-kept:] if kept else []
+        self._to_recache = self._ring_before.copy()
+        self._ring = []
         return [chunk * self.layout.chunk_frames for chunk in self._to_recache]
 
     # ------------------------------------------------------------------------------------------------- what is attended
@@ -270,7 +298,7 @@ class FrameCache:
         """All that retrieval may choose from for the coming chunk, in host memory or not."""
         frames = self.candidate_frames()
         rows = [[story.history[frame].row for frame in of] for story, of in zip(self._stories, frames, strict=True)]
-        index = torch.tensor(rows, dtype=torch.long, device=self.device)
+        index = on_device(rows, torch.long, self.device)
         return Candidates(frames, self._means[:, self._batch_index[:, None], index], self.layout.relevance_lengths)
 
     def bank(self) -> list[list[int]]:
@@ -306,6 +334,60 @@ class FrameCache:
                     self._bring_back(number, history[frame], keep=frames)
         self._write_bank([sorted(frames) for frames in chosen])
 
+    # -------------------------------------------------------------------------------------------------------- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later chunks will see, in host memory: tensors, numbers and lists, as `torch.save` takes them. Only
+        between chunks; the bank's choice is no part of it, because every chunk makes its own."""
+        if self._open is not None or self._to_recache:
+            raise RuntimeError("state_dict: a chunk is open or still to be re-cached; commit or abort it first")
+        layout = self.layout
+        ring = range(layout.sink_frames, layout.sink_frames + len(self._ring) * layout.chunk_frames)
+        stored = min(layout.sink_frames, self._committed * layout.chunk_frames)
+        sink = range(layout.sink_frames - stored, layout.sink_frames)
+        kept = [prototype for story in self._stories for prototype in story.history.values()]
+        places = sorted({*sink, *ring, *(self._place_of(p) for p in kept if p.slot is not None)})
+        rows = sorted({p.row for p in kept})
+        return {
+            "layout": save_layout(layout),
+            "committed": self._committed,
+            "ever_evicted": self._ever_evicted,
+            "ring": self._ring.copy(),
+            "places": places,
+            "pools": save_places(self._places, places),
+            "rows": rows,
+            "means": save_places([self._means], rows),
+            "history": [
+                [(p.frame, p.row, p.last_used, p.slot) for p in story.history.values()] for story in self._stories
+            ],
+            # pinned memory is no more when it is loaded, and a frame that comes back must not change what was saved
+            "host": [[tuple(t.clone() for t in p.host) for p in s.history.values()] for s in self._stories],
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a cache of the same layout was; frames lie in the same places, so that the sums of attention
+        are the same to the bit. A ValueError, before anything is changed, when the state does not fit."""
+        check_layout(self.layout, state.get("layout"))
+        check_places("pools", self._places, state["places"], state["pools"])
+        check_places("means", [self._means], state["rows"], state["means"])
+        stories = []
+        for history, host in zip(state["history"], state["host"], strict=True):
+            story = _Story()
+            for (frame, row, last_used, slot), tensors in zip(history, host, strict=True):
+                prototype = _Prototype(frame, row, last_used, slot)
+                if slot is None:
+                    prototype.host = self._host_frame()
+                    for target, source in zip(prototype.host, tensors, strict=True):
+                        target.copy_(source)
+                story.history[frame] = prototype
+            stories.append(story)
+        load_places(self._places, state["places"], state["pools"])
+        load_places([self._means], state["rows"], state["means"])
+        self._stories, self._ring, self._ring_before = stories, list(state["ring"]), list(state["ring"])
+        self._committed, self._ever_evicted = state["committed"], state["ever_evicted"]
+        self._to_recache, self._rewritten, self._open = [], None, None
+        self._write_bank([[] for _ in range(self.layout.batch)])
+
     # ---------------------------------------------------------------------------------------------------------- details
 
     def _first_in_window(self) -> int:
@@ -324,7 +406,7 @@ class FrameCache:
         """Copies frame number `frame` of the current chunk to each story's place in sink or history, described."""
         layout = self.layout
         source = layout.sink_frames + self._place * layout.chunk_frames + frame
-        target = torch.tensor(places, device=self.device)
+        target = on_device(places, torch.long, self.device)
         keys, values, descriptors = self._places
         # cloned: with one layer and one story torch takes source and target for the same memory
         keys[:, self._batch_index, target] = keys[:, :, source].clone()
@@ -335,12 +417,13 @@ class FrameCache:
     def _store_prototype(self, frame: int) -> None:
         """Gives the current chunk's first frame a history slot and a row of means in every story."""
         slots = [self._free_slot(number, keep=()) for number in range(self.layout.batch)]
-        rows = [story.free_rows.pop(0) for story in self._stories]
+        rows = [_first_free((p.row for p in s.history.values()), self._means.shape[2]) for s in self._stories]
         self._copy_from_ring(0, [self._history_place(slot) for slot in slots])
-        self._means[:, self._batch_index, torch.tensor(rows, device=self.device)] = self._staged_means
+        self._means[:, self._batch_index, on_device(rows, torch.long, self.device)] = self._staged_means
         # Becoming a candidate counts as a use: otherwise a newcomer would be the first to go and never be retrieved.
         last_used = self._committed + self.layout.window_chunks
         for story, slot, row in zip(self._stories, slots, rows, strict=True):
+            assert row is not None, "there is a row for every frame that may be remembered"
             story.history[frame] = _Prototype(frame, row, last_used, slot)
 
     def _write_bank(self, chosen: list[list[int]]) -> None:
@@ -351,19 +434,27 @@ class FrameCache:
             story.bank = frames
             row = sink + [self._place_of(story.history[frame]) for frame in frames]
             rows.append(row + [0] * (width - len(row)))
-        self._slot_table.copy_(torch.tensor(rows, dtype=torch.int32))
-        self._bank_lengths.copy_(torch.tensor([len(sink) + len(frames) for frames in chosen], dtype=torch.int32))
+        self._slot_table.copy_(on_device(rows, torch.int32, self.device))
+        lengths = [len(sink) + len(frames) for frames in chosen]
+        self._bank_lengths.copy_(on_device(lengths, torch.int32, self.device))
 
     def _free_slot(self, number: int, keep: Sequence[int]) -> int:
         """A history slot of a story: a free one, or that of its least recently used candidate outside `keep`."""
         story = self._stories[number]
-        if not story.free_slots:
+
+        def free() -> int | None:
+            return _first_free((p.slot for p in story.history.values()), self.layout.device_frames)
+
+        slot = free()
+        if slot is None:
             first = self._first_in_window()
             movable = [p for p in story.history.values() if p.slot is not None and p.frame < first]
             victim = min((p for p in movable if p.frame not in keep), key=lambda p: (p.last_used, p.frame))
             # When a frame is about to leave host memory in return (keep), one more may enter.
             self._move_off_device(number, victim, room=self.layout.host_frames + bool(keep))
-        return story.free_slots.pop(0)
+            slot = free()
+        assert slot is not None
+        return slot
 
     def _move_off_device(self, number: int, prototype: _Prototype, room: int) -> None:
         """Moves a story's prototype to host memory, which holds `room` frames; if it is full, the oldest of those off
@@ -376,33 +467,33 @@ class FrameCache:
             self._forget(story, oldest)
             if oldest is prototype:
                 return
-        on_device = [t[:, number, self._place_of(prototype)] for t in self._places]
-        if story.free_host:
-            prototype.host = story.free_host.pop()
-        else:
-            pinned = self.device.type == "cuda"  # so that the copies need not wait for the host
-            prototype.host = tuple(torch.empty(t.shape, dtype=t.dtype, pin_memory=pinned) for t in on_device)
-        for source, target in zip(on_device, prototype.host, strict=True):
+        there = [t[:, number, self._place_of(prototype)] for t in self._places]
+        host = story.free_host.pop() if story.free_host else self._host_frame()
+        for source, target in zip(there, host, strict=True):
             target.copy_(source, non_blocking=True)
-        story.free_slots.append(self._place_of(prototype) - self._history_place(0))
+        prototype.host = host
         prototype.slot = None
+
+    def _host_frame(self) -> tuple[Tensor, ...]:
+        """Room for one story's frame in host memory: keys, values and descriptors."""
+        pinned = self.device.type == "cuda"  # so that the copies need not wait for the host
+        shapes = [(t.shape[0], *t.shape[3:]) for t in self._places]
+        return tuple(torch.empty(shape, dtype=self.layout.dtype, pin_memory=pinned) for shape in shapes)
 
     def _bring_back(self, number: int, prototype: _Prototype, keep: Sequence[int]) -> None:
         """Copies a prototype from host memory into a slot. Copies are queued on one stream, so reuse is in order."""
-        prototype.slot = self._free_slot(number, keep)
+        slot = self._free_slot(number, keep)
         for pool, source in zip(self._places, prototype.host, strict=True):
-            pool[:, number, self._place_of(prototype)].copy_(source, non_blocking=True)
+            pool[:, number, self._history_place(slot)].copy_(source, non_blocking=True)
+        prototype.slot = slot
         self._stories[number].free_host.append(prototype.host)
         prototype.host = ()
 
     @staticmethod
     def _forget(story: _Story, prototype: _Prototype) -> None:
-        if prototype.slot is not None:
-            story.free_slots.append(prototype.slot)
-        else:
-            story.free_host.append(prototype.host)
-        story.free_rows.append(prototype.row)
         del story.history[prototype.frame]
+        if prototype.slot is None:
+            story.free_host.append(prototype.host)
 
     def _place_of(self, prototype: _Prototype) -> int:
         """The frame place of a prototype that is on the device."""
@@ -421,7 +512,7 @@ class FrameCache:
             for chunk in kept
             for i in range(layout.chunk_frames)
         ]
-        order = torch.tensor(frames, dtype=torch.long, device=self.device)
+        order = on_device(frames, torch.long, self.device)
         for pool in self._places[:2]:
             for layer in range(layout.layers):  # layer by layer, so that the copy in between stays small
                 pool[layer, :, layout.sink_frames : layout.sink_frames + len(frames)] = pool[layer][:, order]

@@ -12,14 +12,15 @@ bank is not the authors', who move frames so that the best comes first: here a n
 is dropped. Keys have no order, so the attention is the same.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memflow_ops.cache import Memory
 from memflow_ops.cache_layout import ReleasedLayout, on_device
+from memflow_ops.cache_state import check_layout, check_places, load_places, save_layout, save_places
 from memflow_ops.selection import describe_blocks
 
 
@@ -115,7 +116,7 @@ class ReleasedCache:
         self.layout.check_chunk_tensor("k", layer, k, self.device)
         self.layout.check_chunk_tensor("v", layer, v, self.device)
         frames = (self.layout.chunk_frames, self.layout.frame_tokens)
-        stories = slice(None) if self._rewritten is None else self._rewritten
+        stories = self._rewritten if self._to_recache and self._rewritten is not None else slice(None)
         k, v = k.detach().unflatten(1, frames), v.detach().unflatten(1, frames)
         for first, place, count in self._targets:
             source, target = slice(first, first + count), slice(place, place + count)
@@ -134,18 +135,16 @@ class ReleasedCache:
             raise RuntimeError(f"commit: layers {sorted(missing)} have not been written")
         if self._to_recache:
             self._to_recache.pop(0)
-            if not self._to_recache:
-                self._rewritten = None
         else:
             self._committed += 1
         self._open = None
 
     def abort(self) -> None:
-        """Forgets a chunk that was begun and not committed, and a re-caching that was not completed: the window of the
-        stories concerned must then be re-cached again. Does nothing where all is committed."""
-        if self._open is not None or self._to_recache:
+        """Forgets a chunk that was begun and not committed, and a re-caching that was not completed. Whatever was being
+        re-cached must be so again before the next chunk. Does nothing where all is committed."""
+        if self._to_recache or self._open == self._committed:
             self._ring = self._ring_before.copy()
-            self._to_recache, self._rewritten, self._open = [], None, None
+        self._to_recache, self._rewritten, self._open = [], None, None
 
     def restart_window(self, stories: Sequence[bool] | None = None) -> list[int]:
         """Empties the ring at a prompt switch. Returns the first frames of the chunks that stay in the coming chunk's
@@ -166,6 +165,7 @@ class ReleasedCache:
             )
         if stories is not None and len(stories) != layout.batch:
             raise ValueError(f"stories must have {layout.batch} entries, got {len(stories)}")
+        self._rewritten = None
         kept = sorted(self._ring)
         kept = kept[max(0, len(kept) + layout.chunk_frames - layout.window_frames) :]
         if stories is not None and not all(stories):
@@ -243,6 +243,40 @@ class ReleasedCache:
     def window_frames(self) -> list[int]:
         """Absolute indices of the frames in the ring, as they lie there."""
         return self._ring.copy()
+
+    # -------------------------------------------------------------------------------------------------------- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that later chunks will see, in host memory: tensors, numbers and lists, as `torch.save` takes them. Only
+        between chunks."""
+        if self._open is not None or self._to_recache:
+            raise RuntimeError("state_dict: a chunk is open or still to be re-cached; commit or abort it first")
+        layout, bank = self.layout, self.layout.bank_frames
+        sink = range(bank, bank + self._sink_fill())
+        places = [*range(bank - self._bank_fill, bank), *sink]
+        places += range(self._ring_start, self._ring_start + len(self._ring))
+        return {
+            "layout": save_layout(layout),
+            "committed": self._committed,
+            "ring": self._ring.copy(),
+            "places": places,
+            "pools": save_places(self._places, places),
+            "bank_fill": self._bank_fill,
+            "bank_chunk": self._bank_chunk,
+            "bank_ids": self._bank_ids.cpu().clone(),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a cache of the same layout was; frames lie in the same places, so that the sums of attention
+        are the same to the bit. A ValueError, before anything is changed, when the state does not fit."""
+        check_layout(self.layout, state.get("layout"))
+        check_places("pools", self._places, state["places"], state["pools"])
+        load_places(self._places, state["places"], state["pools"])
+        self._bank_ids.copy_(state["bank_ids"])
+        self._bank_fill, self._bank_chunk = state["bank_fill"], state["bank_chunk"]
+        self._committed, self._ring = state["committed"], list(state["ring"])
+        self._ring_before, self._dropping, self.choice = self._ring.copy(), None, None
+        self._to_recache, self._rewritten, self._open = [], None, None
 
     # ---------------------------------------------------------------------------------------------------------- details
 

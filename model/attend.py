@@ -3,15 +3,77 @@
 from collections.abc import Callable
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from memflow_ops import memory_attention
-from memflow_ops.cache import Memory
+from memflow_ops.cache import FrameCache, Memory
 from memflow_ops.cache_released import ReleasedCache
 from memflow_ops.model.transformer import Attend, apply_rotation
 
 Observer = Callable[[int, Tensor, Memory], None]
 """observe(layer, q, memory): a chunk's rotated queries, (B, tokens, heads, head_dim), and what they choose from."""
+
+
+def attend_to_memory(
+    cache: FrameCache,
+    rotation: tuple[Tensor, Tensor],
+    *,
+    sparse: bool,
+    top_k: int,
+    query_group: int | None,
+    impl: str = "auto",
+    chance: torch.Generator | None = None,
+    remember: bool = False,
+    keys_only: bool = False,
+    observe: Observer | None = None,
+) -> Attend:
+    """The local window and what the cache remembers beyond it; writes the chunk's keys and values.
+
+    rotation: of `rope_rotation`, for the chunk's tokens.
+    sparse: each query group chooses `top_k` blocks of sink and bank; else everything that the cache keeps is dense.
+    chance: the blocks are drawn at random instead, a control.
+    remember: the clean pass of a new chunk, which takes the means for retrieval.
+    keys_only: the last layer writes and does not attend, for `CausalVideoModel.forward_keys`.
+    observe: is shown what each layer chooses from, where there is a choice.
+    """
+    has_bank = sparse and any(cache.bank())
+    last = cache.layout.layers - 1
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q = apply_rotation(q, *rotation)
+        cache.write(layer, apply_rotation(k, *rotation), v)
+        if remember:
+            cache.remember(layer, k)
+        memory = cache.memory(layer)
+        if has_bank and chance is not None:  # of descriptors without meaning every subset is as likely as any other
+            meaningless = torch.randn(memory.descriptors.shape, generator=chance).to(memory.descriptors)
+            memory = memory._replace(descriptors=meaningless)
+        if has_bank and observe is not None:
+            observe(layer, q, memory)
+        if keys_only and layer == last:
+            return q
+        if not has_bank:
+            # Sparse without a candidate yet: the window alone.
+            keys, values = cache.window(layer) if sparse else cache.dense(layer)
+            return cast(Tensor, memory_attention(q, keys, values, impl=impl))
+        attended = memory_attention(
+            q,
+            *cache.window(layer),
+            memory.keys,
+            memory.values,
+            memory_descriptors=memory.descriptors,
+            top_k=top_k,
+            block_size=cache.layout.block_size,
+            frame_tokens=cache.layout.frame_tokens,
+            query_group=query_group,
+            memory_frames=memory.frames,
+            memory_slots=memory.slots,
+            impl=impl,
+        )
+        return cast(Tensor, attended)
+
+    return attend
 
 
 def attend_as_released(
@@ -20,24 +82,25 @@ def attend_as_released(
     top_frames: int | None,
     *,
     impl: str = "auto",
+    keys_only: bool = False,
     observe: Observer | None = None,
 ) -> Attend:
-    """Sink, bank and local window as the released MemFlow attends to them; writes the chunk's keys and values.
+    """Sink, bank and local window as the released MemFlow attends to them; otherwise as `attend_to_memory`.
 
-    rotation: of `rope_rotation`, for the chunk's tokens.
     top_frames: frames of sink and bank that each head of a chunk keeps (sparse memory activation); None: all.
-    observe: is shown what each layer selects from; only with `top_frames`.
     """
-    frame_tokens = cache.layout.frame_tokens
+    last = cache.layout.layers - 1
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q = apply_rotation(q, *rotation)
         cache.write(layer, apply_rotation(k, *rotation), v)
+        memory = cache.memory(layer)
+        if top_frames is not None and observe is not None:
+            observe(layer, q, memory)
+        if keys_only and layer == last:
+            return q
         if top_frames is None:
             return cast(Tensor, memory_attention(q, *cache.dense(layer), impl=impl))
-        memory = cache.memory(layer)
-        if observe is not None:
-            observe(layer, q, memory)
         attended = memory_attention(
             q,
             *cache.window(layer),
@@ -45,8 +108,8 @@ def attend_as_released(
             memory.values,
             memory_descriptors=memory.descriptors,
             top_k=top_frames,
-            block_size=frame_tokens,
-            frame_tokens=frame_tokens,
+            block_size=cache.layout.block_size,
+            frame_tokens=cache.layout.frame_tokens,
             query_group=None,
             memory_frames=memory.frames,
             memory_slots=memory.slots,

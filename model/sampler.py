@@ -48,17 +48,16 @@ class FlowMatchSampler:
         """The clean chunk that the model's output y implies for the noisy chunk x at noise level sigma; like x."""
         return y if self.prediction == "x0" else x - sigma * y
 
-    def step(self, x: Tensor, x0: Tensor, i: int, generator: torch.Generator | None = None) -> Tensor:
+    def step(self, x: Tensor, x0: Tensor, i: int, noise: Tensor | None = None) -> Tensor:
         """x at sigmas[i] and the denoised x0 -> x at sigmas[i + 1]; the last step returns x0 itself.
 
-        generator: draws the fresh noise of a stochastic step, on the generator's own device, so that a seed gives the
-        same noise wherever the model runs.
+        noise: like x, the fresh noise of a stochastic step but the last.
         """
         sigma, following = self.sigmas[i], self.sigmas[i + 1]
         if following == 0:
             return x0
         if self.stochastic:
-            device = x.device if generator is None else generator.device
-            noise = torch.randn(x.shape, generator=generator, device=device, dtype=torch.float32).to(x)
+            if noise is None:
+                raise ValueError(f"step {i} of a stochastic sampler needs fresh noise")
             return (1 - following) * x0 + following * noise
         return x + (following - sigma) / sigma * (x - x0)  # the velocity is (x - x0) / sigma

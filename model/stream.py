@@ -10,31 +10,38 @@ One chunk is made in this order:
 
 How a chunk sees the past is the `memory` mode: "none" is the local window alone; "sink" adds the first frames and
 "full" every remembered frame, both densely; "memflow" adds only the blocks of sink and bank that each query group
-selects.
+selects. "released" is what the authors' MemFlow checkpoints were tuned with, `ReleasedCache`: its bank takes in the
+last chunk's first frame at step 1, by the prompt of that chunk.
+
+A chunk that is interrupted has not been: the next call makes it from the start. `state_dict` and `load_state_dict`
+stop a stream between two chunks and go on with it elsewhere, to the same frames bit for bit.
 """
 
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Literal, cast, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from memflow_ops import memory_attention, select_blocks
 from memflow_ops.cache import FrameCache
-from memflow_ops.cache_layout import CacheLayout
+from memflow_ops.cache_layout import CacheLayout, ReleasedLayout
+from memflow_ops.cache_released import ReleasedCache
 from memflow_ops.model import world
+from memflow_ops.model.activation import Activation, held_by_layers
+from memflow_ops.model.attend import attend_as_released, attend_to_memory
 from memflow_ops.model.sampler import FlowMatchSampler
 from memflow_ops.model.text import embed_prompts
-from memflow_ops.model.transformer import CausalVideoModel, TextKeysValues, apply_rotation, rope_rotation
+from memflow_ops.model.transformer import Attend, CausalVideoModel, TextKeysValues, TimeEmbedding, rope_rotation
 from memflow_ops.retrieval import Coverage, Policy, Random, Relevance, Retrieved
 
-MemoryMode = Literal["none", "sink", "memflow", "full"]
+MemoryMode = Literal["none", "sink", "memflow", "full", "released"]
 RelevanceKind = Literal["linear", "softmax", "coverage", "random"]
 SelectionKind = Literal["top", "random"]
+
+STATE_FORMAT = "memflow-ops stream 1"
 
 TextEncoder = Callable[[Sequence[str]], Tensor]
 """B prompts -> embeddings (B, Lt, text_dim), rows past a text's true length all zero, as Wan's text encoder leaves
@@ -58,7 +65,7 @@ class StreamSettings:
     sink_frames: int = 3
     """First frames of the video, kept for good; not with memory="none"."""
     bank_frames: int = 3
-    """Frames retrieved for a chunk, at most; memflow only."""
+    """Frames retrieved for a chunk, at most; memflow and released."""
     device_frames: int = 64
     """Prototypes that the device holds; memflow and full."""
     host_frames: int = 0
@@ -77,6 +84,11 @@ class StreamSettings:
     redundancy: float | None = None
     """Retrieval passes over frames whose mean key has a larger cosine with one already taken; None: it does not. The
     toy world's frames of one character are so alike that any threshold leaves one of them and fills up with others."""
+    record_interval: int = 3
+    """Chunks after which the bank goes on to its next place; released only."""
+    top_frames: int | None = None
+    """Frames of sink and bank that each head attends to, the same for a whole chunk (the authors' sparse memory
+    activation: 3); None: all, as their checkpoints come; released only."""
     recache: bool = True
     """Re-cache the local window at a prompt switch."""
     steps: int = 8
@@ -98,11 +110,25 @@ class StreamSettings:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
         if self.query_group is not None and self.query_group < 1:
             raise ValueError(f"query_group must be positive or None (the whole chunk), got {self.query_group}")
+        if self.top_frames is not None and self.top_frames < 1:
+            raise ValueError(f"top_frames must be positive or None (all), got {self.top_frames}")
         if self.redundancy is not None and not -1 <= self.redundancy <= 1:
             raise ValueError(f"redundancy is a cosine, -1 to 1, or None, got {self.redundancy}")
         FlowMatchSampler(self.steps, self.shift)  # refuses what it cannot do
         # Sizes of the cache are refused by its layout, here rather than when the stream starts.
         CacheLayout(1, 1, 1, 1, 1, *self._cache_sizes(), block_size=self.block_size)
+        self._released_layout((1, 1, 1, 1, 1), torch.float32)
+
+    def _released_layout(self, sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> ReleasedLayout:
+        return ReleasedLayout(
+            *sizes,
+            chunk_frames=self.chunk_frames,
+            window_frames=self.window_frames,
+            sink_frames=self.sink_frames,
+            bank_frames=self.bank_frames,
+            dtype=dtype,
+            record_interval=self.record_interval,
+        )
 
     def _cache_sizes(self) -> tuple[int, int, int, int, int, int]:
         """chunk, window, sink, bank, device and host frames in this mode: what a mode does not use is not kept."""
@@ -120,17 +146,12 @@ class StreamSettings:
 
     def cache_layout(self, model: CausalVideoModel, batch: int) -> CacheLayout:
         """What a stream of `batch` stories will allocate; `CacheLayout` states it in bytes."""
-        config = model.config
-        return CacheLayout(
-            config.num_layers,
-            batch,
-            model.tokens(self.height, self.width),
-            config.num_heads,
-            config.head_dim,
-            *self._cache_sizes(),
-            block_size=self.block_size,
-            dtype=model.patch_embedding.weight.dtype,
-        )
+        config, dtype = model.config, model.patch_embedding.weight.dtype
+        tokens = model.tokens(self.height, self.width)
+        sizes = (config.num_layers, batch, tokens, config.num_heads, config.head_dim)
+        if self.memory == "released":
+            return self._released_layout(sizes, dtype)
+        return CacheLayout(*sizes, *self._cache_sizes(), block_size=self.block_size, dtype=dtype)
 
 
 TOY_SETTINGS = StreamSettings(recache=False, relevance="coverage", top_k=8, steps=16, stochastic=True)
@@ -151,9 +172,10 @@ class Chunk:
     frames: Tensor
     """Clean latents (B, C, chunk_frames, H, W) float32, on the model's device."""
     retrieved: list[list[int]]
-    """Per story the retrieved frames, the policy's favourite first."""
+    """Per story the retrieved frames, the policy's favourite first. Released: those of any layer's bank, first what
+    most layers hold."""
     relevance: list[list[float]]
-    """Per story the score of each retrieved frame."""
+    """Per story the score of each retrieved frame. Released: the share of layers that hold it."""
     candidates: list[list[int]]
     """Per story the frames of the bank that activation chose from, sink included, ascending."""
     activation: list[list[float]]
@@ -234,18 +256,28 @@ class Streamer:
         *,
         encode: TextEncoder = embed_prompts,
         policy: Policy | None = None,
+        report: bool = True,
     ):
-        """policy: chooses the bank instead of the one that `settings` names."""
+        """policy: chooses the bank instead of the one that `settings` names.
+        report: whether `Chunk` tells what was activated and how long the chunk took, for which the host waits for the
+            device at its end; without, these are empty and `seconds` is the time to queue the work.
+        """
+        self.report = report
         self.model, self.settings, self.encode = model, settings, encode
         self.seeds = [seed + story for story in range(batch)] if isinstance(seed, int) else list(seed)
         if len(self.seeds) != batch or min(self.seeds, default=0) < 0:
             raise ValueError(f"seed must be a number >= 0 or {batch} of them, one per story, got {seed}")
         config = model.config
         self.device = model.patch_embedding.weight.device
-        self.cache = FrameCache(settings.cache_layout(model, batch), self.device)
+        layout = settings.cache_layout(model, batch)
+        self.cache = (
+            ReleasedCache(layout, self.device)
+            if isinstance(layout, ReleasedLayout)
+            else FrameCache(layout, self.device)
+        )
         self.sampler = FlowMatchSampler(settings.steps, settings.shift, settings.stochastic, config.prediction)
         self.policy: Policy | None = None
-        if self.cache.layout.bank_frames:
+        if isinstance(self.cache, FrameCache) and layout.bank_frames:
             if policy is not None:
                 self.policy = policy
             elif settings.relevance == "coverage":
@@ -265,96 +297,130 @@ class Streamer:
                 f"a stream can give the model pixel coordinates (2 channels) as condition, or none; this model "
                 f"expects {config.in_dim - config.out_dim} channels"
             )
-        self._chance = torch.Generator().manual_seed(self.seeds[0])
-        self._chunks = 0
-        self._prompts: list[str] | None = None
-        self._text: TextKeysValues = []
+        # None where a story's text is not, or no longer, what the prompt says.
+        self._prompts: list[str | None] = [None] * batch
+        self._window_prompts: list[str | None] = [None] * batch
+        """Under which the local window's keys were written."""
+        self._embeddings: list[Tensor] = [torch.empty(0)] * batch
+        text_shape = (batch, config.text_len, config.num_heads, config.head_dim)
+        self._text: TextKeysValues = [
+            tuple(torch.zeros(text_shape, dtype=layout.dtype, device=self.device) for _ in range(2))  # type: ignore[misc]
+            for _ in range(config.num_layers)
+        ]
         self._text_lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
-        window_past = settings.window_frames // settings.chunk_frames - 1
-        self._past: deque[Tensor] = deque(maxlen=window_past)  # clean latents of the window, oldest first
+        self._chance = torch.Generator()  # of the current chunk, where blocks are drawn at random
+        self._times: dict[float, TimeEmbedding] = {}
+        self._past: dict[int, Tensor] = {}  # by chunk, the clean latents of those in the window
 
     @torch.no_grad()
     def next_chunk(self, prompts: Sequence[str]) -> Chunk:
-        """Makes the next chunk. A prompt that cannot be encoded raises before anything has changed."""
+        """Makes the next chunk. A prompt that cannot be encoded raises before anything has changed. After an
+        interruption the next call makes the same chunk, from the same noise."""
         started = self._clock()
         prompts = _checked_prompts(prompts)
         if len(prompts) != len(self.seeds):
             raise ValueError(f"a chunk takes {len(self.seeds)} prompts, one per story, got {len(prompts)}")
-        switched = self._set_text(prompts)
+        embeddings = self._embedded(prompts)
+        self.cache.abort()  # what an interruption may have left
+        index = self.cache.committed
+        if isinstance(self.cache, ReleasedCache):
+            self.cache.update_bank([keys for keys, _ in self._text])
+        self._set_text(prompts, embeddings)
         retrieved = self._retrieve()
-        if self.settings.recache and self._past and any(switched):
-            self._recache(switched)
+        if self.settings.recache and self._past and self._window_prompts != prompts:
+            self._recache(prompts)
+        self._chance = self._generator(self.seeds[0], 1)
         first_frame = self.cache.begin_chunk()
-        x, generators = self._noise()
         rotation = self._rotation(first_frame)
+        attend = self._attend(rotation)
+        x, *noises = self._noise()
         for i, sigma in enumerate(self.sampler.sigmas[:-1]):
-            y = self._pass(x, 1000 * sigma, rotation)
-            x = self._step(x, self.sampler.denoised(x, y.float(), sigma), i, generators)
-        # A dense mode activates nothing: its sink is always attended to in full.
-        candidates = self.cache.bank() if self.settings.memory == "memflow" else [[] for _ in prompts]
-        selected = torch.zeros(len(prompts), max(map(len, candidates)), dtype=torch.long, device=self.device)
-        self._pass(x, 0.0, rotation, remember=True, selected=selected)
+            y = self.model(x, self._time(1000 * sigma), self._text, attend, self.condition)
+            x = self.sampler.step(
+                x, self.sampler.denoised(x, y.float(), sigma), i, noises[i] if i < len(noises) else None
+            )
+        activation = self._activation()
+        self._write_keys(x, self._attend(rotation, activation, remember=True, keys_only=True))
+        self._past[index] = x
         self.cache.commit()
-        self._past.append(x)
-        self._chunks += 1
+        self._window_prompts = list(prompts)
+        for chunk in [c for c in self._past if c <= index + 1 - self.cache.layout.window_chunks]:
+            del self._past[chunk]
         # The one read of this chunk besides retrieval's: the report.
-        shares = (selected / selected.sum(1, keepdim=True).clamp(min=1)).tolist()
-        activation = [of[: len(frames)] for of, frames in zip(shares, candidates, strict=True)]
-        return Chunk(
-            self._chunks - 1,
-            first_frame,
-            prompts,
-            x,
-            retrieved.frames,
-            retrieved.scores,
-            candidates,
-            activation,
-            self._clock() - started,
-        )
+        candidates, shares = activation.read() if activation else ([[] for _ in prompts], [[] for _ in prompts])
+        if self.report and isinstance(self.cache, ReleasedCache):
+            retrieved = held_by_layers(self.cache.bank())
+        seconds = self._clock() - started
+        return Chunk(index, first_frame, prompts, x, *retrieved, candidates, shares, seconds)
 
     # ----------------------------------------------------------------------------------------------- before the passes
 
-    def _set_text(self, prompts: list[str]) -> list[bool]:
-        """Encodes the prompts if any has changed; says for each story whether it has."""
-        previous = self._prompts
-        if previous == prompts:
-            return [False] * len(prompts)
-        embeddings = self.encode(prompts).to(self.device)
-        self._text = self.model.encode_text(embeddings)
-        positions = torch.arange(1, embeddings.shape[1] + 1, device=self.device, dtype=torch.int32)
-        self._text_lengths = ((embeddings != 0).any(-1) * positions).amax(1).to(torch.int32)
-        self._prompts = prompts
-        return [previous is None or old != new for old, new in zip(previous or prompts, prompts, strict=True)]
+    def _embedded(self, prompts: list[str]) -> dict[int, Tensor]:
+        """Embeddings (Lt, text_dim) of the stories whose prompt has changed."""
+        changed = [story for story, prompt in enumerate(prompts) if self._prompts[story] != prompt]
+        if not changed:
+            return {}
+        embeddings = self.encode([prompts[story] for story in changed])
+        self.model.check_text(embeddings)
+        if len(embeddings) != len(changed):
+            raise ValueError(f"encode must give one embedding per prompt, got {len(embeddings)} for {len(changed)}")
+        return dict(zip(changed, embeddings.to(self.device), strict=True))
+
+    def _set_text(self, prompts: list[str], embeddings: Mapping[int, Tensor]) -> None:
+        """Text keys and values, once per prompt. Story by story, so that each is as if alone; in place."""
+        for story, embedding in embeddings.items():
+            self._prompts[story] = None
+            for kept, new in zip(self._text, self.model.encode_text(embedding[None]), strict=True):
+                for target, source in zip(kept, new, strict=True):
+                    target[story] = source[0]
+            positions = torch.arange(1, len(embedding) + 1, device=self.device, dtype=torch.int32)
+            self._text_lengths[story] = ((embedding != 0).any(-1) * positions).amax()
+            self._embeddings[story] = embedding
+            self._prompts[story] = prompts[story]
 
     def _retrieve(self) -> Retrieved:
         """Chooses the coming chunk's bank with the coming prompts."""
-        nothing: list[list[int]] = [[] for _ in self.seeds]
-        if self.policy is None or not self.cache.candidate_frames()[0]:
+        cache = self.cache
+        if self.policy is None or isinstance(cache, ReleasedCache) or not cache.candidate_frames()[0]:
+            nothing: list[list[int]] = [[] for _ in self.seeds]
             return Retrieved(nothing, [[] for _ in self.seeds])
         text_keys = [keys for keys, _ in self._text]
-        retrieved = self.policy.choose(self.cache.candidates(), text_keys, self._text_lengths)
-        self.cache.set_bank(retrieved.frames)
+        retrieved = self.policy.choose(cache.candidates(), text_keys, self._text_lengths)
+        cache.set_bank(retrieved.frames)
         return retrieved
 
-    def _recache(self, switched: list[bool]) -> None:
+    def _recache(self, prompts: list[str]) -> None:
         """Passes the window's past chunks again under the new text; see `FrameCache.restart_window`."""
-        self.cache.restart_window(switched)
-        for x in self._past:
-            first_frame = self.cache.begin_chunk()
-            self._pass(x, 0.0, self._rotation(first_frame))
+        switched = [old != new for old, new in zip(self._window_prompts, prompts, strict=True)]
+        # Until it is done, an interruption leaves windows that are of neither prompt.
+        self._window_prompts = [None] * len(prompts)
+        first_frames = self.cache.restart_window(switched)
+        self._window_prompts = [None if new else prompt for new, prompt in zip(switched, prompts, strict=True)]
+        self._chance = self._generator(self.seeds[0], 2)
+        for first_frame in first_frames:
+            self.cache.begin_chunk()
+            attend = self._attend(self._rotation(first_frame), keys_only=True)
+            self._write_keys(self._past[first_frame // self.settings.chunk_frames], attend)
             self.cache.commit()
+        self._window_prompts = list(prompts)
 
-    def _noise(self) -> tuple[Tensor, list[torch.Generator]]:
-        """The chunk's noise (B, C, F, H, W), and the generators that drew it, which go on to the sampler's steps."""
+    def _noise(self) -> Tensor:
+        """The chunk's noise and that of the stochastic steps after the first: (1 or steps, B, C, F, H, W)."""
         settings = self.settings
-        shape = (self.model.config.out_dim, settings.chunk_frames, settings.height, settings.width)
-        generators = []
-        for seed in self.seeds:
-            mixed = np.random.SeedSequence([seed, self._chunks]).generate_state(1, np.uint64)
-            generators.append(torch.Generator().manual_seed(int(mixed[0])))
+        count = settings.steps if settings.stochastic else 1
+        shape = (count, self.model.config.out_dim, settings.chunk_frames, settings.height, settings.width)
         # On the CPU, so that a seed means the same video on every device.
-        noise = torch.stack([torch.randn(shape, generator=generator) for generator in generators])
-        return noise.to(self.device), generators
+        noise = torch.empty(len(self.seeds), *shape, pin_memory=self.device.type == "cuda")
+        for story, seed in enumerate(self.seeds):
+            generator = self._generator(seed)
+            for step in range(count):
+                torch.randn(shape[1:], generator=generator, out=noise[story, step])
+        return noise.to(self.device, non_blocking=True).transpose(0, 1)
+
+    def _generator(self, seed: int, *use: int) -> torch.Generator:
+        """Random numbers of the coming chunk, which depend on nothing before it."""
+        mixed = np.random.SeedSequence([seed, self.cache.committed, *use]).generate_state(1, np.uint64)
+        return torch.Generator().manual_seed(int(mixed[0]))
 
     def _rotation(self, first_frame: int) -> tuple[Tensor, Tensor]:
         """RoPE's cosines and sines of a chunk, the same for every layer and pass."""
@@ -364,79 +430,96 @@ class Streamer:
 
     # ------------------------------------------------------------------------------------------------------ the passes
 
-    def _pass(
-        self,
-        x: Tensor,
-        timestep: float,
-        rotation: tuple[Tensor, Tensor],
-        *,
-        remember: bool = False,
-        selected: Tensor | None = None,
-    ) -> Tensor:
-        """One pass over the open chunk, which writes its keys and values into the ring; x and result (B, C, F, H, W).
-
-        remember: the clean pass of a new chunk, which takes the means for retrieval.
-        selected: (B, bank frames) counts of selected blocks, to add to.
-        """
+    def _attend(self, rotation: tuple[Tensor, Tensor], activation: Activation | None = None, **clean: bool) -> Attend:
+        """How the open chunk sees the past; clean: `remember` and `keys_only` of `attend_to_memory`."""
         cache, settings = self.cache, self.settings
-        has_bank = settings.memory == "memflow" and any(cache.bank())
-        attention = cast(Callable[..., Tensor], memory_attention)  # without return_lse it returns out alone
-
-        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            q = apply_rotation(q, *rotation)
-            cache.write(layer, apply_rotation(k, *rotation), v)
-            if remember:
-                cache.remember(layer, k)
-            if not has_bank:
-                # "memflow" without a candidate yet: the window alone, like "none".
-                keys, values = cache.window(layer) if settings.memory == "memflow" else cache.dense(layer)
-                return attention(q, keys, values, impl=settings.impl)
-            keys, values = cache.window(layer)
-            memory = cache.memory(layer)
-            descriptors = memory.descriptors
-            if settings.selection == "random":  # of descriptors without meaning every subset is as likely as any other
-                descriptors = torch.randn(descriptors.shape, generator=self._chance).to(descriptors)
-            if selected is not None:
-                blocks = cache.layout.blocks_per_frame
-                chosen = select_blocks(
-                    q,
-                    descriptors,
-                    settings.top_k,
-                    query_group=settings.query_group,
-                    memory_frames=memory.frames,
-                    memory_slots=memory.slots,
-                    blocks_per_frame=blocks,
-                    impl=settings.impl,
-                )
-                _count_frames(chosen, blocks, selected)
-            return attention(
-                q,
-                keys,
-                values,
-                memory.keys,
-                memory.values,
-                memory_descriptors=descriptors,
-                top_k=settings.top_k,
-                block_size=settings.block_size,
-                frame_tokens=cache.layout.frame_tokens,
-                query_group=settings.query_group,
-                memory_frames=memory.frames,
-                memory_slots=memory.slots,
+        observe = None if activation is None else activation.observe
+        if isinstance(cache, ReleasedCache):
+            return attend_as_released(
+                cache,
+                rotation,
+                settings.top_frames,
                 impl=settings.impl,
+                keys_only=clean.get("keys_only", False),
+                observe=observe,
             )
+        return attend_to_memory(
+            cache,
+            rotation,
+            sparse=settings.memory == "memflow",
+            top_k=settings.top_k,
+            query_group=settings.query_group,
+            impl=settings.impl,
+            chance=self._chance if settings.selection == "random" else None,
+            observe=observe,
+            **clean,
+        )
 
-        timesteps = torch.full(x.shape[:1] + x.shape[2:3], timestep, device=self.device)
-        return self.model(x, timesteps, self._text, attend, self.condition)
+    def _activation(self) -> Activation | None:
+        """Counts what is selected, where something is."""
+        settings = self.settings
+        if self.report and settings.memory == "memflow":
+            return Activation(self.cache, settings.top_k, settings.query_group, settings.impl)
+        if self.report and settings.memory == "released" and settings.top_frames:
+            return Activation(self.cache, settings.top_frames, None, settings.impl)
+        return None  # a dense mode activates nothing: its sink is always attended to in full
 
-    def _step(self, x: Tensor, x0: Tensor, i: int, generators: list[torch.Generator]) -> Tensor:
-        """The sampler's step, story by story where it draws noise, so that each has its own."""
-        if not self.settings.stochastic:
-            return self.sampler.step(x, x0, i)
-        stories = zip(x.split(1), x0.split(1), generators, strict=True)
-        return torch.cat([self.sampler.step(noisy, clean, i, generator) for noisy, clean, generator in stories])
+    def _write_keys(self, x: Tensor, attend: Attend) -> None:
+        """The clean pass over x (B, C, F, H, W), as far as there are keys to write."""
+        self.model.forward_keys(x, self._time(0.0), self._text, attend, self.condition)
+
+    def _time(self, timestep: float) -> TimeEmbedding:
+        """Once per timestep, for all stories, frames and chunks."""
+        if timestep not in self._times:
+            self._times[timestep] = self.model.encode_time(torch.full((1, 1), timestep, device=self.device))
+        return self._times[timestep]
+
+    # ------------------------------------------------------------------------------------------------------- the state
+
+    def state_dict(self) -> dict[str, Any]:
+        """Where the stream stands after its last finished chunk, in host memory, as `torch.save` takes it and
+        `torch.load(weights_only=True)` gives it back. It holds no weights."""
+        self.cache.abort()
+        return {
+            "format": STATE_FORMAT,
+            "settings": asdict(self.settings),
+            "model": asdict(self.model.config),
+            "seeds": list(self.seeds),
+            "prompts": list(self._prompts),
+            "window_prompts": list(self._window_prompts),
+            "embeddings": [embedding.cpu() for embedding in self._embeddings],
+            "past": {chunk: x.cpu() for chunk, x in self._past.items()},
+            "cache": self.cache.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on with a saved stream: the same frames, bit for bit on the same machine, as if it had not stopped. The
+        model must have the same weights. A ValueError, before anything is changed, when the state is of another stream.
+        """
+        if not isinstance(state, Mapping) or state.get("format") != STATE_FORMAT:
+            found = state.get("format") if isinstance(state, Mapping) else type(state).__name__
+            raise ValueError(f"this is no state of a stream: expected the format {STATE_FORMAT!r}, got {found!r}")
+        own = {"settings": asdict(self.settings), "model": asdict(self.model.config)}
+        for kind, values in own.items():
+            other = [f"{k}={state[kind].get(k)!r}, here {v!r}" for k, v in values.items() if state[kind].get(k) != v]
+            if other:
+                raise ValueError(f"the state is that of a stream with other {kind}: {'; '.join(other)}")
+        if len(state["seeds"]) != len(self.seeds):
+            raise ValueError(f"the state is that of {len(state['seeds'])} stories, here there are {len(self.seeds)}")
+        self.cache.load_state_dict(state["cache"])
+        self.seeds[:] = state["seeds"]  # in place: a policy may share them
+        self._past = {chunk: x.to(self.device) for chunk, x in state["past"].items()}
+        known = {
+            story: e.to(self.device)
+            for story, e in enumerate(state["embeddings"])
+            if state["prompts"][story] is not None
+        }
+        self._set_text(state["prompts"], known)
+        self._window_prompts = list(state["window_prompts"])
 
     def _clock(self) -> float:
-        if self.device.type == "cuda":
+        if self.report and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
@@ -445,12 +528,6 @@ def _checked_prompts(prompts: Sequence[str]) -> list[str]:
     if isinstance(prompts, str) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise TypeError(f"a chunk takes a sequence of prompts, one per story, got {prompts!r}")
     return list(prompts)
-
-
-def _count_frames(chosen: Tensor, blocks_per_frame: int, counts: Tensor) -> None:
-    """Adds to counts (B, F) how many of the chosen blocks (B, H, G, K), -1 unused, lie in each bank frame."""
-    frames = chosen.flatten(1).long() // blocks_per_frame
-    counts.scatter_add_(1, frames.clamp(min=0), (frames >= 0).long())
 
 
 def _check_full_history(settings: StreamSettings, chunks: int) -> None:

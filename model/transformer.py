@@ -11,7 +11,7 @@ and conditions (such as coordinates) may be concatenated to the noisy channels, 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,13 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 TextKeysValues = list[tuple[Tensor, Tensor]]
 """Per layer the keys (after norm_k) and values of the text cross-attention, each (B, text_len, heads, head_dim)."""
+
+
+class TimeEmbedding(NamedTuple):
+    """What a pass needs of its timesteps; B and F may be 1, for all stories or frames alike."""
+
+    embedding: Tensor  # (B, F, dim), for the head
+    modulation: Tensor  # (B, F, 6, dim), for the blocks
 
 
 @dataclass(frozen=True)
@@ -164,10 +171,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, text: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
         """x (B, F * T, dim), time (B, F, 6, dim), text keys and values (B, text_len, heads, head_dim) -> like x."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = (self.modulation + time).to(x.dtype).unbind(2)
-
-        h = modulate(self.norm1(x), shift, scale)
-        out = attend(layer, self.self_attn.queries(h), *self.self_attn.keys_values(h))
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulated(time, x.dtype)
+        out = self.attend(x, shift, scale, layer, attend)
         x = add_gated(x, self.self_attn.o(out.flatten(2)), gate)
 
         q, (k, v) = self.cross_attn.queries(self.norm3(x)), text
@@ -175,6 +180,15 @@ class Block(nn.Module):
         x = x + self.cross_attn.o(out.flatten(2))
 
         return add_gated(x, self.ffn(modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
+
+    def modulated(self, time: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Shift, scale and gate of the self-attention, then of the feed-forward, each (B, F, dim)."""
+        return (self.modulation + time).to(dtype).unbind(2)
+
+    def attend(self, x: Tensor, shift: Tensor, scale: Tensor, layer: int, attend: Attend) -> Tensor:
+        """The block as far as its self-attention."""
+        h = modulate(self.norm1(x), shift, scale)
+        return attend(layer, self.self_attn.queries(h), *self.self_attn.keys_values(h))
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -238,40 +252,75 @@ class CausalVideoModel(nn.Module):
         Shorter texts are padded with zeros to text_len before the text MLP. As in Wan, nothing masks the padding: all
         text_len positions are attended to.
         """
+        self.check_text(embeddings)
+        padded = F.pad(embeddings, (0, 0, 0, self.config.text_len - embeddings.shape[1]))
+        context = self.text_embedding(padded.to(self.patch_embedding.weight.dtype))
+        return [block.encode_text(context) for block in cast("list[Block]", self.blocks)]
+
+    def check_text(self, embeddings: Tensor) -> None:
+        """A ValueError unless `encode_text` takes them."""
         config = self.config
         if embeddings.dim() != 3 or embeddings.shape[1] > config.text_len or embeddings.shape[2] != config.text_dim:
             expected = f"(batch, up to {config.text_len}, {config.text_dim})"
             raise ValueError(f"text embeddings must be {expected}, got {tuple(embeddings.shape)}")
-        padded = F.pad(embeddings, (0, 0, 0, config.text_len - embeddings.shape[1]))
-        context = self.text_embedding(padded.to(self.patch_embedding.weight.dtype))
-        return [block.encode_text(context) for block in cast("list[Block]", self.blocks)]
 
     def rotate(self, x: Tensor, frames: Tensor, grid: tuple[int, int]) -> Tensor:
         """3-D RoPE of x (B, F * h * w, heads, head_dim); frames (F,) or (B, F) absolute indices, grid (h, w)."""
         rows, columns = (torch.arange(n, device=x.device) for n in grid)
         return apply_rotation(x, *rope_rotation(x.shape[-1], frames.to(x.device), rows, columns))
 
+    def encode_time(self, t: Tensor) -> TimeEmbedding:
+        """t (B, F) timesteps in 0..1000, 0 = clean; once per timestep, for as many passes as have it."""
+        waves = sinusoid(t, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
+        embedding = self.time_embedding(waves)
+        return TimeEmbedding(embedding, self.time_projection(embedding).unflatten(-1, (6, -1)))
+
     def forward(
-        self, x: Tensor, t: Tensor, text: TextKeysValues, attend: Attend, condition: Tensor | None = None
+        self,
+        x: Tensor,
+        t: Tensor | TimeEmbedding,
+        text: TextKeysValues,
+        attend: Attend,
+        condition: Tensor | None = None,
     ) -> Tensor:
         """One pass of a chunk.
 
-        x (B, out_dim, F, H, W) noisy latents · t (B, F) timesteps in 0..1000, 0 = clean · text: of `encode_text` ·
-        condition (B, in_dim - out_dim, F, H, W), needed exactly when in_dim > out_dim -> (B, out_dim, F, H, W).
+        x (B, out_dim, F, H, W) noisy latents · t (B, F) timesteps in 0..1000, 0 = clean, or what `encode_time` makes
+        of them · text: of `encode_text` · condition (B, in_dim - out_dim, F, H, W), needed exactly when in_dim >
+        out_dim -> (B, out_dim, F, H, W).
         """
+        hidden, grid = self._hidden(x, condition)
+        embedding, time = t if isinstance(t, TimeEmbedding) else self.encode_time(t)
+        for layer, block in enumerate(self.blocks):
+            hidden = block(hidden, time, text[layer], layer, attend)
+        return self._unpatched(self.head(hidden, embedding), x.shape[2], grid)
+
+    def forward_keys(
+        self,
+        x: Tensor,
+        t: Tensor | TimeEmbedding,
+        text: TextKeysValues,
+        attend: Attend,
+        condition: Tensor | None = None,
+    ) -> None:
+        """A pass for the sake of its keys and values: as `forward`, but ends when the last layer's have been handed to
+        `attend`, whose result for that layer is not used."""
+        hidden, _ = self._hidden(x, condition)
+        _, time = t if isinstance(t, TimeEmbedding) else self.encode_time(t)
+        *blocks, last = cast("list[Block]", self.blocks)
+        for layer, block in enumerate(blocks):
+            hidden = block(hidden, time, text[layer], layer, attend)
+        shift, scale, *_ = last.modulated(time, hidden.dtype)
+        last.attend(hidden, shift, scale, len(blocks), attend)
+
+    def _hidden(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+        """The chunk's tokens (B, F * T, dim), condition included, and their grid."""
         if condition is not None:
             x = torch.cat([x, condition.to(x.dtype).expand(len(x), *condition.shape[1:])], dim=1)
         if x.shape[1] != self.config.in_dim:
             raise ValueError(f"the model takes {self.config.in_dim} channels, condition included, got {x.shape[1]}")
-        frames, height, width = x.shape[2:]
-        grid = self.grid(height, width)
-        hidden = self._patches(x, grid)
-
-        embedding = self.time_embedding(sinusoid(t, self.config.freq_dim).to(hidden.dtype))  # (B, F, dim)
-        time = self.time_projection(embedding).unflatten(-1, (6, -1))  # (B, F, 6, dim)
-        for layer, block in enumerate(self.blocks):
-            hidden = block(hidden, time, text[layer], layer, attend)
-        return self._unpatched(self.head(hidden, embedding), frames, grid)
+        grid = self.grid(*x.shape[3:])
+        return self._patches(x, grid), grid
 
     def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
         """(B, in_dim, F, H, W) -> (B, F * T, dim). Patches do not overlap, so the convolution is one matrix product."""

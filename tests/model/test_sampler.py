@@ -53,9 +53,10 @@ def test_euler_step_keeps_the_noise():
 def test_stochastic_step_renews_the_noise():
     sampler = FlowMatchSampler(4, 5.0, stochastic=True)
     x0, _, x = noisy(1.0)
-    fresh = torch.randn(x.shape, generator=torch.Generator().manual_seed(9))
-    got = sampler.step(x, x0, 0, torch.Generator().manual_seed(9))
-    torch.testing.assert_close(got, (1 - 0.9375) * x0 + 0.9375 * fresh.double())
+    fresh = torch.randn(x.shape, generator=torch.Generator().manual_seed(9), dtype=x.dtype)
+    torch.testing.assert_close(sampler.step(x, x0, 0, fresh), (1 - 0.9375) * x0 + 0.9375 * fresh)
+    with pytest.raises(ValueError, match="step 0 of a stochastic sampler needs fresh noise"):
+        sampler.step(x, x0, 0)
 
 
 @pytest.mark.parametrize("stochastic", [False, True])

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memflow_ops.model import stream as stream_module
+from memflow_ops.model import activation as activation_module
+from memflow_ops.model import attend as attend_module
 from memflow_ops.model import world
 from memflow_ops.model.sampler import FlowMatchSampler
 from memflow_ops.model.stream import Chunk, Streamer, StreamSettings, chunk_prompts, stream
@@ -320,7 +321,7 @@ def test_every_pass_sees_every_frame_once(model, memory, monkeypatch):
             counts.append((k.shape[1] // layout.frame_tokens, 0))
         return torch.zeros_like(q)
 
-    monkeypatch.setattr(stream_module, "memory_attention", spy)
+    monkeypatch.setattr(attend_module, "memory_attention", spy)
     chunks = 350  # frames up to 1050: no table of 1024 to run out of
     for index in range(chunks):
         counts.clear()
@@ -331,9 +332,9 @@ def test_every_pass_sees_every_frame_once(model, memory, monkeypatch):
         window = min(6, chunk.first_frame + 3)
         bank = cache.layout.bank_frames and len(chunk.candidates[0])
         dense = {"none": window, "sink": window + sink, "memflow": window, "full": window + sink + len(history)}[memory]
-        assert counts[-4:] == [(dense, bank)] * 4  # two passes of two layers
-        if len(counts) > 4:  # the window re-cached: one chunk of it
-            assert counts[:-4] == [(dense - 3, bank)] * 2
+        assert counts[-3:] == [(dense, bank)] * 3  # two layers, the clean pass without the attention of the last
+        if len(counts) > 3:  # the window re-cached: one chunk of it
+            assert counts[:-3] == [(dense - 3, bank)]
         attended = chunk.candidates[0] + list(range(max(0, chunk.first_frame - 3), chunk.first_frame + 3))
         assert len(set(attended)) == len(attended)
         if memory == "memflow":
@@ -350,8 +351,8 @@ def test_activation_counts_the_blocks_of_the_clean_pass(model, monkeypatch):
         seen.append(select(*arguments, **options))
         return seen[-1]
 
-    select = stream_module.select_blocks
-    monkeypatch.setattr(stream_module, "select_blocks", spy)
+    select = activation_module.select_blocks
+    monkeypatch.setattr(activation_module, "select_blocks", spy)
     for chunk in stream(model, chunk_prompts([STORY, OTHER], 9), settings_of(top_k=3, query_group=5)):
         for story, frames in enumerate(chunk.candidates):
             chosen = [int(block) for layer in seen for block in layer[story].flatten() if block >= 0]
@@ -433,7 +434,7 @@ def test_chunk_prompts_round_switches_up_to_a_chunk():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"memory": "all"}, "memory must be one of none, sink, memflow, full, got 'all'"),
+        ({"memory": "all"}, "memory must be one of none, sink, memflow, full, released, got 'all'"),
         ({"relevance": "cosine"}, "relevance must be one of linear, softmax, coverage, random, got 'cosine'"),
         ({"window_frames": 7}, "window_frames must be a multiple of chunk_frames=3, got 7"),
         ({"steps": 0}, "steps must be positive, got 0"),
@@ -443,6 +444,8 @@ def test_chunk_prompts_round_switches_up_to_a_chunk():
         ({"redundancy": 2.0}, "redundancy is a cosine"),
         ({"device_frames": 2}, "device_frames must hold the bank"),
         ({"block_size": 0}, "block_size must be positive, got 0"),
+        ({"top_frames": 0}, "top_frames must be positive or None"),
+        ({"record_interval": 0}, "record_interval must be positive, got 0"),
     ],
     ids=str,
 )

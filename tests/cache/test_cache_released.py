@@ -1,0 +1,298 @@
+"""The released bank's cache against plain lists of frames."""
+
+import io
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from memflow_ops.cache_layout import ReleasedLayout
+from memflow_ops.cache_released import ReleasedCache
+
+LAYERS, TOKENS, HEADS, HEAD_DIM = 2, 5, 2, 4
+
+
+def layout_of(**sizes) -> ReleasedLayout:
+    return ReleasedLayout(LAYERS, sizes.pop("batch", 2), TOKENS, HEADS, HEAD_DIM, **sizes)
+
+
+class Naive:
+    """Every frame (LAYERS, TOKENS, HEADS, HEAD_DIM) keys and values ever written, and a bank per layer and story.
+
+    Re-cached frames replace what the window holds of them, and nothing else.
+    """
+
+    def __init__(self, layout: ReleasedLayout):
+        self.layout, self.chunk = layout, 0
+        self.now = [{} for _ in range(layout.batch)]
+        self.sink = [{} for _ in range(layout.batch)]
+        self.banks = [[[] for _ in range(LAYERS)] for _ in range(layout.batch)]  # of (frame, (k, v) of that layer)
+        self.kept = None
+
+    def update_bank(self, text: list[Tensor]) -> None:
+        layout, frame = self.layout, (self.chunk - 1) * self.layout.chunk_frames
+        self.kept = None
+        if not self.chunk or not layout.bank_frames:
+            return
+        n = (self.chunk - 1) // layout.record_interval + 1
+        for story, banks in enumerate(self.banks):
+            for layer, bank in enumerate(banks):
+                source = self.sink[story] if frame < layout.sink_frames else self.now[story]
+                staged = (frame, tuple(t[layer] for t in source[frame]))
+                if n <= layout.bank_frames:
+                    bank[n - 1 :] = [staged]
+                    continue
+                scores = []
+                for _, (k, _) in bank:
+                    products = torch.einsum("thd,shd->hts", text[layer][story].double(), k.double())
+                    scores.append(products.mean().item() / HEAD_DIM**0.5)
+                order = sorted(range(len(bank)), key=lambda i: -scores[i])[:-1]
+                banks[layer] = [*(bank[i] for i in order), staged]
+                self.kept = self.kept or {}
+                self.kept[layer, story] = [bank[i][0] for i in order], [scores[i] for i in order]
+
+    def put(self, first_frame: int, k: Tensor, v: Tensor, stories: list[bool] | None = None) -> None:
+        """k, v (LAYERS, B, chunk tokens, HEADS, HEAD_DIM); stories: re-cached ones."""
+        for story in range(self.layout.batch):
+            for i in range(self.layout.chunk_frames):
+                frame = tuple(t[:, story, i * TOKENS : (i + 1) * TOKENS] for t in (k, v))
+                if stories is None:
+                    self.sink[story][first_frame + i] = frame
+                if stories is None or stories[story]:
+                    self.now[story][first_frame + i] = frame
+
+    def sink_frames(self, end: int) -> list[int]:
+        return list(range(min(self.layout.sink_frames, end)))
+
+    def local(self, end: int) -> list[int]:
+        return list(range(self.layout.sink_frames, end))[-self.layout.window_frames :]
+
+
+def numbers(layout: ReleasedLayout) -> Tensor:
+    return torch.randn(2, LAYERS, layout.batch, layout.chunk_tokens, HEADS, HEAD_DIM)
+
+
+def write(cache: ReleasedCache, kv: Tensor) -> None:
+    for layer in range(LAYERS):
+        cache.write(layer, kv[0, layer], kv[1, layer])
+
+
+def multiset(keys: Tensor) -> Tensor:
+    """(tokens, HEADS, HEAD_DIM) in an order of their own: keys have none."""
+    flat = keys.flatten(1)
+    return flat[flat[:, 0].argsort(stable=True)]
+
+
+def check(cache: ReleasedCache, naive: Naive, end: int, local: list[int]) -> None:
+    """What is attended to, dense and by frames, is what the lists say; all of it views."""
+    layout = cache.layout
+    assert sorted(cache.window_frames()) == local
+    for layer in range(LAYERS):
+        dense, window, memory = cache.dense(layer), cache.window(layer), cache.memory(layer)
+        assert {t.untyped_storage().data_ptr() for t in (dense[0], window[0])} == {
+            cache._keys.untyped_storage().data_ptr()
+        }
+        for story in range(layout.batch):
+            bank = naive.banks[story][layer]
+            sink = [(f, tuple(t[layer] for t in naive.sink[story][f])) for f in naive.sink_frames(end)]
+            near = [tuple(t[layer] for t in naive.now[story][f]) for f in local]
+            for part in range(2):
+                want = torch.cat([kv[part] for _, kv in [*sink, *bank]] + [kv[part] for kv in near])
+                assert torch.equal(multiset(dense[part][story]), multiset(want))
+                assert window[part].shape[1] == len(local) * TOKENS
+                if near:
+                    want = torch.cat([kv[part] for kv in near])
+                    assert torch.equal(multiset(window[part][story]), multiset(want))
+            known = dict([*sink, *bank])
+            frames = cache.candidates()[layer, story].tolist()
+            assert frames[: len(sink)] == [f for f, _ in sink] and int(memory.frames[story]) == len(frames)
+            assert sorted(frames[len(sink) :]) == sorted(f for f, _ in bank)
+            for frame, slot in zip(frames, memory.slots[story].tolist(), strict=False):
+                k, v = known[frame]
+                assert torch.equal(memory.keys[story, slot * TOKENS : (slot + 1) * TOKENS], k)
+                assert torch.equal(memory.values[story, slot * TOKENS : (slot + 1) * TOKENS], v)
+                torch.testing.assert_close(memory.descriptors[story, slot], k.mean(0), rtol=0, atol=1e-6)
+
+
+SETTINGS = {
+    "as-released": {},
+    "one-story": {"batch": 1},
+    "bank-1": {"bank_frames": 1, "record_interval": 2},
+    "no-bank": {"bank_frames": 0},
+    "no-sink": {"sink_frames": 0, "window_frames": 6},
+    "window-is-chunk": {"window_frames": 3, "record_interval": 1},
+    "large-sink": {"sink_frames": 7, "bank_frames": 2},
+    "chunk-2-sink-1": {"chunk_frames": 2, "sink_frames": 1, "window_frames": 4, "bank_frames": 4, "record_interval": 1},
+    "window-of-no-whole-chunks": {"window_frames": 7},
+}
+
+
+@pytest.mark.parametrize("sizes", SETTINGS.values(), ids=SETTINGS)
+def test_against_lists_of_frames(sizes):
+    torch.manual_seed(0)
+    choice = random.Random(0)
+    layout = layout_of(**sizes)
+    cache, naive = ReleasedCache(layout), Naive(layout)
+    compressed = 0
+    for chunk in range(22):
+        text = [torch.randn(layout.batch, 6, HEADS, HEAD_DIM) for _ in range(LAYERS)]
+        naive.update_bank(text)
+        cache.update_bank(text)
+        cache.update_bank([torch.randn(layout.batch, 6, HEADS, HEAD_DIM)] * LAYERS)  # again: nothing
+        if naive.kept is not None:
+            compressed += 1
+            for (layer, story), (frames, scores) in naive.kept.items():
+                assert cache.choice.frames[layer, story].tolist() == frames
+                torch.testing.assert_close(cache.choice.scores[layer, story].double(), torch.tensor(scores).double())
+        else:
+            assert cache.choice is None
+        if chunk % 5 == 4 and layout.window_frames % layout.chunk_frames == 0:  # a prompt switch
+            stories = None if chunk == 9 else [choice.random() < 0.5 for _ in range(layout.batch)]
+            again = cache.restart_window(stories)
+            first = chunk * layout.chunk_frames
+            local = [f for f in naive.local(first) if f >= first + layout.chunk_frames - layout.window_frames]
+            assert again == sorted({f // layout.chunk_frames * layout.chunk_frames for f in local})
+            for first_frame in again:
+                assert cache.begin_chunk() == first_frame
+                kv = numbers(layout)
+                write(cache, kv)
+                naive.put(first_frame, *kv, stories or [True] * layout.batch)
+                check(cache, naive, first, [f for f in local if f < first_frame + layout.chunk_frames])
+                cache.commit()
+        first_frame = cache.begin_chunk()
+        assert first_frame == chunk * layout.chunk_frames
+        end = first_frame + layout.chunk_frames
+        for _ in range(2):  # the first pass leaves nothing behind
+            kv = numbers(layout)
+            write(cache, kv)
+            naive.put(first_frame, *kv)
+            check(cache, naive, end, naive.local(end))
+        cache.commit()
+        naive.chunk += 1
+        assert cache.committed == chunk + 1
+    assert compressed == max(0, 21 - layout.bank_frames * layout.record_interval) * bool(layout.bank_frames)
+
+
+def reproducible(cache: ReleasedCache) -> Tensor:
+    """Keys, values and text keys of the coming chunk, (3, LAYERS, B, chunk tokens, HEADS, HEAD_DIM)."""
+    shape = (3, LAYERS, cache.layout.batch, cache.layout.chunk_tokens, HEADS, HEAD_DIM)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(cache.committed))
+
+
+def run(cache: ReleasedCache, chunks: int) -> list[Tensor]:
+    """Chunks of reproducible numbers; what each saw."""
+    seen = []
+    for _ in range(chunks):
+        k, v, text = reproducible(cache)
+        cache.update_bank(list(text))
+        cache.begin_chunk()
+        write(cache, torch.stack([k, v]))
+        seen.append(torch.cat([part for layer in range(LAYERS) for part in cache.dense(layer)], dim=1).clone())
+        cache.commit()
+    return seen
+
+
+def test_saved_and_loaded_it_goes_on_to_the_same_bits():
+    whole = run(ReleasedCache(layout_of()), 16)
+    for stop in (0, 1, 5, 13):
+        first, second = ReleasedCache(layout_of()), ReleasedCache(layout_of())
+        run(first, stop)
+        file = io.BytesIO()
+        torch.save(first.state_dict(), file)
+        run(first, 2)  # going on does not change what was saved
+        file.seek(0)
+        second.load_state_dict(torch.load(file, weights_only=True))
+        for got, want in zip(run(second, 16 - stop), whole[stop:], strict=True):
+            assert torch.equal(got, want)
+
+
+def test_a_state_of_other_sizes_is_refused():
+    state = ReleasedCache(layout_of()).state_dict()
+    with pytest.raises(ValueError, match="window_frames=9, here 6"):
+        ReleasedCache(layout_of(window_frames=6)).load_state_dict(state)
+    with pytest.raises(ValueError, match="no layout of a cache, got None"):
+        ReleasedCache(layout_of()).load_state_dict({})
+
+
+@pytest.mark.parametrize("done", [1, 3, 12])
+def test_an_aborted_chunk_has_not_been(done):
+    whole = run(ReleasedCache(layout_of()), done + 3)
+    cache = ReleasedCache(layout_of())
+    run(cache, done)
+    cache.abort()  # nothing is open: nothing to do
+    cache.update_bank(list(reproducible(cache)[2]))
+    cache.begin_chunk()
+    cache.write(0, *torch.randn(2, 2, cache.layout.chunk_tokens, HEADS, HEAD_DIM))
+    cache.abort()
+    for got, want in zip(run(cache, 3), whole[done:], strict=True):
+        assert torch.equal(got, want)
+
+
+def test_an_interrupted_recaching_is_begun_again():
+    cache = ReleasedCache(layout_of())
+    run(cache, 6)
+    cache.update_bank([torch.zeros(2, 1, HEADS, HEAD_DIM)] * LAYERS)
+    first = cache.restart_window([True, False])
+    cache.begin_chunk()
+    write(cache, numbers(cache.layout))
+    with pytest.raises(RuntimeError, match="commit or abort it first"):
+        cache.state_dict()
+    cache.abort()
+    assert cache.restart_window([True, False]) == first == [12, 15]
+
+
+def test_calls_out_of_order_and_bad_tensors_are_refused():
+    cache = ReleasedCache(layout_of())
+    k, v = torch.randn(2, 2, cache.layout.chunk_tokens, HEADS, HEAD_DIM)
+    text = [torch.randn(2, 3, HEADS, HEAD_DIM)] * LAYERS
+    for call in (lambda: cache.write(0, k, v), cache.commit, *(lambda f=f: f(0) for f in (cache.dense, cache.window))):
+        with pytest.raises(RuntimeError, match="no chunk is open"):
+            call()
+    cache.begin_chunk()
+    with pytest.raises(RuntimeError, match="before begin_chunk"):
+        cache.update_bank(text)
+    with pytest.raises(ValueError, match=r"got \(2, 14, 2, 4\)"):
+        cache.write(0, k[:, 1:], v)
+    with pytest.raises(RuntimeError, match=r"layers \[0, 1\] have not been written"):
+        cache.commit()
+    write(cache, numbers(cache.layout))
+    for call in (cache.begin_chunk, cache.restart_window, cache.state_dict):
+        with pytest.raises(RuntimeError, match="commit"):
+            call()
+    cache.commit()
+    with pytest.raises(RuntimeError, match="bank has not been brought up to date"):
+        cache.begin_chunk()
+    with pytest.raises(ValueError, match="one entry per layer, 2, got 1"):
+        cache.update_bank(text[:1])
+    cache.update_bank(text)
+    with pytest.raises(ValueError, match="must have 2 entries, got 1"):
+        cache.restart_window([True])
+    with pytest.raises(RuntimeError, match="window of 7 frames does not hold whole chunks of 3"):
+        ReleasedCache(layout_of(window_frames=7)).restart_window()
+    with pytest.raises(ValueError, match="window_frames must hold the chunk, chunk_frames=3, got 2"):
+        layout_of(window_frames=2)
+    with pytest.raises(TypeError, match="record_interval must be an int"):
+        layout_of(record_interval=1.5)
+
+
+def test_bytes_are_stated_before():
+    # Wan 2.1 1.3B in bf16, as released: 3 sink, 3 bank and 9 window frames of 288 MB each.
+    large = ReleasedLayout(30, 1, 1560, 12, 128, dtype=torch.bfloat16)
+    assert large.device_bytes == 15 * large.frame_bytes == pytest.approx(15 * 288e6, rel=0.01)
+    assert large.host_bytes == 0 and large.blocks_per_frame == 1
+    cache = ReleasedCache(layout_of())
+    assert cache.layout.device_bytes == sum(t.nbytes for t in (cache._keys, cache._values, cache._descriptors))
+
+
+def test_a_broken_frame_is_the_first_to_go():
+    cache = ReleasedCache(layout_of(batch=1, record_interval=1))
+    for chunk in range(5):
+        cache.update_bank([torch.ones(1, 2, HEADS, HEAD_DIM)] * LAYERS)
+        cache.begin_chunk()
+        kv = torch.full((2, LAYERS, 1, cache.layout.chunk_tokens, HEADS, HEAD_DIM), float(10 - chunk))
+        if chunk == 1:
+            kv[0] = torch.nan
+        write(cache, kv)
+        cache.commit()
+    assert sorted(cache.bank()[0, 0].tolist()) == [0, 6, 9]
