@@ -114,6 +114,7 @@ class FrameCache:
         self._place = 0  # ring place of the current chunk
         self._to_recache: list[int] = []  # chunk numbers still to be passed again, oldest first
         self._rewritten: Tensor | None = None  # stories that re-caching rewrites; None: all of them
+        self._closing: int | None = None  # number of a finished chunk whose commit is under way
         self._open: int | None = None  # number of the chunk between begin_chunk and commit
         self._written: set[int] = set()
         self._remembered: set[int] = set()
@@ -186,32 +187,39 @@ class FrameCache:
             self._to_recache.pop(0)
             self._open = None
             return
-        chunk = self._committed
-        prototype = chunk * layout.chunk_frames
-        to_history = layout.device_frames > 0 and prototype >= layout.sink_frames  # a sink frame is not stored twice
         missing = set(range(layout.layers)) - self._remembered
-        if to_history and missing:
+        if self._leaves_prototype(self._committed) and missing:
             raise RuntimeError(f"commit: the means of layers {sorted(missing)} have not been taken, see remember")
+        # From here on the chunk is finished; what follows is done again if it is interrupted, see `abort`.
+        self._closing = self._committed
+        self._committed += 1
+        self._close(self._closing)
+
+    def _leaves_prototype(self, chunk: int) -> bool:
+        """A sink frame is not stored twice."""
+        return self.layout.device_frames > 0 and chunk * self.layout.chunk_frames >= self.layout.sink_frames
+
+    def _close(self, chunk: int) -> None:
+        """What a finished chunk, still in its ring place, leaves behind."""
+        layout, prototype = self.layout, chunk * self.layout.chunk_frames
         for frame in range(prototype, min(prototype + layout.chunk_frames, layout.sink_frames)):
             self._copy_from_ring(frame - prototype, [layout.sink_frames - 1 - frame] * layout.batch)
-        if to_history:
-            self._store_prototype(prototype)
-        self._committed += 1
+        if self._leaves_prototype(chunk):
+            self._store_prototype(chunk)
         self._open = None
         self._write_bank([[] for _ in range(layout.batch)])
+        self._closing = None
 
     def abort(self) -> None:
         """Forgets a chunk that was begun and not committed, and a re-caching that was not completed. Whatever was being
         re-cached must be so again before the next chunk. Does nothing where all is committed."""
         if self._to_recache or self._open == self._committed:
             self._ring = self._ring_before.copy()
-            for story in self._stories:
-                for frame in [f for f in story.history if f >= self._committed * self.layout.chunk_frames]:
-                    self._forget(story, story.history[frame])
-        elif self._open is None:
-            return
-        self._to_recache, self._rewritten, self._open = [], None, None
-        self._write_bank([[] for _ in range(self.layout.batch)])
+            self._to_recache, self._closing = [], None
+            self._write_bank([[] for _ in range(self.layout.batch)])
+        elif self._closing is not None:
+            self._close(self._closing)
+        self._open = None
 
     def restart_window(self, stories: Sequence[bool] | None = None) -> list[int]:
         """Empties the ring at a prompt switch. Returns the first frames of the chunks that stay in the coming chunk's
@@ -235,7 +243,7 @@ class FrameCache:
         kept = self.layout.window_chunks - 1
         self._ring_before = sorted(self._ring)[-kept:] if kept else []
         self._to_recache = self._ring_before.copy()
-        self._ring = []
+        self._ring = []  # last, so that `abort` knows that there is something to go back to
         return [chunk * self.layout.chunk_frames for chunk in self._to_recache]
 
     # ------------------------------------------------------------------------------------------------- what is attended
@@ -385,14 +393,16 @@ class FrameCache:
         load_places([self._means], state["rows"], state["means"])
         self._stories, self._ring, self._ring_before = stories, list(state["ring"]), list(state["ring"])
         self._committed, self._ever_evicted = state["committed"], state["ever_evicted"]
-        self._to_recache, self._rewritten, self._open = [], None, None
+        self._to_recache, self._rewritten, self._open, self._closing = [], None, None, None
         self._write_bank([[] for _ in range(self.layout.batch)])
 
     # ---------------------------------------------------------------------------------------------------------- details
 
-    def _first_in_window(self) -> int:
-        """The oldest frame of the window of the coming or current new chunk; what is older may be a candidate."""
-        return max(0, self._committed + 1 - self.layout.window_chunks) * self.layout.chunk_frames
+    def _first_in_window(self, chunk: int | None = None) -> int:
+        """The oldest frame of a chunk's window (None: the coming or current new one's); what is older may be a
+        candidate."""
+        chunk = self._committed if chunk is None else chunk
+        return max(0, chunk + 1 - self.layout.window_chunks) * self.layout.chunk_frames
 
     def _history_place(self, slot: int) -> int:
         return self.layout.sink_frames + self.layout.window_frames + slot
@@ -414,16 +424,27 @@ class FrameCache:
         blocks = describe_blocks(keys[:, :, source].flatten(0, 1), layout.block_size, layout.frame_tokens)
         descriptors[:, self._batch_index, target] = blocks.unflatten(0, (layout.layers, layout.batch))
 
-    def _store_prototype(self, frame: int) -> None:
-        """Gives the current chunk's first frame a history slot and a row of means in every story."""
-        slots = [self._free_slot(number, keep=()) for number in range(self.layout.batch)]
-        rows = [_first_free((p.row for p in s.history.values()), self._means.shape[2]) for s in self._stories]
+    def _store_prototype(self, chunk: int) -> None:
+        """Gives the finished chunk's first frame a history slot and a row of means in every story."""
+        frame, first = chunk * self.layout.chunk_frames, self._first_in_window(chunk)
+        slots: list[int] = []
+        rows: list[int] = []
+        for number, story in enumerate(self._stories):
+            slot: int | None
+            row: int | None
+            if frame in story.history:  # an interrupted commit is completed
+                slot, row = story.history[frame].slot, story.history[frame].row
+            else:
+                slot = self._free_slot(number, first, keep=())
+                row = _first_free((p.row for p in story.history.values()), self._means.shape[2])
+            assert slot is not None and row is not None, "there is room for every frame that may be remembered"
+            slots.append(slot)
+            rows.append(row)
         self._copy_from_ring(0, [self._history_place(slot) for slot in slots])
         self._means[:, self._batch_index, on_device(rows, torch.long, self.device)] = self._staged_means
         # Becoming a candidate counts as a use: otherwise a newcomer would be the first to go and never be retrieved.
-        last_used = self._committed + self.layout.window_chunks
+        last_used = chunk + self.layout.window_chunks
         for story, slot, row in zip(self._stories, slots, rows, strict=True):
-            assert row is not None, "there is a row for every frame that may be remembered"
             story.history[frame] = _Prototype(frame, row, last_used, slot)
 
     def _write_bank(self, chosen: list[list[int]]) -> None:
@@ -438,8 +459,9 @@ class FrameCache:
         lengths = [len(sink) + len(frames) for frames in chosen]
         self._bank_lengths.copy_(on_device(lengths, torch.int32, self.device))
 
-    def _free_slot(self, number: int, keep: Sequence[int]) -> int:
-        """A history slot of a story: a free one, or that of its least recently used candidate outside `keep`."""
+    def _free_slot(self, number: int, first: int, keep: Sequence[int]) -> int:
+        """A history slot of a story: a free one, or that of its least recently used frame before `first`, but not of
+        one in `keep`."""
         story = self._stories[number]
 
         def free() -> int | None:
@@ -447,7 +469,6 @@ class FrameCache:
 
         slot = free()
         if slot is None:
-            first = self._first_in_window()
             movable = [p for p in story.history.values() if p.slot is not None and p.frame < first]
             victim = min((p for p in movable if p.frame not in keep), key=lambda p: (p.last_used, p.frame))
             # When a frame is about to leave host memory in return (keep), one more may enter.
@@ -482,7 +503,7 @@ class FrameCache:
 
     def _bring_back(self, number: int, prototype: _Prototype, keep: Sequence[int]) -> None:
         """Copies a prototype from host memory into a slot. Copies are queued on one stream, so reuse is in order."""
-        slot = self._free_slot(number, keep)
+        slot = self._free_slot(number, self._first_in_window(), keep)
         for pool, source in zip(self._places, prototype.host, strict=True):
             pool[:, number, self._history_place(slot)].copy_(source, non_blocking=True)
         prototype.slot = slot

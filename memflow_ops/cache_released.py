@@ -176,8 +176,9 @@ class ReleasedCache:
             for pool in self._places[:2]:
                 for layer in range(layout.layers):  # layer by layer, so that the copy in between stays small
                     pool[layer, :, self._ring_start : self._ring_start + len(kept)] = pool[layer][:, order]
-        self._ring_before, self._ring = kept, []
+        self._ring_before = kept
         self._to_recache = sorted({frame // layout.chunk_frames for frame in kept})
+        self._ring = []  # last, so that `abort` knows that there is something to go back to
         return [chunk * layout.chunk_frames for chunk in self._to_recache]
 
     # ------------------------------------------------------------------------------------------------------- the bank

@@ -342,8 +342,8 @@ class Streamer:
         activation = self._activation()
         self._write_keys(x, self._attend(rotation, activation, remember=True, keys_only=True))
         self._past[index] = x
-        self.cache.commit()
         self._window_prompts = list(prompts)
+        self.cache.commit()
         for chunk in [c for c in self._past if c <= index + 1 - self.cache.layout.window_chunks]:
             del self._past[chunk]
         # The one read of this chunk besides retrieval's: the report.
@@ -505,10 +505,9 @@ class Streamer:
             other = [f"{k}={state[kind].get(k)!r}, here {v!r}" for k, v in values.items() if state[kind].get(k) != v]
             if other:
                 raise ValueError(f"the state is that of a stream with other {kind}: {'; '.join(other)}")
-        if len(state["seeds"]) != len(self.seeds):
-            raise ValueError(f"the state is that of {len(state['seeds'])} stories, here there are {len(self.seeds)}")
+        if state["seeds"] != self.seeds:
+            raise ValueError(f"the state is that of stories with the seeds {state['seeds']}, here {self.seeds}")
         self.cache.load_state_dict(state["cache"])
-        self.seeds[:] = state["seeds"]  # in place: a policy may share them
         self._past = {chunk: x.to(self.device) for chunk, x in state["past"].items()}
         known = {
             story: e.to(self.device)
