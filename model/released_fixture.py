@@ -305,11 +305,12 @@ class Fixture:
         return context[None]
 
     def _config_value(self, name: str, default: object = None) -> Any:
-        """A value of the config, or of the JSON itself."""
+        """A value of the config, or else of the JSON itself; null is as good as absent."""
         config = self._json.get("config")
         if not isinstance(config, dict):
             raise self._error(f"config must be an object, got {config!r}")
-        return config.get(name, self._json.get(name, default))
+        found = (values[name] for values in (config, self._json) if values.get(name) is not None)
+        return next(found, default)
 
     def _whole(self, name: str, least: int, default: int | None = None) -> int:
         return _whole(self._where, name, self._config_value(name, default), least)
