@@ -58,7 +58,7 @@ class Fixture:
 
         self.frames_per_chunk = self._whole("frames_per_chunk", 1, default=3)
         self.tokens_per_frame = self._whole("tokens_per_frame", 1)
-        self.noise_seed = self._whole("noise_seed", 0)
+        self.noise_seed = self._whole("noise_seed", 0, most=2**63 - 1)
         self.switch_chunk = self._whole("switch_chunk", -1, default=-1)
         self.timesteps = [self._number(f"timesteps[{i}]", t) for i, t in enumerate(self._list("timesteps"))]
         self.sink_size = self._whole("sink_size", 0, default=3)
@@ -312,8 +312,8 @@ class Fixture:
         found = (values[name] for values in (config, self._json) if values.get(name) is not None)
         return next(found, default)
 
-    def _whole(self, name: str, least: int, default: int | None = None) -> int:
-        return _whole(self._where, name, self._config_value(name, default), least)
+    def _whole(self, name: str, least: int, default: int | None = None, most: int = 2**20) -> int:
+        return _whole(self._where, name, self._config_value(name, default), least, most)
 
     def _number(self, name: str, value: object) -> float:
         if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
@@ -349,9 +349,9 @@ class Fixture:
         return tensor.float()
 
 
-def _whole(where: str, name: str, value: object, least: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise FixtureError(f"{where}: {name} must be a whole number of at least {least}, got {value!r}")
+def _whole(where: str, name: str, value: object, least: int, most: int = 2**20) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise FixtureError(f"{where}: {name} must be a whole number from {least} to {most}, got {value!r}")
     return value
 
 

@@ -336,20 +336,20 @@ class Streamer:
         x, *noises = self._noise()
         for i, sigma in enumerate(self.sampler.sigmas[:-1]):
             y = self.model(x, self._time(1000 * sigma), self._text, attend, self.condition)
-            x = self.sampler.step(
-                x, self.sampler.denoised(x, y.float(), sigma), i, noises[i] if i < len(noises) else None
-            )
+            fresh = noises[i] if i < len(noises) else None
+            x = self.sampler.step(x, self.sampler.denoised(x, y.float(), sigma), i, fresh)
         activation = self._activation()
         self._write_keys(x, self._attend(rotation, activation, remember=True, keys_only=True))
+        # The one read of this chunk besides retrieval's. It is here that the host waits, and may be interrupted, so it
+        # comes before the commit: a chunk that is not returned has not been.
+        candidates, shares = activation.read() if activation else ([[] for _ in prompts], [[] for _ in prompts])
+        if self.report and isinstance(self.cache, ReleasedCache):
+            retrieved = held_by_layers(self.cache.bank())
         self._past[index] = x
         self._window_prompts = list(prompts)
         self.cache.commit()
         for chunk in [c for c in self._past if c <= index + 1 - self.cache.layout.window_chunks]:
             del self._past[chunk]
-        # The one read of this chunk besides retrieval's: the report.
-        candidates, shares = activation.read() if activation else ([[] for _ in prompts], [[] for _ in prompts])
-        if self.report and isinstance(self.cache, ReleasedCache):
-            retrieved = held_by_layers(self.cache.bank())
         seconds = self._clock() - started
         return Chunk(index, first_frame, prompts, x, *retrieved, candidates, shares, seconds)
 

@@ -192,6 +192,18 @@ def test_a_batch_of_two_is_two_runs(model, top_frames, recache):
     assert any(chunk.retrieved[0] != chunk.retrieved[1] for chunk in together)
 
 
+@pytest.mark.parametrize("top_frames", [None, 3])
+def test_half_precision_follows_float32(model, top_frames):
+    half = CausalVideoModel(model.config).eval()
+    half.load_state_dict(model.state_dict())
+    half = half.bfloat16()
+    settings, prompts = settings_of(top_frames=top_frames, record_interval=1), chunk_prompts([STORY], 9)[:7]
+    got, want = (list(stream(m, prompts, settings, 2, encode=encode)) for m in (half, model))
+    for a, b in zip(got, want, strict=True):
+        assert a.frames.dtype == torch.float32
+        assert (a.frames - b.frames).abs().mean() < 0.1 * b.frames.abs().mean()
+
+
 def test_it_is_sink_and_window_until_the_bank_adds_a_frame(model):
     """With no bank the keys are those of memory="sink", whose window of the same length gives its part to the sink."""
     prompts = chunk_prompts([STORY], 9)
