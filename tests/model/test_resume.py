@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memflow_ops.cache import FrameCache
+from memflow_ops.cache_released import ReleasedCache
 from memflow_ops.model.stream import Chunk, Streamer, StreamSettings
 from memflow_ops.model.transformer import CausalVideoModel, ModelConfig, TimeEmbedding
 from memflow_ops.retrieval import Retrieved
@@ -336,29 +338,37 @@ def live_bytes() -> int:
     return sum(storages.values())
 
 
-def checkpoints(streamer: Streamer, chunks: int, every: int) -> Iterator[tuple[int, int, int]]:
-    """(chunks, bytes of prototypes in host memory, bytes of all else)."""
+def in_host_memory(cache: FrameCache | ReleasedCache) -> int:
+    """Bytes of prototypes off the device, and of the room that they have left."""
+    stories = cache._stories if isinstance(cache, FrameCache) else []
+    frames = [f for s in stories for f in (*s.free_host, *(p.host for p in s.history.values() if p.slot is None))]
+    return sum(tensor.nbytes for frame in frames for tensor in frame)
+
+
+def watch(streamer: Streamer, chunks: int, every: int) -> Iterator[tuple[int, int, int]]:
+    """(chunks so far, bytes in host memory, bytes of all other tensors)."""
     for index in range(chunks):
         streamer.next_chunk(prompts_of(index // 9))
         if (index + 1) % every == 0:
-            stories = streamer.cache._stories
-            frames = [
-                f for s in stories for f in (*s.free_host, *(p.host for p in s.history.values() if p.slot is None))
-            ]
-            host = sum(t.nbytes for frame in frames for t in frame)
+            host = in_host_memory(streamer.cache)
             yield index + 1, host, live_bytes() - host
 
 
 def test_over_500_chunks_the_device_is_flat_and_the_host_grows_by_a_prototype_per_chunk(model):
     settings = settings_of(steps=1, device_frames=6, host_frames=300, relevance="random", bank_frames=2)
     streamer = Streamer(model, 2, settings, encode=encode)
-    measured = list(checkpoints(streamer, 500, 50))
-    frame_bytes = streamer.cache.layout.frame_bytes
-    spare = frame_bytes  # a frame of each story to swap through
+    measured = list(watch(streamer, 500, 50))
+    layout = streamer.cache.layout
     for chunks, host, _ in measured:
-        # All but the sink's chunk leave a prototype: six stay on the device, at most 300 wait.
-        expected = min(chunks - 1 - 6, 300) * frame_bytes
-        assert 0 <= host - expected <= spare, (chunks, host, expected)
-    device = [bytes_ for _, _, bytes_ in measured]
-    assert max(device) - min(device) <= 4096, device
-    assert measured[-1][1] == measured[-3][1] <= streamer.cache.layout.host_bytes, "at its cap"
+        # All but the sink's chunk leave a prototype: six stay on the device, at most 300 wait, one more swaps through.
+        expected = min(chunks - 1 - 6, 300) * layout.frame_bytes
+        assert 0 <= host - expected <= layout.frame_bytes, (chunks, host, expected)
+    assert measured[-1][1] == measured[-3][1] == layout.host_bytes, "at its cap"
+    device = [rest for _, _, rest in measured]
+    assert max(device) - min(device) <= 1024, device
+
+
+def test_the_released_cache_is_flat(model):
+    streamer = Streamer(model, 2, settings_of(**MODES["released-top"], steps=1), encode=encode)
+    measured = [rest for chunks, _, rest in watch(streamer, 150, 30) if chunks > 30]
+    assert max(measured) - min(measured) <= 1024, measured
