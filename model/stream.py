@@ -11,7 +11,8 @@ One chunk is made in this order:
 How a chunk sees the past is the `memory` mode: "none" is the local window alone; "sink" adds the first frames and
 "full" every remembered frame, both densely; "memflow" adds only the blocks of sink and bank that each query group
 selects. "released" is what the authors' MemFlow checkpoints were tuned with, `ReleasedCache`: its bank takes in the
-last chunk's first frame at step 1, by the prompt of that chunk.
+last chunk's first frame at step 1, by the prompt of that chunk. (The recorded outputs of their model show no
+re-caching at a switch: to follow them there, set `recache=False`.)
 
 A chunk that is interrupted has not been: the next call makes it from the start. `state_dict` and `load_state_dict`
 stop a stream between two chunks and go on with it elsewhere, to the same frames bit for bit.

@@ -88,7 +88,7 @@ def chunks_of(streamer: Streamer, count: int) -> list[Chunk]:
 @modes
 def test_stopped_and_resumed_it_gives_the_same_bits(model, changes):
     whole = chunks_of(make(model, changes), 14)
-    for stop in (0, 1, 4, 11):
+    for stop in (0, 4, 11):
         first = make(model, changes)
         chunks_of(first, stop)
         file = io.BytesIO()
@@ -170,9 +170,9 @@ def interrupt_at_pass(model: CausalVideoModel, number: int):
 
 @modes
 def test_an_interrupted_chunk_is_made_again(model, changes):
-    """Whichever layer of whichever pass it was; at chunk 5 one of two stories switches, at 0 and 1 little is there."""
+    """Whichever layer of whichever pass it was; at chunk 5 one of two stories switches, at 0 there is nothing yet."""
     whole = chunks_of(make(model, changes), 8)
-    for done in (0, 1, 5):
+    for done in (0, 5):
         number, finished = 0, False
         streamer = make(model, changes)
         chunks_of(streamer, done)
