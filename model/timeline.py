@@ -128,6 +128,7 @@ _EXPLAINED = {
     "none": "It has no memory: a chunk sees only the frames just before it.",
     "sink": "Every chunk sees the frames just before it and, in full, the first frames of the video.",
     "full": "Every chunk sees the frames just before it and, in full, the first frame of every chunk before.",
+    "released": "Every chunk sees the frames just before it, the first frames and a bank, as in the released MemFlow.",
 }
 
 
