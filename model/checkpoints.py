@@ -3,46 +3,59 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor
 
 from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.model.weight_files import read_safetensors
 
 TOY_WEIGHTS = Path(__file__).parent / "weights" / "toy.safetensors"
 """The toy world's trained weights, shipped with the package."""
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new one, never a part.
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Gives a temporary name to write to; a reader, or a crash, sees the old file or the new one, never a part.
 
     The temporary file lies beside the target, because only inside one file system is a rename atomic.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
+        yield temporary
+        with open(temporary, "rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def save_checkpoint(path: Path, weights: Mapping[str, Tensor], config: ModelConfig) -> None:
-    """Writes weights (a state dict of `CausalVideoModel(config)`) and config to one safetensors file, atomically."""
-    metadata = {"config": json.dumps(dataclasses.asdict(config))}
+def write_atomically(path: Path, content: bytes) -> None:
+    """Writes a file whole or not at all; see `replacing`."""
+    with replacing(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def save_checkpoint(
+    path: Path, weights: Mapping[str, Tensor], config: ModelConfig, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes weights (a state dict of `CausalVideoModel(config)`) and config to one safetensors file, atomically.
+
+    metadata: further entries of the file's own.
+    """
+    entries = {**(metadata or {}), "config": json.dumps(dataclasses.asdict(config))}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
-    write_atomically(Path(path), save(tensors, metadata))
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, entries)
 
 
 def load_checkpoint(path: Path = TOY_WEIGHTS, device: str | torch.device = "cpu") -> CausalVideoModel:
-    """The model of a checkpoint, in eval mode, on `device`.
+    """The model of a checkpoint of ours, in eval mode, on `device`; `CausalVideoModel.from_pretrained` reads others'.
 
     FileNotFoundError when there is no file; ValueError when it is no checkpoint of ours, or when its tensors are not
     exactly the model's: missing, unexpected or of another shape.
@@ -50,30 +63,58 @@ def load_checkpoint(path: Path = TOY_WEIGHTS, device: str | torch.device = "cpu"
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; `memflow train` makes them")
-    try:
-        with safe_open(path, framework="pt", device=str(device)) as file:
-            metadata = file.metadata() or {}
-            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a safetensors file: {error}") from error
+    weights, metadata = read_safetensors(path)
+    config = config_of(metadata, str(path))
+    check_state_dict(config, weights, str(path))
+    return build_model(config, weights, None, device)
+
+
+def config_of(metadata: Mapping[str, str], source: str) -> ModelConfig:
+    """The configuration in the metadata of a checkpoint of ours; a ValueError where there is none."""
     if "config" not in metadata:
-        raise ValueError(f"{path} carries no model configuration in its metadata; expected a 'config' entry")
-    model = CausalVideoModel(ModelConfig(**json.loads(metadata["config"])))
-    check_state_dict(model, weights, str(path))
-    model.load_state_dict(weights, assign=True)
-    return model.to(device).eval()
+        raise ValueError(f"{source} carries no model configuration in its metadata; expected a 'config' entry")
+    try:
+        return ModelConfig(**json.loads(metadata["config"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} carries a model configuration that cannot be used: {error}") from error
 
 
-def check_state_dict(model: CausalVideoModel, weights: Mapping[str, Tensor], source: str) -> None:
-    """A ValueError that names every tensor which is missing, unexpected or of the wrong shape."""
+def build_model(
+    config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | None, device: str | torch.device
+) -> CausalVideoModel:
+    """The model that has these weights, in eval mode. dtype None: each keeps its own."""
+    with torch.device("meta"):  # initial values would only be thrown away
+        model = CausalVideoModel(config)
+    # copied: a tensor may be a view of a file's memory, and the file may change
+    own = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in weights.items()}
+    model.load_state_dict(own, assign=True)
+    return model.eval()
+
+
+def check_state_dict(
+    config: ModelConfig, weights: Mapping[str, Tensor], source: str, name_in_source: Callable[[str], str] = str
+) -> None:
+    """A ValueError that names every tensor which is missing, unexpected or of the wrong shape.
+
+    name_in_source: our name of a tensor -> what the source calls it.
+    """
+    with torch.device("meta"):
+        model = CausalVideoModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
-    problems = [f"missing {name} {shape}" for name, shape in expected.items() if name not in got]
-    problems += [f"unexpected {name} {shape}" for name, shape in got.items() if name not in expected]
-    problems += [
-        f"{name} has shape {got[name]}, expected {shape}"
+    missing = [f"missing {name_in_source(name)} {shape}" for name, shape in expected.items() if name not in got]
+    unexpected = [f"unexpected {name_in_source(name)} {shape}" for name, shape in got.items() if name not in expected]
+    wrong = [
+        f"{name_in_source(name)} has shape {got[name]}, expected {shape}"
         for name, shape in expected.items()
         if name in got and got[name] != shape
     ]
+    problems = [some(kind) for kind in (missing, unexpected, wrong) if kind]
     if problems:
         raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}")
+
+
+def some(words: Sequence[str], most: int = 20) -> str:
+    """A list in words, cut where it becomes unreadable."""
+    more = [f"and {len(words) - most} more"] if len(words) > most else []
+    return "; ".join([*words[:most], *more])

@@ -11,7 +11,8 @@ and conditions (such as coordinates) may be concatenated to the noisy channels, 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -234,6 +235,20 @@ class CausalVideoModel(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(dim, 6 * dim))
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu", **options: Any
+    ) -> "CausalVideoModel":
+        """The model of a checkpoint, in eval mode: ours, the original Wan 2.1 layout, a .pt of Self-Forcing, LongLive
+        or MemFlow, or a diffusers folder.
+
+        dtype: None takes that of most of the file's numbers. options: a LoRA to merge and what the file does not say,
+        see `memflow_ops.model.convert.read_pretrained`, which also states the errors.
+        """
+        from memflow_ops.model.convert import read_pretrained  # which imports this module
+
+        return read_pretrained(path, **options).build(dtype, device)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token rows and columns of a frame; a ValueError when patches do not divide it."""
