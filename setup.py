@@ -11,6 +11,9 @@ for link in ("kernels", "model", "bench"):
             f"links copy the folder there, or check out again with: git config core.symlinks true && git checkout ."
         )
 
+# Wan 2.1's text encoder and VAE; the oldest releases that the tests ran with (on Python 3.10) are the bounds.
+wan = ["diffusers>=0.41", "transformers>=5.20", "accelerate", "ftfy", "sentencepiece"]
+
 setup(
     name="memflow-ops",
     version="0.1.0",
@@ -20,7 +23,13 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.10",
-    packages=["memflow_ops", "memflow_ops.kernels", "memflow_ops.model", "memflow_ops.bench"],
+    packages=[
+        "memflow_ops",
+        "memflow_ops.integrations",
+        "memflow_ops.kernels",
+        "memflow_ops.model",
+        "memflow_ops.bench",
+    ],
     package_data={
         "memflow_ops": ["py.typed"],
         "memflow_ops.model": ["weights/*.safetensors", "weights/*.json", "stories/*.jsonl"],
@@ -37,7 +46,8 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
-        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy"],
+        "wan": wan,
+        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "peft", *wan],
     },
     entry_points={"console_scripts": ["memflow = memflow_ops.cli:main"]},
     classifiers=[

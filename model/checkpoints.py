@@ -64,9 +64,9 @@ def load_checkpoint(path: Path = TOY_WEIGHTS, device: str | torch.device = "cpu"
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; `memflow train` makes them")
     weights, metadata = read_safetensors(path)
-    config = config_of(metadata, str(path))
-    check_state_dict(config, weights, str(path))
-    return build_model(config, weights, None, device)
+    model = CausalVideoModel(config_of(metadata, str(path)))
+    check_state_dict(model, weights, str(path))
+    return fill_model(model, weights, None, device)
 
 
 def config_of(metadata: Mapping[str, str], source: str) -> ModelConfig:
@@ -79,12 +79,13 @@ def config_of(metadata: Mapping[str, str], source: str) -> ModelConfig:
         raise ValueError(f"{source} carries a model configuration that cannot be used: {error}") from error
 
 
-def build_model(
-    config: ModelConfig, weights: Mapping[str, Tensor], dtype: torch.dtype | None, device: str | torch.device
+def fill_model(
+    model: CausalVideoModel, weights: Mapping[str, Tensor], dtype: torch.dtype | None, device: str | torch.device
 ) -> CausalVideoModel:
-    """The model that has these weights, in eval mode. dtype None: each keeps its own."""
-    with torch.device("meta"):  # initial values would only be thrown away
-        model = CausalVideoModel(config)
+    """Gives a model (maybe on the meta device) these weights, on `device`, and sets it to eval mode.
+
+    dtype None: each keeps its own.
+    """
     # copied: a tensor may be a view of a file's memory, and the file may change
     own = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in weights.items()}
     model.load_state_dict(own, assign=True)
@@ -92,14 +93,12 @@ def build_model(
 
 
 def check_state_dict(
-    config: ModelConfig, weights: Mapping[str, Tensor], source: str, name_in_source: Callable[[str], str] = str
+    model: CausalVideoModel, weights: Mapping[str, Tensor], source: str, name_in_source: Callable[[str], str] = str
 ) -> None:
     """A ValueError that names every tensor which is missing, unexpected or of the wrong shape.
 
     name_in_source: our name of a tensor -> what the source calls it.
     """
-    with torch.device("meta"):
-        model = CausalVideoModel(config)
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     missing = [f"missing {name_in_source(name)} {shape}" for name, shape in expected.items() if name not in got]
