@@ -1,4 +1,4 @@
-"""The command `memflow`: stream stories, look at what they remembered, train and judge the toy world.
+"""The command `memflow`: stream stories, toy or real, look at what they remembered, convert and verify checkpoints.
 
 Errors that the user can mend are one line on stderr and exit code 2; Ctrl-C is exit code 130. What a command needs is
 imported when it runs.
@@ -7,17 +7,14 @@ imported when it runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 
-if TYPE_CHECKING:
-    from memflow_ops.model.generate import Plan, Run
-    from memflow_ops.model.transformer import CausalVideoModel
+from memflow_ops.cli_common import fail, mistakes
 
 app = typer.Typer(
     help="Long memory for streaming video: make a video from a story, chunk by chunk, and see what it remembered.",
@@ -26,6 +23,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+Story = Annotated[Path, typer.Argument(help='JSON lines, a story each: {"prompts": ["a ball in the meadow", ...]}')]
 Out = Annotated[Path, typer.Option(help="Folder to write to.", metavar="DIR")]
 Seed = Annotated[int, typer.Option(help="Of the noise. The same seed makes the same video.", min=0, metavar="N")]
 Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.", metavar="NAME")]
@@ -33,12 +31,77 @@ Weights = Annotated[
     Path | None,
     typer.Option(help="A checkpoint of `memflow train`. Default: the toy weights that come with the package."),
 ]
-
-Recache = Annotated[
-    bool,
+# What both worlds have; without a value each has its own default.
+BankFrames = Annotated[
+    int | None,
+    typer.Option(help="Past frames retrieved for a chunk. Default: 3; with a checkpoint 64.", min=0, metavar="N"),
+]
+TopK = Annotated[
+    int | None,
+    typer.Option(
+        help="Memory blocks that each query group attends to. Default: 8; with a checkpoint 24.", min=1, metavar="N"
+    ),
+]
+QueryGroup = Annotated[
+    int | None,
+    typer.Option(
+        help="Queries that share a selection; 0: the whole chunk. Default: 16; with a checkpoint 128.",
+        min=0,
+        metavar="N",
+    ),
+]
+FramesPerPrompt = Annotated[
+    int | None,
+    typer.Option(
+        help="How long each prompt lasts, in latent frames. Default: 12; with a checkpoint 40 (10 seconds).",
+        min=1,
+        metavar="N",
+    ),
+]
+Steps = Annotated[
+    int | None,
+    typer.Option(help="Denoising passes per chunk. Default: 16; with a checkpoint 4.", min=1, metavar="N"),
+]
+RecacheOrNot = Annotated[
+    bool | None,
     typer.Option(
         "--recache/--no-recache",
-        help="At a prompt switch pass the local window again under the new prompt. The toy weights do better without.",
+        help="At a prompt switch pass the local window again under the new prompt. Default: no; with a checkpoint yes.",
+    ),
+]
+
+# What real checkpoints need.
+TextEncoder = Annotated[
+    Path | None,
+    typer.Option(help="Folder of its UMT5 and tokenizer, or of a whole diffusers pipeline.", metavar="PATH"),
+]
+Vae = Annotated[
+    Path | None,
+    typer.Option(help="Folder of its AutoencoderKLWan, or of a whole diffusers pipeline.", metavar="PATH"),
+]
+LoraFile = Annotated[Path | None, typer.Option("--lora", help="A LoRA to merge into it, peft's form.", metavar="PATH")]
+LoraAlpha = Annotated[
+    float | None, typer.Option(help="The LoRA's alpha, where its file does not say. Default: its rank.", metavar="X")
+]
+NumHeads = Annotated[
+    int | None,
+    typer.Option(help="Attention heads, where no config.json says. Default: width / 128.", min=1, metavar="N"),
+]
+Dtype = Annotated[
+    str, typer.Option(help="auto (bfloat16 on CUDA, float32 on a CPU), float32, bfloat16 or float16.", metavar="NAME")
+]
+Height = Annotated[
+    int | None,
+    typer.Option(help="Of the video, in pixels; a multiple of 16. Default: 480.", min=16, metavar="N"),
+]
+Width = Annotated[int | None, typer.Option(help="Likewise. Default: 832.", min=16, metavar="N")]
+HistoryFrames = Annotated[
+    int | None,
+    typer.Option(
+        help="Past frames remembered at most, on the device or in host memory; the oldest beyond are forgotten. "
+        "Default: all.",
+        min=1,
+        metavar="N",
     ),
 ]
 
@@ -57,48 +120,96 @@ def start(
 
 @app.command()
 def generate(
-    story: Annotated[Path, typer.Argument(help='JSON lines, a story each: {"prompts": ["a ball in the meadow", ...]}')],
+    story: Story,
     out: Out,
     memory: Annotated[
-        str,
+        str | None,
         typer.Option(
             help="How a chunk sees the past: none (only the frames just before it), sink (the first frames too), full "
-            "(every remembered frame), memflow (what each query picks of the first frames and the retrieved ones).",
+            "(every remembered frame), memflow (what each query picks of the first frames and the retrieved ones). "
+            "Default: memflow, or what the checkpoint was tuned for.",
             metavar="KIND",
         ),
-    ] = "memflow",
+    ] = None,
     seed: Seed = 0,
-    bank_frames: Annotated[int, typer.Option(help="Past frames retrieved for a chunk.", min=0, metavar="N")] = 3,
-    top_k: Annotated[int, typer.Option(help="Memory blocks that each query group attends to.", min=1, metavar="N")] = 8,
-    frames_per_prompt: Annotated[int, typer.Option(help="How long each prompt lasts.", min=1, metavar="N")] = 12,
-    steps: Annotated[int, typer.Option(help="Denoising passes per chunk.", min=1, metavar="N")] = 16,
-    recache: Recache = False,
+    bank_frames: BankFrames = None,
+    top_k: TopK = None,
+    query_group: QueryGroup = None,
+    frames_per_prompt: FramesPerPrompt = None,
+    steps: Steps = None,
+    recache: RecacheOrNot = None,
     device: Device = "auto",
     weights: Weights = None,
     baseline: Annotated[
-        bool,
+        bool | None,
         typer.Option(
             "--baseline/--no-baseline",
-            help="Stream the story without memory too, in turn, to measure what memory costs. Doubles the time.",
+            help="Toy world: stream the story without memory too, in turn, to measure what memory costs. Doubles the "
+            "time. Default: yes.",
         ),
-    ] = True,
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(
+            help="A real transformer: a file or folder that `memflow convert` takes or makes. Without it: the toy "
+            "world.",
+            metavar="PATH",
+        ),
+    ] = None,
+    text_encoder: TextEncoder = None,
+    vae: Vae = None,
+    lora: LoraFile = None,
+    lora_alpha: LoraAlpha = None,
+    num_heads: NumHeads = None,
+    dtype: Dtype = "auto",
+    height: Height = None,
+    width: Width = None,
+    history_frames: HistoryFrames = None,
 ) -> None:
-    """Make a video of every story in a file.
+    """Make a video of every story in a file: in the toy world, or with a real checkpoint of the Wan 2.1 family.
 
-    Writes video.mp4, frames.npz, timeline.png (what each chunk remembered) and run.json (settings, times, cost of
-    memory). One story goes straight into DIR, several into DIR/story-000, DIR/story-001, ... with seeds SEED, SEED + 1,
-    ... Files of an earlier run are replaced when the new ones are complete; until then the video grows as
-    video.part.mp4. Ctrl-C keeps what has been made.
+    Writes video.mp4 and run.json (settings, times, what was retrieved); in the toy world also frames.npz and
+    timeline.png (what each chunk remembered). One story goes straight into DIR, several into DIR/story-000,
+    DIR/story-001, ... with seeds SEED, SEED + 1, ... Files of an earlier run are replaced when the new ones are
+    complete; until then the video grows as video.part.mp4. Ctrl-C keeps what has been made.
 
-    Prompts say who is where: ball, box, star, ring or empty; meadow, desert, sea or night.
+    The toy world's prompts say who is where: ball, box, star, ring or empty; meadow, desert, sea or night.
+
+    A real checkpoint comes with --text-encoder and --vae. Before it starts, it says what memory the stream will take,
+    and refuses one that cannot fit.
     """
-    with _mistakes():
-        model, plans = _prepare(
-            story, out, memory, seed, bank_frames, top_k, frames_per_prompt, steps, recache, device, weights, baseline
-        )
-    for run in _generate(model, plans):
-        typer.echo(_made(run))
-        cost = _cost(run)
+    options = _given(
+        seed=seed, bank_frames=bank_frames, top_k=top_k, query_group=query_group, frames_per_prompt=frames_per_prompt,
+        steps=steps, recache=recache, device=device,
+    )  # fmt: skip
+    real = _given(
+        text_encoder=text_encoder, vae=vae, lora=lora, lora_alpha=lora_alpha, num_heads=num_heads, height=height,
+        width=width, history_frames=history_frames,
+    )  # fmt: skip
+    if checkpoint is not None:
+        from memflow_ops import cli_wan
+
+        with mistakes():
+            toy = _given(weights=weights, baseline=baseline)
+            if toy:
+                raise ValueError(f"{_named(toy)} belong to the toy world, not to a --checkpoint; see `memflow verify`")
+            memories = None if memory is None else [memory]
+            sources, rest = _sources(checkpoint, dtype, real)
+            parts, real_plans = cli_wan.prepare(story, out, sources, memories=memories, **rest, **options)
+        for real_run in cli_wan.stream_stories(parts, real_plans, sources):
+            typer.echo(cli_wan.made(real_run))
+            typer.echo(cli_wan.speed(real_run))
+        return
+    from memflow_ops import cli_toy
+
+    with mistakes():
+        if real:
+            raise ValueError(f"{_named(real)} need a --checkpoint; without one this is the toy world")
+        options |= _given(memory=memory, weights=weights, baseline=baseline)
+        model, plans = cli_toy.prepare(story, out, **options)
+    for run in cli_toy.stream_stories(model, plans):
+        typer.echo(cli_toy.made(run))
+        cost = cli_toy.cost(run)
         if cost:
             typer.echo(cost)
 
@@ -112,16 +223,120 @@ def demo(
     weights: Weights = None,
 ) -> None:
     """Stream the shipped story, in which a character leaves and returns, and say in plain words what came of it."""
-    with _mistakes():
+    from memflow_ops import cli_toy
+
+    with mistakes():
         from memflow_ops.model.generate import DEMO_STORY
 
-        model, plans = _prepare(DEMO_STORY, out, "memflow", seed, 3, 4, 12, steps, False, device, weights, True)
-    for run in _generate(model, plans):
+        model, plans = cli_toy.prepare(DEMO_STORY, out, seed=seed, device=device, weights=weights, steps=steps)
+    for run in cli_toy.stream_stories(model, plans):
         typer.echo(f"The story: {', then '.join(run.plan.prompts)}.\n")
         for there in run.returns():
-            typer.echo(_returned(there) + "\n")
-        typer.echo(_cost(run) + "\n")
-        typer.echo(_made(run))
+            typer.echo(cli_toy.returned(there) + "\n")
+        typer.echo(cli_toy.cost(run) + "\n")
+        typer.echo(cli_toy.made(run))
+
+
+@app.command()
+def convert(
+    checkpoint: Annotated[
+        Path,
+        typer.Argument(
+            help="Wan 2.1's own file or folder, a .pt of Self-Forcing, LongLive or MemFlow, or a diffusers folder."
+        ),
+    ],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    lora: LoraFile = None,
+    lora_alpha: LoraAlpha = None,
+    num_heads: NumHeads = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="float32, bfloat16 or float16. Default: as it is.", metavar="NAME")
+    ] = None,
+    memory: Annotated[
+        str | None,
+        typer.Option(
+            help="What it was tuned for, and `memflow generate` will use by default: released (MemFlow's own bank) or "
+            "memflow. Default: released where the name of the file or its folder says MemFlow.",
+            metavar="KIND",
+        ),
+    ] = None,
+) -> None:
+    """Turn a checkpoint of the Wan 2.1 family into one of ours: one safetensors file with its config inside.
+
+    Nothing in the file is run. What is missing, unexpected or of the wrong shape is named. Other commands take the
+    original as well; converting merges a LoRA once and for all and makes loading quicker.
+    """
+    with mistakes():
+        from memflow_ops import cli_wan
+        from memflow_ops.model import convert as converting
+
+        if out.suffix != ".safetensors":
+            raise ValueError(f"the converted file is a .safetensors, got {out}")
+        if dtype is not None and dtype not in converting.DTYPES:
+            raise ValueError(f"dtype must be {', '.join(converting.DTYPES)}, got {dtype!r}")
+        pretrained = converting.read_pretrained(
+            checkpoint, lora=lora, lora_alpha=lora_alpha, num_heads=num_heads, memory=memory
+        )
+        typer.echo(cli_wan.described(pretrained))
+        converting.convert(pretrained, out, None if dtype is None else converting.DTYPES[dtype])
+    typer.echo(f"Written: {out}, {out.stat().st_size / 1e9:.2f} GB")
+
+
+@app.command()
+def verify(
+    checkpoint: Annotated[Path, typer.Option(help="As for generate.", metavar="PATH")],
+    text_encoder: TextEncoder,
+    vae: Vae,
+    out: Out = Path("out/verify"),
+    story: Annotated[
+        Path | None, typer.Argument(help="JSON lines, of which the first story is streamed. Default: a shipped one.")
+    ] = None,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(help="May be repeated; the first is what the others are compared with. Default: all but full."),
+    ] = None,
+    seed: Seed = 0,
+    bank_frames: BankFrames = None,
+    top_k: TopK = None,
+    query_group: QueryGroup = None,
+    frames_per_prompt: FramesPerPrompt = None,
+    steps: Steps = None,
+    recache: RecacheOrNot = None,
+    device: Device = "auto",
+    lora: LoraFile = None,
+    lora_alpha: LoraAlpha = None,
+    num_heads: NumHeads = None,
+    dtype: Dtype = "auto",
+    height: Height = None,
+    width: Width = None,
+    history_frames: HistoryFrames = None,
+) -> None:
+    """Stream the same prompts and noise with every kind of memory; compare speed, memory, latents and frames.
+
+    For a real checkpoint. Exit code 1 where latents are not finite, or kinds differ that must not yet.
+    """
+    from memflow_ops import cli_wan
+    from memflow_ops.model import verify as verifying
+
+    with mistakes():
+        options = _given(
+            seed=seed, bank_frames=bank_frames, top_k=top_k, query_group=query_group, steps=steps, recache=recache,
+            frames_per_prompt=frames_per_prompt, device=device,
+        )  # fmt: skip
+        real = _given(
+            text_encoder=text_encoder, vae=vae, lora=lora, lora_alpha=lora_alpha, num_heads=num_heads, height=height,
+            width=width, history_frames=history_frames,
+        )  # fmt: skip
+        sources, rest = _sources(checkpoint, dtype, real)
+        parts, plans = cli_wan.prepare(
+            story or verifying.STORY, out, sources, most=1, memories=memory or verifying.MEMORIES, **rest, **options
+        )
+    outcomes = cli_wan.verify(parts, plans)
+    said = verifying.write_report(outcomes, sources, parts.device, out)
+    typer.echo(cli_wan.compared(outcomes, said, out))
+    problems: list[str] = said["problems"]  # type: ignore[assignment]
+    if problems:
+        fail("; ".join(problems), code=1)
 
 
 @app.command()
@@ -183,7 +398,7 @@ def train(
     from memflow_ops.model.checkpoints import TOY_WEIGHTS
 
     target = out or TOY_WEIGHTS
-    with _mistakes():
+    with mistakes():
         target.parent.mkdir(parents=True, exist_ok=True)  # rather now than after the training
         if target.is_dir():
             raise ValueError(f"{target} is a folder; --out takes a file name")
@@ -223,7 +438,7 @@ def evaluate(
 
     kinds = memory or list(judging.KINDS)
     target = out or judging.default_results()
-    with _mistakes():
+    with mistakes():
         settings = replace(TOY_SETTINGS, top_k=top_k or TOY_SETTINGS.top_k, steps=steps or TOY_SETTINGS.steps)
         model = load_checkpoint(weights or TOY_WEIGHTS)
         judging.check(kinds, stories, seed)
@@ -253,144 +468,28 @@ def evaluate(
         raise KeyboardInterrupt
 
 
-# ------------------------------------------------------------------------------------------------------------ the steps
+def _given(**options: Any) -> dict[str, Any]:
+    """The options that have a value; a query group of 0 is the whole chunk."""
+    given = {name: value for name, value in options.items() if value is not None}
+    if "query_group" in given:
+        given["query_group"] = given["query_group"] or None
+    return given
 
 
-def _prepare(
-    story: Path,
-    out: Path,
-    memory: str,
-    seed: int,
-    bank_frames: int,
-    top_k: int,
-    frames_per_prompt: int,
-    steps: int,
-    recache: bool,
-    device: str,
-    weights: Path | None,
-    baseline: bool,
-) -> tuple[CausalVideoModel, list[Plan]]:
-    """Checks everything that can be wrong, before anything is generated or written; folders come last."""
-    from memflow_ops.environment import pick_device
-    from memflow_ops.model.checkpoints import TOY_WEIGHTS
-    from memflow_ops.model.generate import load_model, make_plans, read_stories
-    from memflow_ops.model.stream import TOY_SETTINGS, StreamSettings
-
-    stories = read_stories(story)
-    settings = replace(
-        TOY_SETTINGS,
-        memory=memory,  # type: ignore[arg-type]
-        bank_frames=bank_frames,
-        top_k=top_k,
-        steps=steps,
-        recache=recache,
-        device_frames=max(StreamSettings.device_frames, bank_frames + StreamSettings.window_frames),
-    )
-    model = load_model(weights or TOY_WEIGHTS, pick_device(device))
-    name = str(weights) if weights else f"memflow_ops/model/weights/{TOY_WEIGHTS.name}"
-    plans = make_plans(
-        stories, out, settings, seed=seed, frames_per_prompt=frames_per_prompt, baseline=baseline, weights=name
-    )
-    return model, plans
+def _named(given: dict[str, Any]) -> str:
+    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
-def _generate(model: CausalVideoModel, plans: Sequence[Plan]) -> Iterator[Run]:
-    """Makes one story after another behind a progress bar; yields each when its files are written."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+def _sources(checkpoint: Path, dtype: str, real: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The paths of a real pipeline, and the options that are none."""
+    from memflow_ops.model.wan import Sources
 
-    from memflow_ops.model.generate import generate
-
-    text, speed = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[speed]}")
-    columns = (text, TextColumn("chunk"), MofNCompleteColumn(), BarColumn(bar_width=24), speed, TimeRemainingColumn())
-    for i, plan in enumerate(plans):
-        spoken = plan.spoken
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            which = f"story {i + 1}/{len(plans)}, " if len(plans) > 1 else ""
-            task = bar.add_task(which + spoken[0], total=len(spoken), speed="")
-
-            def report(run: Run) -> None:
-                done = len(run.chunks)
-                # The speed with memory; the baseline's share of the time is not counted.
-                speed = sum(map(len, run.frames)) / sum(chunk.seconds for chunk in run.chunks)
-                prompt = run.plan.spoken[min(done, len(run.plan.spoken) - 1)]
-                bar.update(task, completed=done, description=which + prompt, speed=f"{speed:.1f} frames/s")  # noqa: B023
-
-            try:
-                run = generate(model, plan, report)
-            except OSError as error:
-                _fail(f"{error}; what was made is in {plan.folder}", code=1)
-        if run.interrupted and not run.chunks:
-            _fail("interrupted before the first chunk was made; nothing was written", code=130)
-        if run.interrupted:
-            typer.echo(_made(run))
-            _fail(f"interrupted after chunk {len(run.chunks)} of {len(spoken)}; what was made is kept", code=130)
-        yield run
-
-
-def _made(run: Run) -> str:
-    frames = sum(map(len, run.frames))
-    return (
-        f"Files in {run.plan.folder}:\n"
-        f"  video.mp4     the video, {frames} frames\n"
-        f"  timeline.png  its frames, and what each chunk remembered\n"
-        f"  frames.npz    its frames as numbers, uint8 (frames, height, width, RGB)\n"
-        f"  run.json      settings, versions, times, what was retrieved and what memory cost"
-    )
-
-
-def _cost(run: Run) -> str:
-    cost: dict[str, Any] | None = run.overhead()
-    if cost is None:
-        return ""
-    return (
-        f"Memory took {100 * (cost['ratio'] - 1):+.0f} % time per chunk against no memory: "
-        f"{cost['seconds_per_chunk']:.2f} s against {cost['baseline_seconds_per_chunk']:.2f} s "
-        f"(median of {cost['chunks_compared']} chunks made in turn; for 20 to 80 % of them it lay between "
-        f"{100 * (cost['ratio_p20'] - 1):+.0f} % and {100 * (cost['ratio_p80'] - 1):+.0f} %)."
-    )
-
-
-def _returned(there: dict[str, Any]) -> str:
-    """A return in plain words, with memory and without."""
-    character = there["character"]
-    words = [
-        f"The {character} leaves after frame {there['last_seen']} and returns at frame {there['back']}. "
-        f"Judged from the pixels, hues within 30 degrees and equal patterns counting as the same:"
-    ]
-    for name, seen in (("With memory", there["with_memory"]), ("Without memory", there["without_memory"])):
-        if seen is not None:
-            words.append(f"  {name + ':':<16}{_colours(seen, character)}")
-    return "\n".join(words)
-
-
-def _colours(seen: dict[str, Any], character: str) -> str:
-    from memflow_ops.model.returns import colour_name
-
-    before, after = seen["hue_before"], seen["hue_after"]
-    if before is None or after is None:
-        when = "when it should have left" if before is None else "when it should have returned"
-        return f"the {character} was not to be seen {when}."
-    verdict = "with the same look" if seen["same"] else "with ANOTHER look"
-    return (
-        f"it came back {verdict}: {colour_name(before)} {seen['pattern_before']}, hue {before:.0f} degrees, when it "
-        f"left, {colour_name(after)} {seen['pattern_after']}, hue {after:.0f}, on return."
-    )
-
-
-@contextmanager
-def _mistakes() -> Iterator[None]:
-    """What the user can mend becomes one line and exit code 2."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError) as error:
-        _fail(str(error), code=2)
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    """One line on stderr, and the end."""
-    typer.echo(f"memflow: {' '.join(message.split())}", err=True)
-    raise typer.Exit(code)
+    missing = {"text_encoder", "vae"} - real.keys()
+    if missing:
+        raise ValueError(f"a --checkpoint also needs {_named(dict.fromkeys(sorted(missing)))}")
+    names = Sources.__dataclass_fields__.keys() & real.keys()
+    sources = Sources(checkpoint, dtype=dtype, **{name: real[name] for name in names})
+    return sources, {name: value for name, value in real.items() if name not in names}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

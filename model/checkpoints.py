@@ -84,11 +84,9 @@ def fill_model(
 ) -> CausalVideoModel:
     """Gives a model (maybe on the meta device) these weights, on `device`, and sets it to eval mode.
 
-    dtype None: each keeps its own.
+    dtype None: each keeps its own. Weights that need no change are taken as they are, not copied.
     """
-    # copied: a tensor may be a view of a file's memory, and the file may change
-    own = {name: tensor.to(device, dtype or tensor.dtype, copy=True) for name, tensor in weights.items()}
-    model.load_state_dict(own, assign=True)
+    model.load_state_dict({name: x.to(device, dtype or x.dtype) for name, x in weights.items()}, assign=True)
     return model.eval()
 
 

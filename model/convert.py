@@ -41,7 +41,7 @@ class Pretrained:
 
     def build(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CausalVideoModel:
         """The model in eval mode; dtype None: that of most of its numbers."""
-        return checkpoints.fill_model(_empty(self.config), self.weights, dtype or self.dtype, device)
+        return checkpoints.fill_model(empty_model(self.config), self.weights, dtype or self.dtype, device)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -123,7 +123,7 @@ def tuned_for(path: Path) -> str:
     return "released" if released else "memflow"
 
 
-def _empty(config: ModelConfig) -> CausalVideoModel:
+def empty_model(config: ModelConfig) -> CausalVideoModel:
     """A model without memory: initial values of billions of weights would only be thrown away."""
     with torch.device("meta"):
         return CausalVideoModel(config)
@@ -131,7 +131,7 @@ def _empty(config: ModelConfig) -> CausalVideoModel:
 
 def _ours(file: WeightFile, source: str, memory: str | None) -> Pretrained:
     config = checkpoints.config_of(file.metadata, source)
-    checkpoints.check_state_dict(_empty(config), file.tensors, source)
+    checkpoints.check_state_dict(empty_model(config), file.tensors, source)
     origin = json.loads(file.metadata.get("origin", "{}"))
     return Pretrained(dict(file.tensors), config, source, "ours", memory=memory or origin.get("memory", "memflow"))
 
@@ -166,6 +166,6 @@ def _foreign(
     def in_file(ours: str) -> str:
         return names.get(ours) or prefix + (diffusers_name(ours) if diffusers else ours)
 
-    checkpoints.check_state_dict(_empty(config), weights, source, in_file)
+    checkpoints.check_state_dict(empty_model(config), weights, source, in_file)
     layout = "diffusers" if diffusers else "original"
     return Pretrained(weights, config, source, layout, file.part, memory=memory or tuned_for(Path(source))), lora

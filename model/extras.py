@@ -28,3 +28,17 @@ def check_loaded(info: Mapping[str, Any], source: str, may_remain: tuple[str, ..
     problems += [f"of another shape {' '.join(map(str, wrong))}" for wrong in info["mismatched_keys"]]
     if problems:
         raise ValueError(f"{source} does not fit its config.json: {'; '.join(problems)}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars of transformers' loader."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()

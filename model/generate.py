@@ -37,8 +37,11 @@ HOW_MEASURED = (
 )
 
 
-def read_stories(path: Path) -> list[list[str]]:
-    """The prompts of every story in a JSON-lines file; a ValueError names the line that is wrong and says how."""
+def read_stories(path: Path, check: Callable[[str], object] = parse_prompt) -> list[list[str]]:
+    """The prompts of every story in a JSON-lines file; a ValueError names the line that is wrong and says how.
+
+    check: raises a ValueError for a prompt that cannot be understood.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -47,7 +50,7 @@ def read_stories(path: Path) -> list[list[str]]:
     for number, line in enumerate(text.split("\n"), start=1):
         if line.strip():
             try:
-                stories.append(_prompts(line))
+                stories.append(_prompts(line, check))
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not stories:
@@ -55,7 +58,7 @@ def read_stories(path: Path) -> list[list[str]]:
     return stories
 
 
-def _prompts(line: str) -> list[str]:
+def _prompts(line: str, check: Callable[[str], object]) -> list[str]:
     try:
         story = json.loads(line)
     except json.JSONDecodeError as error:
@@ -64,7 +67,7 @@ def _prompts(line: str) -> list[str]:
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError('expected {"prompts": [...]} with at least one prompt, each a string')
     for prompt in prompts:
-        parse_prompt(prompt)
+        check(prompt)
     return prompts
 
 
@@ -244,7 +247,7 @@ def generate(model: CausalVideoModel, plan: Plan, report: Callable[[Run], None] 
     writer = VideoWriter(
         plan.folder / "video.mp4", settings.height, settings.width, fragment_frames=settings.chunk_frames
     )
-    with _Interrupts() as interrupts, writer:
+    with Interrupts() as interrupts, writer:
         try:
             for _ in _rounds(model, run, writer, interrupts):
                 if report is not None:
@@ -261,7 +264,7 @@ def generate(model: CausalVideoModel, plan: Plan, report: Callable[[Run], None] 
     return run
 
 
-def _rounds(model: CausalVideoModel, run: Run, writer: VideoWriter, interrupts: "_Interrupts") -> Iterator[None]:
+def _rounds(model: CausalVideoModel, run: Run, writer: VideoWriter, interrupts: "Interrupts") -> Iterator[None]:
     """Makes chunk after chunk, each with its baseline."""
     plan = run.plan
     prompts = [(prompt,) for prompt in plan.spoken]
@@ -315,7 +318,7 @@ def _write_files(run: Run, writer: VideoWriter) -> None:
     writer.publish()
 
 
-class _Interrupts:
+class Interrupts:
     """Ctrl-C, and SIGTERM by which schedulers end a job: a KeyboardInterrupt only where it is `allowed`, else it waits.
 
     So a chunk is in all files or in none, and files are written to the end.
@@ -327,7 +330,7 @@ class _Interrupts:
         self._raise, self.waiting = False, False
         self._mine = threading.current_thread() is threading.main_thread()
 
-    def __enter__(self) -> "_Interrupts":
+    def __enter__(self) -> "Interrupts":
         if self._mine:
             self._before = [(number, signal.signal(number, self._handle)) for number in self._SIGNALS]
         return self

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from memflow_ops.model.extras import check_loaded, needs
+from memflow_ops.model.extras import check_loaded, needs, quiet
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 
@@ -57,9 +57,10 @@ class UMT5TextEncoder:
             words = AutoTokenizer.from_pretrained(tokenizer, **options)
         except Exception as error:  # whatever its parsers raise
             raise ValueError(f"{tokenizer} holds no tokenizer that transformers can load: {error}") from error
-        loaded: Any = UMT5EncoderModel.from_pretrained(
-            encoder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
-        )
+        with quiet():
+            loaded: Any = UMT5EncoderModel.from_pretrained(
+                encoder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+            )
         model, info = loaded
         check_loaded(info, str(encoder), may_remain=("decoder.", "lm_head."))
         return cls(model.to(device), words, text_len)

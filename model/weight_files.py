@@ -144,4 +144,6 @@ def _read_pt(path: Path) -> WeightFile:
                 f"{path}: {part + ': ' if part else ''}{name} must be a tensor, got {type(value).__name__}; a "
                 f"state dict is looked for under {', '.join(_PARTS)}, else at the top"
             )
-    return WeightFile(path, dict(weights), lora=dict(lora), part=part)
+    # Cloned, because they are views of the file's memory, and the file may change.
+    own, own_lora = ({name: tensor.clone() for name, tensor in of.items()} for of in (weights, lora))
+    return WeightFile(path, own, lora=own_lora, part=part)

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from memflow_ops import cli, environment
+from memflow_ops import cli, cli_toy, environment
 from memflow_ops.model import evaluate, train, world
 from memflow_ops.model.generate import DEMO_STORY, read_stories, to_pixels
 from memflow_ops.model.returns import Return, find_returns, judge_return
 from memflow_ops.model.stream import TOY_SETTINGS, chunk_prompts
+from memflow_ops.model.wan import FRAMES_PER_PROMPT, WAN_SETTINGS
 
 
 def memflow(*words) -> int:
@@ -25,16 +26,15 @@ def memflow(*words) -> int:
 def test_help_names_every_command(capfd):
     assert memflow() == 0
     said = capfd.readouterr().out
-    for command in ("generate", "demo", "info", "train", "evaluate"):
+    for command in ("generate", "demo", "convert", "verify", "info", "train", "evaluate"):
         assert f"\n  {command} " in said
         assert memflow(command, "--help") == 0
 
 
-@pytest.mark.parametrize("command", ["generate", "demo", "train", "evaluate"])
+@pytest.mark.parametrize("command", ["demo", "train", "evaluate"])
 def test_defaults_are_those_of_the_library(command):
     defaults = {name: p.default for name, p in inspect.signature(getattr(cli, command)).parameters.items()}
     library = {
-        "generate": vars(TOY_SETTINGS),
         "demo": vars(TOY_SETTINGS),
         "train": {name: p.default for name, p in inspect.signature(train.train).parameters.items()} | {"steps": None},
         "evaluate": {name: p.default for name, p in inspect.signature(evaluate.evaluate).parameters.items()},
@@ -42,6 +42,18 @@ def test_defaults_are_those_of_the_library(command):
     shared = (defaults.keys() & library.keys()) - {"out", "weights"}
     assert len(shared) >= 1
     assert {name: defaults[name] for name in shared} == {name: library[name] for name in shared}
+
+
+def test_generate_leaves_defaults_to_each_world(capfd):
+    parameters = inspect.signature(cli.generate).parameters
+    assert all(parameters[name].default is None for name in parameters.keys() & vars(TOY_SETTINGS).keys())
+    assert memflow("generate", "--help") == 0
+    said = " ".join(capfd.readouterr().out.replace("│", " ").split())
+    for name, real in (("bank_frames", WAN_SETTINGS), ("top_k", WAN_SETTINGS), ("query_group", WAN_SETTINGS)):
+        assert f"Default: {getattr(TOY_SETTINGS, name)}; with a checkpoint {getattr(real, name)}." in said
+    assert f"Default: {TOY_SETTINGS.steps}; with a checkpoint {WAN_SETTINGS.steps}." in said
+    assert f"Default: 12; with a checkpoint {FRAMES_PER_PROMPT} " in said
+    assert (TOY_SETTINGS.recache, WAN_SETTINGS.recache) == (False, True)
 
 
 def test_info_without_triton():
@@ -105,7 +117,7 @@ def test_judged_return(before, after, same):
     expected = min((before - after) % 360, (after - before) % 360)
     assert judged.difference == pytest.approx(expected, abs=3)  # the judge's colour circle is not quite HSV's
     assert judged.same == same
-    words = cli._colours(vars(judged), "ball")
+    words = cli_toy.colours(vars(judged), "ball")
     assert ("with ANOTHER look" in words) == (not same)
 
 
@@ -130,7 +142,7 @@ def test_nobody_returns():
     frames = np.concatenate([rendered(0, [50, 60]), rendered(4, [0])])
     judged = judge_return(frames, Return("ball", 2, 6, None, None), 3)
     assert judged.hue_before is not None and judged.hue_after is None and not judged.same
-    assert "not to be seen when it should have returned" in cli._colours(vars(judged), "ball")
+    assert "not to be seen when it should have returned" in cli_toy.colours(vars(judged), "ball")
 
 
 def test_returns_are_found():

@@ -1,0 +1,107 @@
+"""What the commands of the toy world do, and the words they choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from memflow_ops.cli_common import run_stories
+
+if TYPE_CHECKING:
+    from memflow_ops.model.generate import Plan, Run
+    from memflow_ops.model.transformer import CausalVideoModel
+
+
+def prepare(
+    story: Path,
+    out: Path,
+    *,
+    seed: int = 0,
+    frames_per_prompt: int = 12,
+    device: str = "auto",
+    weights: Path | None = None,
+    baseline: bool = True,
+    **settings: Any,
+) -> tuple[CausalVideoModel, list[Plan]]:
+    """Checks everything that can be wrong, before anything is generated or written; folders come last.
+
+    settings: what differs from `TOY_SETTINGS`.
+    """
+    from memflow_ops.environment import pick_device
+    from memflow_ops.model.checkpoints import TOY_WEIGHTS
+    from memflow_ops.model.generate import load_model, make_plans, read_stories
+    from memflow_ops.model.stream import TOY_SETTINGS, StreamSettings
+
+    stories = read_stories(story)
+    bank_frames = settings.get("bank_frames", TOY_SETTINGS.bank_frames)
+    room = max(StreamSettings.device_frames, bank_frames + StreamSettings.window_frames)
+    chosen = replace(TOY_SETTINGS, **settings, device_frames=room)
+    model = load_model(weights or TOY_WEIGHTS, pick_device(device))
+    name = str(weights) if weights else f"memflow_ops/model/weights/{TOY_WEIGHTS.name}"
+    plans = make_plans(
+        stories, out, chosen, seed=seed, frames_per_prompt=frames_per_prompt, baseline=baseline, weights=name
+    )
+    return model, plans
+
+
+def stream_stories(model: CausalVideoModel, plans: Sequence[Plan]) -> Iterator[Run]:
+    """Makes one story after another; yields each when its files are written."""
+    from memflow_ops.model.generate import generate
+
+    def speed(run: Run) -> str:
+        # With memory; the baseline's share of the time is not counted.
+        return f"{sum(map(len, run.frames)) / sum(chunk.seconds for chunk in run.chunks):.1f} frames/s"
+
+    return run_stories(plans, lambda plan, report: generate(model, plan, report), speed, made)
+
+
+def made(run: Run) -> str:
+    frames = sum(map(len, run.frames))
+    return (
+        f"Files in {run.plan.folder}:\n"
+        f"  video.mp4     the video, {frames} frames\n"
+        f"  timeline.png  its frames, and what each chunk remembered\n"
+        f"  frames.npz    its frames as numbers, uint8 (frames, height, width, RGB)\n"
+        f"  run.json      settings, versions, times, what was retrieved and what memory cost"
+    )
+
+
+def cost(run: Run) -> str:
+    paid: dict[str, Any] | None = run.overhead()
+    if paid is None:
+        return ""
+    return (
+        f"Memory took {100 * (paid['ratio'] - 1):+.0f} % time per chunk against no memory: "
+        f"{paid['seconds_per_chunk']:.2f} s against {paid['baseline_seconds_per_chunk']:.2f} s "
+        f"(median of {paid['chunks_compared']} chunks made in turn; for 20 to 80 % of them it lay between "
+        f"{100 * (paid['ratio_p20'] - 1):+.0f} % and {100 * (paid['ratio_p80'] - 1):+.0f} %)."
+    )
+
+
+def returned(there: dict[str, Any]) -> str:
+    """A return in plain words, with memory and without."""
+    character = there["character"]
+    words = [
+        f"The {character} leaves after frame {there['last_seen']} and returns at frame {there['back']}. "
+        f"Judged from the pixels, hues within 30 degrees and equal patterns counting as the same:"
+    ]
+    for name, seen in (("With memory", there["with_memory"]), ("Without memory", there["without_memory"])):
+        if seen is not None:
+            words.append(f"  {name + ':':<16}{colours(seen, character)}")
+    return "\n".join(words)
+
+
+def colours(seen: dict[str, Any], character: str) -> str:
+    from memflow_ops.model.returns import colour_name
+
+    before, after = seen["hue_before"], seen["hue_after"]
+    if before is None or after is None:
+        when = "when it should have left" if before is None else "when it should have returned"
+        return f"the {character} was not to be seen {when}."
+    verdict = "with the same look" if seen["same"] else "with ANOTHER look"
+    return (
+        f"it came back {verdict}: {colour_name(before)} {seen['pattern_before']}, hue {before:.0f} degrees, when it "
+        f"left, {colour_name(after)} {seen['pattern_after']}, hue {after:.0f}, on return."
+    )

@@ -1,0 +1,173 @@
+"""What the commands do with real checkpoints, and the words they choose."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from memflow_ops.cli_common import run_stories
+
+if TYPE_CHECKING:
+    from memflow_ops.model.convert import Pretrained
+    from memflow_ops.model.verify import Outcome
+    from memflow_ops.model.wan import Parts, Plan, Run, Sources
+
+
+def prepare(
+    story: Path,
+    out: Path,
+    sources: Sources,
+    *,
+    memories: Sequence[str] | None = None,
+    most: int | None = None,
+    seed: int = 0,
+    frames_per_prompt: int | None = None,
+    history_frames: int | None = None,
+    device: str = "auto",
+    height: int = 480,
+    width: int = 832,
+    **settings: Any,
+) -> tuple[Parts, list[Plan]]:
+    """Checks everything that can be wrong, says what memory the streams will take, and loads all parts.
+
+    memories: a plan for each of them and each story (None: the one that the checkpoint was tuned for). most: stories
+    to take. settings: what differs from `WAN_SETTINGS`. What cannot fit is refused before anything is on the device.
+    """
+    from memflow_ops.environment import pick_device
+    from memflow_ops.model import wan
+    from memflow_ops.model.generate import read_stories
+
+    stories = read_stories(story, any_prompt)[:most]
+    sources.check()
+    rows, columns = wan.latent_size(sources.vae, height, width)
+    chosen = replace(wan.WAN_SETTINGS, **_with_room(settings), height=rows, width=columns)
+    for memory in memories or ():
+        replace(chosen, memory=memory)  # type: ignore[arg-type]  # refuses what it does not know
+    free = wan.Free.now(pick_device(device))
+    pretrained = sources.read()
+    typer.echo(described(pretrained))
+    plans = []
+    for memory in dict.fromkeys(memories or (pretrained.memory,)):
+        plans += wan.make_plans(
+            stories, out, replace(chosen, memory=memory), sources, pretrained, free,  # type: ignore[arg-type]
+            seed=seed, frames_per_prompt=frames_per_prompt or wan.FRAMES_PER_PROMPT, history_frames=history_frames,
+        )  # fmt: skip
+    largest = max(plans, key=lambda plan: plan.budget.device_bytes + plan.budget.host_bytes)
+    typer.echo("\n".join(largest.budget.lines()))
+    wan.make_folders([plan.folder for plan in plans])
+    prompts = [prompt for story in stories for prompt in story]
+    return wan.load_parts(sources, pretrained, prompts, free.device), plans
+
+
+def _with_room(settings: dict[str, Any]) -> dict[str, Any]:
+    """Settings that can be checked before the history is divided between device and host."""
+    from memflow_ops.model.wan import WAN_SETTINGS
+
+    bank = settings.get("bank_frames", WAN_SETTINGS.bank_frames)
+    return {**settings, "device_frames": max(WAN_SETTINGS.device_frames, bank + WAN_SETTINGS.window_frames)}
+
+
+def any_prompt(prompt: str) -> None:
+    if not prompt.strip():
+        raise ValueError("a prompt is empty")
+
+
+def stream_stories(parts: Parts, plans: Sequence[Plan], sources: Sources) -> Iterator[Run]:
+    """Makes one story after another; yields each when its files are written."""
+    from memflow_ops.model.wan import generate
+
+    def so_far(run: Run) -> str:
+        seconds = sum(chunk.seconds for chunk in run.chunks) + sum(run.decode_seconds)
+        return f"{run.frames / seconds:.1f} frames/s"
+
+    return run_stories(plans, lambda plan, report: generate(parts, plan, sources, report), so_far, made)
+
+
+def verify(parts: Parts, plans: Sequence[Plan]) -> list[Outcome]:
+    """Streams every plan behind progress bars."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from memflow_ops.model.verify import verify
+
+    with Progress(console=Console(stderr=True)) as bar:
+        tasks = {str(plan.settings.memory): bar.add_task(plan.settings.memory, total=None) for plan in plans}
+        return verify(parts, plans, lambda kind, done, total: bar.update(tasks[kind], completed=done, total=total))
+
+
+def made(run: Run) -> str:
+    return (
+        f"Files in {run.plan.folder}:\n"
+        f"  video.mp4     the video, {run.frames} frames\n"
+        f"  run.json      settings, versions, times, and what was retrieved"
+    )
+
+
+def speed(run: Run) -> str:
+    """The run's speed in words."""
+    measured: dict[str, Any] | None = run.speed()
+    if measured is None:
+        return "It was too short to tell its speed."
+    return (
+        f"A chunk took {measured['seconds_per_chunk']:.2f} s, {measured['frames_per_second']:.1f} frames/s (the "
+        f"transformer alone; with the VAE {measured['frames_per_second_decoded']:.1f}), median of "
+        f"{measured['chunks']} chunks."
+    )
+
+
+def described(pretrained: Pretrained) -> str:
+    """A checkpoint in words."""
+    config = pretrained.config
+    origin = f"{pretrained.layout} layout" + (f", its {pretrained.part}" if pretrained.part else "")
+    words = (
+        f"{pretrained.parameters:,} parameters in {str(pretrained.dtype).removeprefix('torch.')} ({origin}): "
+        f"{config.num_layers} layers, width {config.dim}, {config.num_heads} heads, feed-forward {config.ffn_dim}, "
+        f"text {config.text_len} x {config.text_dim}; streams with --memory {pretrained.memory} by default"
+    )
+    return words + (f"\nLoRA merged: {pretrained.lora}" if pretrained.lora else "")
+
+
+def compared(outcomes: Sequence[Outcome], said: dict[str, Any], folder: Path) -> str:
+    """What `memflow verify` found, as a table."""
+    from memflow_ops.model.budget import size
+
+    first = outcomes[0].memory
+    rows = [
+        ("memory", "s/chunk", "frames/s", "with VAE", "cache", "peak", f"differs from {first}", "in the last chunk")
+    ]
+    for kind in said["kinds"]:
+        measured = kind["speed"]
+        numbers = ("-", "-", "-")
+        if measured:
+            numbers = (
+                f"{measured['seconds_per_chunk']:.3f}",
+                f"{measured['frames_per_second']:.1f}",
+                f"{measured['frames_per_second_decoded']:.1f}",
+            )
+        start = kind["first_chunk_that_differs"]
+        rows.append(
+            (
+                kind["memory"],
+                *numbers,
+                size(kind["cache_bytes"] + kind["cache_bytes_in_host_memory"]),
+                size(kind["peak_bytes"]) if kind["peak_bytes"] else "-",
+                "never" if start is None else f"from chunk {start} on",
+                f"{kind[f'difference_to_{first}'][-1]:.3f}",
+            )
+        )
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    table = ["  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return "\n".join(
+        [
+            *table,
+            said["how"],
+            f"Files in {folder}:",
+            "  frames.png    frames of every kind of memory, side by side",
+            "  report.json   all of this in numbers",
+            *(f"  {outcome.memory + '.mp4':<13} its video" for outcome in outcomes),
+        ]
+    )

@@ -1,0 +1,347 @@
+"""Videos from real checkpoints: transformer, UMT5 and VAE from disk, a stream of chunks, an mp4 at 16 frames/s."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from memflow_ops.environment import device_name, environment
+from memflow_ops.model import budget
+from memflow_ops.model.checkpoints import write_atomically
+from memflow_ops.model.convert import DTYPES, Pretrained, empty_model, read_pretrained
+from memflow_ops.model.generate import Interrupts, to_pixels
+from memflow_ops.model.stream import Chunk, Streamer, StreamSettings, chunk_prompts
+from memflow_ops.model.text_encoder import EncodedPrompts, UMT5TextEncoder, find_text_encoder
+from memflow_ops.model.transformer import CausalVideoModel
+from memflow_ops.model.vae import StreamingDecoder, find_vae, load_vae
+from memflow_ops.model.video import VideoWriter
+
+FRAMES_PER_SECOND = 16
+FRAMES_PER_PROMPT = 40
+"""Latent frames, 10 seconds, as MemFlow and LongLive train."""
+HOW_MEASURED = (
+    "Video frames over a chunk's wall time: retrieval, re-caching and all passes of the transformer; decoded: and of "
+    "the VAE. Medians over the chunks that have a past beyond the local window."
+)
+WAN_SETTINGS = StreamSettings(
+    height=60, width=104, window_frames=9, bank_frames=64, device_frames=128, top_k=24, block_size=64, query_group=128,
+    steps=4, shift=5.0, stochastic=True,
+)  # fmt: skip
+"""What few-step checkpoints of the Wan 2.1 family are streamed with; height and width of the latents of 480 x 832."""
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a pipeline's parts lie on disk, and what their files do not say."""
+
+    checkpoint: Path
+    text_encoder: Path
+    vae: Path
+    lora: Path | None = None
+    lora_alpha: float | None = None
+    num_heads: int | None = None
+    dtype: str = "auto"
+    """auto: bfloat16 on CUDA, float32 on a CPU"""
+
+    def check(self) -> None:
+        """Everything that can be seen without reading weights; FileNotFoundError or ValueError."""
+        find_text_encoder(self.text_encoder)
+        find_vae(self.vae)
+        for path in (self.checkpoint, self.lora):
+            if path is not None and not path.exists():
+                raise FileNotFoundError(f"no weights at {path}")
+        self.torch_dtype(torch.device("cpu"))
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {self.dtype!r}")
+        return DTYPES[self.dtype]
+
+    def read(self) -> Pretrained:
+        """The transformer's weights, in host memory."""
+        options = {"lora": self.lora, "lora_alpha": self.lora_alpha, "num_heads": self.num_heads}
+        return read_pretrained(self.checkpoint, **options)  # type: ignore[arg-type]
+
+    def described(self) -> dict[str, object]:
+        """As result files name them: without the folders above, which are the user's own business."""
+        return {name: value.name if isinstance(value, Path) else value for name, value in vars(self).items()}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One story's run, checked, with its memory counted, before anything is generated."""
+
+    prompts: list[str]
+    folder: Path
+    budget: budget.Budget
+    seed: int
+    frames_per_prompt: int
+
+    @property
+    def settings(self) -> StreamSettings:
+        return self.budget.settings
+
+    @property
+    def spoken(self) -> list[str]:
+        """The prompt of every chunk."""
+        chunks = chunk_prompts([self.prompts], self.frames_per_prompt, self.settings.chunk_frames)
+        return [prompt for (prompt,) in chunks]
+
+
+@dataclass(frozen=True)
+class Free:
+    """Memory that was free before anything was loaded, bytes."""
+
+    device: torch.device
+    bytes: int
+    host_bytes: int | None
+    """None where the device is the host"""
+
+    @classmethod
+    def now(cls, device: torch.device) -> "Free":
+        return cls(device, budget.free_bytes(device), budget.free_host_bytes() if device.type == "cuda" else None)
+
+
+def make_plans(
+    stories: Sequence[Sequence[str]],
+    out: Path,
+    settings: StreamSettings,
+    sources: Sources,
+    pretrained: Pretrained,
+    free: Free,
+    *,
+    seed: int = 0,
+    frames_per_prompt: int = FRAMES_PER_PROMPT,
+    history_frames: int | None = None,
+) -> list[Plan]:
+    """One story goes to `out` itself, several to out/story-000, ... with seeds seed, seed + 1, ...
+
+    A ValueError where a story's stream cannot fit into memory.
+    """
+    plans = []
+    for i, prompts in enumerate(stories):
+        chunks = len(chunk_prompts([prompts], frames_per_prompt, settings.chunk_frames))
+        planned = plan_story(settings, sources, pretrained, free, chunks, history_frames)
+        folder = out if len(stories) == 1 else out / f"story-{i:03d}"
+        plans.append(Plan(list(prompts), folder, planned, seed + i, frames_per_prompt))
+    return plans
+
+
+def latent_size(vae: Path, height: int, width: int) -> tuple[int, int]:
+    """Pixels -> rows and columns of latents; a ValueError where they do not divide into the patches of Wan."""
+    scale = find_vae(vae)[1].get("scale_factor_spatial", 8)
+    if height % (2 * scale) or width % (2 * scale):
+        raise ValueError(f"height and width must be multiples of {2 * scale} pixels, got {height} x {width}")
+    return height // scale, width // scale
+
+
+def make_folders(folders: Sequence[Path]) -> None:
+    """A ValueError where that cannot be."""
+    for folder in folders:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error
+
+
+def plan_story(
+    settings: StreamSettings,
+    sources: Sources,
+    pretrained: Pretrained,
+    free: Free,
+    chunks: int,
+    history_frames: int | None,
+) -> budget.Budget:
+    """The memory of a stream of `chunks` chunks; a ValueError where it does not fit, or the parts not one another."""
+    dtype, config = sources.torch_dtype(free.device), pretrained.config
+    folder, vae = find_vae(sources.vae)
+    channels, scale = vae.get("z_dim", 16), vae.get("scale_factor_spatial", 8)
+    if channels != config.out_dim:
+        raise ValueError(f"{folder} decodes latents of {channels} channels, the transformer makes {config.out_dim}")
+    model = empty_model(config).to(dtype)
+    items = budget.model_items(
+        config, settings, pretrained.parameters, 1, model.tokens(settings.height, settings.width), dtype
+    )
+    pixels = settings.height * scale, settings.width * scale
+    decoder = budget.count_numbers(folder, ("decoder.", "post_quant_conv."))
+    items += budget.vae_items(vae, decoder, 1, *pixels, dtype)
+    encoder, _ = find_text_encoder(sources.text_encoder)
+    text = budget.count_numbers(encoder, ("shared.", "encoder.")) * dtype.itemsize
+    if text > free.bytes:
+        raise ValueError(
+            f"the text encoder needs {budget.size(text)} on {free.device}, where {budget.size(free.bytes)} are free"
+        )
+    need = budget.Need(tuple(items), free.bytes, free.host_bytes, f"{free.device} ({device_name(free.device)})")
+    prototypes = sum(chunk * settings.chunk_frames >= settings.sink_frames for chunk in range(chunks))
+    return budget.plan_memory(settings, lambda s: s.cache_layout(model, 1), prototypes, need, history_frames)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a stream needs, on its device."""
+
+    model: CausalVideoModel
+    vae: Any
+    encode: EncodedPrompts
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.patch_embedding.weight.device
+
+
+def load_parts(sources: Sources, pretrained: Pretrained, prompts: Sequence[str], device: torch.device) -> Parts:
+    """Encodes every prompt, lets the text encoder go, and puts transformer and decoder on the device."""
+    dtype = sources.torch_dtype(device)
+    config = pretrained.config
+    encoder = UMT5TextEncoder.from_folder(sources.text_encoder, text_len=config.text_len, dtype=dtype, device=device)
+    width = encoder.model.config.d_model
+    if width != config.text_dim:
+        raise ValueError(
+            f"{sources.text_encoder} makes embeddings {width} wide, the transformer takes {config.text_dim}"
+        )
+    encode = EncodedPrompts(encoder, prompts)
+    del encoder
+    return Parts(pretrained.build(dtype, device), load_vae(sources.vae, dtype, device), encode)
+
+
+@dataclass
+class Run:
+    """A story as far as it has been made."""
+
+    plan: Plan
+    sources: Sources
+    device: torch.device
+    chunks: list[Chunk] = field(default_factory=list)
+    """without their frames"""
+    decode_seconds: list[float] = field(default_factory=list)
+    frames: int = 0
+    """of the video"""
+    interrupted: bool = False
+    error: str | None = None
+
+    def speed(self) -> dict[str, object] | None:
+        return speed(self.chunks, self.decode_seconds, self.plan.settings)
+
+    def record(self) -> dict[str, object]:
+        """What run.json says."""
+        plan = self.plan
+        return {
+            **environment(self.device),
+            "prompts": plan.prompts,
+            "seed": plan.seed,
+            "frames_per_prompt": plan.frames_per_prompt,
+            "sources": self.sources.described(),
+            "settings": asdict(plan.settings),
+            "memory": plan.budget.lines(),
+            "frames": self.frames,
+            "fps": FRAMES_PER_SECOND,
+            "interrupted": self.interrupted,
+            "error": self.error,
+            "speed": self.speed(),
+            "chunks": [
+                {
+                    "chunk": chunk.index,
+                    "first_frame": chunk.first_frame,
+                    "prompt": chunk.prompts[0],
+                    "seconds": chunk.seconds,
+                    "decode_seconds": decoding,
+                    "retrieved": chunk.retrieved[0],
+                    "relevance": chunk.relevance[0],
+                    "candidates": chunk.candidates[0],
+                    "activation": chunk.activation[0],
+                }
+                for chunk, decoding in zip(self.chunks, self.decode_seconds, strict=True)
+            ],
+        }
+
+
+def speed(
+    chunks: Sequence[Chunk], decode_seconds: Sequence[float], settings: StreamSettings
+) -> dict[str, object] | None:
+    """Medians over the chunks that have a past beyond the local window; None before there is one."""
+    steady = [i for i, chunk in enumerate(chunks) if chunk.first_frame + settings.chunk_frames > settings.window_frames]
+    if not steady:
+        return None
+    seconds = statistics.median(chunks[i].seconds for i in steady)
+    decoding = statistics.median(decode_seconds[i] for i in steady)
+    frames = 4 * settings.chunk_frames
+    return {
+        "seconds_per_chunk": seconds,
+        "decode_seconds_per_chunk": decoding,
+        "frames_per_second": frames / seconds,
+        "frames_per_second_decoded": frames / (seconds + decoding),
+        "chunks": len(steady),
+        "how": HOW_MEASURED,
+    }
+
+
+def generate(parts: Parts, plan: Plan, sources: Sources, report: Callable[[Run], None] | None = None) -> Run:
+    """Streams one story into video.mp4 and run.json in its folder. `report` is called after every chunk.
+
+    Files appear under their names when all are complete; until then the video grows as video.part.mp4. Ctrl-C, SIGTERM
+    or an error ends the story early: what was made until then is written all the same (nothing before the first
+    chunk), and the run says `interrupted`; an error is raised afterwards.
+    """
+    run = Run(plan, sources, parts.device)
+    with Interrupts() as interrupts, video_writer(plan.folder / "video.mp4", plan.settings, parts.vae) as writer:
+        try:
+            for chunk, frames, seconds in streamed(parts, plan.spoken, plan.settings, plan.seed, interrupts):
+                writer.write(frames)
+                run.chunks.append(replace(chunk, frames=chunk.frames.new_empty(0)))  # the pixels are in the video
+                run.decode_seconds.append(seconds)
+                run.frames += len(frames)
+                if report is not None:
+                    report(run)
+        except KeyboardInterrupt:
+            run.interrupted = True
+        except BaseException as error:
+            run.interrupted, run.error = True, f"{type(error).__name__}: {error}"
+            _write_files(run, writer)
+            raise
+        _write_files(run, writer)
+    if interrupts.waiting and not run.interrupted:
+        raise KeyboardInterrupt  # it came after the last chunk
+    return run
+
+
+def video_writer(path: Path, settings: StreamSettings, vae: Any) -> VideoWriter:
+    """An mp4 of the VAE's pixels, a fragment per chunk."""
+    scale = vae.spatial_compression_ratio
+    return VideoWriter(
+        path,
+        settings.height * scale,
+        settings.width * scale,
+        fragment_frames=settings.chunk_frames * vae.config.scale_factor_temporal,
+        fps=FRAMES_PER_SECOND,
+        scale=1,
+    )
+
+
+def streamed(
+    parts: Parts, spoken: Sequence[str], settings: StreamSettings, seed: int, interrupts: "Interrupts"
+) -> Iterator[tuple[Chunk, np.ndarray, float]]:
+    """Chunk after chunk, its video frames (F, H, W, 3) uint8, and the seconds that decoding took."""
+    streamer, decoder = Streamer(parts.model, 1, settings, seed, encode=parts.encode), StreamingDecoder(parts.vae)
+    for prompt in spoken:
+        with interrupts.allowed():
+            chunk = streamer.next_chunk((prompt,))
+            started = time.perf_counter()
+            frames = to_pixels(decoder.decode(chunk.frames)[0])
+            seconds = time.perf_counter() - started
+        yield chunk, frames, seconds
+
+
+def _write_files(run: Run, writer: VideoWriter) -> None:
+    if not run.chunks:
+        writer.discard()
+        return
+    write_atomically(run.plan.folder / "run.json", (json.dumps(run.record(), indent=1) + "\n").encode())
+    writer.publish()

@@ -1,0 +1,115 @@
+"""The arithmetic of memory: what is printed adds up, what cannot fit is refused with what would."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from memflow_ops.cache import FrameCache
+from memflow_ops.model.budget import Item, Need, free_host_bytes, plan_memory, size
+from memflow_ops.model.stream import StreamSettings
+from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+
+CONFIG = ModelConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=3, in_dim=4, out_dim=4, text_dim=8, text_len=6)
+MODEL = CausalVideoModel(CONFIG).bfloat16()
+SETTINGS = StreamSettings(height=8, width=12, window_frames=9, bank_frames=5, device_frames=64, block_size=10)
+FRAME = 3 * (2 * 24 + 3) * 2 * 12 * 2  # layers x (keys and values of 24 tokens, 3 blocks) x heads x head_dim x bytes
+MEAN = 3 * 2 * 12 * 2
+OTHER = 1000
+MINIMUM = 9 + 3 + (5 + 2)  # window, sink, the bank and the prototypes of the window's other chunks
+
+
+def plan(free, *, prototypes=40, host_free=10**9, history_frames=None, **changes):
+    need = Need((Item("the rest", OTHER),), free, host_free, "a device")
+    settings = replace(SETTINGS, **changes)
+    return plan_memory(settings, lambda s: s.cache_layout(MODEL, 1), prototypes, need, history_frames)
+
+
+def enough(device_frames, means):
+    return (9 + 3 + device_frames) * FRAME + means * MEAN + OTHER
+
+
+def test_all_on_the_device_where_it_fits():
+    budget = plan(enough(40, 40))
+    assert (budget.settings.device_frames, budget.settings.host_frames) == (40, 0)
+    assert budget.device_bytes == enough(40, 40)
+    cache = FrameCache(budget.layout)
+    held = [t for t in vars(cache).values() if isinstance(t, torch.Tensor) and t.is_floating_point()]
+    assert sum(t.nbytes for t in held) - budget.layout.means_bytes // 40 == budget.device_bytes - OTHER  # one is staged
+
+
+@pytest.mark.parametrize("device_frames", [7, 8, 23, 39])
+def test_the_rest_waits_in_host_memory(device_frames):
+    for spare in (0, FRAME - 1):
+        budget = plan(enough(device_frames, 40) + spare)
+        assert (budget.settings.device_frames, budget.settings.host_frames) == (device_frames, 40 - device_frames)
+        assert budget.device_bytes <= budget.need.free
+        assert budget.host_bytes == (40 - device_frames + 1) * FRAME
+
+
+def test_short_stories_take_no_more_than_they_leave_behind():
+    budget = plan(10**9, prototypes=3)
+    assert (budget.settings.bank_frames, budget.settings.device_frames) == (3, 5)
+    assert plan(10**9, prototypes=0, bank_frames=60).settings.bank_frames == 1
+
+
+def test_lines_add_up():
+    lines = plan(enough(20, 40)).lines()
+    text = "\n".join(lines)
+    assert "3 layers x 1 stories x (2 x 24 tokens + 3 blocks) x 2 heads x 12 x 2 bytes" in text
+    assert f"one frame {size(FRAME)}" in " ".join(text.split())
+    assert "local window, 9 frames" in text and "sink, 3 frames" in text
+    assert "history, 20 frames, 5 of them as the bank" in text and "history, 20 frames more" in text
+    assert size(enough(20, 40)) in text
+
+
+@pytest.mark.parametrize("memory, frames", [("none", 9), ("sink", 12)])
+def test_kinds_without_history(memory, frames):
+    budget = plan(frames * FRAME + OTHER, memory=memory)
+    assert budget.device_bytes == frames * FRAME + OTHER and not budget.host_bytes
+    with pytest.raises(ValueError, match="--height and --width"):
+        plan(frames * FRAME + OTHER - 1, memory=memory)
+
+
+def test_full_needs_it_all_on_the_device():
+    assert plan(enough(40, 40), memory="full").settings.device_frames == 40
+    with pytest.raises(ValueError, match="--history-frames to 36, or use --memory memflow"):
+        plan(enough(40, 40) - 3 * FRAME - 1, memory="full")
+    assert plan(enough(36, 36), memory="full", history_frames=36).settings.device_frames == 36
+
+
+def test_refusal_names_a_bank_that_fits():
+    free = enough(7, 40) - 2 * FRAME
+    with pytest.raises(ValueError, match="Lower --bank-frames to 3") as refused:
+        plan(free)
+    for word in (size(enough(7, 40)), size(free), "local window, 9 frames", "the rest", size(FRAME)):
+        assert word in str(refused.value)
+    assert plan(free, bank_frames=3).device_bytes <= free
+    with pytest.raises(ValueError, match="--height and --width"):
+        plan(enough(2, 40), bank_frames=1)
+
+
+def test_refusal_names_a_history_that_fits():
+    for host_free in (0, 5 * FRAME, 20 * FRAME):
+        with pytest.raises(ValueError, match=r"lower --history-frames to (\d+)") as refused:
+            plan(enough(10, 40), host_free=host_free)
+        fits = int(str(refused.value).split("--history-frames to ")[1].split()[0])
+        assert fits == 10 + max(0, host_free // FRAME - 1)
+        budget = plan(enough(10, 40), host_free=host_free, history_frames=fits)
+        assert budget.host_bytes <= host_free
+
+
+def test_a_cpu_is_its_own_host():
+    with pytest.raises(ValueError, match="--history-frames to 10"):
+        plan(enough(10, 40), host_free=None)
+
+
+def test_free_memory_is_a_number():
+    assert 2**20 < free_host_bytes() < 2**50
+
+
+@pytest.mark.parametrize(
+    "count, words", [(0, "0 bytes"), (1023, "1,023 bytes"), (1536, "1.5 KiB"), (2**41, "2,048.0 GiB")]
+)
+def test_sizes_in_words(count, words):
+    assert size(count) == words

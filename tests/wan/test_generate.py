@@ -1,0 +1,218 @@
+"""`memflow generate`, `convert` and `verify` on a small random pipeline, all of it through files on disk."""
+
+import json
+
+import av
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from memflow_ops import cli
+from memflow_ops.model import budget
+from memflow_ops.model.convert import read_pretrained
+from memflow_ops.model.generate import to_pixels
+from memflow_ops.model.stream import Streamer, StreamSettings
+from memflow_ops.model.text_encoder import UMT5TextEncoder
+from memflow_ops.model.vae import load_vae
+from memflow_ops.model.video import read_video
+from memflow_ops.model.wan import WAN_SETTINGS
+
+STORY = ["A ball in the meadow", "the sea at night", "the ball returns"]
+CHUNKS, LATENTS, FRAMES = 6, 18, 69
+SMALL = ("--height", 32, "--width", 48, "--frames-per-prompt", 6, "--device", "cpu")
+
+
+def memflow(*words) -> int:
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(word) for word in words])
+    return end.value.code
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory, pipeline):
+    """The transformer in the original layout, as Self-Forcing's training saves it."""
+    weights = read_pretrained(pipeline).weights
+    path = tmp_path_factory.mktemp("wan") / "w.pt"
+    torch.save({"generator_ema": {f"model.{name}": tensor for name, tensor in weights.items()}, "step": 7}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def parts(checkpoint, pipeline):
+    return ("--checkpoint", checkpoint, "--num-heads", 2, "--text-encoder", pipeline, "--vae", pipeline)
+
+
+@pytest.fixture
+def story(tmp_path):
+    path = tmp_path / "story.jsonl"
+    path.write_text(json.dumps({"prompts": STORY}) + "\n")
+    return path
+
+
+def test_generate_streams_an_mp4(tmp_path, checkpoint, pipeline, parts, story, capfd):
+    out = tmp_path / "out"
+    options = ("--seed", 5, "--bank-frames", 2, "--top-k", 3, "--query-group", 4)
+    assert memflow("generate", story, "--out", out, *parts, *SMALL, *options) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["run.json", "video.mp4"]
+    with av.open(str(out / "video.mp4")) as container:
+        stream = container.streams.video[0]
+        assert (stream.average_rate, stream.width, stream.height) == (16, 48, 32)
+    video = read_video(out / "video.mp4")
+    assert len(video) == FRAMES
+
+    # The same by hand, decoded all at once.
+    settings = StreamSettings(
+        **{**vars(WAN_SETTINGS), "height": 4, "width": 6, "bank_frames": 2, "top_k": 3, "query_group": 4}
+    )
+    encode, vae = UMT5TextEncoder.from_folder(pipeline), load_vae(pipeline)
+    model = read_pretrained(checkpoint, num_heads=2).build()
+    streamer = Streamer(model, 1, settings, 5, encode=encode)
+    chunks = [streamer.next_chunk([STORY[i // 2]]) for i in range(CHUNKS)]
+    latents = torch.cat([chunk.frames for chunk in chunks], 2)
+    mean, std = (torch.tensor(x).view(1, -1, 1, 1, 1) for x in (vae.config.latents_mean, vae.config.latents_std))
+    with torch.no_grad():
+        whole = to_pixels(vae.decode(latents * std + mean).sample[0])
+    luma = np.array([0.2126, 0.7152, 0.0722])  # the video keeps only a quarter of the colours
+    assert (whole @ luma).std() > 5 and np.abs(video @ luma - whole @ luma).mean() < 3
+
+    record = json.loads((out / "run.json").read_text())
+    assert record["frames"] == FRAMES and record["fps"] == 16 and record["seed"] == 5 and record["prompts"] == STORY
+    assert [row["retrieved"] for row in record["chunks"]] == [chunk.retrieved[0] for chunk in chunks]
+    assert {"bank_frames": 2, "top_k": 3, "query_group": 4, "steps": 4, "stochastic": True}.items() <= record[
+        "settings"
+    ].items()
+    assert record["speed"]["chunks"] == 3 and record["speed"]["frames_per_second"] > 0
+    assert record["sources"]["checkpoint"] == "w.pt" and str(tmp_path) not in json.dumps(record["sources"])
+    said = capfd.readouterr().out
+    assert "local window, 9 frames" in said and "2 of them as the bank" in said and "in all" in said
+
+
+def test_an_error_on_the_way_keeps_what_was_made(tmp_path, parts, story, monkeypatch):
+    from memflow_ops.model import wan
+
+    def failing(*arguments):
+        for number, item in enumerate(whole(*arguments)):
+            if number == 2:
+                raise RuntimeError("out of everything")
+            yield item
+
+    whole = wan.streamed
+    monkeypatch.setattr(wan, "streamed", failing)
+    out = tmp_path / "out"
+    with pytest.raises(RuntimeError, match="everything"):
+        cli.main([str(word) for word in ("generate", story, "--out", out, *parts, *SMALL)])
+    record = json.loads((out / "run.json").read_text())
+    assert record["interrupted"] and "everything" in record["error"] and record["frames"] == 9 + 12
+    assert len(read_video(out / "video.mp4")) == 9 + 12
+
+
+def test_what_cannot_fit_is_refused_with_the_arithmetic(tmp_path, parts, story, capfd, monkeypatch):
+    monkeypatch.setattr(budget, "free_bytes", lambda device: 2_000_000)
+    out = tmp_path / "out"
+    assert memflow("generate", story, "--out", out, *parts, *SMALL) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "1.9 MiB are free" in said and "transformer's weights" in said
+    assert "Lower --" in said and not out.exists()
+
+
+def test_several_stories_without_memory(tmp_path, parts, capfd):
+    story = tmp_path / "two.jsonl"
+    story.write_text("".join(json.dumps({"prompts": prompts}) + "\n" for prompts in (STORY[:1], STORY[1:2])))
+    out = tmp_path / "out"
+    assert memflow("generate", story, "--out", out, "--memory", "none", *parts, *SMALL) == 0
+    assert "bank" not in capfd.readouterr().out
+    records = [json.loads((out / f"story-{i:03d}" / "run.json").read_text()) for i in range(2)]
+    assert [(record["seed"], record["frames"]) for record in records] == [(0, 21), (1, 21)]
+
+
+def test_convert_writes_what_generate_takes(tmp_path, checkpoint, pipeline, story, capfd):
+    ours = tmp_path / "ours.safetensors"
+    assert memflow("convert", checkpoint, ours, "--num-heads", 2, "--dtype", "bfloat16", "--memory", "sink") == 0
+    said = capfd.readouterr().out
+    assert "original layout, its generator_ema" in said and "2 heads" in said and str(ours) in said
+    read = read_pretrained(ours)
+    assert read.dtype == torch.bfloat16 and read.memory == "sink"
+    where = ("--checkpoint", ours, "--text-encoder", pipeline, "--vae", pipeline, "--dtype", "bfloat16")
+    assert memflow("generate", story, "--out", tmp_path / "out", *where, *SMALL) == 0
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["memory"] == "sink"
+    assert len(read_video(tmp_path / "out" / "video.mp4")) == FRAMES
+
+
+def test_verify_compares_kinds_of_memory(tmp_path, parts, story, capfd):
+    out = tmp_path / "out"
+    kinds = ("none", "sink", "memflow")
+    chosen = [word for kind in kinds for word in ("--memory", kind)]
+    assert memflow("verify", story, "--out", out, *parts, *chosen, *SMALL, "--bank-frames", 2) == 0
+    said, report = capfd.readouterr().out, json.loads((out / "report.json").read_text())
+    assert report["problems"] == [] and [kind["memory"] for kind in report["kinds"]] == list(kinds)
+    for kind in report["kinds"]:
+        differences = kind["difference_to_none"]
+        assert len(differences) == CHUNKS and differences[:3] == [0, 0, 0]
+        assert (min(differences[3:]) > 0) == (kind["memory"] != "none")
+        assert kind["first_chunk_that_differs"] == (None if kind["memory"] == "none" else 3)
+        assert kind["speed"]["chunks"] == 3 and kind["cache_bytes"] > 0
+        assert kind["memory"] in said
+        assert len(read_video(out / f"{kind['memory']}.mp4")) == FRAMES
+    picture = imread(out / "frames.png")[..., :3]
+    assert picture.shape[1] > 1000 and picture.std() > 0.05
+
+
+def test_verify_says_what_must_not_be(tmp_path, parts, story, capfd, monkeypatch):
+    from memflow_ops.model import verify
+
+    def broken(*arguments):
+        for chunk, frames, seconds in whole(*arguments):
+            if arguments[2].memory == "sink" and chunk.index == 1:
+                chunk.frames[0, 0, 0, 0, 0] = torch.nan
+            yield chunk, frames, seconds
+
+    whole = verify.streamed
+    monkeypatch.setattr(verify, "streamed", broken)
+    kinds = ("--memory", "none", "--memory", "sink")
+    assert memflow("verify", story, "--out", tmp_path / "out", *parts, *kinds, *SMALL) == 1
+    said = capfd.readouterr().err
+    assert "sink: latents of chunks [1, 2, 3, 4, 5] are not finite" in said and "nothing to remember" in said
+
+
+BAD = {
+    "no VAE": (("--vae", "/no/such/place"), "no VAE at /no/such/place"),
+    "no encoder": (("--text-encoder", "/no/such/place"), "no text encoder at /no/such/place"),
+    "no checkpoint": (("--checkpoint", "/no/such/place"), "no weights at /no/such/place"),
+    "no lora": (("--lora", "/no/such/place"), "no weights at /no/such/place"),
+    "size": (("--height", 40), "multiples of 16 pixels"),
+    "memory": (("--memory", "elephant"), "elephant"),
+    "dtype": (("--dtype", "int8"), "int8"),
+    "toy option": (("--baseline",), "--baseline belong to the toy world"),
+    "heads": (("--num-heads", 5), "num_heads"),
+}
+
+
+@pytest.mark.parametrize("options, expected", BAD.values(), ids=BAD.keys())
+def test_bad_options_are_refused_before_anything_is_written(tmp_path, parts, story, capfd, options, expected):
+    out = tmp_path / "out"
+    assert memflow("generate", story, "--out", out, *parts, *SMALL, *options) == 2
+    said = capfd.readouterr().err
+    assert expected in said and said.count("\n") == 1 and said.startswith("memflow: ")
+    assert not out.exists()
+
+
+def test_parts_that_do_not_belong_together(tmp_path, parts, pipeline, story, capfd):
+    from diffusers import AutoencoderKLWan
+
+    AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[True]
+    ).save_pretrained(tmp_path / "vae")
+    out = tmp_path / "out"
+    assert memflow("generate", story, "--out", out, *parts, *SMALL, "--vae", tmp_path / "vae") == 2
+    assert "latents of 4 channels, the transformer makes 16" in capfd.readouterr().err
+    assert not out.exists()
+
+
+def test_real_options_need_a_checkpoint(tmp_path, story, capfd):
+    assert memflow("generate", story, "--out", tmp_path / "out", "--vae", tmp_path) == 2
+    assert "--vae need a --checkpoint" in capfd.readouterr().err
+    assert memflow("generate", story, "--out", tmp_path / "out", "--checkpoint", tmp_path) == 2
+    assert "also needs --text-encoder, --vae" in capfd.readouterr().err
+    assert memflow("convert", tmp_path, tmp_path / "out.pt") == 2
+    assert "out.pt" in capfd.readouterr().err
