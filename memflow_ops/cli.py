@@ -363,6 +363,8 @@ def info() -> None:
     line("torch", torch.__version__)
     line("triton", environment.version("triton") or "not installed")
     line("flash-attn", environment.version("flash-attn") or "not installed (pip install 'memflow-ops[flash]')")
+    for name in ("diffusers", "transformers"):
+        line(name, environment.version(name) or "not installed (pip install 'memflow-ops[wan]', for real checkpoints)")
     device = environment.pick_device("auto")
     typer.echo("device")
     line(device.type, environment.device_name(device))

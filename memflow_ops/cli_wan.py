@@ -13,6 +13,7 @@ from memflow_ops.cli_common import run_stories
 
 if TYPE_CHECKING:
     from memflow_ops.model.convert import Pretrained
+    from memflow_ops.model.stream import StreamSettings
     from memflow_ops.model.verify import Outcome
     from memflow_ops.model.wan import Parts, Plan, Run, Sources
 
@@ -43,18 +44,17 @@ def prepare(
 
     stories = read_stories(story, any_prompt)[:most]
     sources.check()
-    rows, columns = wan.latent_size(sources.vae, height, width)
-    chosen = replace(wan.WAN_SETTINGS, **_with_room(settings), height=rows, width=columns)
+    size = dict(zip(("height", "width"), wan.latent_size(sources.vae, height, width), strict=True))
     for memory in memories or ():
-        replace(chosen, memory=memory)  # type: ignore[arg-type]  # refuses what it does not know
+        _settings(memory, **settings, **size)  # refuses what cannot be before the weights are read
     free = wan.Free.now(pick_device(device))
     pretrained = sources.read()
     typer.echo(described(pretrained))
     plans = []
     for memory in dict.fromkeys(memories or (pretrained.memory,)):
         plans += wan.make_plans(
-            stories, out, replace(chosen, memory=memory), sources, pretrained, free,  # type: ignore[arg-type]
-            seed=seed, frames_per_prompt=frames_per_prompt or wan.FRAMES_PER_PROMPT, history_frames=history_frames,
+            stories, out, _settings(memory, **settings, **size), sources, pretrained, free, seed=seed,
+            frames_per_prompt=frames_per_prompt or wan.FRAMES_PER_PROMPT, history_frames=history_frames,
         )  # fmt: skip
     largest = max(plans, key=lambda plan: plan.budget.device_bytes + plan.budget.host_bytes)
     typer.echo("\n".join(largest.budget.lines()))
@@ -63,12 +63,15 @@ def prepare(
     return wan.load_parts(sources, pretrained, prompts, free.device), plans
 
 
-def _with_room(settings: dict[str, Any]) -> dict[str, Any]:
-    """Settings that can be checked before the history is divided between device and host."""
-    from memflow_ops.model.wan import WAN_SETTINGS
+def _settings(memory: str, **changes: Any) -> StreamSettings:
+    """Those of a kind of memory, with room on the device until the history is divided."""
+    from memflow_ops.model.wan import OF_A_KIND, WAN_SETTINGS
 
-    bank = settings.get("bank_frames", WAN_SETTINGS.bank_frames)
-    return {**settings, "device_frames": max(WAN_SETTINGS.device_frames, bank + WAN_SETTINGS.window_frames)}
+    changes = {**OF_A_KIND.get(memory, {}), **changes, "memory": memory}
+    bank = changes.get("bank_frames", WAN_SETTINGS.bank_frames)
+    return replace(
+        WAN_SETTINGS, **changes, device_frames=max(WAN_SETTINGS.device_frames, bank + WAN_SETTINGS.window_frames)
+    )
 
 
 def any_prompt(prompt: str) -> None:

@@ -34,6 +34,8 @@ WAN_SETTINGS = StreamSettings(
     steps=4, shift=5.0, stochastic=True,
 )  # fmt: skip
 """What few-step checkpoints of the Wan 2.1 family are streamed with; height and width of the latents of 480 x 832."""
+OF_A_KIND: dict[str, dict[str, Any]] = {"released": {"bank_frames": 3}}
+"""What is otherwise with a kind of memory."""
 
 
 @dataclass(frozen=True)
