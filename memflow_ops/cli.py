@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -431,43 +430,9 @@ def evaluate(
 
     Writes a JSON file and a picture beside it. Ctrl-C ends early and keeps the kinds that are finished.
     """
-    from rich.console import Console
-    from rich.progress import Progress
+    from memflow_ops import cli_toy
 
-    from memflow_ops.model import evaluate as judging
-    from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint
-    from memflow_ops.model.stream import TOY_SETTINGS
-
-    kinds = memory or list(judging.KINDS)
-    target = out or judging.default_results()
-    with mistakes():
-        settings = replace(TOY_SETTINGS, top_k=top_k or TOY_SETTINGS.top_k, steps=steps or TOY_SETTINGS.steps)
-        model = load_checkpoint(weights or TOY_WEIGHTS)
-        judging.check(kinds, stories, seed)
-    rows: list[judging.Row] = []
-    with Progress(console=Console(stderr=True)) as bar:
-        tasks = {name: bar.add_task(name, total=None, start=False) for name in kinds}
-
-        def report(name: str, done: int, total: int) -> None:
-            if done == 1:
-                bar.start_task(tasks[name])
-            bar.update(tasks[name], completed=done, total=total)
-
-        try:
-            for row in judging.evaluate(
-                model, stories=stories, kinds=kinds, seed=seed, settings=settings, report=report
-            ):
-                rows.append(row)
-        except KeyboardInterrupt:
-            if not rows:
-                raise
-    typer.echo(judging.table(rows))
-    if target is not None:
-        name = weights.name if weights else TOY_WEIGHTS.name
-        judging.write_results(rows, settings, seed=seed, stories=stories, weights=name, out=target)
-        typer.echo(f"written to {target} and {target.with_suffix('.png').name}")
-    if len(rows) < len(kinds):
-        raise KeyboardInterrupt
+    cli_toy.evaluate(weights, stories, seed, memory, top_k, steps, out)
 
 
 def _given(**options: Any) -> dict[str, Any]:

@@ -7,7 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from memflow_ops.cli_common import run_stories
+import typer
+
+from memflow_ops.cli_common import mistakes, run_stories
 
 if TYPE_CHECKING:
     from memflow_ops.model.generate import Plan, Run
@@ -105,3 +107,52 @@ def colours(seen: dict[str, Any], character: str) -> str:
         f"it came back {verdict}: {colour_name(before)} {seen['pattern_before']}, hue {before:.0f} degrees, when it "
         f"left, {colour_name(after)} {seen['pattern_after']}, hue {after:.0f}, on return."
     )
+
+
+def evaluate(
+    weights: Path | None,
+    stories: int,
+    seed: int,
+    memory: list[str] | None,
+    top_k: int | None,
+    steps: int | None,
+    out: Path | None,
+) -> None:
+    """Judges the toy weights behind progress bars, prints the table and writes it to a file."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from memflow_ops.model import evaluate as judging
+    from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint
+    from memflow_ops.model.stream import TOY_SETTINGS
+
+    kinds = memory or list(judging.KINDS)
+    target = out or judging.default_results()
+    with mistakes():
+        settings = replace(TOY_SETTINGS, top_k=top_k or TOY_SETTINGS.top_k, steps=steps or TOY_SETTINGS.steps)
+        model = load_checkpoint(weights or TOY_WEIGHTS)
+        judging.check(kinds, stories, seed)
+    rows: list[judging.Row] = []
+    with Progress(console=Console(stderr=True)) as bar:
+        tasks = {name: bar.add_task(name, total=None, start=False) for name in kinds}
+
+        def report(name: str, done: int, total: int) -> None:
+            if done == 1:
+                bar.start_task(tasks[name])
+            bar.update(tasks[name], completed=done, total=total)
+
+        try:
+            for row in judging.evaluate(
+                model, stories=stories, kinds=kinds, seed=seed, settings=settings, report=report
+            ):
+                rows.append(row)
+        except KeyboardInterrupt:
+            if not rows:
+                raise
+    typer.echo(judging.table(rows))
+    if target is not None:
+        name = weights.name if weights else TOY_WEIGHTS.name
+        judging.write_results(rows, settings, seed=seed, stories=stories, weights=name, out=target)
+        typer.echo(f"written to {target} and {target.with_suffix('.png').name}")
+    if len(rows) < len(kinds):
+        raise KeyboardInterrupt

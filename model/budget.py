@@ -80,13 +80,10 @@ class Budget:
     def lines(self) -> list[str]:
         """The arithmetic, a line each."""
         layout = self.layout
+        stories = f"{layout.batch} {'story' if layout.batch == 1 else 'stories'}"
         vectors = f"(2 x {layout.frame_tokens} tokens + {layout.blocks_per_frame} blocks)"
-        frame = Item(
-            "one frame",
-            layout.frame_bytes,
-            f"{layout.layers} layers x {layout.batch} stories x {vectors} x {layout.kv_heads} heads x "
-            f"{layout.head_dim} x {layout.dtype.itemsize} bytes",
-        )
+        numbers = f"{vectors} x {layout.kv_heads} heads x {layout.head_dim} x {layout.dtype.itemsize} bytes"
+        frame = Item("one frame", layout.frame_bytes, f"{layout.layers} layers x {stories} x {numbers}")
         rows = [frame, *self.device_items, Item("in all", self.device_bytes, f"of {size(self.need.free)} free")]
         if self.host_bytes:
             free = "" if self.need.host_free is None else f", of {size(self.need.host_free)} free"

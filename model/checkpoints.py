@@ -80,13 +80,18 @@ def config_of(metadata: Mapping[str, str], source: str) -> ModelConfig:
 
 
 def fill_model(
-    model: CausalVideoModel, weights: Mapping[str, Tensor], dtype: torch.dtype | None, device: str | torch.device
+    model: CausalVideoModel,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    copy: bool = False,
 ) -> CausalVideoModel:
     """Gives a model (maybe on the meta device) these weights, on `device`, and sets it to eval mode.
 
-    dtype None: each keeps its own. Weights that need no change are taken as they are, not copied.
+    dtype None: each keeps its own. copy: also those that are right as they are; otherwise the model shares them.
     """
-    model.load_state_dict({name: x.to(device, dtype or x.dtype) for name, x in weights.items()}, assign=True)
+    own = {name: tensor.to(device, dtype or tensor.dtype, copy=copy) for name, tensor in weights.items()}
+    model.load_state_dict(own, assign=True)
     return model.eval()
 
 

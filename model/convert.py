@@ -31,17 +31,21 @@ class Pretrained:
     config: ModelConfig
     source: str
     layout: str
-    """ours, original or diffusers"""
+    """our, original or diffusers"""
     part: str = ""
     """Which entry of a .pt was taken."""
     lora: str = ""
     """What was merged, in words."""
     memory: str = "memflow"
     """The `StreamSettings.memory` that the weights were tuned for."""
+    mapped: bool = False
+    """Whether the weights are views of the file."""
 
     def build(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CausalVideoModel:
-        """The model in eval mode; dtype None: that of most of its numbers."""
-        return checkpoints.fill_model(empty_model(self.config), self.weights, dtype or self.dtype, device)
+        """The model in eval mode; dtype None: that of most of its numbers. It does not depend on the file any more."""
+        return checkpoints.fill_model(
+            empty_model(self.config), self.weights, dtype or self.dtype, device, copy=self.mapped
+        )
 
     @property
     def dtype(self) -> torch.dtype:
@@ -133,7 +137,7 @@ def _ours(file: WeightFile, source: str, memory: str | None) -> Pretrained:
     config = checkpoints.config_of(file.metadata, source)
     checkpoints.check_state_dict(empty_model(config), file.tensors, source)
     origin = json.loads(file.metadata.get("origin", "{}"))
-    return Pretrained(dict(file.tensors), config, source, "ours", memory=memory or origin.get("memory", "memflow"))
+    return Pretrained(dict(file.tensors), config, source, "our", memory=memory or origin.get("memory", "memflow"))
 
 
 def _foreign(
@@ -168,4 +172,5 @@ def _foreign(
 
     checkpoints.check_state_dict(empty_model(config), weights, source, in_file)
     layout = "diffusers" if diffusers else "original"
-    return Pretrained(weights, config, source, layout, file.part, memory=memory or tuned_for(Path(source))), lora
+    memory = memory or tuned_for(Path(source))
+    return Pretrained(weights, config, source, layout, file.part, memory=memory, mapped=file.mapped), lora

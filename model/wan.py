@@ -34,6 +34,8 @@ WAN_SETTINGS = StreamSettings(
     steps=4, shift=5.0, stochastic=True,
 )  # fmt: skip
 """What few-step checkpoints of the Wan 2.1 family are streamed with; height and width of the latents of 480 x 832."""
+RESERVE = 20
+"""The part of the free memory that is not planned with, 1 / RESERVE."""
 OF_A_KIND: dict[str, dict[str, Any]] = {"released": {"bank_frames": 3}}
 """What is otherwise with a kind of memory."""
 
@@ -175,6 +177,9 @@ def plan_story(
     pixels = settings.height * scale, settings.width * scale
     decoder = budget.count_numbers(folder, ("decoder.", "post_quant_conv."))
     items += budget.vae_items(vae, decoder, 1, *pixels, dtype)
+    items.append(
+        budget.Item("kept free", free.bytes // RESERVE, f"one part in {RESERVE}: what is estimated may be more")
+    )
     encoder, _ = find_text_encoder(sources.text_encoder)
     text = budget.count_numbers(encoder, ("shared.", "encoder.")) * dtype.itemsize
     if text > free.bytes:

@@ -36,6 +36,8 @@ class WeightFile:
     """A safetensors file's own."""
     stated: Mapping[str, Any] = field(default_factory=dict)
     """config.json of a model folder."""
+    mapped: bool = False
+    """Whether the tensors are views of the file, which must then stay as it is while they are used."""
 
 
 def read_weights(path: Path, names: tuple[str, ...] = ("diffusion_pytorch_model",)) -> WeightFile:
@@ -122,8 +124,9 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_pt(path: Path) -> WeightFile:
     """torch.save's format. Only tensors and plain containers are unpickled; anything else could run code."""
+    mapped = zipfile.is_zipfile(path)
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
         # torch's own message recommends to load it unsafely.
         what = next((line for line in str(error).splitlines() if "GLOBAL" in line), "").strip()
@@ -144,6 +147,4 @@ def _read_pt(path: Path) -> WeightFile:
                 f"{path}: {part + ': ' if part else ''}{name} must be a tensor, got {type(value).__name__}; a "
                 f"state dict is looked for under {', '.join(_PARTS)}, else at the top"
             )
-    # Cloned, because they are views of the file's memory, and the file may change.
-    own, own_lora = ({name: tensor.clone() for name, tensor in of.items()} for of in (weights, lora))
-    return WeightFile(path, own, lora=own_lora, part=part)
+    return WeightFile(path, dict(weights), lora=dict(lora), part=part, mapped=mapped)

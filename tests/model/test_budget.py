@@ -56,7 +56,7 @@ def test_short_stories_take_no_more_than_they_leave_behind():
 def test_lines_add_up():
     lines = plan(enough(20, 40)).lines()
     text = "\n".join(lines)
-    assert "3 layers x 1 stories x (2 x 24 tokens + 3 blocks) x 2 heads x 12 x 2 bytes" in text
+    assert "3 layers x 1 story x (2 x 24 tokens + 3 blocks) x 2 heads x 12 x 2 bytes" in text
     assert f"one frame {size(FRAME)}" in " ".join(text.split())
     assert "local window, 9 frames" in text and "sink, 3 frames" in text
     assert "history, 20 frames, 5 of them as the bank" in text and "history, 20 frames more" in text

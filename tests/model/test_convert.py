@@ -156,7 +156,7 @@ def test_converted_file_carries_everything(tmp_path, weights):
     convert(read_pretrained(path, memory="released", **SAID), out, torch.bfloat16)
     assert [file.name for file in out.parent.iterdir()] == [out.name]
     read = read_pretrained(out)
-    assert (read.config, read.layout, read.memory) == (CONFIG, "ours", "released")
+    assert (read.config, read.layout, read.memory) == (CONFIG, "our", "released")
     for name, tensor in load_file(out).items():
         assert torch.equal(tensor, weights[name].bfloat16())
     assert load_checkpoint(out).config == CONFIG
