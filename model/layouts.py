@@ -147,6 +147,11 @@ def infer_config(
                 f"multiple of {HEAD_DIM}, Wan's head size); give num_heads (--num-heads)"
             )
         heads = dim // HEAD_DIM
+    head_dim = stated.get("attention_head_dim")
+    if head_dim is not None and num_heads is None and heads * head_dim != dim:
+        raise ValueError(
+            f"{source}: its config.json says {heads} heads of {head_dim}, by the shapes the width is {dim}"
+        )
     return ModelConfig(
         **sizes,
         num_heads=heads,

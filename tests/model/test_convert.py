@@ -403,6 +403,9 @@ def test_config_that_contradicts_the_shapes_is_refused(tmp_path, weights):
     folder = write_folder(tmp_path / "Wan", weights, **{**ORIGINAL_CONFIG, "ffn_dim": 41})
     with pytest.raises(ValueError, match="ffn_dim is 41, by the shapes 40"):
         read_pretrained(folder)
+    folder = write_folder(tmp_path / "diffusers", weights, num_attention_heads=2, attention_head_dim=16)
+    with pytest.raises(ValueError, match="2 heads of 16, by the shapes the width is 24"):
+        read_pretrained(folder)
 
 
 class Trap:

@@ -89,23 +89,27 @@ def test_generate_streams_an_mp4(tmp_path, checkpoint, pipeline, parts, story, c
     assert "local window, 9 frames" in said and "2 of them as the bank" in said and "in all" in said
 
 
-def test_an_error_on_the_way_keeps_what_was_made(tmp_path, parts, story, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("out of everything"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
+def test_an_end_on_the_way_keeps_what_was_made(tmp_path, parts, story, capfd, monkeypatch, error):
     from memflow_ops.model import wan
 
-    def failing(*arguments):
+    def ending(*arguments):
         for number, item in enumerate(whole(*arguments)):
             if number == 2:
-                raise RuntimeError("out of everything")
+                raise error
             yield item
 
-    whole = wan.streamed
-    monkeypatch.setattr(wan, "streamed", failing)
-    out = tmp_path / "out"
-    with pytest.raises(RuntimeError, match="everything"):
+    whole, out = wan.streamed, tmp_path / "out"
+    monkeypatch.setattr(wan, "streamed", ending)
+    with pytest.raises((RuntimeError, SystemExit)) as end:
         cli.main([str(word) for word in ("generate", story, "--out", out, *parts, *SMALL)])
     record = json.loads((out / "run.json").read_text())
-    assert record["interrupted"] and "everything" in record["error"] and record["frames"] == 9 + 12
-    assert len(read_video(out / "video.mp4")) == 9 + 12
+    assert record["interrupted"] and record["frames"] == 9 + 12 == len(read_video(out / "video.mp4"))
+    if isinstance(error, RuntimeError):
+        assert "everything" in str(end.value) and "everything" in record["error"]
+    else:
+        assert end.value.code == 130 and "after chunk 2 of 6" in capfd.readouterr().err
+    assert sorted(path.name for path in out.iterdir()) == ["run.json", "video.mp4"]
 
 
 def test_what_cannot_fit_is_refused_with_the_arithmetic(tmp_path, parts, story, capfd, monkeypatch):

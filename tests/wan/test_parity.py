@@ -210,6 +210,21 @@ def test_weights_that_would_be_made_up_are_named(tmp_path, pipeline):
         load_vae(copied_without(pipeline / "vae", tmp_path / "vae", "decoder.conv_out.weight"))
 
 
+def test_nothing_asks_the_network(pipeline, monkeypatch):
+    import socket
+
+    from huggingface_hub import constants
+
+    def refuse(*arguments, **options):
+        raise AssertionError(f"somebody asked for {arguments}")
+
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    UMT5TextEncoder.from_folder(pipeline)
+    load_vae(pipeline)
+
+
 def test_package_does_without_them():
     """Everything imports with the extra's packages blocked, and says what to install when one is needed."""
     program = """
