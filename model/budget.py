@@ -115,8 +115,12 @@ def plan_memory(
     if settings.memory in ("memflow", "full"):
         settings = replace(settings, bank_frames=min(settings.bank_frames, max(history, 1)))
     if settings.memory == "full":
-        budget = _budget(replace(settings, device_frames=max(history, _least(settings))), layout_of, need)
-        return _checked(budget)
+        if history < prototypes:
+            raise ValueError(
+                f"memory 'full' attends to all {prototypes} frames that this stream leaves behind, so --history-frames "
+                f"cannot be {history}; use --memory memflow"
+            )
+        return _checked(_budget(replace(settings, device_frames=max(history, _least(settings))), layout_of, need))
     if settings.memory != "memflow":
         return _checked(_budget(settings, layout_of, need))
 
@@ -157,8 +161,8 @@ def _checked(budget: Budget) -> Budget:
     frame, settings = budget.layout.frame_bytes, budget.settings
     sums = " + ".join(f"{item.name} {size(item.size)}" for item in budget.device_items)
     fewer = math.ceil(over / frame)
-    if settings.memory == "full" and settings.device_frames - fewer > _least(settings):
-        lower = f"--history-frames to {settings.device_frames - fewer}, or use --memory memflow"
+    if settings.memory == "full":
+        lower = f"--frames-per-prompt (each {settings.chunk_frames} leave one behind), or use --memory memflow"
     elif settings.memory == "memflow" and settings.bank_frames - fewer > 0:
         lower = f"--bank-frames to {settings.bank_frames - fewer}"
     else:

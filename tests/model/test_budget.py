@@ -73,9 +73,10 @@ def test_kinds_without_history(memory, frames):
 
 def test_full_needs_it_all_on_the_device():
     assert plan(enough(40, 40), memory="full").settings.device_frames == 40
-    with pytest.raises(ValueError, match="--history-frames to 36, or use --memory memflow"):
-        plan(enough(40, 40) - 3 * FRAME - 1, memory="full")
-    assert plan(enough(36, 36), memory="full", history_frames=36).settings.device_frames == 36
+    with pytest.raises(ValueError, match=r"Lower --frames-per-prompt .* or use --memory memflow"):
+        plan(enough(40, 40) - 1, memory="full")
+    with pytest.raises(ValueError, match="attends to all 40 frames"):
+        plan(10**9, memory="full", history_frames=36)
 
 
 def test_refusal_names_a_bank_that_fits():

@@ -131,6 +131,16 @@ def test_several_stories_without_memory(tmp_path, parts, capfd):
     assert [(record["seed"], record["frames"]) for record in records] == [(0, 21), (1, 21)]
 
 
+def test_a_short_history_forgets_the_oldest(tmp_path, parts, story):
+    out = tmp_path / "out"
+    options = ("--frames-per-prompt", 8, "--bank-frames", 1, "--history-frames", 3)
+    assert memflow("generate", story, "--out", out, *parts, *SMALL, *options) == 0
+    record = json.loads((out / "run.json").read_text())
+    assert (record["settings"]["device_frames"], record["settings"]["host_frames"]) == (3, 0)
+    # Three prototypes are kept, of which the window holds two: only the one before it is left to choose.
+    assert [row["retrieved"] for row in record["chunks"][4:]] == [[3], [6], [9], [12]]
+
+
 def test_convert_writes_what_generate_takes(tmp_path, checkpoint, pipeline, story, capfd):
     ours = tmp_path / "ours.safetensors"
     assert memflow("convert", checkpoint, ours, "--num-heads", 2, "--dtype", "bfloat16", "--memory", "sink") == 0

@@ -232,7 +232,8 @@ import sys
 for name in ("diffusers", "transformers", "peft", "accelerate", "ftfy", "sentencepiece", "tokenizers"):
     sys.modules[name] = None
 import memflow_ops, memflow_ops.cli
-from memflow_ops.model import convert, text_encoder, transformer, vae
+import memflow_ops.integrations.diffusers, memflow_ops.integrations.self_forcing
+from memflow_ops.model import convert, text_encoder, transformer, vae, verify, wan
 assert transformer.CausalVideoModel.from_pretrained("model/weights/toy.safetensors").config.out_dim == 3
 for load in (vae.load_vae, text_encoder.UMT5TextEncoder.from_folder):
     try:
