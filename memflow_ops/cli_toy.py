@@ -146,6 +146,8 @@ def evaluate(
                 model, stories=stories, kinds=kinds, seed=seed, settings=settings, report=report
             ):
                 rows.append(row)
+                if not bar.console.is_terminal:
+                    bar.console.print(f"{row.memory}: same hue in {100 * row.hue.value:.0f} % of {row.hue.count} returns")
         except KeyboardInterrupt:
             if not rows:
                 raise
