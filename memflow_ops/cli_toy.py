@@ -147,7 +147,9 @@ def evaluate(
             ):
                 rows.append(row)
                 if not bar.console.is_terminal:
-                    bar.console.print(f"{row.memory}: same hue in {100 * row.hue.value:.0f} % of {row.hue.count} returns")
+                    bar.console.print(
+                        f"{row.memory}: same hue in {100 * row.hue.value:.0f} % of {row.hue.count} returns"
+                    )
         except KeyboardInterrupt:
             if not rows:
                 raise
