@@ -17,15 +17,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from memflow_ops import memory_attention
 from memflow_ops.cache import FrameCache
 from memflow_ops.cache_layout import CacheLayout
-from memflow_ops.model.transformer import apply_rotation, rope_rotation
+from memflow_ops.model.attend import attend_to_memory
+from memflow_ops.model.transformer import Attend, rope_rotation
 from memflow_ops.retrieval import Policy, Relevance, Retrieved
 
 
@@ -104,12 +104,13 @@ class WanMemory:
         self.device = transformer.patch_embedding.weight.device
         self.cache = FrameCache(layout, self.device)
         self._rotation: tuple[Tensor, Tensor] | None = None
-        self._clean = False
+        self.attend: Attend | None = None
+        """Of the pass that runs; None between chunks."""
 
     @property
     def is_open(self) -> bool:
         """Between `begin_chunk` and `commit`."""
-        return self._rotation is not None
+        return self.attend is not None
 
     @torch.no_grad()
     def begin_chunk(self, text: Tensor, text_lengths: Sequence[int] | None = None) -> Retrieved:
@@ -131,6 +132,7 @@ class WanMemory:
         frames = torch.arange(first, first + self.layout.chunk_frames, device=self.device)
         rows, columns = (torch.arange(n, device=self.device) for n in self.grid)
         self._rotation = rope_rotation(self.layout.head_dim, frames, rows, columns)
+        self.attend = self._attend_to()
         return retrieved
 
     @contextmanager
@@ -138,16 +140,16 @@ class WanMemory:
         """Around the pass at timestep 0 over the finished latents, the last of a chunk."""
         if not self.is_open:
             raise RuntimeError("clean: no chunk is open, call begin_chunk first")
-        self._clean = True
+        before, self.attend = self.attend, self._attend_to(remember=True)
         try:
             yield
         finally:
-            self._clean = False
+            self.attend = before
 
     def commit(self) -> None:
         """Closes the chunk after its clean pass."""
         self.cache.commit()
-        self._rotation = None
+        self.attend = None
 
     def detach(self) -> None:
         """Puts the processors back that were there before."""
@@ -155,33 +157,17 @@ class WanMemory:
             if isinstance(block.attn1.processor, WanMemoryProcessor):
                 block.attn1.set_processor(block.attn1.processor.before)
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """q, k (normalised, before RoPE), v: (B, chunk tokens, heads, head_dim), like the result."""
+    def _attend_to(self, remember: bool = False) -> Attend:
         assert self._rotation is not None
-        q = apply_rotation(q, *self._rotation)
-        self.cache.write(layer, apply_rotation(k, *self._rotation), v)
-        if self._clean:
-            self.cache.remember(layer, k)
-        keys, values = self.cache.window(layer)
-        if not any(self.cache.bank()):
-            return cast(Tensor, memory_attention(q, keys, values, impl=self.impl))
-        memory = self.cache.memory(layer)
-        out = memory_attention(
-            q,
-            keys,
-            values,
-            memory.keys,
-            memory.values,
-            memory_descriptors=memory.descriptors,
+        return attend_to_memory(
+            self.cache,
+            self._rotation,
+            sparse=True,
             top_k=self.top_k,
-            block_size=self.layout.block_size,
-            frame_tokens=self.layout.frame_tokens,
             query_group=self.query_group,
-            memory_frames=memory.frames,
-            memory_slots=memory.slots,
             impl=self.impl,
+            remember=remember,
         )
-        return cast(Tensor, out)
 
     def _text_keys(self, text: Tensor) -> list[Tensor]:
         """Per layer the keys of the text cross-attention (B, Lt, heads, head_dim)."""
@@ -206,7 +192,7 @@ class WanMemoryProcessor:
         **options: Any,
     ) -> Tensor:
         """As diffusers calls it; rotary_emb, which starts at frame 0 in every chunk, gives way to absolute frames."""
-        if not self.memory.is_open:
+        if self.memory.attend is None:
             return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **options)
         if encoder_hidden_states is not None or attention_mask is not None:
             raise ValueError("memory is for self-attention without a mask")
