@@ -38,6 +38,8 @@ class Machine:
     stack_bytes: int
     shared_bytes: int
     opcodes: Counter[str]
+    loop_opcodes: Counter[str]
+    """Of the main loop alone: the innermost one with the most matrix products, else with the most instructions."""
     ptx: str = field(repr=False)
 
     @property
@@ -48,7 +50,7 @@ class Machine:
     @property
     def tensor_core_products(self) -> int:
         """Matrix products on tensor cores: HMMA on sm_80, HGMMA on sm_90, UTCHMMA on sm_100."""
-        return sum(self.opcodes[name] for name in ("HMMA", "HGMMA", "UTCHMMA"))
+        return products(self.opcodes)
 
 
 def compile_launch(launch: Launch, capability: int) -> Machine:
@@ -61,11 +63,33 @@ def compile_launch(launch: Launch, capability: int) -> Machine:
         usage = cuobjdump("--dump-resource-usage", file.name)
         assembly = cuobjdump("-sass", file.name)
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    # An instruction: /*address*/, perhaps a predicate (@!P0), the opcode and its modifiers.
-    opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)", assembly, re.MULTILINE)
+    # An instruction: /*address*/, perhaps a predicate (@!P0), the opcode, its modifiers and operands.
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([^;]*)", assembly, re.MULTILINE)
+    instructions = [(int(address, 16), opcode, rest) for address, opcode, rest in found]
     return Machine(
-        resources["REG"], resources["STACK"], compiled.metadata.shared, Counter(opcodes), compiled.asm["ptx"]
+        registers=resources["REG"],
+        stack_bytes=resources["STACK"],
+        shared_bytes=compiled.metadata.shared,
+        opcodes=Counter(opcode for _, opcode, _ in instructions),
+        loop_opcodes=main_loop(instructions),
+        ptx=compiled.asm["ptx"],
     )
+
+
+def products(opcodes: Counter[str]) -> int:
+    return sum(opcodes[name] for name in ("HMMA", "HGMMA", "UTCHMMA"))
+
+
+def main_loop(instructions: list[tuple[int, str, str]]) -> Counter[str]:
+    """The opcodes of the main loop of (address, opcode, operands); a loop ends with a branch back to its start."""
+    loops = []
+    for address, opcode, rest in instructions:
+        target = re.search(r"0x([0-9a-f]+)", rest) if opcode == "BRA" else None
+        if target and int(target[1], 16) < address:
+            loops.append((int(target[1], 16), address))
+    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
+    bodies = [Counter(op for address, op, _ in instructions if start <= address <= end) for start, end in innermost]
+    return max(bodies, key=lambda body: (products(body), body.total()), default=Counter())
 
 
 def cuobjdump(*arguments: str) -> str:

@@ -1,54 +1,47 @@
-"""Attention over a dense segment and over selected blocks of a memory bank, in one softmax and one launch."""
+"""Attention over a dense segment and over selected blocks of a memory bank, in one softmax and one launch.
+
+The kernel can choose the blocks itself: the last round of the selection (kernels/select.py), or all of it where the
+bank is small. It can also continue the softmax of another kernel (`resume`), and rows can have blocks of their own.
+"""
+
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from .bank import attend_list, attend_tile, attend_union, plan_union, used_entries
+from .configs import ONE_LAUNCH_BYTES, attend_config, capability_of, merge_config
 from .launch import Launch
-from .primitives import LN_2, LOG2_E, cast, load_rows, matmul, online_softmax_update, physical_frame
+from .primitives import LN_2, LOG2_E, cast, load_rows
+from .scores import count_valid_blocks
+from .select import plan_select, plan_shortlist, select_one
 
 
 @triton.jit
-def attend_tile(
-    query,  # [BLOCK_M, DIM]
-    k,  # pointer to this batch and head
-    v,
-    k_stride,  # between tokens
-    v_stride,
-    tokens,  # [BLOCK_N] which keys
-    present,  # [BLOCK_N] false: neither read nor attended to
-    scale_log2,
-    row_max,
-    row_sum,
-    accumulator,
+def initial_state(
+    resume_rows,  # [BLOCK_M] pointers to the rows of an output, or None: start afresh
+    resume_lse_rows,  # [BLOCK_M] pointers, natural logarithm
+    row_mask,
     HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     DIM: tl.constexpr,
 ):
-    """Attend to one tile of keys: returns the softmax state (row_max, row_sum, accumulator) after it."""
-    columns = tl.arange(0, DIM)
-    tokens = tokens.to(tl.int64)
-    key = load_rows(k + tokens * k_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
-    scores = matmul(query, tl.trans(key), tl.zeros([query.shape[0], tokens.shape[0]], tl.float32)) * scale_log2
-    scores = tl.where(present[None, :], scores, float("-inf"))
-    weights, correction, row_max, row_sum = online_softmax_update(scores, row_max, row_sum)
-    value = load_rows(v + tokens * v_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
-    accumulator = matmul(cast(weights, value.dtype), value, accumulator * correction[:, None])
+    """The softmax state before the first key, or that of the attention to continue: an output is a sum of weight 1."""
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, DIM], tl.float32)
+    if resume_rows is not None:
+        row_max = tl.load(resume_lse_rows, mask=row_mask, other=float("-inf")) * LOG2_E
+        started = row_max != float("-inf")
+        row_sum = tl.where(started, 1.0, 0.0)
+        accumulator = load_rows(resume_rows, row_mask & started, tl.arange(0, DIM), HEAD_DIM).to(tl.float32)
     return row_max, row_sum, accumulator
 
 
-@triton.jit
-def used_entries(indices, entries, blocks, CHUNK: tl.constexpr):
-    """The number of leading entries of a selection that reach up to its last valid index."""
-    used = tl.zeros([CHUNK], tl.int32)
-    for first in range(0, entries, CHUNK):
-        places = first + tl.arange(0, CHUNK)
-        index = tl.load(indices + places, mask=places < entries, other=-1)
-        used = tl.where((index >= 0) & (index < blocks), places + 1, used)
-    return tl.max(used, 0)
-
-
-# FLOPs: 4 * D * H * (Lq * Lk + the sum over queries of their selected keys). Bytes: q, out and k, v of the segments
-# once per query tile (from L2, mostly). Bound by the tensor cores.
+# FLOPs: 4 * D * H * (Lq * Lk + the sum over query tiles of the keys that they walk over). Bytes: q, out and k, v of
+# the segments once per query tile (from L2, mostly). Bound by the tensor cores.
 @triton.jit
 def attend_kernel(
     q,  # (B, Lq, H, D)
@@ -56,8 +49,14 @@ def attend_kernel(
     v,
     memory_k,  # (B, physical frames * frame_tokens, Hkv, D), or None: no bank
     memory_v,
-    indices,  # (B, H, G, K) int32
     memory_slots,  # (B, F) int32, or None: identity
+    indices,  # (B, H, G, K) int32: read, or with descriptors written
+    unions,  # (B, H, tiles, BLOCK_M * K) int32 of union_kernel, or None: the rows of a tile share a selection
+    union_sizes,  # (B, H, tiles) int32
+    descriptors,  # (B, physical blocks, Hkv, D), or None: the selection is given
+    candidates,  # (B, H, G, C) int32, or None: all blocks
+    means,  # (B, G, H, D) float32, or None: a tile is a whole group
+    memory_frames,  # (B,) int32, or None: all
     resume_out,  # (B, Lq, H, D), or None: start afresh
     resume_lse,  # (B, H, Lq) float32, natural logarithm
     out,  # (B, Lq, H, D)
@@ -67,8 +66,11 @@ def attend_kernel(
     v_strides,
     memory_k_strides,
     memory_v_strides,
-    index_strides,  # (B, H, G)
     slot_stride,
+    index_strides,  # (B, H, G)
+    descriptor_strides,  # (B, block, Hkv)
+    mean_strides,  # (B, G, H)
+    frame_stride,  # of memory_frames
     resume_out_strides,
     resume_lse_strides,  # (B, H, L)
     out_strides,
@@ -80,6 +82,7 @@ def attend_kernel(
     frame_tokens,
     query_group,
     entries,  # K
+    candidate_count,  # C
     softmax_scale,
     HEADS_PER_KV_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -87,13 +90,21 @@ def attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,  # HEAD_DIM rounded up to a power of two
+    CHUNKS: tl.constexpr,  # of candidates, see select_one
+    COLUMNS: tl.constexpr,
 ):
-    # A tile of queries belongs to one group, because a group shares its selection.
-    tiles_per_group = tl.cdiv(query_group, BLOCK_M)
-    group = tl.program_id(0) // tiles_per_group
-    offset = (tl.program_id(0) - group * tiles_per_group) * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows = group * query_group + offset
-    row_mask = (offset < query_group) & (rows < queries)
+    tile = tl.program_id(0)
+    if unions is None:
+        # A tile of queries belongs to one group, because a group shares its selection.
+        tiles_per_group = tl.cdiv(query_group, BLOCK_M)
+        group = tile // tiles_per_group
+        offset = (tile - group * tiles_per_group) * BLOCK_M + tl.arange(0, BLOCK_M)
+        rows = group * query_group + offset
+        row_mask = (offset < query_group) & (rows < queries)
+    else:
+        rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        row_mask = rows < queries
+        group = rows // query_group
     rows = rows.to(tl.int64)
     head = tl.program_id(1).to(tl.int64)
     kv_head = head // HEADS_PER_KV_HEAD
@@ -101,21 +112,6 @@ def attend_kernel(
     columns = tl.arange(0, DIM)
 
     query_rows = q + batch * q_strides[0] + rows * q_strides[1] + head * q_strides[2]
-    query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM]
-    scale_log2 = softmax_scale * LOG2_E
-
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, DIM], tl.float32)
-    if resume_out is not None:
-        lse_rows = resume_lse + batch * resume_lse_strides[0] + head * resume_lse_strides[1]
-        row_max = tl.load(lse_rows + rows * resume_lse_strides[2], mask=row_mask, other=float("-inf")) * LOG2_E
-        started = row_max != float("-inf")
-        row_sum = tl.where(started, 1.0, 0.0)
-        out_rows = resume_out + batch * resume_out_strides[0] + rows * resume_out_strides[1]
-        out_rows += head * resume_out_strides[2]
-        accumulator = load_rows(out_rows, row_mask & started, columns, HEAD_DIM).to(tl.float32)
-
     if memory_k is not None:
         memory_k += batch * memory_k_strides[0] + kv_head * memory_k_strides[2]
         memory_v += batch * memory_v_strides[0] + kv_head * memory_v_strides[2]
@@ -124,21 +120,62 @@ def attend_kernel(
             memory_slots += batch * slot_stride
         blocks_per_frame = tl.cdiv(frame_tokens, BLOCK_SIZE)
         blocks = frames * blocks_per_frame
-        used = used_entries(indices, entries, blocks, BLOCK_N)
-        for first in range(0, used * BLOCK_SIZE, BLOCK_N):
-            # The selected blocks one behind the other: a tile may hold several, or a part of one.
-            places = first + tl.arange(0, BLOCK_N)
-            entry = places // BLOCK_SIZE
-            index = tl.load(indices + entry, mask=entry < used, other=-1)
-            frame = index // blocks_per_frame
-            offset_in_frame = (index - frame * blocks_per_frame) * BLOCK_SIZE + (places - entry * BLOCK_SIZE)
-            present = (index >= 0) & (index < blocks) & (offset_in_frame < frame_tokens)
-            slot = physical_frame(memory_slots, frame, present, physical_frames)
-            tokens = slot.to(tl.int64) * frame_tokens + offset_in_frame
-            row_max, row_sum, accumulator = attend_tile(
-                query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], tokens, present, scale_log2,
-                row_max, row_sum, accumulator, HEAD_DIM, DIM,
+        if descriptors is not None:
+            descriptors += batch * descriptor_strides[0] + kv_head * descriptor_strides[2]
+            if means is None:
+                group_rows = load_rows(query_rows, row_mask, columns, HEAD_DIM).to(tl.float32)  # [BLOCK_M, DIM]
+                mean = tl.sum(group_rows, 0) / tl.sum(row_mask.to(tl.float32), 0)
+            else:
+                means += batch * mean_strides[0] + group.to(tl.int64) * mean_strides[1] + head * mean_strides[2]
+                mean = tl.load(means + columns, mask=columns < HEAD_DIM, other=0.0)
+            if candidates is None:
+                count = count_valid_blocks(memory_frames, batch * frame_stride, frames, blocks_per_frame)
+            else:
+                groups = tl.cdiv(queries, query_group)
+                candidates += ((batch * tl.num_programs(1) + head) * groups + group) * candidate_count
+                count = candidate_count
+            select_one(
+                mean, descriptors, descriptor_strides[1], memory_slots, candidates, count, indices, entries,
+                blocks_per_frame, physical_frames, HEAD_DIM, DIM, CHUNKS, COLUMNS,
             )  # fmt: skip
+            tl.debug_barrier()  # the indices that other threads of this program wrote are read from here on
+
+    query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM], not held above
+    scale_log2 = softmax_scale * LOG2_E
+    lse_rows = None
+    out_rows = None
+    if resume_out is not None:
+        lse_rows = resume_lse + batch * resume_lse_strides[0] + head * resume_lse_strides[1]
+        lse_rows += rows * resume_lse_strides[2]
+        out_rows = resume_out + batch * resume_out_strides[0] + rows * resume_out_strides[1]
+        out_rows += head * resume_out_strides[2]
+    row_max, row_sum, accumulator = initial_state(out_rows, lse_rows, row_mask, HEAD_DIM, BLOCK_M, DIM)
+
+    if memory_k is not None:
+        if unions is None:
+            used = used_entries(indices, entries, blocks, 32)
+            row_max, row_sum, accumulator = attend_list(
+                query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], indices, used, blocks,
+                blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2, row_max, row_sum,
+                accumulator, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N,
+            )  # fmt: skip
+        else:
+            place = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + tile
+            unions += place * BLOCK_M * entries
+            size = tl.load(union_sizes + place)
+            row_max, row_sum, accumulator = attend_union(
+                query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], indices, row_mask, entries,
+                unions, size, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2,
+                row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, False,
+            )  # fmt: skip
+            if tl.max(tl.max((accumulator != accumulator).to(tl.int32), 1), 0) > 0:
+                # A value that is not finite reached rows that did not choose it. Rare: once more, with care.
+                row_max, row_sum, accumulator = initial_state(out_rows, lse_rows, row_mask, HEAD_DIM, BLOCK_M, DIM)
+                row_max, row_sum, accumulator = attend_union(
+                    query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], indices, row_mask, entries,
+                    unions, size, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2,
+                    row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, True,
+                )  # fmt: skip
 
     if k is not None:
         k += batch * k_strides[0] + kv_head * k_strides[2]
@@ -146,8 +183,8 @@ def attend_kernel(
         for first in range(0, keys, BLOCK_N):
             tokens = first + tl.arange(0, BLOCK_N)
             row_max, row_sum, accumulator = attend_tile(
-                query, k, v, k_strides[1], v_strides[1], tokens, tokens < keys, scale_log2,
-                row_max, row_sum, accumulator, HEAD_DIM, DIM,
+                query, k, v, k_strides[1], v_strides[1], tokens, tokens < keys, None, scale_log2,
+                row_max, row_sum, accumulator, HEAD_DIM, DIM, False,
             )  # fmt: skip
 
     # A row without any key: out 0, lse -inf.
@@ -160,14 +197,19 @@ def attend_kernel(
     tl.store(lse_rows, (row_max + tl.math.log2(row_sum_or_one)) * LN_2, mask=row_mask)
 
 
-def tile_sizes(dtype: torch.dtype, head_dim: int, query_group: int) -> tuple[dict[str, int], dict[str, int]]:
-    """BLOCK_M, BLOCK_N and DIM, and the launch options: the largest query tiles whose state stays in registers."""
-    dim = max(triton.next_power_of_2(head_dim), 16)
-    group = max(triton.next_power_of_2(query_group), 16)  # a tensor-core product has at least 16 rows
-    if dtype == torch.float32:  # no tensor cores: the operands, too, have to fit in registers
-        return dict(BLOCK_M=min(group, 32), BLOCK_N=16, DIM=dim), dict(num_warps=8, num_stages=2)
-    block_m = min(group, 128 if dim <= 128 else 64)
-    return dict(BLOCK_M=block_m, BLOCK_N=64, DIM=dim), dict(num_warps=8 if block_m >= 64 else 4, num_stages=2)
+@dataclass(frozen=True)
+class Chosen:
+    """Where the blocks come from, for attend_kernel: the selection (B, H, G, K), or the arguments to make it."""
+
+    indices: torch.Tensor
+    descriptors: torch.Tensor | None = None
+    candidates: torch.Tensor | None = None
+    means: torch.Tensor | None = None
+    memory_frames: torch.Tensor | None = None
+
+
+def strides_of(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
+    return None if tensor is None else tensor.stride()[:3]
 
 
 def plan_attend(
@@ -176,7 +218,7 @@ def plan_attend(
     v: torch.Tensor | None,
     memory_k: torch.Tensor | None,
     memory_v: torch.Tensor | None,
-    indices: torch.Tensor | None,
+    chosen: Chosen | None,
     *,
     block_size: int,
     frame_tokens: int,
@@ -185,52 +227,73 @@ def plan_attend(
     memory_slots: torch.Tensor | None = None,
     resume_out: torch.Tensor | None = None,
     resume_lse: torch.Tensor | None = None,
-) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """The launch that fills out and lse, and these two tensors. See `attend`."""
+    capability: int | None = None,
+) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
+    """The launches that fill out and lse, in order, and these two tensors. See `attend`.
+
+    capability: of the device, 90 for sm_90 (None: that of q's).
+    """
     batch, queries, heads, head_dim = q.shape
     if k is None or v is None or k.shape[1] == 0:
         k = v = None
-    if memory_k is None or memory_v is None or indices is None or indices.shape[-1] == 0 or memory_k.shape[1] == 0:
-        memory_k = memory_v = indices = memory_slots = None
+    indices = unions = union_sizes = None
+    if memory_k is None or memory_v is None or chosen is None or not chosen.indices.shape[-1] or not memory_k.shape[1]:
+        memory_k = memory_v = memory_slots = chosen = None
         # Without a selection the groups mean nothing, and one group makes full tiles.
         query_group = max(queries, 1)
-        frames = physical_frames = entries = 0
+        frames = physical_frames = blocks = entries = 0
     else:
         physical_frames = memory_k.shape[1] // frame_tokens
         frames = physical_frames if memory_slots is None else memory_slots.shape[1]
+        blocks = frames * triton.cdiv(frame_tokens, block_size)
+        indices = chosen.indices if chosen.indices.stride(-1) == 1 else chosen.indices.contiguous()
         entries = indices.shape[-1]
-        indices = indices if indices.stride(-1) == 1 else indices.contiguous()
     kv_heads = next((segment.shape[2] for segment in (k, memory_k) if segment is not None), heads)
     out = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
-    tiles, options = tile_sizes(q.dtype, head_dim, query_group)
-
-    def strides(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
-        return None if tensor is None else tensor.stride()[:3]
-
+    capability = capability or capability_of(q)
+    tiles, options, by_row = attend_config(capability, q.dtype, head_dim, query_group, queries)
+    launches = []
+    if by_row and indices is not None:
+        launch, unions, union_sizes = plan_union(indices, queries, query_group, blocks, tiles["BLOCK_M"])
+        launches.append(launch)
+    making = chosen or Chosen(q)
+    candidates = 0 if making.candidates is None else making.candidates.shape[-1]
+    rounds: dict[str, int] = dict(CHUNKS=1, COLUMNS=1)
+    if making.descriptors is not None:
+        rounds, _ = merge_config(candidates or blocks) or (rounds, {})
     arguments = dict(
         q=q,
         k=k,
         v=v,
         memory_k=memory_k,
         memory_v=memory_v,
-        indices=indices,
         memory_slots=memory_slots,
+        indices=indices,
+        unions=unions,
+        union_sizes=union_sizes,
+        descriptors=making.descriptors,
+        candidates=making.candidates,
+        means=making.means,
+        memory_frames=making.memory_frames,
         resume_out=resume_out,
         resume_lse=resume_lse,
         out=out,
         lse=lse,
-        q_strides=strides(q),
-        k_strides=strides(k),
-        v_strides=strides(v),
-        memory_k_strides=strides(memory_k),
-        memory_v_strides=strides(memory_v),
-        index_strides=strides(indices),
+        q_strides=strides_of(q),
+        k_strides=strides_of(k),
+        v_strides=strides_of(v),
+        memory_k_strides=strides_of(memory_k),
+        memory_v_strides=strides_of(memory_v),
         slot_stride=None if memory_slots is None else memory_slots.stride(0),
-        resume_out_strides=strides(resume_out),
-        resume_lse_strides=strides(resume_lse),
-        out_strides=strides(out),
-        lse_strides=strides(lse),
+        index_strides=strides_of(indices),
+        descriptor_strides=strides_of(making.descriptors),
+        mean_strides=strides_of(making.means),
+        frame_stride=0 if making.memory_frames is None else making.memory_frames.stride(0),
+        resume_out_strides=strides_of(resume_out),
+        resume_lse_strides=strides_of(resume_lse),
+        out_strides=strides_of(out),
+        lse_strides=strides_of(lse),
         queries=queries,
         keys=0 if k is None else k.shape[1],
         frames=frames,
@@ -238,15 +301,18 @@ def plan_attend(
         frame_tokens=frame_tokens,
         query_group=query_group,
         entries=entries,
+        candidate_count=candidates,
         softmax_scale=float(softmax_scale),
         HEADS_PER_KV_HEAD=heads // kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
         **tiles,
+        **rounds,
     )
-    groups = triton.cdiv(queries, query_group)
-    grid = (groups * triton.cdiv(query_group, tiles["BLOCK_M"]), heads, batch)
-    return Launch(attend_kernel, grid, arguments, options), out, lse
+    groups = 1 if by_row else triton.cdiv(queries, query_group)
+    tiles_of_group = triton.cdiv(queries if by_row else query_group, tiles["BLOCK_M"])
+    launches.append(Launch(attend_kernel, (groups * tiles_of_group, heads, batch), arguments, options))
+    return launches, out, lse
 
 
 def attend(
@@ -276,9 +342,88 @@ def attend(
     0 and -inf where a query has no key. Scores, softmax and accumulation are float32; the weights are rounded to v's
     dtype for the product with v. Indices outside of 0..N-1 are skipped. What is not selected is not read.
     """
-    launch, out, lse = plan_attend(
-        q, k, v, memory_k, memory_v, indices, block_size=block_size, frame_tokens=frame_tokens, query_group=query_group,
-        softmax_scale=softmax_scale, memory_slots=memory_slots, resume_out=resume_out, resume_lse=resume_lse,
+    launches, out, lse = plan_attend(
+        q, k, v, memory_k, memory_v, None if indices is None else Chosen(indices), block_size=block_size,
+        frame_tokens=frame_tokens, query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots,
+        resume_out=resume_out, resume_lse=resume_lse,
     )  # fmt: skip
-    launch.run()
+    for launch in launches:
+        launch.run()
     return out, lse
+
+
+def plan_select_and_attend(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    memory_k: torch.Tensor,
+    memory_v: torch.Tensor,
+    descriptors: torch.Tensor,
+    *,
+    top_k: int,
+    memory_frames: torch.Tensor | None = None,
+    memory_slots: torch.Tensor | None = None,
+    block_size: int,
+    frame_tokens: int,
+    query_group: int,
+    softmax_scale: float,
+    resume_out: torch.Tensor | None = None,
+    resume_lse: torch.Tensor | None = None,
+    launches: int | None = None,
+    capability: int | None = None,
+) -> tuple[list[Launch], torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The launches that fill out, lse and indices, in order, and these tensors. See `select_and_attend`.
+
+    launches: 1 to select where it is attended to, 2 to select (but for the last round) before; None: by the rule.
+    """
+    batch, queries, heads, head_dim = q.shape
+    blocks_per_frame = triton.cdiv(frame_tokens, block_size)
+    frames = memory_k.shape[1] // frame_tokens if memory_slots is None else memory_slots.shape[1]
+    blocks, groups = frames * blocks_per_frame, triton.cdiv(queries, query_group)
+    selection = (q, descriptors, top_k, query_group, memory_frames, memory_slots, blocks_per_frame)
+    capability = capability or capability_of(q)
+    tiles, _, by_row = attend_config(capability, q.dtype, head_dim, query_group, queries)
+    possible = not by_row and query_group <= tiles["BLOCK_M"] and merge_config(blocks) is not None
+    if launches is None:
+        read = batch * heads * groups * blocks * head_dim * descriptors.element_size()
+        launches = 1 if possible and read <= ONE_LAUNCH_BYTES else 2
+    elif launches == 1 and not possible:
+        raise ValueError(f"groups of {query_group} queries over {blocks} blocks cannot be selected where they attend")
+    before: list[Launch] = []
+    if launches == 2 and by_row:
+        before, indices = plan_select(*selection)
+        chosen = Chosen(indices)
+    elif launches == 2:
+        first = plan_shortlist(*selection)
+        before, chosen = first.launches, Chosen(first.indices)
+        if not first.final:
+            indices = torch.empty((*first.indices.shape[:3], min(top_k, blocks)), dtype=torch.int32, device=q.device)
+            chosen = Chosen(indices, descriptors, first.indices, first.means)
+    else:
+        indices = torch.empty((batch, heads, groups, min(top_k, blocks)), dtype=torch.int32, device=q.device)
+        chosen = Chosen(indices, descriptors, memory_frames=memory_frames)
+    attending, out, lse = plan_attend(
+        q, k, v, memory_k, memory_v, chosen, block_size=block_size, frame_tokens=frame_tokens,
+        query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots, resume_out=resume_out,
+        resume_lse=resume_lse, capability=capability,
+    )  # fmt: skip
+    return [*before, *attending], out, lse, chosen.indices
+
+
+def select_and_attend(
+    q: torch.Tensor,
+    k: torch.Tensor | None,
+    v: torch.Tensor | None,
+    memory_k: torch.Tensor,
+    memory_v: torch.Tensor,
+    descriptors: torch.Tensor,
+    **options: Any,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`select_blocks`, then `attend` over its blocks; in one launch where that is possible and the bank small.
+
+    The arguments are theirs. -> out, lse, indices.
+    """
+    launches, *results = plan_select_and_attend(q, k, v, memory_k, memory_v, descriptors, **options)
+    for launch in launches:
+        launch.run()
+    return results[0], results[1], results[2]

@@ -1,4 +1,4 @@
-"""What the kernels share: tile loads, products, rounding, the online softmax, sortable scores."""
+"""What the kernels share: tile loads, products, rounding, the online softmax, the slot table."""
 
 import triton
 import triton.language as tl
@@ -48,14 +48,6 @@ def online_softmax_update(scores, row_max, row_sum):
     weights = tl.math.exp2(scores - reference[:, None])
     correction = tl.math.exp2(row_max - reference)
     return weights, correction, new_max, row_sum * correction + tl.sum(weights, 1)
-
-
-@triton.jit
-def sortable_key(scores):
-    """Unsigned integers in the order of the float32 scores: -0 equals +0, NaN is 1, below -inf; 0 means "none"."""
-    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.uint32, bitcast=True)
-    keys = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
-    return tl.where(scores == scores, keys, 1).to(tl.uint32)
 
 
 @triton.jit

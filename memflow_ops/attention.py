@@ -26,6 +26,7 @@ def memory_attention(
     softmax_scale: float | None = None,
     return_lse: bool = False,
     impl: str = "auto",
+    dense_backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to every key of `k` and to the `top_k` most relevant blocks of the memory bank, under one softmax.
 
@@ -49,6 +50,10 @@ def memory_attention(
         return_lse: also return the LSE.
         impl: `reference` (the specification), `torch`, `triton` (forward only), or `auto`: `triton` on CUDA when no
             gradient is needed, else `torch`.
+        dense_backend: what attends to k, v, the implementation's bank part continuing its softmax: `own` (the
+            implementation itself, in one launch), `cudnn` or `flash` (torch's, float16 and bfloat16 on CUDA),
+            `flash_attn` (that package, 4, 3 or 2), `cpu` (torch's flash attention for CPUs), or `auto`: for `triton`
+            the best there is on this device, `own` for float32 and short windows; for the others `own`.
 
     Returns:
         out (B, Lq, H, D), contiguous, zero where a query has no key; with `return_lse` also the natural-log LSE of
@@ -66,6 +71,7 @@ def memory_attention(
     group = checks.group_size(query_group, q.shape[1])
     scale = checks.scale_of(softmax_scale, q)
     checks.check_impl(impl)
+    checks.check_dense_backend(dense_backend)
     if memory_frames is not None:
         checks.check_integers("memory_frames", memory_frames, (q.shape[0],), q)
     frame = 1 if frame_tokens is None else checks.check_positive("frame_tokens", frame_tokens)
@@ -94,7 +100,7 @@ def memory_attention(
     chosen = ops.resolve(impl, q, differentiable=ops.needs_grad(q, k, v, memory_k, memory_v))
     out, lse, _ = ops.memory_attention(
         q, k, v, memory_k, memory_v, memory_descriptors, memory_frames, memory_slots,
-        top_k, block_size, frame, group, scale, chosen,
+        top_k, block_size, frame, group, scale, chosen, dense_backend,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor
 
+from memflow_ops import dense
+
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 
@@ -80,6 +82,11 @@ def check_query(q: object) -> None:
 def check_impl(impl: object) -> None:
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+
+
+def check_dense_backend(dense_backend: object) -> None:
+    if dense_backend not in dense.NAMES:
+        raise ValueError(f"dense_backend must be one of {', '.join(dense.NAMES)}, got {dense_backend!r}")
 
 
 def group_size(query_group: int | None, queries: int) -> int:

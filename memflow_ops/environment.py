@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 import memflow_ops
+from memflow_ops import dense
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout, where there is one; else the folder that the package is installed in."""
@@ -88,5 +89,12 @@ def _why_no_triton() -> str:
 
 def dense_backends() -> dict[str, str]:
     """Everything that attends to the local window -> "" where it runs here, else why it does not."""
-    kernel = _why_no_triton() or ("" if torch.cuda.is_available() else "no CUDA device")
-    return {"torch's flash attention for CPUs": "", "our Triton kernel": kernel}
+    no_device = "" if torch.cuda.is_available() else "no CUDA device"
+    flash_attn = "" if dense.flash_attn_module() else "not installed (pip install 'memflow-ops[flash]')"
+    return {
+        "torch's flash attention for CPUs": "",
+        "torch's cuDNN attention": no_device or ("" if torch.backends.cudnn.is_available() else "torch has no cuDNN"),
+        "torch's flash attention 2": no_device,
+        "flash-attn": flash_attn or no_device,
+        "our Triton kernel": _why_no_triton() or no_device,
+    }

@@ -12,6 +12,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from memflow_ops import dense
+
 _MODULES = {
     "reference": "memflow_ops.reference",
     "torch": "memflow_ops.torch_impl",
@@ -161,30 +163,36 @@ def memory_attention(
     query_group: int,
     softmax_scale: float,
     impl: str,
+    dense_backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, LSE and the selected indices (B, H, G, K), K = 0 without a bank."""
     implementation = _implementation(impl)
     with _as_given(q):
+        backend = dense.resolve(dense_backend, impl, q, k, v)
+        segments: tuple[Tensor | None, Tensor | None] = (k, v)
+        options = dict(
+            block_size=block_size, frame_tokens=frame_tokens, query_group=query_group, softmax_scale=softmax_scale,
+            memory_slots=memory_slots, resume_out=None, resume_lse=None,
+        )  # fmt: skip
+        if backend != "own":
+            out, lse = dense.attend(backend, q, k, v, softmax_scale)
+            segments = (None, None)
+            options.update(resume_out=out, resume_lse=lse)
         if memory_k is None:
             indices = _indices_like(q, 0, top_k, query_group)
-        else:
-            if memory_descriptors is None:
-                memory_descriptors = implementation.describe_blocks(memory_k, block_size, frame_tokens)
-            blocks = -(-frame_tokens // block_size)
-            indices = implementation.select_blocks(
-                q, memory_descriptors, top_k, query_group, memory_frames, memory_slots, blocks
-            )
-        out, lse = implementation.attend(
-            q, k, v, memory_k, memory_v, indices, block_size=block_size, frame_tokens=frame_tokens,
-            query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots,
-            resume_out=None, resume_lse=None,
-        )  # fmt: skip
-    return out, lse, indices
+            if backend == "own":
+                out, lse = implementation.attend(q, k, v, None, None, indices, **options)
+            return out, lse, indices
+        if memory_descriptors is None:
+            memory_descriptors = implementation.describe_blocks(memory_k, block_size, frame_tokens)
+        return implementation.select_and_attend(
+            q, *segments, memory_k, memory_v, memory_descriptors, top_k=top_k, memory_frames=memory_frames, **options
+        )
 
 
 @memory_attention.register_fake
 def _(q, k, v, memory_k, memory_v, memory_descriptors, memory_frames, memory_slots, top_k, block_size, frame_tokens,
-      query_group, softmax_scale, impl) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+      query_group, softmax_scale, impl, dense_backend) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     frames = 0
     if memory_k is not None:
         frames = memory_k.shape[1] // frame_tokens if memory_slots is None else memory_slots.shape[1]
@@ -232,7 +240,7 @@ def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) 
 
 
 def _setup_attention(ctx, inputs, output) -> None:
-    q, k, v, memory_k, memory_v, _, _, memory_slots, _, *sizes = inputs
+    q, k, v, memory_k, memory_v, _, _, memory_slots, _, *sizes, _ = inputs
     out, lse, indices = output
     ctx.save_for_backward(q, k, v, memory_k, memory_v, memory_slots, out, lse, indices)
     ctx.sizes = sizes
@@ -256,7 +264,7 @@ def _attention_grad(ctx, grad_out, grad_lse, _):
         *ctx.sizes,
     )
     with_bank = gradients if memory_k is not None else (*gradients[:3], None, None)
-    return (*with_bank, *(None,) * 9)
+    return (*with_bank, *(None,) * 10)
 
 
 memory_attention.register_autograd(_attention_grad, setup_context=_setup_attention)

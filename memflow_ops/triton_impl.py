@@ -1,7 +1,7 @@
 """`impl="triton"`: our kernels, imported when first used."""
 
-from memflow_ops.kernels.attend import attend
+from memflow_ops.kernels.attend import attend, select_and_attend
 from memflow_ops.kernels.describe import describe_blocks
 from memflow_ops.kernels.select import select_blocks
 
-__all__ = ["attend", "describe_blocks", "select_blocks"]
+__all__ = ["attend", "describe_blocks", "select_and_attend", "select_blocks"]

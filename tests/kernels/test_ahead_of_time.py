@@ -1,6 +1,7 @@
-"""The machine code of the kernels, at the sizes of Wan 2.1 1.3B, for GPUs that need not be there."""
+"""The machine code of a few kernels for sm_90, at the sizes of Wan 2.1 1.3B. All of them, elsewhere too: `make aot`."""
 
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -9,15 +10,11 @@ pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("interpreted functions cannot be compiled", allow_module_level=True)
 
-from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch
-from memflow_ops.kernels.attend import plan_attend
+from memflow_ops.bench import aot as table
+from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, main_loop
+from memflow_ops.kernels.attend import Chosen, plan_attend, plan_select_and_attend
 from memflow_ops.kernels.describe import plan_block_means
 from memflow_ops.kernels.select import plan_select
-
-QUERIES, WINDOW, FRAMES, FRAME_TOKENS, BLOCKS_PER_FRAME = 4680, 14040, 64, 1560, 25
-TENSOR_CORE_OPCODE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
-
-capabilities = pytest.mark.parametrize("capability", [80, 90, 100], ids="sm_{}".format)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -28,96 +25,74 @@ def fresh_cache(tmp_path_factory):
         yield
 
 
-def meta(*shape, dtype=torch.bfloat16):
-    return torch.empty(*shape, dtype=dtype, device="meta")
-
-
-def attend_launch(dtype=torch.bfloat16, heads=(12, 12), head_dim=128, group=128, dense=True, bank=True, resume=True):
-    q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
-    k = meta(1, WINDOW, heads[1], head_dim, dtype=dtype) if dense else None
-    memory = meta(1, FRAMES * FRAME_TOKENS, heads[1], head_dim, dtype=dtype) if bank else None
-    indices = meta(1, heads[0], -(-QUERIES // group), 24, dtype=torch.int32) if bank else None
-    launch, *_ = plan_attend(
-        q, k, k, memory, memory, indices, block_size=64, frame_tokens=FRAME_TOKENS, query_group=group,
-        softmax_scale=head_dim**-0.5, memory_slots=meta(1, FRAMES, dtype=torch.int32) if bank else None,
-        resume_out=q if resume else None,
-        resume_lse=meta(1, heads[0], QUERIES, dtype=torch.float32) if resume else None,
-    )  # fmt: skip
-    return launch
-
-
-def select_launches(dtype=torch.bfloat16, heads=(12, 12), head_dim=128, group=128, top_k=24):
-    descriptors = meta(1, FRAMES * BLOCKS_PER_FRAME, heads[1], head_dim, dtype=dtype)
-    q, valid, slots = meta(1, QUERIES, heads[0], head_dim, dtype=dtype), meta(1), meta(1, FRAMES)
-    launches, _ = plan_select(q, descriptors, top_k, group, valid.int(), slots.int(), BLOCKS_PER_FRAME)
-    return launches
-
-
-def compiled(launch, capability):
-    machine = compile_launch(launch, capability)
-    assert machine.shared_bytes <= SHARED_MEMORY_LIMIT[capability]
+def compiled(launch):
+    machine = compile_launch(launch, 90)
+    assert machine.shared_bytes <= SHARED_MEMORY_LIMIT[90]
     return machine
 
 
-@capabilities
-@pytest.mark.parametrize(
-    "segments",
-    [dict(), dict(dense=False), dict(bank=False, resume=False)],
-    ids=["everything", "bank resuming", "window"],
-)
-def test_attend(capability, segments):
-    machine = compiled(attend_launch(**segments), capability)
-    assert machine.spills == 0
-    assert machine.stack_bytes == 0
-    # two products per tile and segment
-    tiles = 4 if segments.get("dense", True) and segments.get("bank", True) else 2
-    assert machine.opcodes[TENSOR_CORE_OPCODE[capability]] >= tiles
+@pytest.mark.parametrize("case", ["one launch", "two launches", "per query"])
+def test_shipped_configurations(case):
+    launches = {launch.kernel.fn.__name__: launch for launch in table.shipped()[case](90)}
+    assert (
+        list(launches)
+        == {
+            "one launch": ["attend_kernel"],
+            "two launches": ["block_means_kernel", "span_kernel", "attend_kernel"],
+            "per query": ["select_rows_kernel", "union_kernel", "attend_kernel"],
+        }[case]
+    )
+    for name, launch in launches.items():
+        machine = compiled(launch)
+        assert machine.spills == 0 and machine.stack_bytes == 0, name
+        if name in ("attend_kernel", "select_rows_kernel"):
+            assert machine.opcodes["HGMMA"] >= 8, name
+            assert 0 < machine.loop_opcodes["HGMMA"] <= machine.opcodes["HGMMA"], name
+        else:
+            assert machine.tensor_core_products == 0, f"{name}: scores of groups are IEEE float32 products"
 
 
-@pytest.mark.parametrize("head_dim", [64, 80, 256])
-def test_attend_with_grouped_heads(head_dim):
-    machine = compiled(attend_launch(heads=(12, 4), head_dim=head_dim), 90)
-    assert machine.spills == 0
-    assert machine.opcodes["HGMMA"] >= 4
-
-
-@capabilities
-def test_float32_attention_stays_off_the_tensor_cores(capability):
-    machine = compiled(attend_launch(dtype=torch.float32), capability)
-    assert machine.tensor_core_products == 0
-    assert machine.spills <= 8, "a few outside of the loops"
-
-
-@capabilities
-@pytest.mark.parametrize("group", [1, 128], ids="group{}".format)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_select(capability, group, dtype):
-    launches = select_launches(dtype=dtype, group=group)
-    assert len(launches) == (1 if group == 1 else 2)
-    for launch in launches:
-        machine = compiled(launch, capability)
-        assert machine.spills == 0
-        assert machine.tensor_core_products == 0, "scores are IEEE float32 products"
-
-
-def test_select_with_grouped_heads_and_select_all():
-    for launch in [*select_launches(heads=(12, 4), head_dim=64), select_launches(top_k=5000)[1]]:
-        assert compiled(launch, 90).spills == 0
+def test_float32_stays_off_the_tensor_cores():
+    for launch in table.memory_attention(90, dtype=torch.float32, query_group=1):
+        assert compiled(launch).tensor_core_products == 0
 
 
 def test_sizes_of_one_become_constants():
     """The just-in-time compiler makes a constant of an integer that is 1, which is another kernel to it."""
+    meta = table.meta
     q, indices = meta(1, 1, 1, 16), meta(1, 1, 1, 1, dtype=torch.int32)
     memory = dict(memory_slots=meta(1, 1).int(), resume_out=q, resume_lse=meta(1, 1, 1).float())
     sizes = dict(block_size=1, frame_tokens=1, query_group=1, softmax_scale=0.25)
-    compiled(plan_attend(q, q, q, q, q, indices, **sizes, **memory)[0], 90)
-    compiled(plan_block_means(q, 1, 1, torch.float32)[0], 90)
-    for length, frames in ((1, meta(1).int()), (1, None), (2, None), (2, meta(1).int())):
-        for launch in plan_select(meta(1, length, 1, 16), meta(1, length, 1, 16), 1, length, frames, None, 1)[0]:
-            compiled(launch, 90)
+    launches = [
+        *plan_attend(q, q, q, q, q, Chosen(indices), **sizes, **memory)[0],
+        plan_block_means(q, 1, 1, q.dtype)[0],
+    ]
+    launches += plan_select_and_attend(q, q, q, q, q, q, top_k=1, **sizes, **memory)[0]
+    for length in (1, 2):
+        bank = meta(1, length, 1, 16)
+        launches += plan_select(bank, bank, 1, length, meta(1).int(), None, 1)[0]
+    for launch in launches:
+        compiled(launch)
 
 
-@capabilities
-def test_describe(capability):
-    launch, _ = plan_block_means(meta(1, FRAMES * FRAME_TOKENS, 12, 128), 64, FRAME_TOKENS, torch.bfloat16)
-    assert compiled(launch, capability).spills == 0
+def test_the_main_loop_is_the_one_with_the_products():
+    product_loop = [(16, "FADD", ""), (32, "HGMMA", ""), (48, "BRA", " 0x10")]
+    other_loop = [(64, "FADD", ""), (80, "FADD", ""), (96, "FADD", ""), (112, "BRA", " 0x40")]
+    code = [(0, "MOV", ""), *product_loop, *other_loop, (128, "BRA", " 0x0"), (144, "BRA", " 0x200")]
+    assert main_loop(code) == Counter(FADD=1, HGMMA=1, BRA=1)
+
+
+def test_what_the_gate_objects_to():
+    row = dict(registers=100, spills=0, shared_bytes=1000, HGMMA=8, loop_instructions=50)
+    table_of = lambda **changed: {"sm_90": {"one launch: attend_kernel": {**row, **changed}}}  # noqa: E731
+    stored = {"3.7.1": table_of()}
+    assert table.complaints("3.7.1", table_of(registers=110, loop_instructions=55), stored) == []
+    for changed, words in (
+        (dict(registers=111), "registers grew from 100 to 111"),
+        (dict(loop_instructions=56), "loop_instructions grew from 50 to 56"),
+        (dict(spills=1), "1 spills"),
+        (dict(HGMMA=0), "no tensor-core products"),
+        (dict(shared_bytes=2**20), "shared memory"),
+    ):
+        (line,) = table.complaints("3.7.1", table_of(**changed), stored)
+        assert words in line and "sm_90, one launch: attend_kernel" in line

@@ -37,7 +37,7 @@ def arguments(name: str, impl: str, requires_grad: bool):
         "describe_blocks_backward": (descriptors, 4, 10),
         "select_blocks": (q.detach(), descriptors, FRAMES, SLOTS, 3, 3, 3, impl),
         "attend_selected": (q, memory_k, memory_v, indices, SLOTS, out, lse, *SIZES[1:], impl),
-        "memory_attention": (q, k, v, memory_k, memory_v, descriptors, FRAMES, SLOTS, *SIZES, impl),
+        "memory_attention": (q, k, v, memory_k, memory_v, descriptors, FRAMES, SLOTS, *SIZES, impl, "auto"),
         "attend_backward": (
             q.detach(), lse.detach(), *tensors(False), indices, SLOTS, lse.detach(), *SIZES[1:], impl
         ),

@@ -1,0 +1,217 @@
+"""`make aot`: every kernel and shipped configuration, compiled for GPUs that need not be there, and what it takes.
+
+    python -m memflow_ops.bench.aot [--renew] [--triton-36 .venv/triton-3.6.0]
+
+Compiles with this triton and, where it is installed in a folder of its own, with 3.6.0; writes bench/results/aot.json.
+Fails where a configuration in bfloat16 spills registers or has no tensor-core products on sm_90, where a program takes
+more shared memory than the device has, or where registers or the instructions of the main loop have grown by more than
+10 % over the stored table (--renew stores it anew).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+import triton
+
+from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, launch_source
+from memflow_ops.kernels.attend import plan_attend, plan_select_and_attend
+from memflow_ops.kernels.describe import plan_block_means
+from memflow_ops.kernels.launch import Launch
+
+RESULT = Path(__file__).resolve().parent / "results" / "aot.json"
+CAPABILITIES = (80, 90, 100)
+TENSOR_CORE_OPCODE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
+OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS")
+ALLOWED_GROWTH = 1.1
+
+# Wan 2.1 1.3B at 480 x 832.
+QUERIES, WINDOW, FRAME_TOKENS = 4680, 14040, 1560
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def memory_attention(
+    capability: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    heads: tuple[int, int] = (12, 12),
+    head_dim: int = 128,
+    frames: int = 64,
+    block_size: int = 64,
+    query_group: int = 128,
+    top_k: int = 24,
+    dense: bool = False,
+) -> list[Launch]:
+    """The launches of a layer's bank part, resuming; with `dense` of the window too, starting afresh."""
+    q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
+    k = meta(1, WINDOW, heads[1], head_dim, dtype=dtype) if dense else None
+    memory = meta(1, frames * FRAME_TOKENS, heads[1], head_dim, dtype=dtype)
+    blocks = frames * -(-FRAME_TOKENS // block_size)
+    launches, *_ = plan_select_and_attend(
+        q, k, k, memory, memory, meta(1, blocks, heads[1], head_dim, dtype=dtype), top_k=top_k,
+        memory_frames=meta(1, dtype=torch.int32), memory_slots=meta(1, frames, dtype=torch.int32),
+        block_size=block_size, frame_tokens=FRAME_TOKENS, query_group=query_group, softmax_scale=head_dim**-0.5,
+        resume_out=None if dense else q, resume_lse=None if dense else meta(1, heads[0], QUERIES, dtype=torch.float32),
+        capability=capability,
+    )  # fmt: skip
+    return launches
+
+
+def window(capability: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """Our own dense attention to the local window."""
+    q, k = meta(1, QUERIES, 12, 128, dtype=dtype), meta(1, WINDOW, 12, 128, dtype=dtype)
+    launches, *_ = plan_attend(
+        q, k, k, None, None, None, block_size=64, frame_tokens=FRAME_TOKENS, query_group=128, softmax_scale=0.1,
+        capability=capability,
+    )  # fmt: skip
+    return launches
+
+
+def shipped() -> dict[str, Callable[[int], list[Launch]]]:
+    """Name -> the launches for a compute capability."""
+
+    def case(**options) -> Callable[[int], list[Launch]]:
+        return lambda capability: memory_attention(capability, **options)
+
+    half, single = dict(dtype=torch.float16), dict(dtype=torch.float32)
+    sizes: dict[str, dict] = {
+        "one launch": dict(frames=4),
+        "one launch, window too": dict(frames=4, dense=True),
+        "two launches": dict(),
+        "two launches, 1000 frames": dict(frames=1000),
+        "per query": dict(query_group=1),
+        "per query, window too": dict(query_group=1, dense=True),
+        "groups of 16": dict(query_group=16),
+        "whole chunk": dict(query_group=QUERIES),
+        "two launches, float16": half,
+        "per query, float16": dict(query_group=1, **half),
+        "one launch, 64 dims": dict(frames=4, head_dim=64),
+        "per query, 64 dims": dict(query_group=1, head_dim=64),
+        "one launch, 96 dims": dict(frames=4, head_dim=96),
+        "per query, 96 dims": dict(query_group=1, head_dim=96),
+        "two launches, 12 heads on 4": dict(heads=(12, 4)),
+        "per query, 12 heads on 1": dict(query_group=1, heads=(12, 1)),
+        "two launches, blocks of 16": dict(block_size=16),
+        "two launches, blocks of 32": dict(block_size=32),
+        "two launches, blocks of 128": dict(block_size=128),
+        "per query, blocks of 128": dict(query_group=1, block_size=128),
+        "per query, top 100": dict(query_group=1, top_k=100),
+        "two launches, float32": single,
+        "per query, float32": dict(query_group=1, **single),
+    }
+    launches = {name: case(**options) for name, options in sizes.items()}
+    descriptors = lambda _: [plan_block_means(meta(1, 3120, 12, 128), 64, FRAME_TOKENS, torch.bfloat16)[0]]  # noqa: E731
+    return {"descriptors": descriptors, "window": window, **launches}
+
+
+def figures(capability: int, case: str, index: int) -> dict[str, int]:
+    """What one launch of a case takes."""
+    machine = compile_launch(shipped()[case](capability)[index], capability)
+    return {
+        "registers": machine.registers,
+        "spills": machine.spills,
+        "shared_bytes": machine.shared_bytes,
+        **{name: machine.opcodes[name] for name in OPCODES if machine.opcodes[name]},
+        "instructions": machine.opcodes.total(),
+        "loop_instructions": machine.loop_opcodes.total(),
+    }
+
+
+def compile_all(jobs: int) -> dict[str, dict[str, dict[str, int]]]:
+    """sm -> case and kernel -> figures, with the triton of this process."""
+    # Cases share launches: each is compiled once, and stands under the first case that has it.
+    rows: dict[tuple[int, str], tuple[int, str, int]] = {}
+    known = set()
+    for capability in CAPABILITIES:
+        for case, launches in shipped().items():
+            for index, launch in enumerate(launches(capability)):
+                source = launch_source(launch)
+                key = (capability, source.hash(), str(launch.options))
+                if key not in known:
+                    rows[capability, f"{case}: {launch.kernel.fn.__name__}"] = (capability, case, index)
+                known.add(key)
+    result: dict[str, dict[str, dict[str, int]]] = {f"sm_{capability}": {} for capability in CAPABILITIES}
+    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
+        done = pool.map(figures, *zip(*rows.values(), strict=True))
+        for (capability, name), row in zip(rows, done, strict=True):
+            result[f"sm_{capability}"][name] = row
+            print(f"triton {triton.__version__} sm_{capability} {name} {row}", file=sys.stderr, flush=True)
+    return result
+
+
+def complaints(version: str, result: dict, stored: dict) -> list[str]:
+    """What the gate objects to, in words."""
+    found = []
+    for architecture, rows in result.items():
+        capability = int(architecture.removeprefix("sm_"))
+        for name, row in rows.items():
+            where = f"triton {version}, {architecture}, {name}"
+            if row["shared_bytes"] > SHARED_MEMORY_LIMIT[capability]:
+                found.append(f"{where}: {row['shared_bytes']} bytes of shared memory")
+            if capability == 90 and "float32" not in name and row["spills"]:
+                found.append(f"{where}: {row['spills']} spills")
+            products = any(kernel in name for kernel in ("attend_kernel", "select_rows_kernel"))
+            if capability == 90 and "float32" not in name and products and not row.get("HGMMA"):
+                found.append(f"{where}: no tensor-core products")
+            before = stored.get(version, {}).get(architecture, {}).get(name)
+            for what in ("registers", "loop_instructions"):
+                if before and row[what] > ALLOWED_GROWTH * before[what]:
+                    found.append(
+                        f"{where}: {what} grew from {before[what]} to {row[what]}; --renew stores the new table"
+                    )
+    return found
+
+
+def compile_elsewhere(folder: Path, jobs: int) -> dict:
+    """compile_all with the triton in `folder`, in a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "memflow_ops.bench.aot", "--print", "--jobs", str(jobs)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--renew", action="store_true", help="store the table even where it has grown")
+    parser.add_argument("--triton-36", type=Path, default=None, help="folder that holds triton 3.6.0")
+    parser.add_argument("--print", action="store_true", help="print the table of this triton and do no more")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # compile for real
+        tables = {triton.__version__: compile_all(arguments.jobs)}
+        if arguments.print:
+            print(json.dumps(tables))
+            return 0
+        if arguments.triton_36 is not None and (arguments.triton_36 / "triton").is_dir():
+            tables |= compile_elsewhere(arguments.triton_36, arguments.jobs)
+        else:
+            print(f"aot: skipped triton 3.6.0, which is not installed in {arguments.triton_36}", file=sys.stderr)
+    stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    found = [line for version, table in tables.items() for line in complaints(version, table, stored)]
+    print("\n".join(found) or f"aot: {sum(len(x) for t in tables.values() for x in t.values())} kernels pass")
+    grown = [line for line in found if "grew from" in line]
+    if len(found) > len(grown) or (grown and not arguments.renew):
+        return 1
+    temporary = RESULT.with_suffix(".tmp")
+    temporary.write_text(json.dumps(stored | tables, indent=1) + "\n")
+    temporary.replace(RESULT)
+    print(f"written to {RESULT}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

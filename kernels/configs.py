@@ -1,0 +1,91 @@
+"""Tile sizes and launch options of the kernels: one readable table per architecture, nothing is tuned at import.
+
+The figures of `make aot` (bench/results/aot.json) say what each row takes; `make gpu-bench` times them.
+"""
+
+import torch
+import triton
+
+
+def select_rows_config(
+    dtype: torch.dtype, head_dim: int, groups: int, top_k: int
+) -> tuple[dict[str, int | bool], dict[str, int]]:
+    """ROWS, COLUMNS, DIM_TILE and TENSOR_CORES of select_rows_kernel, and its launch options.
+
+    A tile of scores is 8192: more columns where k is large, because the k-th of fewer class maxima says nothing.
+    """
+    tensor_cores = dtype != torch.float32
+    columns = min(max(triton.next_power_of_2(2 * top_k), 64), 512)
+    if tensor_cores:
+        rows = min(8192 // columns, max(triton.next_power_of_2(groups), 16))
+        dim_tile = max(triton.next_power_of_2(head_dim), 16)
+    else:
+        # 64 rows would become TF32 tensor-core products on sm_100, whatever the precision asked for.
+        rows, dim_tile = min(8192 // columns, 32 if groups >= 1024 else 16), 16
+    warps = 8 if rows >= 32 else 4
+    return (
+        dict(ROWS=rows, COLUMNS=columns, DIM_TILE=dim_tile, TENSOR_CORES=tensor_cores),
+        dict(num_warps=warps, num_stages=2),
+    )
+
+
+SPAN_BLOCKS = 256
+"""Blocks of the bank that one program of span_kernel ranks in registers."""
+
+MERGE_LIMIT = 8192
+"""Candidates that one group may have in the last round: their keys fill the registers of a program."""
+
+
+def span_config() -> tuple[dict[str, int], dict[str, int]]:
+    """ROWS, COLUMNS and DIM_TILE of span_kernel, and its launch options. No more than 32 rows: see above."""
+    return dict(ROWS=16, COLUMNS=SPAN_BLOCKS, DIM_TILE=16), dict(num_warps=8, num_stages=2)
+
+
+def merge_config(candidates: int) -> tuple[dict[str, int], dict[str, int]] | None:
+    """CHUNKS and COLUMNS of the last round of a selection, and its launch options; None if there are too many."""
+    if candidates > MERGE_LIMIT:
+        return None
+    chunks = triton.next_power_of_2(triton.cdiv(max(candidates, 1), 32))
+    return dict(CHUNKS=chunks, COLUMNS=32), dict(num_warps=4, num_stages=2)
+
+
+ONE_LAUNCH_BYTES = 32 << 20
+"""Descriptors that all programs together may read, in bytes, if each selects for itself. Where it would be more, a
+launch before reads them once per 16 groups. An estimate (5 us of L2 traffic on sm_90, about what two launches cost): no
+GPU has measured the crossover yet, `make gpu-bench` does."""
+
+
+def capability_of(tensor: torch.Tensor) -> int:
+    """The compute capability of the tensor's device: 90 for sm_90, also where there is no GPU to ask."""
+    if tensor.device.type != "cuda":
+        return 90
+    major, minor = torch.cuda.get_device_capability(tensor.device)
+    return 10 * major + minor
+
+
+# Half precisions on tensor cores: BLOCK_M, BLOCK_N, num_warps, num_stages by head dimension.
+# 4 warps for 128 rows do not hold the state in registers; 128 keys do not fit beside it.
+ATTEND_TILES = {
+    80: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
+    90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    100: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+}
+
+
+def attend_config(
+    capability: int, dtype: torch.dtype, head_dim: int, query_group: int, queries: int
+) -> tuple[dict[str, int], dict[str, int], bool]:
+    """BLOCK_M, BLOCK_N and DIM of attend_kernel, its launch options, and whether each row of a tile has its own blocks.
+
+    It has where two groups and more fit a tile; else a tile is of one group. Unknown architectures take the row below.
+    """
+    dim = max(triton.next_power_of_2(head_dim), 16)
+    if dtype == torch.float32:  # no tensor cores: the operands, too, have to fit in registers
+        block_m, block_n, warps, stages = 32, 16, 8, 2
+    else:
+        row = max((known for known in ATTEND_TILES if known <= capability), default=80)
+        block_m, block_n, warps, stages = next(tiles for size, tiles in ATTEND_TILES[row].items() if dim <= size)
+    by_row = 2 * query_group < block_m and query_group < queries
+    if not by_row:
+        block_m = min(block_m, max(triton.next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim), dict(num_warps=warps, num_stages=stages), by_row

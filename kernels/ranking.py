@@ -1,0 +1,104 @@
+"""Ranks on registers: scores as sortable integers, the k-th of a row, and writing down which of a row are chosen."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def sortable_key(scores):
+    """Unsigned integers in the order of the float32 scores: -0 equals +0, NaN is 1, below -inf; 0 means "none"."""
+    bits = tl.where(scores == 0.0, 0.0, scores).to(tl.uint32, bitcast=True)
+    keys = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
+    return tl.where(scores == scores, keys, 1).to(tl.uint32)
+
+
+@triton.jit
+def score_of_key(keys):
+    """The float32 score of a sortable key; NaN for 1."""
+    bits = keys ^ tl.where(keys >= 0x80000000, 0x80000000, 0xFFFFFFFF).to(tl.uint32)
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def kth_key(keys, k):
+    """The k-th largest key [ROWS] of each row of keys [ROWS, COLUMNS], k [ROWS] at least 1; 0 where there are fewer."""
+    kth = tl.full([keys.shape[0]], 0, tl.uint32)
+    bit = tl.full([keys.shape[0]], 0x80000000, tl.uint32)
+    for _ in range(32):  # from the highest bit: set it if k keys reach so far
+        trial = kth | bit
+        bit = bit >> 1
+        reach = tl.sum((keys >= trial[:, None]).to(tl.int32), 1)
+        kth = tl.where(reach >= k, trial, kth)
+    return kth
+
+
+@triton.jit
+def words_of(bits):
+    """Booleans [ROWS, COLUMNS] as words [ROWS, COLUMNS / 32]: column 32 * w + i is bit i of word w."""
+    WORDS: tl.constexpr = bits.shape[1] // 32
+    values = tl.where(bits, ((tl.arange(0, bits.shape[1]) * 0 + 1) << (tl.arange(0, bits.shape[1]) % 32))[None, :], 0)
+    return tl.sum(tl.reshape(values, [bits.shape[0], WORDS, 32]), 2).to(tl.uint32)
+
+
+@triton.jit
+def bit_count(words):
+    """How many bits of each 32-bit word are set."""
+    words = words - ((words >> 1) & 0x55555555)
+    words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
+    words = (words + (words >> 4)) & 0x0F0F0F0F
+    words = words + (words >> 8)
+    return ((words + (words >> 16)) & 0x3F).to(tl.int32)
+
+
+@triton.jit
+def write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken, names):
+    """Write the column, counted from `first`, of each key above kth [ROWS], and of the first `ties_wanted` equal to it.
+
+    output_rows [ROWS] pointers, taken [ROWS] how many were written there before; keys [ROWS, COLUMNS], 0 is never
+    chosen; names: a table (pointer) whose entry is written in place of the column, or None. Returns what is left of
+    ties_wanted, and the new taken. Few keys of a tile are chosen: they are taken from bit sets one at a time, all rows
+    at once, which is shorter than a scan of the tile.
+    """
+    valid = (keys > 0) & row_mask[:, None]
+    ties = words_of(valid & (keys == kth[:, None]))  # [ROWS, WORDS]
+    left = words_of(valid & (keys > kth[:, None]))
+    ties_count = bit_count(ties)
+    quota = ties_wanted[:, None] - (tl.cumsum(ties_count, 1) - ties_count)
+    quota = tl.minimum(tl.maximum(quota, 0), ties_count)  # of each word
+    count = bit_count(left) + quota
+    places = taken[:, None] + tl.cumsum(count, 1) - count
+    columns = first + 32 * tl.arange(0, keys.shape[1] // 32)
+    left = left | tl.where(quota > 0, ties, 0).to(tl.uint32)
+    while tl.max(tl.max((left > 0).to(tl.int32), 1), 0) > 0:
+        lowest = left ^ (left & (left - 1))
+        left = left ^ lowest
+        is_tie = (ties & lowest) > 0
+        take = (lowest > 0) & ((is_tie == 0) | (quota > 0))
+        # The exponent of a power of two as a float says which bit it is.
+        column = columns[None, :] + (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        if names is not None:
+            column = tl.load(names + column, mask=take, other=-1)
+        tl.store(output_rows[:, None] + places, column, mask=take)
+        places += take.to(tl.int32)
+        quota -= (take & is_tie).to(tl.int32)
+    return tl.maximum(ties_wanted - tl.sum(ties_count, 1), 0), taken + tl.sum(count, 1)
+
+
+@triton.jit
+def write_top_k(output_rows, row_mask, first, keys, top_k, names):
+    """Write the columns of the top_k highest of each row of keys [ROWS, COLUMNS], as write_chosen does, then -1."""
+    kth = kth_key(keys, tl.zeros([keys.shape[0]], tl.int32) + top_k)
+    above = tl.sum((keys > kth[:, None]).to(tl.int32), 1)
+    _, taken = write_chosen(
+        output_rows, row_mask, first, keys, kth, top_k - above, tl.zeros([keys.shape[0]], tl.int32), names
+    )
+    fill_unused(output_rows, row_mask, taken, top_k)
+
+
+@triton.jit
+def fill_unused(output_rows, row_mask, taken, top_k):
+    """-1 from place `taken` [ROWS] to top_k."""
+    for first in range(0, top_k, 32):
+        places = first + tl.arange(0, 32)[None, :]
+        unused = row_mask[:, None] & (places >= taken[:, None]) & (places < top_k)
+        tl.store(output_rows[:, None] + places, tl.zeros_like(places) - 1, mask=unused)
