@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint bench gpu-test gpu-bench train clean
+.PHONY: help demo test lint bench aot gpu-test gpu-bench train clean
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -25,13 +25,24 @@ lint: $(STAMP)  ## ruff and mypy
 bench: $(STAMP)  ## overhead against the memory-free baseline; writes bench/results
 	$(BIN)/python -m memflow_ops.bench.run
 
-gpu-test:  ## the kernels on a GPU, with this machine's own torch and triton; writes nothing
-	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-test: no CUDA device')" || exit 2
-	$(PYTHON) -m pytest tests/gpu
+TRITON_36 := .venv/triton-3.6.0
 
-gpu-bench:  ## attention with memory against its window on a GPU; writes $$OUT or bench/results
-	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-bench: no CUDA device')" || exit 2
-	$(PYTHON) -m memflow_ops.bench.run --device cuda --rounds 50 --out $${OUT:-bench/results}
+$(TRITON_36): $(STAMP)
+	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
+
+aot: $(STAMP) $(TRITON_36)  ## every kernel compiled for sm_80, sm_90, sm_100; checks and writes bench/results/aot.json
+	$(BIN)/python -m memflow_ops.bench.aot --triton-36 $(TRITON_36) $(AOT_OPTIONS)
+
+# With this machine's own torch and triton and no network; OUT: the folder for <device>-<date>.json.
+OUT ?= bench/results
+PYTEST := -m pytest -o addopts= -q --strict-markers --import-mode=importlib -p no:cacheprovider
+
+gpu-test:  ## the kernels on a GPU, with this machine's own torch and triton; writes bench/results
+	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-test: no CUDA device')" || exit 2
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) $(PYTEST) tests/gpu --record $(OUT)
+
+gpu-bench:  ## the kernels against the best dense attention on a GPU; writes bench/results
+	@$(PYTHON) -m memflow_ops.bench.gpu --out $(OUT)
 
 train: $(STAMP)  ## retrain the toy world's weights
 	$(BIN)/memflow train

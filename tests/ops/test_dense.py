@@ -1,0 +1,91 @@
+"""Dense backends for the local window: right with every implementation, refused where they cannot be used."""
+
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import memflow_ops as ops
+from memflow_ops import dense, reference
+
+OPTIONS = dict(top_k=2, block_size=4, frame_tokens=10, query_group=3, return_lse=True)
+
+
+def inputs(dtype=torch.float64, heads=(4, 2)):
+    make = lambda tokens, count: torch.randn(2, tokens, count, 8, dtype=dtype)  # noqa: E731
+    return make(7, heads[0]), make(5, heads[1]), make(5, heads[1]), make(20, heads[1]), make(20, heads[1])
+
+
+@pytest.mark.parametrize("heads", [(4, 2), (3, 3), (3, 1)], ids=str)
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_continued_by_any_implementation(impl, heads):
+    tensors = [x.requires_grad_() for x in inputs(heads=heads)]
+    states, gradients = [], []
+    for backend in ("own", "cpu", "auto"):
+        out, lse = ops.memory_attention(*tensors, impl=impl, dense_backend=backend, **OPTIONS)
+        states.append((out, lse))
+        gradients.append(torch.autograd.grad((out * out).sum() + lse.sum(), tensors))
+    for other in (1, 2):
+        torch.testing.assert_close(states[other], states[0])
+        torch.testing.assert_close(gradients[other], gradients[0])
+    window = [ops.memory_attention(*tensors[:3], dense_backend=name, return_lse=True) for name in ("own", "cpu")]
+    torch.testing.assert_close(window[1], window[0])
+
+
+def test_any_strides():
+    q, k, v, _, _ = inputs()
+    wide = torch.randn(2, 7, 4, 3, 8, dtype=torch.float64)[:, :, :, 1].copy_(q)
+    far = torch.randn(2, 2, 5, 9, dtype=torch.float64).transpose(1, 2)[..., :8].copy_(k)
+    got = ops.memory_attention(wide, far, v, dense_backend="cpu")
+    assert got.is_contiguous()
+    torch.testing.assert_close(got, ops.memory_attention(q, k, v, impl="reference"))
+
+
+def test_what_auto_stands_for_on_a_cpu():
+    q, k, v, *_ = inputs(torch.float32)
+    assert dense.resolve("auto", "triton", q, k, v) == "cpu"
+    assert dense.resolve("auto", "torch", q, k, v) == "own"
+    assert dense.resolve("cpu", "torch", q, k[:, :0], v[:, :0]) == "own"
+
+
+def test_refused_where_it_cannot_be_used():
+    tensors = inputs(torch.bfloat16)
+    with pytest.raises(ValueError, match="dense_backend must be one of auto, own, cudnn, flash, flash_attn, cpu, got"):
+        ops.memory_attention(*tensors, dense_backend="fastest", **OPTIONS)
+    for name in ("cudnn", "flash", "flash_attn"):
+        with pytest.raises(ValueError, match=f"dense_backend='{name}' cannot attend here: it needs a CUDA device"):
+            ops.memory_attention(*tensors, dense_backend=name, **OPTIONS)
+
+
+def test_flash_attn_is_called_by_its_own_convention(monkeypatch):
+    """Stand-ins with the layout and the arguments of flash-attn 2 and 4; 3 is called like 2."""
+    q, k, v, *_ = inputs(torch.float32)
+    expected = ops.memory_attention(q, k, v, impl="reference", return_lse=True, softmax_scale=0.3)
+    seen = []
+
+    def version_2(q, k, v, dropout_p=0.0, softmax_scale=None, return_attn_probs=False):
+        seen.append((q.shape, return_attn_probs))
+        state = reference.attend(
+            q, k, v, None, None, torch.empty(*q.shape[0:3:2], 1, 0, dtype=torch.int32), block_size=1, frame_tokens=1,
+            query_group=q.shape[1], softmax_scale=softmax_scale, memory_slots=None, resume_out=None, resume_lse=None,
+        )  # fmt: skip
+        return (*state, None) if return_attn_probs else state[0]
+
+    def version_4(q, k, v, softmax_scale=None, return_lse=False):
+        return version_2(q, k, v, softmax_scale=softmax_scale, return_attn_probs=return_lse)[:2]
+
+    def without_lse(q, k, v, softmax_scale=None):
+        return version_2(q, k, v, softmax_scale=softmax_scale)
+
+    for function in (version_2, version_4):
+        module = SimpleNamespace(flash_attn_func=function, __spec__=SimpleNamespace())
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+        assert dense.flash_attn_module() == "flash_attn_interface"
+        torch.testing.assert_close(dense.attend("flash_attn", q, k, v, 0.3), expected, atol=1e-5, rtol=1e-5)
+    assert seen == [((2, 14, 2, 8), True)] * 2, "heads that share keys are folded into queries"
+    monkeypatch.setitem(
+        sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=without_lse, __spec__=SimpleNamespace())
+    )
+    with pytest.raises(RuntimeError, match="returned no LSE"):
+        dense.attend("flash_attn", q, k, v, 0.3)
