@@ -20,10 +20,12 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 import triton
 
+from memflow_ops.bench.record import write
 from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, launch_source
 from memflow_ops.kernels.attend import plan_attend, plan_select_and_attend
 from memflow_ops.kernels.describe import plan_block_means
@@ -117,9 +119,12 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
     return {"descriptors": descriptors, "window": window, **launches}
 
 
-def figures(capability: int, case: str, index: int) -> dict[str, int]:
-    """What one launch of a case takes."""
-    machine = compile_launch(shipped()[case](capability)[index], capability)
+def figures(capability: int, case: str, index: int) -> dict[str, Any]:
+    """What one launch of a case takes; why it does not compile, where it does not."""
+    try:
+        machine = compile_launch(shipped()[case](capability)[index], capability)
+    except RuntimeError as error:
+        return {"error": str(error).splitlines()[0]}
     return {
         "registers": machine.registers,
         "spills": machine.spills,
@@ -130,7 +135,7 @@ def figures(capability: int, case: str, index: int) -> dict[str, int]:
     }
 
 
-def compile_all(jobs: int) -> dict[str, dict[str, dict[str, int]]]:
+def compile_all(jobs: int) -> dict[str, dict[str, dict[str, Any]]]:
     """sm -> case and kernel -> figures, with the triton of this process."""
     # Cases share launches: each is compiled once, and stands under the first case that has it.
     rows: dict[tuple[int, str], tuple[int, str, int]] = {}
@@ -143,7 +148,7 @@ def compile_all(jobs: int) -> dict[str, dict[str, dict[str, int]]]:
                 if key not in known:
                     rows[capability, f"{case}: {launch.kernel.fn.__name__}"] = (capability, case, index)
                 known.add(key)
-    result: dict[str, dict[str, dict[str, int]]] = {f"sm_{capability}": {} for capability in CAPABILITIES}
+    result: dict[str, dict[str, dict[str, Any]]] = {f"sm_{capability}": {} for capability in CAPABILITIES}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
         done = pool.map(figures, *zip(*rows.values(), strict=True))
         for (capability, name), row in zip(rows, done, strict=True):
@@ -159,6 +164,9 @@ def complaints(version: str, result: dict, stored: dict) -> list[str]:
         capability = int(architecture.removeprefix("sm_"))
         for name, row in rows.items():
             where = f"triton {version}, {architecture}, {name}"
+            if "error" in row:
+                found.append(f"{where}: does not compile: {row['error']}")
+                continue
             if row["shared_bytes"] > SHARED_MEMORY_LIMIT[capability]:
                 found.append(f"{where}: {row['shared_bytes']} bytes of shared memory")
             if capability == 90 and "float32" not in name and row["spills"]:
@@ -168,7 +176,7 @@ def complaints(version: str, result: dict, stored: dict) -> list[str]:
                 found.append(f"{where}: no tensor-core products")
             before = stored.get(version, {}).get(architecture, {}).get(name)
             for what in ("registers", "loop_instructions"):
-                if before and row[what] > ALLOWED_GROWTH * before[what]:
+                if before and what in before and row[what] > ALLOWED_GROWTH * before[what]:
                     found.append(
                         f"{where}: {what} grew from {before[what]} to {row[what]}; --renew stores the new table"
                     )
@@ -206,9 +214,7 @@ def main() -> int:
     grown = [line for line in found if "grew from" in line]
     if len(found) > len(grown) or (grown and not arguments.renew):
         return 1
-    temporary = RESULT.with_suffix(".tmp")
-    temporary.write_text(json.dumps(stored | tables, indent=1) + "\n")
-    temporary.replace(RESULT)
+    write(RESULT, stored | tables)
     print(f"written to {RESULT}")
     return 0
 

@@ -14,8 +14,12 @@ from memflow_ops.environment import environment, version
 def result_file(folder: Path, device: torch.device) -> Path:
     """`<device>-<date>.json`, of what is measured on GPUs."""
     about = environment(device)
-    slug = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")
-    return folder / f"{slug}-{about['date']}.json"
+    return folder / f"{slug(str(about['device']))}-{about['date']}.json"
+
+
+def slug(name: str) -> str:
+    """A device's name as part of a file's."""
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def record(folder: Path, device: torch.device, section: str, result: object) -> Path:

@@ -9,8 +9,6 @@ printed and written as JSON named after the device.
 from __future__ import annotations
 
 import argparse
-import json
-import re
 import statistics
 import time
 from collections.abc import Callable
@@ -23,6 +21,7 @@ from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 
 from memflow_ops.bench.cases import DTYPES, Case, Shape, attention_case
+from memflow_ops.bench.record import slug, write
 from memflow_ops.environment import environment
 
 
@@ -106,12 +105,8 @@ def main() -> None:
             f"{row['gathered_bytes'] / 2**20:.0f}",  # type: ignore[operator]
         )
     Console().print(table)
-    slug = re.sub(r"[^a-z0-9]+", "-", str(about["device"]).lower()).strip("-")
-    target = arguments.out / f"attention-{slug}.json"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps({**about, "rows": rows}, indent=1) + "\n")
-    temporary.replace(target)
+    target = arguments.out / f"attention-{slug(str(about['device']))}.json"
+    write(target, {**about, "rows": rows})
     print(f"written to {target}")
 
 

@@ -168,7 +168,7 @@ def attend_kernel(
                 unions, size, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2,
                 row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
-            if tl.max(tl.max((accumulator != accumulator).to(tl.int32), 1), 0) > 0:
+            if tl.max((accumulator != accumulator).to(tl.int32)) > 0:
                 # A value that is not finite reached rows that did not choose it. Rare: once more, with care.
                 row_max, row_sum, accumulator = initial_state(out_rows, lse_rows, row_mask, HEAD_DIM, BLOCK_M, DIM)
                 row_max, row_sum, accumulator = attend_union(

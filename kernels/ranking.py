@@ -51,6 +51,19 @@ def bit_count(words):
 
 
 @triton.jit
+def sums_before(counts):
+    """What stands before each of counts [ROWS, WORDS] in its row, summed."""
+    WORDS: tl.constexpr = counts.shape[1]
+    if WORDS <= 16:  # not a scan: triton 3.6.0 fails on some layouts of so few columns
+        words = tl.arange(0, WORDS)
+        earlier = words[None, :] < words[:, None]  # [WORDS, WORDS]
+        sums = tl.sum(tl.where(earlier[None, :, :], counts[:, None, :], 0), 2)
+    else:
+        sums = tl.cumsum(counts, 1) - counts
+    return sums
+
+
+@triton.jit
 def write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken, names):
     """Write the column, counted from `first`, of each key above kth [ROWS], and of the first `ties_wanted` equal to it.
 
@@ -63,10 +76,10 @@ def write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken, na
     ties = words_of(valid & (keys == kth[:, None]))  # [ROWS, WORDS]
     left = words_of(valid & (keys > kth[:, None]))
     ties_count = bit_count(ties)
-    quota = ties_wanted[:, None] - (tl.cumsum(ties_count, 1) - ties_count)
+    quota = ties_wanted[:, None] - sums_before(ties_count)
     quota = tl.minimum(tl.maximum(quota, 0), ties_count)  # of each word
     count = bit_count(left) + quota
-    places = taken[:, None] + tl.cumsum(count, 1) - count
+    places = taken[:, None] + sums_before(count)
     columns = first + 32 * tl.arange(0, keys.shape[1] // 32)
     left = left | tl.where(quota > 0, ties, 0).to(tl.uint32)
     while tl.max(tl.max((left > 0).to(tl.int32), 1), 0) > 0:
