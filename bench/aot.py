@@ -1,6 +1,6 @@
 """`make aot`: every kernel and shipped configuration, compiled for GPUs that need not be there, and what it takes.
 
-    python -m memflow_ops.bench.aot [--renew] [--triton-36 .venv/triton-3.6.0]
+    python -m memflow_ops.bench.aot [--renew] [--only "per query"] [--triton-36 .venv/triton-3.6.0]
 
 Compiles with this triton and, where it is installed in a folder of its own, with 3.6.0; writes bench/results/aot.json.
 Fails where a configuration in bfloat16 spills registers or has no tensor-core products on sm_90, where a program takes
@@ -33,7 +33,6 @@ from memflow_ops.kernels.launch import Launch
 
 RESULT = Path(__file__).resolve().parent / "results" / "aot.json"
 CAPABILITIES = (80, 90, 100)
-TENSOR_CORE_OPCODE = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}
 OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "UTMALDG", "LDGSTS")
 ALLOWED_GROWTH = 1.1
 
@@ -135,8 +134,8 @@ def figures(capability: int, case: str, index: int) -> dict[str, Any]:
     }
 
 
-def compile_all(jobs: int) -> dict[str, dict[str, dict[str, Any]]]:
-    """sm -> case and kernel -> figures, with the triton of this process."""
+def compile_all(jobs: int, only: str) -> dict[str, dict[str, dict[str, Any]]]:
+    """sm -> case and kernel -> figures, with the triton of this process; only rows with `only` in their name."""
     # Cases share launches: each is compiled once, and stands under the first case that has it.
     rows: dict[tuple[int, str], tuple[int, str, int]] = {}
     known = set()
@@ -144,9 +143,9 @@ def compile_all(jobs: int) -> dict[str, dict[str, dict[str, Any]]]:
         for case, launches in shipped().items():
             for index, launch in enumerate(launches(capability)):
                 source = launch_source(launch)
-                key = (capability, source.hash(), str(launch.options))
-                if key not in known:
-                    rows[capability, f"{case}: {launch.kernel.fn.__name__}"] = (capability, case, index)
+                key, name = (capability, source.hash(), str(launch.options)), f"{case}: {launch.kernel.fn.__name__}"
+                if key not in known and only in name:
+                    rows[capability, name] = (capability, case, index)
                 known.add(key)
     result: dict[str, dict[str, dict[str, Any]]] = {f"sm_{capability}": {} for capability in CAPABILITIES}
     with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -171,8 +170,10 @@ def complaints(version: str, result: dict, stored: dict) -> list[str]:
                 found.append(f"{where}: {row['shared_bytes']} bytes of shared memory")
             if capability == 90 and "float32" not in name and row["spills"]:
                 found.append(f"{where}: {row['spills']} spills")
-            products = any(kernel in name for kernel in ("attend_kernel", "select_rows_kernel"))
-            if capability == 90 and "float32" not in name and products and not row.get("HGMMA"):
+            multiplies = any(kernel in name for kernel in ("attend_kernel", "select_rows_kernel"))
+            # HMMA, the product of sm_80, is what tiles of less than 64 rows get
+            products = sum(row.get(opcode, 0) for opcode in ("HMMA", "HGMMA"))
+            if capability == 90 and "float32" not in name and multiplies and not products:
                 found.append(f"{where}: no tensor-core products")
             before = stored.get(version, {}).get(architecture, {}).get(name)
             for what in ("registers", "loop_instructions"):
@@ -183,10 +184,10 @@ def complaints(version: str, result: dict, stored: dict) -> list[str]:
     return found
 
 
-def compile_elsewhere(folder: Path, jobs: int) -> dict:
+def compile_elsewhere(folder: Path, options: list[str]) -> dict:
     """compile_all with the triton in `folder`, in a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "memflow_ops.bench.aot", "--print", "--jobs", str(jobs)]
+    command = [sys.executable, "-m", "memflow_ops.bench.aot", "--print", *options]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
     return json.loads(done.stdout)
 
@@ -194,21 +195,25 @@ def compile_elsewhere(folder: Path, jobs: int) -> dict:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--renew", action="store_true", help="store the table even where it has grown")
+    parser.add_argument("--only", default="", help="compile only the rows with this in their name; the others stay")
     parser.add_argument("--triton-36", type=Path, default=None, help="folder that holds triton 3.6.0")
     parser.add_argument("--print", action="store_true", help="print the table of this triton and do no more")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # compile for real
-        tables = {triton.__version__: compile_all(arguments.jobs)}
+        tables = {triton.__version__: compile_all(arguments.jobs, arguments.only)}
         if arguments.print:
             print(json.dumps(tables))
             return 0
         if arguments.triton_36 is not None and (arguments.triton_36 / "triton").is_dir():
-            tables |= compile_elsewhere(arguments.triton_36, arguments.jobs)
+            tables |= compile_elsewhere(arguments.triton_36, ["--jobs", str(arguments.jobs), "--only", arguments.only])
         else:
             print(f"aot: skipped triton 3.6.0, which is not installed in {arguments.triton_36}", file=sys.stderr)
     stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
+    if arguments.only:  # the other rows stay
+        tables = {version: {sm: stored.get(version, {}).get(sm, {}) | rows for sm, rows in table.items()}
+                  for version, table in tables.items()}  # fmt: skip
     found = [line for version, table in tables.items() for line in complaints(version, table, stored)]
     print("\n".join(found) or f"aot: {sum(len(x) for t in tables.values() for x in t.values())} kernels pass")
     grown = [line for line in found if "grew from" in line]

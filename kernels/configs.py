@@ -80,6 +80,11 @@ def attend_config(
     It has where two groups and more fit a tile; else a tile is of one group. Unknown architectures take the row below.
     """
     dim = max(triton.next_power_of_2(head_dim), 16)
+    if dtype not in (torch.float16, torch.bfloat16, torch.float32) or dim > 256:
+        raise ValueError(
+            f"the kernels take float16, bfloat16 and float32 and head sizes up to 256, got {dtype} and {head_dim}: "
+            f"use impl='torch'"
+        )
     if dtype == torch.float32:  # no tensor cores: the operands, too, have to fit in registers
         block_m, block_n, warps, stages = 32, 16, 8, 2
     else:

@@ -48,8 +48,8 @@ def memory_attention(
             `memory_slots[b, j]` of memory_k, memory_v and memory_descriptors (None: frame j). Clamped, never read back.
         softmax_scale: factor of the scores (None: 1/sqrt(D)).
         return_lse: also return the LSE.
-        impl: `reference` (the specification), `torch`, `triton` (forward only), or `auto`: `triton` on CUDA when no
-            gradient is needed, else `torch`.
+        impl: `reference` (the specification), `torch`, `triton` (forward only, D up to 256, not float64), or `auto`:
+            `triton` on CUDA when no gradient is needed and not in float64, else `torch`.
         dense_backend: what attends to k, v, the implementation's bank part continuing its softmax: `own` (the
             implementation itself, in one launch), `cudnn` or `flash` (torch's, float16 and bfloat16 on CUDA),
             `flash_attn` (that package, 4, 3 or 2), `cpu` (torch's flash attention for CPUs), or `auto`: for `triton`

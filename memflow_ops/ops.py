@@ -22,14 +22,15 @@ _MODULES = {
 
 
 def resolve(impl: str, x: Tensor, *, differentiable: bool = False) -> str:
-    """What `auto` stands for: `triton` on CUDA where no gradient is needed, else `torch`, which has a backward."""
+    """What `auto` stands for: `triton` on CUDA where no gradient is needed and not in float64, else `torch`."""
     if impl == "triton" and differentiable:
         raise NotImplementedError(
             "impl='triton' has no backward yet: use impl='torch', or call it under torch.no_grad()"
         )
     if impl != "auto":
         return impl
-    return "triton" if x.device.type == "cuda" and not differentiable else "torch"
+    kernels = x.device.type == "cuda" and not differentiable and x.dtype != torch.float64
+    return "triton" if kernels else "torch"
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:

@@ -173,6 +173,12 @@ def test_no_queries():
     assert out.shape == (1, 0, 2, 16) and lse.shape == (1, 2, 0)
 
 
+@pytest.mark.parametrize(("dtype", "head_dim"), [(torch.float64, 16), (torch.float32, 257)], ids=str)
+def test_what_the_kernels_do_not_take_is_refused(dtype, head_dim):
+    with pytest.raises(ValueError, match=f"head sizes up to 256, got {dtype} and {head_dim}"):
+        launch(case(dtype, head_dim=head_dim))
+
+
 def test_indices_out_of_range_are_skipped():
     torch.manual_seed(3)
     arguments = case(torch.float32, top_k=6, slots=True)
