@@ -153,10 +153,11 @@ def evaluate(
         except KeyboardInterrupt:
             if not rows:
                 raise
-    typer.echo(judging.table(rows))
+    timings = judging.time_kinds(model, [row.memory for row in rows], settings, seed)
+    typer.echo(judging.table(rows, timings))
     if target is not None:
         name = weights.name if weights else TOY_WEIGHTS.name
-        judging.write_results(rows, settings, seed=seed, stories=stories, weights=name, out=target)
+        judging.write_results(rows, timings, settings, seed=seed, stories=stories, weights=name, out=target)
         typer.echo(f"written to {target} and {target.with_suffix('.png').name}")
     if len(rows) < len(kinds):
         raise KeyboardInterrupt

@@ -9,7 +9,7 @@ memory that does nothing.
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -138,8 +138,18 @@ class Row:
     """median hue change over a prompt, first to last chunk"""
     hues: list[int]
     """first appearances per sixth of the colour circle"""
-    chunk_seconds: float
-    """median wall time of a chunk of all stories of one length, over the second half of the longest stories"""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """What a chunk of four stories takes under one kind of memory, all kinds in turn, chunk by chunk."""
+
+    seconds: float
+    """median"""
+    ratio: float | None
+    """median of the ratios to the same chunk under "none"; None without such"""
+    ratio_p20: float | None
+    ratio_p80: float | None
 
 
 # -------------------------------------------------------------------------------------------------------------- looking
@@ -163,8 +173,7 @@ class Streamed:
     """(story, prompt) -> frames retrieved for its first chunk"""
     candidates: dict[tuple[int, int], int]
     """(story, prompt) -> frames of the bank, sink included"""
-    seconds: list[float]
-    """per chunk, of all stories together"""
+    chunks: int
 
 
 def stream_stories(
@@ -189,10 +198,10 @@ def watch(stories: list[Story], chunks: Iterator[Chunk], chunk_frames: int) -> S
     for appearance in appearances(stories):
         slots.setdefault(appearance.prompt, []).append(appearance)
     looks: Looks = {}
-    retrieved, candidates, seconds = {}, {}, []
+    retrieved, candidates, chunk_count = {}, {}, 0
     for chunk in chunks:
         prompt, part = divmod(chunk.index, per_prompt)
-        seconds.append(chunk.seconds)
+        chunk_count += 1
         if part == 0:
             for story, found in enumerate(chunk.retrieved):
                 retrieved[story, prompt] = found
@@ -202,7 +211,7 @@ def watch(stories: list[Story], chunks: Iterator[Chunk], chunk_frames: int) -> S
             frames = chunk.frames[[appearance.story for appearance in named]]
             for appearance, look in zip(named, judge.look_at(frames, [a.slot for a in named]), strict=True):
                 looks[appearance.story, prompt, appearance.slot, part > 0] = look
-    return Streamed(stories, looks, retrieved, candidates, seconds)
+    return Streamed(stories, looks, retrieved, candidates, chunk_count)
 
 
 # -------------------------------------------------------------------------------------------------------------- judging
@@ -256,7 +265,6 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
         both += [all(hits) for hits in pair_hits.values() if len(hits) == 2]
 
     chance_hue, chance_pattern = _shuffled(firsts, returned)
-    seconds = streamed[-1].seconds
     return Row(
         memory=memory,
         hue=Share.of(hue),
@@ -272,7 +280,6 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
         copies=round(sum(copies) / len(copies), 4) if copies else math.nan,
         drift=_median(drifts),
         hues=hues,
-        chunk_seconds=round(_median(seconds[len(seconds) // 2 :]), 4),
     )
 
 
@@ -338,7 +345,7 @@ def evaluate(
     for name in kinds:
         streamed: list[Streamed] = []
         for group in told:
-            done = sum(len(other.seconds) for other in streamed)
+            done = sum(other.chunks for other in streamed)
             # No two stories share their noise.
             first_seed = seed + sum(len(other.stories) for other in streamed)
             chunks = stream_stories(model, group, KINDS[name], settings, first_seed)
@@ -346,8 +353,32 @@ def evaluate(
         yield summarise(name, streamed, KINDS[name].change(settings), -(-tokens // settings.block_size))
 
 
-def table(rows: Sequence[Row]) -> str:
-    """The rows as a table of fixed-width text."""
+TIMED_CHUNKS = range(8, 24)
+"""Chunks that are timed: all kinds have a memory by then, and the history is short."""
+
+
+def time_kinds(
+    model: CausalVideoModel, kinds: Sequence[str], settings: StreamSettings | None = None, seed: int = 10_000
+) -> dict[str, Timing]:
+    """Streams four stories under every kind at once, a chunk of each in turn, so that other load touches all alike."""
+    stories = make_stories(4, seed)[1]
+    streams = {name: stream_stories(model, stories, KINDS[name], settings or TOY_SETTINGS, seed) for name in kinds}
+    seconds: dict[str, list[float]] = {name: [] for name in kinds}
+    for index in range(TIMED_CHUNKS.stop):
+        for name in kinds if index % 2 else reversed(kinds):
+            chunk = next(streams[name])
+            if index in TIMED_CHUNKS:
+                seconds[name].append(chunk.seconds)
+    timings = {}
+    for name, ours in seconds.items():
+        ratios = sorted(a / b for a, b in zip(ours, seconds.get("none", []), strict=False))
+        parts = [round(ratios[round(q * (len(ratios) - 1))], 4) if ratios else None for q in (0.5, 0.2, 0.8)]
+        timings[name] = Timing(_median(ours), *parts)
+    return timings
+
+
+def table(rows: Sequence[Row], timings: Mapping[str, Timing]) -> str:
+    """The rows, with what a chunk takes, as a table of fixed-width text."""
 
     def percent(x: float | None) -> str:
         return "-" if x is None or math.isnan(x) else f"{100 * x:.0f} %"
@@ -355,24 +386,32 @@ def table(rows: Sequence[Row]) -> str:
     def interval(x: Share) -> str:
         return f"{100 * x.value:.0f} % ({100 * x.low:.0f}-{100 * x.high:.0f})"
 
-    base = next((row.chunk_seconds for row in rows if row.memory == "none"), None)
     gaps = list(rows[0].gaps) if rows else []
     heads = ["memory", "returns", "same hue (95 %)", "chance", "error", "pattern", "chance", "both of two", "as named"]
     heads += ["retrieved right", "activated", *(f"gap {gap}" for gap in gaps), "copies", "s/chunk", "overhead"]
     cells = [heads]
     for row in rows:
-        overhead = "-" if base is None or row.memory == "none" else f"{100 * (row.chunk_seconds / base - 1):+.0f} %"
+        timing = timings.get(row.memory)
+        ratio = timing.ratio if timing and row.memory != "none" else None
         line = [row.memory, str(row.hue.count), interval(row.hue), percent(row.chance_hue), f"{row.median_error:.1f}"]
         line += [percent(x) for x in (row.pattern.value, row.chance_pattern, row.pairs.value, row.shape.value)]
         line += [percent(row.precision), percent(row.activated)]
         line += [f"{percent(row.gaps[gap].value)} of {row.gaps[gap].count}" for gap in gaps]
-        cells.append([*line, percent(row.copies), f"{row.chunk_seconds:.3f}", overhead])
+        overhead = "-" if ratio is None else f"{100 * (ratio - 1):+.0f} %"
+        cells.append([*line, percent(row.copies), f"{timing.seconds:.3f}" if timing else "-", overhead])
     widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
 def write_results(
-    rows: Sequence[Row], settings: StreamSettings, *, seed: int, stories: int, weights: str, out: Path
+    rows: Sequence[Row],
+    timings: Mapping[str, Timing],
+    settings: StreamSettings,
+    *,
+    seed: int,
+    stories: int,
+    weights: str,
+    out: Path,
 ) -> None:
     """Writes the rows as JSON to `out` and as a picture beside it."""
     from memflow_ops.model.evaluation_plot import draw
@@ -386,6 +425,7 @@ def write_results(
         "frames_per_prompt": FRAMES_PER_PROMPT,
         "settings": asdict(settings),
         "written": time.strftime("%Y-%m-%d"),
+        "timings": {name: asdict(timing) for name, timing in timings.items()},
         "rows": [asdict(row) for row in rows],
     }
     write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())

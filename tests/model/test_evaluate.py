@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -15,11 +16,13 @@ from memflow_ops.model.evaluate import (
     Oracle,
     Row,
     Share,
+    Timing,
     check,
     evaluate,
     shown_at,
     summarise,
     table,
+    time_kinds,
     watch,
     write_results,
 )
@@ -99,7 +102,6 @@ def test_a_perfect_stream_is_judged_perfect():
     assert row.median_error < 1 and row.drift < 1 and row.precision == 1.0
     assert sum(row.hues) == row.shape.count - row.hue.count
     assert row.activated == pytest.approx(TOY_SETTINGS.top_k / 24, abs=0.02)
-    assert row.chunk_seconds == 0.5
 
 
 @pytest.mark.parametrize(("turn", "match"), [(20, 1.0), (-20, 1.0), (40, 0.0), (180, 0.0)])
@@ -193,15 +195,26 @@ def test_what_cannot_be_judged_is_refused(arguments, says):
 
 def test_table_picture_and_json_show_every_row(tmp_path):
     rows = [judged(), judged(turn_returns=180)]
-    lines = table(rows).splitlines()
+    timings = {"memflow": Timing(0.5, 1.25, 1.2, 1.3)}
+    lines = table(rows, timings).splitlines()
     assert len(lines) == 3
     assert lines[1].startswith("memflow") and "100 % (" in lines[1] and " 0 % (" in lines[2]
     out = tmp_path / "deep" / "toy.json"
-    write_results(rows, TOY_SETTINGS, seed=10_000, stories=STORIES, weights="toy.safetensors", out=out)
+    assert lines[1].rstrip().endswith("+25 %")
+    write_results(rows, timings, TOY_SETTINGS, seed=10_000, stories=STORIES, weights="toy.safetensors", out=out)
     written = json.loads(out.read_text())
     assert [row["hue"]["value"] for row in written["rows"]] == [1.0, 0.0]
     assert written["settings"]["top_k"] == TOY_SETTINGS.top_k and written["seed"] == 10_000
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_kinds_are_timed_in_turn(monkeypatch):
+    monkeypatch.setattr("memflow_ops.model.evaluate.TIMED_CHUNKS", range(2, 5))
+    timings = time_kinds(load_checkpoint(), ["none", "memflow"], replace(TOY_SETTINGS, steps=1))
+    assert timings["none"].ratio == 1.0 and timings["none"].seconds > 0
+    ours = timings["memflow"]
+    assert ours.ratio is not None and ours.ratio_p20 <= ours.ratio <= ours.ratio_p80
+    assert time_kinds(load_checkpoint(), ["memflow"], replace(TOY_SETTINGS, steps=1))["memflow"].ratio is None
 
 
 def test_memory_of_the_shipped_weights_brings_characters_back(monkeypatch):
