@@ -424,7 +424,10 @@ def evaluate(
     ] = None,
     top_k: Annotated[int | None, typer.Option(help="Blocks that a query group selects.", min=1, metavar="N")] = None,
     steps: Annotated[int | None, typer.Option(help="Denoising passes per chunk.", min=1, metavar="N")] = None,
-    out: Annotated[Path | None, typer.Option(help="JSON file. Default: bench/results/toy-cpu.json.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file. Default: bench/results/toy-cpu.json, or out/evaluate.json with other options."),
+    ] = None,
 ) -> None:
     """Stream held-out stories under every kind of memory and judge from the pixels who came back the same.
 

@@ -127,11 +127,19 @@ def evaluate(
     from memflow_ops.model.stream import TOY_SETTINGS
 
     kinds = memory or list(judging.KINDS)
-    target = out or judging.default_results()
+    trial = memory or top_k or steps or weights or stories != 8 or seed != 10_000
+    # What the repository states is only replaced by the whole of it.
+    target = out or (Path("out") / "evaluate.json" if trial else judging.default_results())
     with mistakes():
         settings = replace(TOY_SETTINGS, top_k=top_k or TOY_SETTINGS.top_k, steps=steps or TOY_SETTINGS.steps)
         model = load_checkpoint(weights or TOY_WEIGHTS)
         judging.check(kinds, stories, seed)
+        if target is not None:  # rather now than after the evaluation
+            if target.suffix != ".json" or target.is_dir():
+                raise ValueError(f"--out takes the name of a .json file, got {target}")
+            if target.parent.exists() and not target.parent.is_dir():
+                raise ValueError(f"cannot write to the folder {target.parent}: it is a file")
+            target.parent.mkdir(parents=True, exist_ok=True)
     rows: list[judging.Row] = []
     with Progress(console=Console(stderr=True)) as bar:
         tasks = {name: bar.add_task(name, total=None, start=False) for name in kinds}

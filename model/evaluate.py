@@ -1,9 +1,9 @@
 """Does memory work? Held-out stories in which characters leave and return, judged from the pixels alone.
 
 Every frame is generated, first appearances included. A return is compared with the story's first appearance of that
-character, first chunk against first chunk: hue within 30 degrees (by chance one in six), pattern (one in three). A
-character that is absent in either is a miss. All rows share stories and noise; some are controls, which would expose a
-memory that does nothing.
+character, first chunk against first chunk: hue within 30 degrees (one in six by chance) and pattern (one in three, if the
+model drew all alike often; `Row.chance_pattern` says what it is). A character that is absent in either is a miss. All
+rows share stories and noise; some are controls, which would expose a memory that does nothing.
 """
 
 import json
@@ -384,7 +384,7 @@ def table(rows: Sequence[Row], timings: Mapping[str, Timing]) -> str:
         return "-" if x is None or math.isnan(x) else f"{100 * x:.0f} %"
 
     def interval(x: Share) -> str:
-        return f"{100 * x.value:.0f} % ({100 * x.low:.0f}-{100 * x.high:.0f})"
+        return f"{100 * x.value:.0f} % ({100 * x.low:.0f}-{100 * x.high:.0f})" if x.count else "-"
 
     gaps = list(rows[0].gaps) if rows else []
     heads = ["memory", "returns", "same hue (95 %)", "chance", "error", "pattern", "chance", "both of two", "as named"]
@@ -428,8 +428,17 @@ def write_results(
         "timings": {name: asdict(timing) for name, timing in timings.items()},
         "rows": [asdict(row) for row in rows],
     }
-    write_atomically(out, (json.dumps(results, indent=1) + "\n").encode())
+    write_atomically(out, (json.dumps(_without_nan(results), indent=1, allow_nan=False) + "\n").encode())
     write_atomically(out.with_suffix(".png"), draw(rows))
+
+
+def _without_nan(x: object) -> object:
+    """JSON has no NaN; None says as well that there was nothing to measure."""
+    if isinstance(x, dict):
+        return {key: _without_nan(value) for key, value in x.items()}
+    if isinstance(x, list | tuple):
+        return [_without_nan(value) for value in x]
+    return None if isinstance(x, float) and math.isnan(x) else x
 
 
 def default_results() -> Path | None:

@@ -289,15 +289,18 @@ class Trainer:
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             settings, config = json.loads(state["settings"]), json.loads(state["config"])
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-            raise ValueError(f"{path} is no training state of ours: {error}") from error
+        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"{path} is no training state of ours; delete it, or begin anew with --restart") from error
         for name, then, now in (
             ("settings", settings, json.loads(json.dumps(asdict(self.settings)))),
             ("model", config, json.loads(json.dumps(asdict(self.model.config)))),
         ):
             if then != now:
                 differing = [key for key in now if then.get(key) != now[key]]
-                raise ValueError(f"{path} was written by a run with another {name}: {', '.join(differing)} differ")
+                raise ValueError(
+                    f"{path} was written by a run with another {name}: {', '.join(differing)} differ; "
+                    "give the same options, or begin anew with --restart"
+                )
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.weights = state["average"]
@@ -324,16 +327,20 @@ def train(
     seed: of everything random, below HELD_OUT_SEED. steps: in all; fewer shorten every stage alike. threads: CPU
     threads for torch.
 
-    The state of an unfinished run lies in `out` with the suffix .partial, written every minute and on Ctrl-C; the same
-    command continues it bit for bit. restart: begin anew instead. KeyboardInterrupt passes through.
+    The state of an unfinished run lies in `out` with the suffix .partial, written every minute, on Ctrl-C and SIGTERM;
+    the same command continues it bit for bit. restart: begin anew instead. KeyboardInterrupt passes through.
     ValueError when the unfinished run had other settings.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as ProgressBar
 
-    torch.set_num_threads(threads)
+    from memflow_ops.model.generate import Interrupts
+
     out = Path(out)
+    if out.suffix != ".safetensors":
+        raise ValueError(f"weights are written as .safetensors, got {out}")
+    torch.set_num_threads(threads)
     partial = out.with_suffix(".partial")
     trainer = Trainer(Settings(seed=seed, stages=scaled_stages(STAGES, steps)), device=device)
     console = Console()
@@ -349,10 +356,13 @@ def train(
     )
     saved = time.perf_counter()
     try:
-        with ProgressBar(*columns, console=console) as bar:
+        # A signal waits for the end of the step: a state saved in the middle of one could not be continued exactly.
+        with Interrupts() as interrupts, ProgressBar(*columns, console=console) as bar:
             task = bar.add_task("training", total=trainer.total, completed=trainer.steps_done)
             while trainer.steps_done < trainer.total:
                 progress = trainer.step()
+                if interrupts.waiting:
+                    raise KeyboardInterrupt
                 size, loss = progress.stage.size, progress.denoising
                 description = f"{size} x {size}, loss {loss:.4f}, retrieval {progress.relevance:.4f}"
                 bar.update(task, completed=progress.step, description=description)

@@ -1,6 +1,7 @@
 """Training: it learns, repeats with its seed, and remembers in training only what a stream could remember."""
 
 import json
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -50,9 +51,14 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     wider = replace(train.TOY_CONFIG, ffn_dim=128)
     with pytest.raises(ValueError, match="another model: ffn_dim differ"):
         Trainer(Settings(seed=3, stages=(SMALL,)), wider).load(tmp_path / "state")
-    (tmp_path / "state").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="no training state of ours"):
-        Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / "state")
+    torch.save([1, 2], tmp_path / "list")
+    (tmp_path / "bytes").write_bytes(b"nothing")
+    (tmp_path / "empty").touch()
+    for name in ("list", "bytes", "empty"):
+        with pytest.raises(ValueError, match=f"{name} is no training state of ours; delete it, or"):
+            Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / name)
+    with pytest.raises(ValueError, match=r"written as \.safetensors"):
+        train.train(tmp_path / "w.partial", steps=1)
 
 
 @pytest.mark.parametrize("seed", [-1, train.HELD_OUT_SEED, 123_456])
@@ -73,23 +79,24 @@ def test_command_writes_weights_and_notes(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["w.json", "w.safetensors"]
 
 
-def test_ctrl_c_and_the_same_command_again_equal_one_run(tmp_path, monkeypatch, capsys):
-    """Interrupted in the fourth step: what three steps learned is on disk, and the rest follows bit for bit."""
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_ctrl_c_and_the_same_command_again_equal_one_run(number, tmp_path, monkeypatch, capsys):
+    """Interrupted in the third step: what three steps learned is on disk, and the rest follows bit for bit."""
     steps = 6
     train.train(tmp_path / "whole.safetensors", seed=5, steps=steps, threads=torch.get_num_threads())
-    out, step, done = tmp_path / "halting.safetensors", Trainer.step, []
+    out, losses, done = tmp_path / "halting.safetensors", train.training_losses, []
 
-    def halting(self: Trainer) -> train.Progress:
+    def interrupted(*arguments: object) -> train.Losses:
+        done.append(losses(*arguments))
         if len(done) == 3:
-            raise KeyboardInterrupt
-        done.append(1)
-        return step(self)
+            signal.raise_signal(number)  # in the middle of a step
+        return done[-1]
 
-    monkeypatch.setattr(Trainer, "step", halting)
+    monkeypatch.setattr(train, "training_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.train(out, seed=5, steps=steps, threads=torch.get_num_threads())
     assert not out.exists() and out.with_suffix(".partial").is_file()
-    monkeypatch.setattr(Trainer, "step", step)
+    monkeypatch.setattr(train, "training_losses", losses)
     train.train(out, seed=5, steps=steps, threads=torch.get_num_threads())
     assert "continuing after step 3 of 6" in " ".join(capsys.readouterr().out.split())
     assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
