@@ -1,9 +1,9 @@
 """Does memory work? Held-out stories in which characters leave and return, judged from the pixels alone.
 
 Every frame is generated, first appearances included. A return is compared with the story's first appearance of that
-character, first chunk against first chunk: hue within 30 degrees (one in six by chance) and pattern (one in three, if the
-model drew all alike often; `Row.chance_pattern` says what it is). A character that is absent in either is a miss. All
-rows share stories and noise; some are controls, which would expose a memory that does nothing.
+character, first chunk against first chunk: hue within 30 degrees (one in six by chance) and pattern (one in three, if
+the model drew all alike often; `Row.chance_pattern` says what it is). A character that is absent in either is a miss.
+All rows share stories and noise; some are controls, which would expose a memory that does nothing.
 """
 
 import json
