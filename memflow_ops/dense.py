@@ -72,6 +72,8 @@ def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
         return f"it needs a CUDA device, the tensors are on {q.device}"
     if q.dtype not in (torch.float16, torch.bfloat16):
         return f"it needs float16 or bfloat16, got {q.dtype}"
+    if q.shape[-1] % 8:
+        return f"it needs a head size that is a multiple of 8, got {q.shape[-1]}"
     if backend == "flash_attn":
         return "" if flash_attn_module() else f"none of {', '.join(FLASH_ATTENTION)} is installed"
     parameters = torch.backends.cuda.SDPAParams(*_folded(q, k, v), None, 0.0, False, False)

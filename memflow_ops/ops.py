@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ def memory_attention(
     with _as_given(q):
         backend = dense.resolve(dense_backend, impl, q, k, v)
         segments: tuple[Tensor | None, Tensor | None] = (k, v)
-        options = dict(
+        options: dict[str, Any] = dict(
             block_size=block_size, frame_tokens=frame_tokens, query_group=query_group, softmax_scale=softmax_scale,
             memory_slots=memory_slots, resume_out=None, resume_lse=None,
         )  # fmt: skip
@@ -186,9 +187,31 @@ def memory_attention(
             return out, lse, indices
         if memory_descriptors is None:
             memory_descriptors = implementation.describe_blocks(memory_k, block_size, frame_tokens)
-        return implementation.select_and_attend(
-            q, *segments, memory_k, memory_v, memory_descriptors, top_k=top_k, memory_frames=memory_frames, **options
-        )
+        inputs: tuple[Any, ...] = (q, *segments, memory_k, memory_v, memory_descriptors)
+        options.update(top_k=top_k, memory_frames=memory_frames)
+        if impl == "triton":  # which may do both in one launch
+            return implementation.select_and_attend(*inputs, **options)
+        return select_then_attend(implementation, *inputs, **options)
+
+
+def select_then_attend(
+    implementation: ModuleType,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    descriptors: Tensor,
+    *,
+    top_k: int,
+    memory_frames: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """An implementation's `select_blocks`, then its `attend` over these blocks: out, LSE and indices."""
+    blocks = -(-options["frame_tokens"] // options["block_size"])
+    selection = (top_k, options["query_group"], memory_frames, options["memory_slots"], blocks)
+    indices = implementation.select_blocks(q, descriptors, *selection)
+    return (*implementation.attend(q, k, v, memory_k, memory_v, indices, **options), indices)
 
 
 @memory_attention.register_fake

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -139,24 +138,6 @@ def gather(dense: Tensor | None, memory: Tensor | None, b: int, kv: int, tokens:
     """The keys (or values) of a tile: all dense ones, then the selected ones of the bank."""
     return torch.cat([x for x in (dense[b, :, kv] if dense is not None else None,
                                   memory[b, tokens, kv] if memory is not None else None) if x is not None])  # fmt: skip
-
-
-def select_and_attend(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    memory_k: Tensor,
-    memory_v: Tensor,
-    descriptors: Tensor,
-    *,
-    top_k: int,
-    memory_frames: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = -(-options["frame_tokens"] // options["block_size"])
-    slots = options["memory_slots"]
-    indices = select_blocks(q, descriptors, top_k, options["query_group"], memory_frames, slots, blocks)
-    return (*attend(q, k, v, memory_k, memory_v, indices, **options), indices)
 
 
 def attend_backward(

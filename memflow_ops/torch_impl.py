@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -315,24 +315,6 @@ def _add_bank(q: Tensor, bank: _Bank, scale: float, out: Tensor, lse: Tensor) ->
         weight = torch.sigmoid(part_lse - lse[planned]).nan_to_num_(0.0)
         out[planned].lerp_(part, weight.to(out.dtype).unsqueeze(-1))
         lse[planned] = torch.logaddexp(lse[planned], part_lse)
-
-
-def select_and_attend(
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    memory_k: Tensor,
-    memory_v: Tensor,
-    descriptors: Tensor,
-    *,
-    top_k: int,
-    memory_frames: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    blocks = -(-options["frame_tokens"] // options["block_size"])
-    slots = options["memory_slots"]
-    indices = select_blocks(q, descriptors, top_k, options["query_group"], memory_frames, slots, blocks)
-    return (*attend(q, k, v, memory_k, memory_v, indices, **options), indices)
 
 
 def attend_backward(

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from memflow_ops import memory_attention
 from memflow_ops.cache import FrameCache, Memory
+from memflow_ops.cache_layout import CacheLayout
 from memflow_ops.cache_released import ReleasedCache
 from memflow_ops.model.transformer import Attend, apply_rotation
 
@@ -57,21 +58,7 @@ def attend_to_memory(
             # Sparse without a candidate yet: the window alone.
             keys, values = cache.window(layer) if sparse else cache.dense(layer)
             return cast(Tensor, memory_attention(q, keys, values, impl=impl))
-        attended = memory_attention(
-            q,
-            *cache.window(layer),
-            memory.keys,
-            memory.values,
-            memory_descriptors=memory.descriptors,
-            top_k=top_k,
-            block_size=cache.layout.block_size,
-            frame_tokens=cache.layout.frame_tokens,
-            query_group=query_group,
-            memory_frames=memory.frames,
-            memory_slots=memory.slots,
-            impl=impl,
-        )
-        return cast(Tensor, attended)
+        return _attend_selected(q, cache.window(layer), memory, cache.layout, top_k, query_group, impl)
 
     return attend
 
@@ -101,20 +88,32 @@ def attend_as_released(
             return q
         if top_frames is None:
             return cast(Tensor, memory_attention(q, *cache.dense(layer), impl=impl))
-        attended = memory_attention(
-            q,
-            *cache.window(layer),
-            memory.keys,
-            memory.values,
-            memory_descriptors=memory.descriptors,
-            top_k=top_frames,
-            block_size=cache.layout.block_size,
-            frame_tokens=cache.layout.frame_tokens,
-            query_group=None,
-            memory_frames=memory.frames,
-            memory_slots=memory.slots,
-            impl=impl,
-        )
-        return cast(Tensor, attended)
+        return _attend_selected(q, cache.window(layer), memory, cache.layout, top_frames, None, impl)
 
     return attend
+
+
+def _attend_selected(
+    q: Tensor,
+    window: tuple[Tensor, Tensor],
+    memory: Memory,
+    layout: CacheLayout,
+    top_k: int,
+    query_group: int | None,
+    impl: str,
+) -> Tensor:
+    attended = memory_attention(
+        q,
+        *window,
+        memory.keys,
+        memory.values,
+        memory_descriptors=memory.descriptors,
+        top_k=top_k,
+        block_size=layout.block_size,
+        frame_tokens=layout.frame_tokens,
+        query_group=query_group,
+        memory_frames=memory.frames,
+        memory_slots=memory.slots,
+        impl=impl,
+    )
+    return cast(Tensor, attended)

@@ -4,6 +4,8 @@ Queries and descriptors are integers, so that selections are equal, ties include
 reference does not select is NaN.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -14,6 +16,7 @@ import memflow_ops as ops
 from memflow_ops import reference
 from memflow_ops.kernels import configs, select
 from memflow_ops.kernels.attend import attend, plan_select_and_attend, select_and_attend
+from memflow_ops.ops import select_then_attend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -47,7 +50,7 @@ def arguments_of(dtype, *, batch=1, heads=(2, 1), head_dim=16, queries=(16, 40),
         resume_out=torch.randn(batch, length, q_heads, head_dim).to(dtype) if resume else None,
         resume_lse=torch.randn(batch, q_heads, length) if resume else None,
     )
-    indices = call(reference.select_and_attend, arguments)[2]
+    indices = call(partial(select_then_attend, reference), arguments)[2]
     used = torch.zeros(batch, physical * frame_tokens, kv_heads, dtype=torch.bool)
     names = ("block_size", "frame_tokens", "query_group", "memory_slots")
     tiles = reference.tiles(arguments["q"], None, arguments["memory_k"], indices, *(arguments[name] for name in names))
@@ -66,7 +69,7 @@ def call(run, arguments, **more):
 def check(arguments, **more):
     out, lse, indices = call(select_and_attend, arguments, **more)
     wide = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()}
-    expected_out, expected_lse, expected_indices = call(reference.select_and_attend, wide)
+    expected_out, expected_lse, expected_indices = call(partial(select_then_attend, reference), wide)
     assert torch.equal(indices, expected_indices)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[out.dtype]
     torch.testing.assert_close(out.double(), expected_out, atol=tolerance, rtol=tolerance)
