@@ -382,7 +382,10 @@ def info() -> None:
 
 @app.command()
 def train(
-    out: Annotated[Path | None, typer.Option(help="Default: the package's own toy weights, replaced.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Default: the package's own weights, replaced; with --seed or --steps out/toy.safetensors."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of everything random, below 10000.", min=0, metavar="N")] = 0,
     steps: Annotated[
         int | None, typer.Option(help="Default: the full schedule; fewer shorten it.", min=1, metavar="N")
@@ -396,13 +399,12 @@ def train(
     """Train the toy world's model from scratch. After Ctrl-C or a kill the same command continues where it was."""
     from memflow_ops.environment import pick_device
     from memflow_ops.model import train as training
-    from memflow_ops.model.checkpoints import TOY_WEIGHTS
+    from memflow_ops.model.checkpoints import TOY_WEIGHTS, check_target
 
-    target = out or TOY_WEIGHTS
+    # The package's weights are only replaced by the whole of their training.
+    target = out or (Path("out") / TOY_WEIGHTS.name if seed or steps else TOY_WEIGHTS)
     with mistakes():
-        target.parent.mkdir(parents=True, exist_ok=True)  # rather now than after the training
-        if target.is_dir():
-            raise ValueError(f"{target} is a folder; --out takes a file name")
+        check_target(target, ".safetensors")  # rather now than after the training
         training.train(
             target,
             seed=seed,

@@ -123,7 +123,7 @@ def evaluate(
     from rich.progress import Progress
 
     from memflow_ops.model import evaluate as judging
-    from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint
+    from memflow_ops.model.checkpoints import TOY_WEIGHTS, check_target, load_checkpoint
     from memflow_ops.model.stream import TOY_SETTINGS
 
     kinds = memory or list(judging.KINDS)
@@ -135,11 +135,7 @@ def evaluate(
         model = load_checkpoint(weights or TOY_WEIGHTS)
         judging.check(kinds, stories, seed)
         if target is not None:  # rather now than after the evaluation
-            if target.suffix != ".json" or target.is_dir():
-                raise ValueError(f"--out takes the name of a .json file, got {target}")
-            if target.parent.exists() and not target.parent.is_dir():
-                raise ValueError(f"cannot write to the folder {target.parent}: it is a file")
-            target.parent.mkdir(parents=True, exist_ok=True)
+            check_target(target, ".json")
     rows: list[judging.Row] = []
     with Progress(console=Console(stderr=True)) as bar:
         tasks = {name: bar.add_task(name, total=None, start=False) for name in kinds}
@@ -160,12 +156,13 @@ def evaluate(
                     )
         except KeyboardInterrupt:
             if not rows:
+                bar.console.print("stopped before the first kind of memory was judged: there is nothing to write")
                 raise
     timings = judging.time_kinds(model, [row.memory for row in rows], settings, seed)
     typer.echo(judging.table(rows, timings))
     if target is not None:
-        name = weights.name if weights else TOY_WEIGHTS.name
-        judging.write_results(rows, timings, settings, seed=seed, stories=stories, weights=name, out=target)
+        used = weights or TOY_WEIGHTS
+        judging.write_results(rows, timings, settings, seed=seed, stories=stories, weights=used, out=target)
         typer.echo(f"written to {target} and {target.with_suffix('.png').name}")
     if len(rows) < len(kinds):
         raise KeyboardInterrupt

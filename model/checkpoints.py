@@ -1,6 +1,7 @@
 """Weights as safetensors, with the model's configuration in the file's metadata."""
 
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -30,9 +31,30 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    os.umask(mask := os.umask(0o022))
+    return mask
+
+
+def check_target(path: Path, suffix: str) -> None:
+    """A ValueError where no file of that name and suffix can be written; makes its folder."""
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(f"--out takes the name of a {suffix} file, got {path}")
+    in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
+    if in_the_way is not None:
+        raise ValueError(f"cannot write to the folder {path.parent}: {in_the_way} is a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
+def sha256(path: Path) -> str:
+    """Which file it was, in a result that depends on it."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:

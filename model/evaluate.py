@@ -20,7 +20,7 @@ from torch import Tensor
 from memflow_ops.cache import Candidates
 from memflow_ops.environment import ROOT, environment
 from memflow_ops.model import judge
-from memflow_ops.model.checkpoints import write_atomically
+from memflow_ops.model.checkpoints import sha256, write_atomically
 from memflow_ops.model.held_out import FRAMES_PER_PROMPT, Appearance, appearances, is_return, make_stories
 from memflow_ops.model.stream import TOY_SETTINGS, Chunk, Streamer, StreamSettings, chunk_prompts
 from memflow_ops.model.text import parse_prompt
@@ -122,6 +122,9 @@ class Row:
     chance_hue: float
     """the same with identities shuffled: of returns held against first appearances in all other stories"""
     chance_pattern: float
+    others_hue: float
+    """of returns held against the first appearances of the others in the same story: what a memory that brings back
+    the wrong one of its frames would reach"""
     shape: Share
     """of all appearances: looks like the character that was named"""
     pairs: Share
@@ -223,8 +226,8 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
     gap_hits: dict[str, list[bool]] = {f"{low} to {high}": [] for low, high in GAPS}
     pattern, shape, both, precision, copies = [], [], [], [], []
     errors, drifts, activated, hues = [], [], [], [0] * 6
-    firsts: list[tuple[tuple[int, int], judge.Look]] = []
-    returned: list[tuple[tuple[int, int], judge.Look]] = []
+    firsts: list[_Seen] = []
+    returned: list[_Seen] = []
 
     for length, group in enumerate(streamed):
         pair_hits: dict[tuple[int, int], list[bool]] = {}
@@ -236,7 +239,7 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
             if look.present and last.present:
                 drifts.append(_difference(look, last))
             if it.first is None:
-                firsts.append(((length, it.story), look))
+                firsts.append(_Seen((length, it.story), it.character, look))
             if it.first is None and look.present:
                 hues[min(int(look.hue // 60), 5)] += 1
                 if it.story in before and before[it.story].present:
@@ -245,7 +248,7 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
             if it.first is None or not is_return(it):
                 continue
             first = group.looks[it.story, it.first.prompt, it.first.slot, False]
-            returned.append(((length, it.story), look))
+            returned.append(_Seen((length, it.story), it.character, look))
             present = first.present and look.present
             if present:
                 errors.append(_difference(first, look))
@@ -264,7 +267,8 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
                 activated.append(min(settings.top_k, blocks) / blocks)
         both += [all(hits) for hits in pair_hits.values() if len(hits) == 2]
 
-    chance_hue, chance_pattern = _shuffled(firsts, returned)
+    chance_hue, chance_pattern = _matching(firsts, returned, lambda a, b: a.story != b.story)
+    others_hue, _ = _matching(firsts, returned, lambda a, b: a.story == b.story and a.character != b.character)
     return Row(
         memory=memory,
         hue=Share.of(hue),
@@ -272,6 +276,7 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
         pattern=Share.of(pattern),
         chance_hue=chance_hue,
         chance_pattern=chance_pattern,
+        others_hue=others_hue,
         shape=Share.of(shape),
         pairs=Share.of(both),
         gaps={name: Share.of(hits) for name, hits in gap_hits.items()},
@@ -283,14 +288,21 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
     )
 
 
-def _shuffled(
-    firsts: Sequence[tuple[tuple[int, int], judge.Look]], returned: Sequence[tuple[tuple[int, int], judge.Look]]
+@dataclass(frozen=True)
+class _Seen:
+    story: tuple[int, int]
+    character: int
+    look: judge.Look
+
+
+def _matching(
+    firsts: Sequence[_Seen], returned: Sequence[_Seen], compared: Callable[[_Seen, _Seen], bool]
 ) -> tuple[float, float]:
-    """Share of hues and of patterns that match where every return is held against all other stories' first looks.
+    """Share of hues and of patterns that match where returns are held against the first looks to be `compared`.
 
     What a memory that brings back somebody else would reach: it knows which looks this model likes to invent.
     """
-    pairs = [(first, look) for here, look in returned for story, first in firsts if story != here]
+    pairs = [(first.look, it.look) for it in returned for first in firsts if compared(first, it)]
     present = [(first, look) for first, look in pairs if first.present and look.present]
     hue = sum(_difference(first, look) < judge.SAME_HUE_DEGREES for first, look in present)
     pattern = sum(first.pattern == look.pattern for first, look in present)
@@ -387,13 +399,15 @@ def table(rows: Sequence[Row], timings: Mapping[str, Timing]) -> str:
         return f"{100 * x.value:.0f} % ({100 * x.low:.0f}-{100 * x.high:.0f})" if x.count else "-"
 
     gaps = list(rows[0].gaps) if rows else []
-    heads = ["memory", "returns", "same hue (95 %)", "chance", "error", "pattern", "chance", "both of two", "as named"]
-    heads += ["retrieved right", "activated", *(f"gap {gap}" for gap in gaps), "copies", "s/chunk", "overhead"]
+    heads = ["memory", "returns", "same hue (95 %)", "chance", "others", "error", "pattern", "chance", "both of two"]
+    heads += ["as named", "retrieved right", "activated", *(f"gap {gap}" for gap in gaps)]
+    heads += ["copies", "s/chunk", "overhead"]
     cells = [heads]
     for row in rows:
         timing = timings.get(row.memory)
         ratio = timing.ratio if timing and row.memory != "none" else None
-        line = [row.memory, str(row.hue.count), interval(row.hue), percent(row.chance_hue), f"{row.median_error:.1f}"]
+        line = [row.memory, str(row.hue.count), interval(row.hue), percent(row.chance_hue)]
+        line += [percent(row.others_hue), f"{row.median_error:.1f}"]
         line += [percent(x) for x in (row.pattern.value, row.chance_pattern, row.pairs.value, row.shape.value)]
         line += [percent(row.precision), percent(row.activated)]
         line += [f"{percent(row.gaps[gap].value)} of {row.gaps[gap].count}" for gap in gaps]
@@ -410,7 +424,7 @@ def write_results(
     *,
     seed: int,
     stories: int,
-    weights: str,
+    weights: Path,
     out: Path,
 ) -> None:
     """Writes the rows as JSON to `out` and as a picture beside it."""
@@ -419,7 +433,7 @@ def write_results(
     results = {
         "command": "memflow evaluate",
         **environment(torch.device("cpu")),
-        "weights": weights,
+        "weights": {"name": weights.name, "sha256": sha256(weights)},
         "seed": seed,
         "stories_of_each_length": stories,
         "frames_per_prompt": FRAMES_PER_PROMPT,

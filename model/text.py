@@ -34,9 +34,10 @@ class Scene:
 def parse_prompt(prompt: str) -> Scene:
     """ "A ball in the meadow", "the ball and the star at sea", "an empty desert" -> what it says.
 
-    Case, full stops, commas and the free words do not matter. A ValueError says what is wrong and lists the vocabulary.
+    Case, punctuation around words and the free words do not matter. A ValueError says what is wrong and lists the
+    vocabulary.
     """
-    words = [word.strip(".,;!") for word in prompt.lower().split()]
+    words = [word.strip(".,;:!?()\"'") for word in prompt.lower().split()]
     words = [word for word in words if word and word not in FREE_WORDS]
     help_text = f"characters: {', '.join((*CHARACTERS, EMPTY))}; places: {', '.join(PLACES)}"
     unknown = [word for word in words if word not in VOCABULARY]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -280,12 +281,20 @@ class Trainer:
             "seconds": self.seconds,
             "running": self.running,
             "curve": self.curve,
+            "machine": self.machine(),
         }
         torch.save(state, content)
         checkpoints.write_atomically(path, content.getvalue())
 
-    def load(self, path: Path) -> None:
-        """Continues where `save` left; a ValueError when that was another run, by settings or model."""
+    def machine(self) -> str:
+        """What rounding depends on beside the settings."""
+        return f"{self.device.type}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+    def load(self, path: Path) -> str:
+        """Continues where `save` left; a ValueError when that was another run, by settings or model.
+
+        Returns the machine that it was saved on, see `machine`: on another it continues, but not bit for bit.
+        """
         try:
             state = torch.load(path, map_location=self.device, weights_only=True)
             settings, config = json.loads(state["settings"]), json.loads(state["config"])
@@ -301,6 +310,13 @@ class Trainer:
                     f"{path} was written by a run with another {name}: {', '.join(differing)} differ; "
                     "give the same options, or begin anew with --restart"
                 )
+        try:
+            self._restore(state)
+        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"{path} is damaged; delete it, or begin anew with --restart") from error
+        return str(state["machine"])
+
+    def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.average.weights = state["average"]
@@ -338,15 +354,16 @@ def train(
     from memflow_ops.model.generate import Interrupts
 
     out = Path(out)
-    if out.suffix != ".safetensors":
-        raise ValueError(f"weights are written as .safetensors, got {out}")
+    checkpoints.check_target(out, ".safetensors")
     torch.set_num_threads(threads)
     partial = out.with_suffix(".partial")
     trainer = Trainer(Settings(seed=seed, stages=scaled_stages(STAGES, steps)), device=device)
     console = Console()
     if partial.is_file() and not restart:
-        trainer.load(partial)
+        machine = trainer.load(partial)
         console.print(f"continuing after step {trainer.steps_done} of {trainer.total} ({partial})")
+        if machine != trainer.machine():
+            console.print(f"not bit for bit: it was begun on {machine}, this is {trainer.machine()}")
     columns = (
         TextColumn("{task.description}"),
         BarColumn(),
@@ -385,6 +402,7 @@ def train(
         "threads": threads,
         "device": device,
         "torch": torch.__version__,
+        "sha256": checkpoints.sha256(out),
         "machine": platform.processor() or platform.machine(),
         "loss": trainer.curve,
     }

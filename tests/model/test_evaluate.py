@@ -1,5 +1,6 @@
 """The judgement of held-out stories, on streams drawn by the renderer instead of a model, and one by the model."""
 
+import hashlib
 import json
 import math
 from collections.abc import Iterator
@@ -10,7 +11,7 @@ import pytest
 import torch
 
 from memflow_ops.model import held_out, world
-from memflow_ops.model.checkpoints import load_checkpoint
+from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint
 from memflow_ops.model.evaluate import (
     KINDS,
     Oracle,
@@ -46,6 +47,8 @@ class Truth:
         self.other_pattern = self.other_shape = self.absent = False
         """at returns only"""
         self.retrieves_named = True
+        self.alike = False
+        """all characters of a story have one hue"""
 
     def chunks(self) -> Iterator[Chunk]:
         back = {(it.story, it.prompt, it.character) for it in appearances(self.stories) if it.first is not None}
@@ -60,7 +63,7 @@ class Truth:
                     if returns and self.absent:
                         continue
                     who.append((character + (returns and self.other_shape)) % NOBODY)
-                    hue.append(self.hue[story, character] + returns * self.turn_returns / 360)
+                    hue.append(self.hue[story, 0 if self.alike else character] + returns * self.turn_returns / 360)
                     pattern.append((self.pattern[story, character] + (returns and self.other_pattern)) % 3)
                     x.append((world.LEFT, world.RIGHT)[slot] if len(scene.who) == 2 else world.MIDDLE)
                 if part in (3, 6):
@@ -137,6 +140,12 @@ def test_chance_is_that_of_shuffled_identities():
     assert judged(absent=True).chance_hue == judged(absent=True).chance_pattern == 0
 
 
+def test_others_are_those_of_the_same_story():
+    row = judged(alike=True)
+    assert row.others_hue == 1 and row.chance_hue < 0.4
+    assert judged().others_hue < 0.5 and judged(absent=True).others_hue == 0
+
+
 def test_returns_are_counted_by_their_gap():
     row = judged()
     counts = [sum(low <= it.gap <= high for it in returns()) for low, high in ((24, 48), (49, 120), (121, 240))]
@@ -201,9 +210,10 @@ def test_table_picture_and_json_show_every_row(tmp_path):
     assert lines[1].startswith("memflow") and "100 % (" in lines[1] and " 0 % (" in lines[2]
     out = tmp_path / "deep" / "toy.json"
     assert lines[1].rstrip().endswith("+25 %")
-    write_results(rows, timings, TOY_SETTINGS, seed=10_000, stories=STORIES, weights="toy.safetensors", out=out)
+    write_results(rows, timings, TOY_SETTINGS, seed=10_000, stories=STORIES, weights=TOY_WEIGHTS, out=out)
     written = json.loads(out.read_text())
     assert [row["hue"]["value"] for row in written["rows"]] == [1.0, 0.0]
+    assert written["weights"]["sha256"] == hashlib.sha256(TOY_WEIGHTS.read_bytes()).hexdigest()
     assert written["settings"]["top_k"] == TOY_SETTINGS.top_k and written["seed"] == 10_000
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 

@@ -34,7 +34,7 @@ def test_twenty_steps_lower_the_loss_and_resume_bit_for_bit(tmp_path):
     assert [begun.step().denoising for _ in range(7)] == losses[:7]
     begun.save(tmp_path / "state")
     resumed = Trainer(Settings(seed=3, stages=(SMALL,)))
-    resumed.load(tmp_path / "state")
+    assert resumed.load(tmp_path / "state") == resumed.machine()
     assert [resumed.step().denoising for _ in range(13)] == losses[7:]
     assert resumed.curve == whole.curve and resumed.steps_done == 20
     for of in (lambda t: t.model.state_dict(), lambda t: t.average.weights):
@@ -57,8 +57,14 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     for name in ("list", "bytes", "empty"):
         with pytest.raises(ValueError, match=f"{name} is no training state of ours; delete it, or"):
             Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / name)
-    with pytest.raises(ValueError, match=r"written as \.safetensors"):
+    state = torch.load(tmp_path / "state", weights_only=True)
+    torch.save(state | {"model": {}}, tmp_path / "state")
+    with pytest.raises(ValueError, match="state is damaged; delete it, or"):
+        Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / "state")
+    with pytest.raises(ValueError, match=r"a \.safetensors file, got .*w\.partial"):
         train.train(tmp_path / "w.partial", steps=1)
+    with pytest.raises(ValueError, match=r"cannot write to the folder .*empty/deep: .*empty is a file"):
+        train.train(tmp_path / "empty" / "deep" / "w.safetensors", steps=1)
 
 
 @pytest.mark.parametrize("seed", [-1, train.HELD_OUT_SEED, 123_456])
