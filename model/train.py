@@ -68,8 +68,8 @@ class Stage:
 
 STAGES = (
     Stage(steps=400, size=16, batch=8, shift=4.0, foreground=3.0),
-    Stage(steps=900, size=32, batch=4, shift=7.0, foreground=2.0),
-    Stage(steps=1500, size=32, batch=4, shift=7.0),
+    Stage(steps=1000, size=32, batch=4, shift=7.0, foreground=2.0),
+    Stage(steps=2000, size=32, batch=4, shift=7.0),
 )
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 

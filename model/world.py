@@ -17,7 +17,8 @@ from memflow_ops.model.text import NOBODY, PLACES
 
 FRAME_SIZE = 32
 """Pixels per side."""
-PATTERNS = ("halves", "stripes", "dots")
+PATTERNS = ("halves", "sides", "checks")
+"""Each two of them differ on half of the character, so that what is drawn between them is no third."""
 
 # Per place RGB in 0..1, pale on purpose: top and horizon of the sky, horizon and foreground of the ground.
 _PLACE_COLOURS = {
@@ -86,12 +87,10 @@ def shape_distances(x: Tensor, y: Tensor) -> Tensor:
 def pattern_distances(x: Tensor, y: Tensor) -> Tensor:
     """Signed distance of offsets x, y (in frame sides) to the edge of each pattern's dark tone, positive in it.
 
-    In the order of PATTERNS: (3, ...). The lower half; two upright stripes; four dots.
+    In the order of PATTERNS: (3, ...). The lower half; the left half; the upper left and lower right quarters.
     """
-    halves = y
-    stripes = 1.5 * _PIXEL - (x.abs() - 3.5 * _PIXEL).abs()
-    dots = 1.75 * _PIXEL - torch.hypot(x.abs() - 3.5 * _PIXEL, y.abs() - 2.5 * _PIXEL)
-    return torch.stack([halves, stripes, dots])
+    checks = torch.minimum(x.abs(), y.abs()) * (x * y).sign()
+    return torch.stack([y, -x, checks])
 
 
 def render(who: Tensor, place: Tensor, hue: Tensor, pattern: Tensor, centre: Tensor, size: int = FRAME_SIZE) -> Tensor:

@@ -125,7 +125,7 @@ def test_another_pattern_is_another_look():
     frames = np.concatenate([rendered(0, [50, 60]), rendered(0, [200, 60], pattern=2)])
     judged = judge_return(frames, Return("ball", 5, 9, None, None), 3)
     assert judged.difference == pytest.approx(0, abs=1) and not judged.same
-    assert (judged.pattern_before, judged.pattern_after) == ("halves", "dots")
+    assert (judged.pattern_before, judged.pattern_after) == ("halves", "checks")
 
 
 def test_sides_are_judged_apart():
