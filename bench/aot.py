@@ -1,8 +1,9 @@
 """`make aot`: every kernel and shipped configuration, compiled for GPUs that need not be there, and what it takes.
 
-    python -m memflow_ops.bench.aot [--renew] [--only "per query"] [--triton-36 .venv/triton-3.6.0]
+    python -m memflow_ops.bench.aot [--renew] [--only "per query"] [--jobs 1] [--triton-36 .venv/triton-3.6.0]
 
 Compiles with this triton and, where it is installed in a folder of its own, with 3.6.0; writes bench/results/aot.json.
+What was compiled stays in build/aot by the hash of what it was made from: a run that was stopped goes on where it was.
 Fails where a configuration in bfloat16 spills registers or has no tensor-core products on sm_90, where a program takes
 more shared memory than the device has, or where registers or the instructions of the main loop have grown by more than
 10 % over the stored table (--renew stores it anew).
@@ -16,7 +17,6 @@ import multiprocessing
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -199,17 +199,19 @@ def main() -> int:
     parser.add_argument("--triton-36", type=Path, default=None, help="folder that holds triton 3.6.0")
     parser.add_argument("--print", action="store_true", help="print the table of this triton and do no more")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
+    parser.add_argument("--cache", type=Path, default=Path("build/aot"), help="folder of what was compiled before")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # compile for real
-        tables = {triton.__version__: compile_all(arguments.jobs, arguments.only)}
-        if arguments.print:
-            print(json.dumps(tables))
-            return 0
-        if arguments.triton_36 is not None and (arguments.triton_36 / "triton").is_dir():
-            tables |= compile_elsewhere(arguments.triton_36, ["--jobs", str(arguments.jobs), "--only", arguments.only])
-        else:
-            print(f"aot: skipped triton 3.6.0, which is not installed in {arguments.triton_36}", file=sys.stderr)
+    # Triton's own cache goes by hashes of the kernel with all that it calls, of its arguments and of the compiler.
+    os.environ["TRITON_CACHE_DIR"] = str(arguments.cache.resolve())
+    tables = {triton.__version__: compile_all(arguments.jobs, arguments.only)}
+    if arguments.print:
+        print(json.dumps(tables))
+        return 0
+    if arguments.triton_36 is not None and (arguments.triton_36 / "triton").is_dir():
+        options = ["--jobs", str(arguments.jobs), "--only", arguments.only, "--cache", str(arguments.cache)]
+        tables |= compile_elsewhere(arguments.triton_36, options)
+    else:
+        print(f"aot: skipped triton 3.6.0, which is not installed in {arguments.triton_36}", file=sys.stderr)
     stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
     if arguments.only:  # the other rows stay
         tables = {version: {sm: stored.get(version, {}).get(sm, {}) | rows for sm, rows in table.items()}

@@ -39,7 +39,7 @@ class Machine:
     shared_bytes: int
     opcodes: Counter[str]
     loop_opcodes: Counter[str]
-    """Of the main loop alone: the innermost one with the most matrix products, else with the most instructions."""
+    """Of the main loop alone, see main_loop; what it branches around as a rule is counted too."""
     ptx: str = field(repr=False)
 
     @property
@@ -81,7 +81,11 @@ def products(opcodes: Counter[str]) -> int:
 
 
 def main_loop(instructions: list[tuple[int, str, str]]) -> Counter[str]:
-    """The opcodes of the main loop of (address, opcode, operands); a loop ends with a branch back to its start."""
+    """The opcodes of the main loop of (address, opcode, operands); a loop ends with a branch back to its start.
+
+    It is the innermost loop with the most matrix products, of several the shortest: others are for rare cases. Without
+    products it is the longest.
+    """
     loops = []
     for address, opcode, rest in instructions:
         target = re.search(r"0x([0-9a-f]+)", rest) if opcode == "BRA" else None
@@ -89,7 +93,8 @@ def main_loop(instructions: list[tuple[int, str, str]]) -> Counter[str]:
             loops.append((int(target[1], 16), address))
     innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
     bodies = [Counter(op for address, op, _ in instructions if start <= address <= end) for start, end in innermost]
-    return max(bodies, key=lambda body: (products(body), body.total()), default=Counter())
+    sign = -1 if any(products(body) for body in bodies) else 1
+    return max(bodies, key=lambda body: (products(body), sign * body.total()), default=Counter())
 
 
 def cuobjdump(*arguments: str) -> str:

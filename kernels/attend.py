@@ -61,7 +61,7 @@ def attend_kernel(
     resume_lse,  # (B, H, Lq) float32, natural logarithm
     out,  # (B, Lq, H, D)
     lse,  # (B, H, Lq) float32, natural logarithm
-    q_strides,  # (B, L, H) of each tensor, in elements; their last dimension is contiguous
+    q_strides,  # (B, L, H) of each tensor, in elements; their last dimension is contiguous. Of values None: the keys'
     k_strides,
     v_strides,
     memory_k_strides,
@@ -84,6 +84,7 @@ def attend_kernel(
     entries,  # K
     candidate_count,  # C
     softmax_scale,
+    NEGATIVE_SCALE: tl.constexpr,
     HEADS_PER_KV_HEAD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
@@ -114,6 +115,8 @@ def attend_kernel(
     query_rows = q + batch * q_strides[0] + rows * q_strides[1] + head * q_strides[2]
     if memory_k is not None:
         memory_k += batch * memory_k_strides[0] + kv_head * memory_k_strides[2]
+        if memory_v_strides is None:
+            memory_v_strides = memory_k_strides
         memory_v += batch * memory_v_strides[0] + kv_head * memory_v_strides[2]
         indices += batch * index_strides[0] + head * index_strides[1] + group.to(tl.int64) * index_strides[2]
         if memory_slots is not None:
@@ -141,7 +144,10 @@ def attend_kernel(
             tl.debug_barrier()  # the indices that other threads of this program wrote are read from here on
 
     query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM], not held above
-    scale_log2 = softmax_scale * LOG2_E
+    # The softmax takes the maximum first, so its scale is above 0: the least for 0, and a sign goes to the query.
+    if NEGATIVE_SCALE:
+        query = -query
+    scale_log2 = tl.maximum(tl.abs(softmax_scale), 1.2e-38) * LOG2_E
     lse_rows = None
     out_rows = None
     if resume_out is not None:
@@ -179,12 +185,16 @@ def attend_kernel(
 
     if k is not None:
         k += batch * k_strides[0] + kv_head * k_strides[2]
+        if v_strides is None:
+            v_strides = k_strides
         v += batch * v_strides[0] + kv_head * v_strides[2]
         for first in range(0, keys, BLOCK_N):
-            tokens = first + tl.arange(0, BLOCK_N)
+            lanes = tl.arange(0, BLOCK_N)
+            token = tl.zeros([], tl.int64) + first
             row_max, row_sum, accumulator = attend_tile(
-                query, k, v, k_strides[1], v_strides[1], tokens, tokens < keys, None, scale_log2,
-                row_max, row_sum, accumulator, HEAD_DIM, DIM, False,
+                query, k + token * k_strides[1] + lanes.to(tl.int64) * k_strides[1],
+                v + token * v_strides[1] + lanes.to(tl.int64) * v_strides[1], first + lanes < keys,
+                first + BLOCK_N > keys, None, scale_log2, row_max, row_sum, accumulator, HEAD_DIM, DIM, False,
             )  # fmt: skip
 
     # A row without any key: out 0, lse -inf.
@@ -208,8 +218,11 @@ class Chosen:
     memory_frames: torch.Tensor | None = None
 
 
-def strides_of(tensor: torch.Tensor | None) -> tuple[int, ...] | None:
-    return None if tensor is None else tensor.stride()[:3]
+def strides_of(tensor: torch.Tensor | None, like: torch.Tensor | None = None) -> tuple[int, ...] | None:
+    """The first three; None if they are those of `like`, because one offset for keys and values saves registers."""
+    if tensor is None or (like is not None and tensor.stride() == like.stride()):
+        return None
+    return tensor.stride()[:3]
 
 
 def plan_attend(
@@ -282,9 +295,9 @@ def plan_attend(
         lse=lse,
         q_strides=strides_of(q),
         k_strides=strides_of(k),
-        v_strides=strides_of(v),
+        v_strides=strides_of(v, k),
         memory_k_strides=strides_of(memory_k),
-        memory_v_strides=strides_of(memory_v),
+        memory_v_strides=strides_of(memory_v, memory_k),
         slot_stride=None if memory_slots is None else memory_slots.stride(0),
         index_strides=strides_of(indices),
         descriptor_strides=strides_of(making.descriptors),
@@ -303,6 +316,7 @@ def plan_attend(
         entries=entries,
         candidate_count=candidates,
         softmax_scale=float(softmax_scale),
+        NEGATIVE_SCALE=softmax_scale < 0,
         HEADS_PER_KV_HEAD=heads // kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,

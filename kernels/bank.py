@@ -11,14 +11,12 @@ from .primitives import cast, load_rows, matmul, online_softmax_update, physical
 @triton.jit
 def attend_tile(
     query,  # [BLOCK_M, DIM]
-    k,  # pointer to this batch and head
-    v,
-    k_stride,  # between tokens
-    v_stride,
-    tokens,  # [BLOCK_N] which keys
+    key_rows,  # [BLOCK_N] pointers
+    value_rows,
     present,  # [BLOCK_N] false: neither read nor attended to
+    ragged,  # scalar: whether any is false
     wanted,  # [BLOCK_M] false: this row does not attend to the tile; or None: all rows do
-    scale_log2,
+    scale_log2,  # above 0
     row_max,
     row_sum,
     accumulator,
@@ -28,19 +26,18 @@ def attend_tile(
 ):
     """Attend to one tile of keys: returns the softmax state (row_max, row_sum, accumulator) after it.
 
-    A row that does not want the tile has weights of 0, and 0 times a value that is not finite is NaN: with GUARD such
-    rows keep their state instead.
+    A row that does not want the tile has weights of 0, and 0 times a value that is not finite is NaN, as is the weight
+    of a score that is not: with GUARD such rows keep their state instead.
     """
     columns = tl.arange(0, DIM)
-    tokens = tokens.to(tl.int64)
-    key = load_rows(k + tokens * k_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
-    scores = matmul(query, tl.trans(key), tl.zeros([query.shape[0], tokens.shape[0]], tl.float32)) * scale_log2
-    attended = present[None, :]
-    if wanted is not None:
-        attended = attended & wanted[:, None]
-    scores = tl.where(attended, scores, float("-inf"))
-    weights, correction, row_max, row_sum = online_softmax_update(scores, row_max, row_sum)
-    value = load_rows(v + tokens * v_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
+    key = load_rows(key_rows, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
+    scores = matmul(query, tl.trans(key), tl.zeros([query.shape[0], key.shape[0]], tl.float32))
+    if ragged:
+        scores = tl.where(present[None, :], scores, float("-inf"))
+    if GUARD:
+        scores = tl.where(wanted[:, None], scores, float("-inf"))
+    weights, correction, row_max, row_sum = online_softmax_update(scores, scale_log2, wanted, row_max, row_sum)
+    value = load_rows(value_rows, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
     after = matmul(cast(weights, value.dtype), value, accumulator * correction[:, None])
     if GUARD:
         after = tl.where(wanted[:, None], after, accumulator)
@@ -48,9 +45,8 @@ def attend_tile(
 
 
 @triton.jit
-def block_tokens(
-    index,  # of the block, a scalar or [BLOCK_N]
-    offsets,  # [BLOCK_N] in the block
+def bank_block(
+    index,  # in bank order, a scalar or [BLOCK_N]
     blocks,
     blocks_per_frame,
     frame_tokens,
@@ -58,13 +54,13 @@ def block_tokens(
     physical_frames,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """The tokens [BLOCK_N] at these offsets of a block of the bank, and which of them there are."""
-    frame = index // blocks_per_frame
-    offset_in_frame = (index - frame * blocks_per_frame) * BLOCK_SIZE + offsets
+    """The first token (int64) of blocks of the bank in memory, and how many they have: 0 if there is no such block."""
     inside = (index >= 0) & (index < blocks)
+    frame = index // blocks_per_frame
+    offset = (index - frame * blocks_per_frame) * BLOCK_SIZE
     slot = physical_frame(memory_slots, frame, inside, physical_frames)
-    present = inside & (offsets < BLOCK_SIZE) & (offset_in_frame < frame_tokens)
-    return slot.to(tl.int64) * frame_tokens + offset_in_frame, present
+    length = tl.where(inside, tl.minimum(frame_tokens - offset, BLOCK_SIZE), 0)
+    return slot.to(tl.int64) * frame_tokens + offset, length
 
 
 @triton.jit
@@ -84,23 +80,43 @@ def attend_list(
     physical_frames, scale_log2, row_max, row_sum, accumulator,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """Attend to the first `used` blocks of a list that all rows share."""
-    for first in range(0, used * BLOCK_SIZE, BLOCK_N):
-        if BLOCK_SIZE % BLOCK_N == 0:
-            index = tl.load(indices + first // BLOCK_SIZE)
-            offsets = first % BLOCK_SIZE + tl.arange(0, BLOCK_N)
-        else:  # the blocks one behind the other: a tile may hold several, or a part of one
-            places = first + tl.arange(0, BLOCK_N)
-            entry = places // BLOCK_SIZE
-            index = tl.load(indices + entry, mask=entry < used, other=-1)
-            offsets = places - entry * BLOCK_SIZE
-        tokens, present = block_tokens(
-            index, offsets, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
-        )
+    """Attend to the first `used` blocks of a list that all rows share.
+
+    The place of a tile is made out one step ahead and its index read two: keys would wait for one after the other.
+    """
+    lanes = tl.arange(0, BLOCK_N)
+    # A tile is a part of one block, or has blocks one behind the other: then each lane has an entry of its own.
+    shared: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
+    place = 0 if shared else lanes
+    end = used * BLOCK_SIZE
+    index = tl.load(indices + place // BLOCK_SIZE, mask=place < end, other=-1)
+    token, length = bank_block(index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE)
+    place += BLOCK_N
+    index = tl.load(indices + place // BLOCK_SIZE, mask=place < end, other=-1)
+    for first in range(0, end, BLOCK_N):
+        if shared:
+            token += first % BLOCK_SIZE
+            length -= first % BLOCK_SIZE
+            # what is the same for all lanes is added first
+            key_rows = k + token * k_stride + lanes.to(tl.int64) * k_stride
+            value_rows = v + token * v_stride + lanes.to(tl.int64) * v_stride
+            present = lanes < length
+            ragged = length < BLOCK_N
+        else:
+            offset = (first + lanes) % BLOCK_SIZE
+            key_rows = k + (token + offset) * k_stride
+            value_rows = v + (token + offset) * v_stride
+            present = offset < length
+            ragged = True
         row_max, row_sum, accumulator = attend_tile(
-            query, k, v, k_stride, v_stride, tokens, present, None, scale_log2, row_max, row_sum, accumulator,
+            query, key_rows, value_rows, present, ragged, None, scale_log2, row_max, row_sum, accumulator,
             HEAD_DIM, DIM, False,
         )  # fmt: skip
+        token, length = bank_block(
+            index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
+        )
+        place += BLOCK_N
+        index = tl.load(indices + place // BLOCK_SIZE, mask=place < end, other=-1)
     return row_max, row_sum, accumulator
 
 
@@ -171,23 +187,31 @@ def attend_union(
 ):  # fmt: skip
     """Attend each row to the blocks of its own list, all rows together to the union of the lists."""
     PARTS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
+    lanes = tl.arange(0, BLOCK_N)
     used = used_entries_of_rows(lists, row_mask, entries, blocks, BLOCK_M)
     cursor = tl.zeros([BLOCK_M], tl.int32)
     heads = heads_of_lists(lists, cursor, used, blocks)
+    # as in attend_list
+    index = tl.load(union, mask=size > 0, other=-1)
+    token, length = bank_block(index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE)
+    wanted = heads == index
+    index = tl.load(union + 1 // PARTS, mask=size * PARTS > 1, other=-1)
     for step in range(size * PARTS):
-        index = tl.load(union + step // PARTS)
-        offsets = step % PARTS * BLOCK_N + tl.arange(0, BLOCK_N)
-        tokens, present = block_tokens(
-            index, offsets, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
-        )
-        wanted = heads == index
+        token += step % PARTS * BLOCK_N
+        length -= step % PARTS * BLOCK_N
         row_max, row_sum, accumulator = attend_tile(
-            query, k, v, k_stride, v_stride, tokens, present, wanted, scale_log2, row_max, row_sum, accumulator,
-            HEAD_DIM, DIM, GUARD,
+            query, k + token * k_stride + lanes.to(tl.int64) * k_stride,
+            v + token * v_stride + lanes.to(tl.int64) * v_stride, lanes < length, length < BLOCK_N, wanted, scale_log2,
+            row_max, row_sum, accumulator, HEAD_DIM, DIM, GUARD,
         )  # fmt: skip
         last_part = step % PARTS == PARTS - 1
         cursor += (wanted & last_part).to(tl.int32)
         heads = heads_of_lists(lists, cursor, used, blocks)
+        wanted = heads == index
+        token, length = bank_block(
+            index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
+        )
+        index = tl.load(union + (step + 2) // PARTS, mask=step + 2 < size * PARTS, other=-1)
     return row_max, row_sum, accumulator
 
 

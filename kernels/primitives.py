@@ -36,17 +36,24 @@ def matmul(a, b, accumulator):
 
 
 @triton.jit
-def online_softmax_update(scores, row_max, row_sum):
-    """One step of the softmax over a row whose scores arrive in tiles (base 2: scores are already times log2 e).
+def online_softmax_update(scores, scale_log2, wanted, row_max, row_sum):
+    """One step of the softmax over a row whose scores arrive in tiles, in base 2.
 
-    scores [ROWS, COLUMNS], -inf where there is no key; row_max, row_sum [ROWS], -inf and 0 before the first key.
-    Returns the tile's weights, the factor for what was accumulated before, and the new row_max and row_sum.
+    scores [ROWS, COLUMNS], -inf where there is no key; scale_log2: their scale times log2 e, above 0; wanted [ROWS]:
+    rows that take part, or None: all; row_max, row_sum [ROWS] of scaled scores, -inf and 0 before the first key.
+    Returns the tile's weights, the factor for what was accumulated before, and the new row_max and row_sum. The scale
+    comes last so that a score costs one multiplication with addition.
     """
-    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    tile_max = tl.max(scores, 1) * scale_log2
+    if wanted is not None:
+        tile_max = tl.where(wanted, tile_max, float("-inf"))
+    new_max = tl.maximum(row_max, tile_max)
     # While a row has no key its maximum is -inf, and -inf - -inf is NaN.
     reference = tl.where(new_max == float("-inf"), 0.0, new_max)
-    weights = tl.math.exp2(scores - reference[:, None])
     correction = tl.math.exp2(row_max - reference)
+    if wanted is not None:
+        reference = tl.where(wanted, reference, float("inf"))
+    weights = tl.math.exp2(scores * scale_log2 - reference[:, None])
     return weights, correction, new_max, row_sum * correction + tl.sum(weights, 1)
 
 

@@ -78,8 +78,11 @@ def test_sizes_of_one_become_constants():
 def test_the_main_loop_is_the_one_with_the_products():
     product_loop = [(16, "FADD", ""), (32, "HGMMA", ""), (48, "BRA", " 0x10")]
     other_loop = [(64, "FADD", ""), (80, "FADD", ""), (96, "FADD", ""), (112, "BRA", " 0x40")]
-    code = [(0, "MOV", ""), *product_loop, *other_loop, (128, "BRA", " 0x0"), (144, "BRA", " 0x200")]
+    rare_loop = [(128, "HGMMA", ""), (144, "FSEL", ""), (160, "FSEL", ""), (176, "BRA", " 0x80")]
+    end = [(192, "BRA", " 0x0"), (208, "BRA", " 0x200")]
+    code = [(0, "MOV", ""), *product_loop, *other_loop, *rare_loop, *end]
     assert main_loop(code) == Counter(FADD=1, HGMMA=1, BRA=1)
+    assert main_loop([*other_loop, *end]) == Counter(FADD=3, BRA=1)
 
 
 def test_what_the_gate_objects_to():

@@ -209,6 +209,12 @@ def test_large_scores_do_not_overflow():
     assert lse.abs().max() > 500
 
 
+@pytest.mark.parametrize("scale", [-0.3, 0.0])
+def test_scales_that_are_not_positive(scale):
+    torch.manual_seed(7)
+    check({**case(torch.float32, dense=20), "softmax_scale": scale})
+
+
 def test_any_strides_and_the_same_bits_twice():
     torch.manual_seed(6)
     arguments = case(torch.bfloat16, batch=2, heads=(4, 2), dense=33, queries=(8, 21), slots=True)
