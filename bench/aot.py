@@ -4,9 +4,9 @@
 
 Compiles with this triton and, where it is installed in a folder of its own, with 3.6.0; writes bench/results/aot.json.
 What was compiled stays in build/aot by the hash of what it was made from: a run that was stopped goes on where it was.
-Fails where a configuration in bfloat16 spills registers or has no tensor-core products on sm_90, where a program takes
-more shared memory than the device has, or where registers or the instructions of the main loop have grown by more than
-10 % over the stored table (--renew stores it anew).
+Fails where a configuration in a half precision has no tensor-core products on sm_90 or spills registers there, where
+spills are in a main loop, where a program takes more shared memory than the device has, or where registers or the
+instructions of the main loop have grown by more than 10 % over the stored table (--renew stores it anew).
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import triton
 from memflow_ops.bench.record import write
 from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, launch_source
 from memflow_ops.kernels.attend import plan_attend, plan_select_and_attend
+from memflow_ops.kernels.configs import Loads
 from memflow_ops.kernels.describe import plan_block_means
 from memflow_ops.kernels.launch import Launch
 
@@ -55,6 +56,7 @@ def memory_attention(
     query_group: int = 128,
     top_k: int = 24,
     dense: bool = False,
+    loads: Loads | None = None,
 ) -> list[Launch]:
     """The launches of a layer's bank part, resuming; with `dense` of the window too, starting afresh."""
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
@@ -66,7 +68,7 @@ def memory_attention(
         memory_frames=meta(1, dtype=torch.int32), memory_slots=meta(1, frames, dtype=torch.int32),
         block_size=block_size, frame_tokens=FRAME_TOKENS, query_group=query_group, softmax_scale=head_dim**-0.5,
         resume_out=None if dense else q, resume_lse=None if dense else meta(1, heads[0], QUERIES, dtype=torch.float32),
-        capability=capability,
+        capability=capability, loads=loads,
     )  # fmt: skip
     return launches
 
@@ -86,6 +88,9 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
 
     def case(**options) -> Callable[[int], list[Launch]]:
         return lambda capability: memory_attention(capability, **options)
+
+    def since_90(launches: Callable[[int], list[Launch]]) -> Callable[[int], list[Launch]]:
+        return lambda capability: launches(capability) if capability >= 90 else []
 
     half, single = dict(dtype=torch.float16), dict(dtype=torch.float32)
     sizes: dict[str, dict] = {
@@ -114,6 +119,13 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
         "per query, float32": dict(query_group=1, **single),
     }
     launches = {name: case(**options) for name, options in sizes.items()}
+    # Not the default anywhere: candidates, for `make gpu-bench` to judge. Tensor descriptors came with sm_90.
+    described, specialized = Loads(descriptors=True), Loads(descriptors=True, warp_specialize=True)
+    launches |= {
+        "two launches, descriptors": since_90(case(loads=described)),
+        "per query, descriptors": since_90(case(loads=described, query_group=1)),
+        "two launches, warps specialized": since_90(case(loads=specialized)),
+    }
     descriptors = lambda _: [plan_block_means(meta(1, 3120, 12, 128), 64, FRAME_TOKENS, torch.bfloat16)[0]]  # noqa: E731
     return {"descriptors": descriptors, "window": window, **launches}
 
@@ -131,6 +143,7 @@ def figures(capability: int, case: str, index: int) -> dict[str, Any]:
         **{name: machine.opcodes[name] for name in OPCODES if machine.opcodes[name]},
         "instructions": machine.opcodes.total(),
         "loop_instructions": machine.loop_opcodes.total(),
+        "loop_spills": machine.loop_spills,
     }
 
 
@@ -170,6 +183,8 @@ def complaints(version: str, result: dict, stored: dict) -> list[str]:
                 found.append(f"{where}: {row['shared_bytes']} bytes of shared memory")
             if capability == 90 and "float32" not in name and row["spills"]:
                 found.append(f"{where}: {row['spills']} spills")
+            elif row.get("loop_spills"):
+                found.append(f"{where}: {row['loop_spills']} spills in the main loop")
             multiplies = any(kernel in name for kernel in ("attend_kernel", "select_rows_kernel"))
             # HMMA, the product of sm_80, is what tiles of less than 64 rows get
             products = sum(row.get(opcode, 0) for opcode in ("HMMA", "HGMMA"))

@@ -16,6 +16,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .launch import Launch
 
@@ -45,7 +46,12 @@ class Machine:
     @property
     def spills(self) -> int:
         """Loads and stores of local memory: registers that did not fit."""
-        return self.opcodes["LDL"] + self.opcodes["STL"]
+        return spills(self.opcodes)
+
+    @property
+    def loop_spills(self) -> int:
+        """Of these what the main loop does over and over; a few around it cost next to nothing."""
+        return spills(self.loop_opcodes)
 
     @property
     def tensor_core_products(self) -> int:
@@ -74,6 +80,10 @@ def compile_launch(launch: Launch, capability: int) -> Machine:
         loop_opcodes=main_loop(instructions),
         ptx=compiled.asm["ptx"],
     )
+
+
+def spills(opcodes: Counter[str]) -> int:
+    return opcodes["LDL"] + opcodes["STL"]
 
 
 def products(opcodes: Counter[str]) -> int:
@@ -117,6 +127,8 @@ def launch_source(launch: Launch) -> ASTSource:
             return "constexpr"
         if isinstance(value, float):
             return "fp32"
+        if isinstance(value, TensorDescriptor):
+            return f"tensordesc<{POINTER_TYPES[value.base.dtype].removeprefix('*')}{value.block_shape}>"
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return POINTER_TYPES[value.dtype]

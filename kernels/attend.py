@@ -10,9 +10,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .bank import attend_list, attend_tile, attend_union, plan_union, used_entries
-from .configs import ONE_LAUNCH_BYTES, attend_config, capability_of, merge_config
+from .configs import ONE_LAUNCH_BYTES, Loads, attend_config, capability_of, loads_config, merge_config
 from .launch import Launch
 from .primitives import LN_2, LOG2_E, cast, load_rows
 from .scores import count_valid_blocks
@@ -49,6 +50,8 @@ def attend_kernel(
     v,
     memory_k,  # (B, physical frames * frame_tokens, Hkv, D), or None: no bank
     memory_v,
+    memory_k_tiles,  # tensor descriptors of memory_k and memory_v as (B, frames, tokens, Hkv, D), or None: by pointers
+    memory_v_tiles,
     memory_slots,  # (B, F) int32, or None: identity
     indices,  # (B, H, G, K) int32: read, or with descriptors written
     unions,  # (B, H, tiles, BLOCK_M * K) int32 of union_kernel, or None: the rows of a tile share a selection
@@ -93,6 +96,7 @@ def attend_kernel(
     DIM: tl.constexpr,  # HEAD_DIM rounded up to a power of two
     CHUNKS: tl.constexpr,  # of candidates, see select_one
     COLUMNS: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):
     tile = tl.program_id(0)
     if unions is None:
@@ -143,7 +147,12 @@ def attend_kernel(
             )  # fmt: skip
             tl.debug_barrier()  # the indices that other threads of this program wrote are read from here on
 
-    query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM], not held above
+    if WARP_SPECIALIZE:  # with rows of the next group, which nobody stores. Triton splits only what it describes itself
+        q_head = q + batch * q_strides[0] + head * q_strides[2]
+        q_tiles = tl.make_tensor_descriptor(q_head, [queries, HEAD_DIM], [q_strides[1], 1], [BLOCK_M, DIM])
+        query = q_tiles.load([tl.min(rows, 0).to(tl.int32), 0])
+    else:
+        query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM], not held above
     # The softmax takes the maximum first, so its scale is above 0: the least for 0, and a sign goes to the query.
     if NEGATIVE_SCALE:
         query = -query
@@ -158,29 +167,32 @@ def attend_kernel(
     row_max, row_sum, accumulator = initial_state(out_rows, lse_rows, row_mask, HEAD_DIM, BLOCK_M, DIM)
 
     if memory_k is not None:
+        place = (batch.to(tl.int32), kv_head.to(tl.int32))
         if unions is None:
             used = used_entries(indices, entries, blocks, 32)
             row_max, row_sum, accumulator = attend_list(
-                query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], indices, used, blocks,
-                blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2, row_max, row_sum,
-                accumulator, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N,
+                query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], memory_k_tiles, memory_v_tiles,
+                place, indices, used, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2,
+                row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, WARP_SPECIALIZE,
             )  # fmt: skip
         else:
-            place = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + tile
-            unions += place * BLOCK_M * entries
-            size = tl.load(union_sizes + place)
+            number = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + tile
+            unions += number * BLOCK_M * entries
+            size = tl.load(union_sizes + number)
             row_max, row_sum, accumulator = attend_union(
-                query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], indices, row_mask, entries,
-                unions, size, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2,
-                row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, False,
+                query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], memory_k_tiles, memory_v_tiles,
+                place, indices, row_mask, entries, unions, size, blocks, blocks_per_frame, frame_tokens,
+                memory_slots, physical_frames, scale_log2, row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE,
+                BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
             if tl.max((accumulator != accumulator).to(tl.int32)) > 0:
                 # A value that is not finite reached rows that did not choose it. Rare: once more, with care.
                 row_max, row_sum, accumulator = initial_state(out_rows, lse_rows, row_mask, HEAD_DIM, BLOCK_M, DIM)
                 row_max, row_sum, accumulator = attend_union(
-                    query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], indices, row_mask, entries,
-                    unions, size, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2,
-                    row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_M, BLOCK_N, True,
+                    query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], memory_k_tiles, memory_v_tiles,
+                    place, indices, row_mask, entries, unions, size, blocks, blocks_per_frame, frame_tokens,
+                    memory_slots, physical_frames, scale_log2, row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE,
+                    BLOCK_M, BLOCK_N, True,
                 )  # fmt: skip
 
     if k is not None:
@@ -191,10 +203,13 @@ def attend_kernel(
         for first in range(0, keys, BLOCK_N):
             lanes = tl.arange(0, BLOCK_N)
             token = tl.zeros([], tl.int64) + first
+            present = first + lanes < keys
+            key_rows = k + token * k_strides[1] + lanes.to(tl.int64) * k_strides[1]
+            value_rows = v + token * v_strides[1] + lanes.to(tl.int64) * v_strides[1]
             row_max, row_sum, accumulator = attend_tile(
-                query, k + token * k_strides[1] + lanes.to(tl.int64) * k_strides[1],
-                v + token * v_strides[1] + lanes.to(tl.int64) * v_strides[1], first + lanes < keys,
-                first + BLOCK_N > keys, None, scale_log2, row_max, row_sum, accumulator, HEAD_DIM, DIM, False,
+                query, load_rows(key_rows, present, columns, HEAD_DIM),
+                load_rows(value_rows, present, columns, HEAD_DIM), present, first + BLOCK_N > keys, None, scale_log2,
+                row_max, row_sum, accumulator, False,
             )  # fmt: skip
 
     # A row without any key: out 0, lse -inf.
@@ -225,6 +240,12 @@ def strides_of(tensor: torch.Tensor | None, like: torch.Tensor | None = None) ->
     return tensor.stride()[:3]
 
 
+def describable(x: torch.Tensor) -> bool:
+    """Whether the copy engine can read tiles of x: it wants 16 bytes at a time, and no element twice."""
+    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
+    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
+
+
 def plan_attend(
     q: torch.Tensor,
     k: torch.Tensor | None,
@@ -241,10 +262,11 @@ def plan_attend(
     resume_out: torch.Tensor | None = None,
     resume_lse: torch.Tensor | None = None,
     capability: int | None = None,
+    loads: Loads | None = None,
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
     """The launches that fill out and lse, in order, and these two tensors. See `attend`.
 
-    capability: of the device, 90 for sm_90 (None: that of q's).
+    capability: of the device, 90 for sm_90 (None: that of q's). loads: as configs.py has it for that (None).
     """
     batch, queries, heads, head_dim = q.shape
     if k is None or v is None or k.shape[1] == 0:
@@ -266,11 +288,24 @@ def plan_attend(
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     capability = capability or capability_of(q)
     tiles, options, by_row = attend_config(capability, q.dtype, head_dim, query_group, queries)
+    making = chosen or Chosen(q)
+    loads = loads or loads_config(capability)
+    descriptors = None
+    if loads.descriptors and memory_k is not None and memory_v is not None and not block_size % tiles["BLOCK_N"]:
+        banks = [x.unflatten(1, (-1, frame_tokens)) for x in (memory_k, memory_v)]
+        if all(describable(x) for x in banks):
+            tile = [1, 1, tiles["BLOCK_N"], 1, tiles["DIM"]]
+            descriptors = [TensorDescriptor(x, list(x.shape), list(x.stride()), tile) for x in banks]
+    # Triton takes neither branches nor loops with a condition there: no selection, no second way to walk the blocks.
+    simple = k is None and not by_row and making.descriptors is None
+    specialize = loads.warp_specialize and descriptors is not None and simple and describable(q)
+    specialize = specialize and q.dtype != torch.float32 and tiles["BLOCK_M"] >= 64
+    if specialize:
+        options["num_warps"] = 4  # of which triton makes three groups: one loads, two multiply
     launches = []
     if by_row and indices is not None:
         launch, unions, union_sizes = plan_union(indices, queries, query_group, blocks, tiles["BLOCK_M"])
         launches.append(launch)
-    making = chosen or Chosen(q)
     candidates = 0 if making.candidates is None else making.candidates.shape[-1]
     rounds: dict[str, int] = dict(CHUNKS=1, COLUMNS=1)
     if making.descriptors is not None:
@@ -281,6 +316,8 @@ def plan_attend(
         v=v,
         memory_k=memory_k,
         memory_v=memory_v,
+        memory_k_tiles=descriptors and descriptors[0],
+        memory_v_tiles=descriptors and descriptors[1],
         memory_slots=memory_slots,
         indices=indices,
         unions=unions,
@@ -320,6 +357,7 @@ def plan_attend(
         HEADS_PER_KV_HEAD=heads // kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
+        WARP_SPECIALIZE=specialize,
         **tiles,
         **rounds,
     )
@@ -385,6 +423,7 @@ def plan_select_and_attend(
     resume_lse: torch.Tensor | None = None,
     launches: int | None = None,
     capability: int | None = None,
+    loads: Loads | None = None,
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor, torch.Tensor]:
     """The launches that fill out, lse and indices, in order, and these tensors. See `select_and_attend`.
 
@@ -404,7 +443,7 @@ def plan_select_and_attend(
     elif launches == 1 and not possible:
         raise ValueError(f"groups of {query_group} queries over {blocks} blocks cannot be selected where they attend")
     before: list[Launch] = []
-    if launches == 2 and by_row:
+    if launches == 2 and (by_row or (loads or loads_config(capability)).warp_specialize):
         before, indices = plan_select(*selection)
         chosen = Chosen(indices)
     elif launches == 2:
@@ -419,7 +458,7 @@ def plan_select_and_attend(
     attending, out, lse = plan_attend(
         q, k, v, memory_k, memory_v, chosen, block_size=block_size, frame_tokens=frame_tokens,
         query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots, resume_out=resume_out,
-        resume_lse=resume_lse, capability=capability,
+        resume_lse=resume_lse, capability=capability, loads=loads,
     )  # fmt: skip
     return [*before, *attending], out, lse, chosen.indices
 

@@ -11,17 +11,15 @@ from .primitives import cast, load_rows, matmul, online_softmax_update, physical
 @triton.jit
 def attend_tile(
     query,  # [BLOCK_M, DIM]
-    key_rows,  # [BLOCK_N] pointers
-    value_rows,
-    present,  # [BLOCK_N] false: neither read nor attended to
+    key,  # [BLOCK_N, DIM], 0 where there is none
+    value,
+    present,  # [BLOCK_N] false: there is no such key
     ragged,  # scalar: whether any is false
     wanted,  # [BLOCK_M] false: this row does not attend to the tile; or None: all rows do
     scale_log2,  # above 0
     row_max,
     row_sum,
     accumulator,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
     GUARD: tl.constexpr,
 ):
     """Attend to one tile of keys: returns the softmax state (row_max, row_sum, accumulator) after it.
@@ -29,15 +27,12 @@ def attend_tile(
     A row that does not want the tile has weights of 0, and 0 times a value that is not finite is NaN, as is the weight
     of a score that is not: with GUARD such rows keep their state instead.
     """
-    columns = tl.arange(0, DIM)
-    key = load_rows(key_rows, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
     scores = matmul(query, tl.trans(key), tl.zeros([query.shape[0], key.shape[0]], tl.float32))
     if ragged:
         scores = tl.where(present[None, :], scores, float("-inf"))
     if GUARD:
         scores = tl.where(wanted[:, None], scores, float("-inf"))
     weights, correction, row_max, row_sum = online_softmax_update(scores, scale_log2, wanted, row_max, row_sum)
-    value = load_rows(value_rows, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
     after = matmul(cast(weights, value.dtype), value, accumulator * correction[:, None])
     if GUARD:
         after = tl.where(wanted[:, None], after, accumulator)
@@ -54,13 +49,22 @@ def bank_block(
     physical_frames,
     BLOCK_SIZE: tl.constexpr,
 ):
-    """The first token (int64) of blocks of the bank in memory, and how many they have: 0 if there is no such block."""
+    """Where blocks of the bank lie: physical frame, first token in it, and how many there are, 0 if no such block."""
     inside = (index >= 0) & (index < blocks)
     frame = index // blocks_per_frame
-    offset = (index - frame * blocks_per_frame) * BLOCK_SIZE
+    first = (index - frame * blocks_per_frame) * BLOCK_SIZE
     slot = physical_frame(memory_slots, frame, inside, physical_frames)
-    length = tl.where(inside, tl.minimum(frame_tokens - offset, BLOCK_SIZE), 0)
-    return slot.to(tl.int64) * frame_tokens + offset, length
+    return slot, first, tl.where(inside, tl.minimum(frame_tokens - first, BLOCK_SIZE), 0)
+
+
+@triton.jit
+def load_by_descriptor(tiles, place, slot, first, DIM: tl.constexpr):
+    """The tile [BLOCK_N, DIM] of a frame of the bank from its token `first` on; 0 past the frame's end and HEAD_DIM.
+
+    tiles: tensor descriptor of (B, frames, tokens, Hkv, D); place: batch and key head.
+    """
+    tile = tiles.load([place[0], slot, first, place[1], 0])
+    return tl.reshape(tile, [tile.shape[2], DIM])
 
 
 @triton.jit
@@ -76,47 +80,55 @@ def used_entries(indices, entries, blocks, CHUNK: tl.constexpr):
 
 @triton.jit
 def attend_list(
-    query, k, v, k_stride, v_stride, indices, used, blocks, blocks_per_frame, frame_tokens, memory_slots,
-    physical_frames, scale_log2, row_max, row_sum, accumulator,
+    query, k, v, k_stride, v_stride, k_tiles, v_tiles, place, indices, used, blocks, blocks_per_frame, frame_tokens,
+    memory_slots, physical_frames, scale_log2, row_max, row_sum, accumulator,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
+    WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """Attend to the first `used` blocks of a list that all rows share.
 
-    The place of a tile is made out one step ahead and its index read two: keys would wait for one after the other.
+    Where a tile lies is made out one step ahead and its index read two: keys would wait for one after the other.
     """
+    columns = tl.arange(0, DIM)
     lanes = tl.arange(0, BLOCK_N)
     # A tile is a part of one block, or has blocks one behind the other: then each lane has an entry of its own.
     shared: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
-    place = 0 if shared else lanes
+    offset = 0 if shared else lanes
     end = used * BLOCK_SIZE
-    index = tl.load(indices + place // BLOCK_SIZE, mask=place < end, other=-1)
-    token, length = bank_block(index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE)
-    place += BLOCK_N
-    index = tl.load(indices + place // BLOCK_SIZE, mask=place < end, other=-1)
-    for first in range(0, end, BLOCK_N):
+    index = tl.load(indices + offset // BLOCK_SIZE, mask=offset < end, other=-1)
+    slot, start, length = bank_block(
+        index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
+    )
+    offset += BLOCK_N
+    index = tl.load(indices + offset // BLOCK_SIZE, mask=offset < end, other=-1)
+    for first in tl.range(0, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
         if shared:
-            token += first % BLOCK_SIZE
-            length -= first % BLOCK_SIZE
-            # what is the same for all lanes is added first
-            key_rows = k + token * k_stride + lanes.to(tl.int64) * k_stride
-            value_rows = v + token * v_stride + lanes.to(tl.int64) * v_stride
-            present = lanes < length
-            ragged = length < BLOCK_N
+            part = first % BLOCK_SIZE
+            present = part + lanes < length
+            # triton does not specialize warps of a function that branches
+            ragged = True if WARP_SPECIALIZE else part + BLOCK_N > length
         else:
-            offset = (first + lanes) % BLOCK_SIZE
-            key_rows = k + (token + offset) * k_stride
-            value_rows = v + (token + offset) * v_stride
-            present = offset < length
+            part = (first + lanes) % BLOCK_SIZE
+            present = part < length
             ragged = True
+        if k_tiles is not None:
+            # a block that there is not is past the frame's end
+            token = tl.where(length > 0, start + part, frame_tokens)
+            key = load_by_descriptor(k_tiles, place, slot, token, DIM)
+            value = load_by_descriptor(v_tiles, place, slot, token, DIM)
+        else:
+            token = slot.to(tl.int64) * frame_tokens + start + part
+            within = 0 if not shared else lanes.to(tl.int64)  # added last: what all lanes share needs no registers
+            key = load_rows(k + token * k_stride + within * k_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
+            value = load_rows(v + token * v_stride + within * v_stride, present, columns, HEAD_DIM)
         row_max, row_sum, accumulator = attend_tile(
-            query, key_rows, value_rows, present, ragged, None, scale_log2, row_max, row_sum, accumulator,
-            HEAD_DIM, DIM, False,
-        )  # fmt: skip
-        token, length = bank_block(
+            query, key, value, present, ragged, None, scale_log2, row_max, row_sum, accumulator, False
+        )
+        slot, start, length = bank_block(
             index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
         )
-        place += BLOCK_N
-        index = tl.load(indices + place // BLOCK_SIZE, mask=place < end, other=-1)
+        offset += BLOCK_N
+        index = tl.load(indices + offset // BLOCK_SIZE, mask=offset < end, other=-1)
     return row_max, row_sum, accumulator
 
 
@@ -180,35 +192,46 @@ def union_kernel(
 
 @triton.jit
 def attend_union(
-    query, k, v, k_stride, v_stride, lists, row_mask, entries, union, size, blocks, blocks_per_frame, frame_tokens,
-    memory_slots, physical_frames, scale_log2, row_max, row_sum, accumulator,
+    query, k, v, k_stride, v_stride, k_tiles, v_tiles, place, lists, row_mask, entries, union, size, blocks,
+    blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2, row_max, row_sum, accumulator,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GUARD: tl.constexpr,
 ):  # fmt: skip
     """Attend each row to the blocks of its own list, all rows together to the union of the lists."""
     PARTS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
+    columns = tl.arange(0, DIM)
     lanes = tl.arange(0, BLOCK_N)
     used = used_entries_of_rows(lists, row_mask, entries, blocks, BLOCK_M)
     cursor = tl.zeros([BLOCK_M], tl.int32)
     heads = heads_of_lists(lists, cursor, used, blocks)
     # as in attend_list
     index = tl.load(union, mask=size > 0, other=-1)
-    token, length = bank_block(index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE)
+    slot, start, length = bank_block(
+        index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
+    )
     wanted = heads == index
     index = tl.load(union + 1 // PARTS, mask=size * PARTS > 1, other=-1)
     for step in range(size * PARTS):
-        token += step % PARTS * BLOCK_N
-        length -= step % PARTS * BLOCK_N
+        part = step % PARTS * BLOCK_N
+        present = part + lanes < length
+        if k_tiles is not None:
+            token = tl.where(length > 0, start + part, frame_tokens)
+            key = load_by_descriptor(k_tiles, place, slot, token, DIM)
+            value = load_by_descriptor(v_tiles, place, slot, token, DIM)
+        else:
+            token = slot.to(tl.int64) * frame_tokens + start + part
+            within = lanes.to(tl.int64)
+            key = load_rows(k + token * k_stride + within * k_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
+            value = load_rows(v + token * v_stride + within * v_stride, present, columns, HEAD_DIM)
         row_max, row_sum, accumulator = attend_tile(
-            query, k + token * k_stride + lanes.to(tl.int64) * k_stride,
-            v + token * v_stride + lanes.to(tl.int64) * v_stride, lanes < length, length < BLOCK_N, wanted, scale_log2,
-            row_max, row_sum, accumulator, HEAD_DIM, DIM, GUARD,
+            query, key, value, present, part + BLOCK_N > length, wanted, scale_log2, row_max, row_sum, accumulator,
+            GUARD,
         )  # fmt: skip
         last_part = step % PARTS == PARTS - 1
         cursor += (wanted & last_part).to(tl.int32)
         heads = heads_of_lists(lists, cursor, used, blocks)
         wanted = heads == index
-        token, length = bank_block(
+        slot, start, length = bank_block(
             index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
         )
         index = tl.load(union + (step + 2) // PARTS, mask=step + 2 < size * PARTS, other=-1)

@@ -3,6 +3,8 @@
 The figures of `make aot` (bench/results/aot.json) say what each row takes; `make gpu-bench` times them.
 """
 
+from dataclasses import dataclass
+
 import torch
 import triton
 
@@ -70,6 +72,27 @@ ATTEND_TILES = {
     90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     100: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
 }
+
+
+@dataclass(frozen=True)
+class Loads:
+    """How attend_kernel loads the bank: by pointers, or by the copy engine of sm_90 and later (TMA).
+
+    Descriptors are for blocks that are multiples of BLOCK_N and memory aligned to 16 bytes; else pointers all the same.
+    warp_specialize: with descriptors and a selection from an earlier launch, a group of warps loads while two multiply.
+    """
+
+    descriptors: bool = False
+    warp_specialize: bool = False
+
+
+# Not measured yet: `make gpu-bench` times the others and says which is best.
+ATTEND_LOADS = {80: Loads(), 90: Loads(), 100: Loads()}
+
+
+def loads_config(capability: int) -> Loads:
+    """As attend_config: unknown architectures take the row below."""
+    return ATTEND_LOADS[max((known for known in ATTEND_LOADS if known <= capability), default=80)]
 
 
 def attend_config(

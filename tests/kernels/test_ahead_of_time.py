@@ -94,6 +94,7 @@ def test_what_the_gate_objects_to():
         (dict(registers=111), "registers grew from 100 to 111"),
         (dict(loop_instructions=56), "loop_instructions grew from 50 to 56"),
         (dict(spills=1), "1 spills"),
+        (dict(loop_spills=2), "2 spills in the main loop"),
         (dict(HGMMA=0), "no tensor-core products"),
         (dict(shared_bytes=2**20), "shared memory"),
     ):

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memflow_ops import reference
-from memflow_ops.kernels.attend import attend
+from memflow_ops.kernels import configs
+from memflow_ops.kernels.attend import Chosen, attend, plan_attend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -207,6 +208,48 @@ def test_large_scores_do_not_overflow():
     torch.testing.assert_close(out.double(), expected_out, atol=1e-3, rtol=1e-3)
     torch.testing.assert_close(lse.double(), expected_lse, atol=1e-3, rtol=1e-6)
     assert lse.abs().max() > 500
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group", "length", "warp_specialize"),
+    [
+        (torch.bfloat16, 1, 9, False),
+        (torch.bfloat16, 64, 80, False),
+        (torch.bfloat16, 64, 80, True),
+        (torch.float32, 64, 70, False),
+    ],
+    ids=str,
+)
+def test_tensor_descriptors_load_what_pointers_do(dtype, group, length, warp_specialize, monkeypatch):
+    """Ragged blocks, blocks that there are not, one of them in the middle, head dimensions below the tile's."""
+    torch.manual_seed(8)
+    bank = (2, 150, 64) if dtype == torch.bfloat16 else (2, 50, 16)
+    arguments = case(dtype, batch=2, heads=(2, 1), head_dim=24, queries=(group, length), bank=bank, top_k=4, slots=True)
+    arguments["indices"][..., 1:3] = torch.tensor([-1, 99])
+    by_pointers = launch(arguments)
+    loads = configs.Loads(descriptors=True, warp_specialize=warp_specialize)
+    monkeypatch.setattr(configs, "ATTEND_LOADS", dict.fromkeys(configs.ATTEND_LOADS, loads))
+    planned, *_ = call(plan_attend, {**arguments, "indices": Chosen(arguments["indices"])})
+    assert planned[-1].arguments["memory_k_tiles"] is not None
+    assert planned[-1].arguments["WARP_SPECIALIZE"] == warp_specialize
+    got = launch(arguments)
+    assert torch.equal(got[0], by_pointers[0]) and torch.equal(got[1], by_pointers[1])
+    check(arguments, got)
+
+
+def test_memory_that_descriptors_cannot_describe_is_loaded_by_pointers(monkeypatch):
+    torch.manual_seed(9)
+    monkeypatch.setattr(configs, "ATTEND_LOADS", dict.fromkeys(configs.ATTEND_LOADS, configs.Loads(True, True)))
+    odd = case(torch.float32, head_dim=17)
+    small = case(torch.bfloat16, bank=(3, 37, 16))
+    shifted = case(torch.float32)
+    for name in ("memory_k", "memory_v"):
+        moved = torch.cat([torch.zeros(1), shifted[name].flatten()])[1:]
+        shifted[name] = moved.view_as(shifted[name])
+    for arguments in (odd, small, shifted):
+        planned, *_ = call(plan_attend, {**arguments, "indices": Chosen(arguments["indices"])})
+        assert planned[-1].arguments["memory_k_tiles"] is None and not planned[-1].arguments["WARP_SPECIALIZE"]
+        check(arguments)
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
