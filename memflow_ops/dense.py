@@ -57,7 +57,8 @@ def flash_attn_module() -> str:
     return ""
 
 
-# Each takes q (B, H, Lq, D) and k, v (B, H, Lk, D) -> out like q, and the natural-log LSE of B * H * Lq values.
+# Each takes q (B, H, Lq, D) and k, v (B, H, Lk, D) -> out like q, and the natural-log LSE (B, H, Lq or more); cuDNN's
+# has a last dimension of 1 in some versions of torch, and some of flash-attn round the length up.
 _BACKENDS = {"cudnn": _cudnn, "flash": _flash, "flash_attn": _flash_attn, "cpu": _cpu}
 NAMES = ("auto", "own", *_BACKENDS)
 
@@ -74,14 +75,26 @@ def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
         return f"it needs float16 or bfloat16, got {q.dtype}"
     if q.shape[-1] % 8:
         return f"it needs a head size that is a multiple of 8, got {q.shape[-1]}"
+    if backend == "flash_attn" and not flash_attn_module():
+        return f"none of {', '.join(FLASH_ATTENTION)} is installed"
+    if not all(_aligned(x) for x in (q, k, v)):
+        return "it needs keys, values and queries that lie at multiples of 16 bytes"
     if backend == "flash_attn":
-        return "" if flash_attn_module() else f"none of {', '.join(FLASH_ATTENTION)} is installed"
-    parameters = torch.backends.cuda.SDPAParams(*_folded(q, k, v), None, 0.0, False, False)
+        return ""
+    # It asks for shapes and types alone: as many query heads as key heads stand for the folded ones.
+    by_head = q[:, :, : k.shape[2]].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    parameters = torch.backends.cuda.SDPAParams(*by_head, None, 0.0, False, False)
     can_use = {
         "cudnn": torch.backends.cuda.can_use_cudnn_attention,
         "flash": torch.backends.cuda.can_use_flash_attention,
     }[backend]
     return "" if can_use(parameters) else f"torch cannot use it for head size {q.shape[-1]} on this device"
+
+
+def _aligned(x: Tensor) -> bool:
+    """Whether every row of x can be read 16 bytes at a time."""
+    steps = (x.stride(i) for i in range(x.dim() - 1) if x.shape[i] > 1)
+    return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
 
 
 def resolve(backend: str, impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
@@ -129,4 +142,5 @@ def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
         q = q.contiguous()  # the kernel lays its output out like q, and takes another stride of 1 for the last
     out, lse = _BACKENDS[backend](q, k, v, scale)
     out = out.reshape(batch, heads, queries, size).transpose(1, 2)
+    lse = lse.reshape(batch, q.shape[1], -1)[..., : q.shape[2]]
     return out.contiguous(), lse.reshape(batch, heads, queries).contiguous()

@@ -1,9 +1,11 @@
 """The Triton kernels on a real GPU: against float64, compiled, without a host sync, in CUDA graphs. `make gpu-test`."""
 
+import os
 import shutil
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,7 +45,7 @@ def run_with_indices(case: Case, **options):
 
 # Few examples: each is of other sizes, and compiles its kernels anew.
 @given(cases(), st.sampled_from(DTYPES))
-@settings(max_examples=15)
+@settings(max_examples=12)
 def test_kernels_are_as_exact_as_dense_attention(case, dtype):
     low = case.to(dtype)
     out, lse, indices = (x.cpu() for x in run_with_indices(on_gpu(low)))
@@ -167,6 +169,39 @@ def test_one_launch_selects_as_two_do(launches):
     torch.testing.assert_close(lse, state[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("warp_specialize", [False, True])
+@pytest.mark.parametrize("group", [1, 128], ids="group{}".format)
+def test_descriptors_and_specialized_warps_agree_with_pointers(group, warp_specialize):
+    """Options that are not the default: they load the same, ragged blocks and absent ones included, in a graph too."""
+    from memflow_ops.kernels.attend import Chosen, plan_attend
+    from memflow_ops.kernels.configs import Loads
+
+    if torch.cuda.get_device_capability() < (9, 0):
+        pytest.skip("tensor descriptors need sm_90")
+    q, _, _, memory_k, memory_v = wan_layer(8)
+    indices = ops.select_blocks(q, ops.describe_blocks(memory_k, 64, 1560), 24, query_group=group, blocks_per_frame=25)
+    indices[..., 3], indices[..., 5], indices[..., 7] = -1, 24, 1000
+    options = dict(block_size=64, frame_tokens=1560, query_group=group, softmax_scale=0.1)
+    slots = torch.tensor([[7, 6, 5, 4, 3, 2, 1, 0]], dtype=torch.int32, device="cuda")
+
+    def run(loads):
+        planned, *state = plan_attend(
+            q, None, None, memory_k, memory_v, Chosen(indices), memory_slots=slots, loads=loads, **options
+        )
+        for launch in planned:
+            launch.run()
+        return state
+
+    expected = run(Loads())
+    got = run(Loads(descriptors=True, warp_specialize=warp_specialize))
+    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-3)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(Loads(descriptors=True, warp_specialize=warp_specialize))
+    graph.replay()
+    assert torch.equal(captured[0], got[0]) and torch.equal(captured[1], got[1])
+
+
 @pytest.mark.parametrize("heads", [(12, 12), (12, 4), (12, 1)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("backend", [name for name in dense.NAMES if name not in ("auto", "own", "cpu")])
@@ -231,25 +266,28 @@ SMALL_CASE = """
         out = ops.memory_attention(q, k, k, memory_k, memory_v, frame_tokens=90, block_size=32, top_k=3,
                                    query_group=group, impl="triton", dense_backend="own")
         assert out.isfinite().all()
-    print("ran")
+    print("case finished")
 """
 
 
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool):
-    sanitizer = shutil.which("compute-sanitizer")
+    sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
     if sanitizer is None:
         pytest.skip("compute-sanitizer is not installed")
     program = [sys.executable, "-c", textwrap.dedent(SMALL_CASE)]
-    subprocess.run(program, check=True, capture_output=True)  # compiles into triton's cache
-    command = [sanitizer, "--tool", tool, "--error-exitcode", "9", *program]
+    # torch would hand out parts of large allocations, whose ends the tool does not see
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    options = dict(capture_output=True, text=True, env=environment, cwd=Path(__file__).parents[2])
+    alone = subprocess.run(program, timeout=200, **options)  # compiles into triton's cache
+    assert alone.returncode == 0, alone.stderr
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=100)
+        done = subprocess.run([sanitizer, "--tool", tool, "--error-exitcode", "9", *program], timeout=75, **options)
     except subprocess.TimeoutExpired:
-        pytest.skip(f"{tool} took longer than 100 s here")
+        pytest.skip(f"{tool} took longer than 75 s here")
     output = done.stdout + done.stderr
-    if "ran" not in output and done.returncode != 9:
-        pytest.skip(f"compute-sanitizer does not run here: {output.strip().splitlines()[:1]}")
     if "Device not supported" in output:
         pytest.skip("compute-sanitizer does not support this device or its sandbox")
-    assert done.returncode == 0, output
+    if "case finished" not in output and "ERROR SUMMARY" not in output:
+        pytest.skip(f"compute-sanitizer does not run here: {output.strip().splitlines()[:1]}")
+    assert done.returncode == 0, output[-4000:]

@@ -58,6 +58,30 @@ def test_refused_where_it_cannot_be_used():
             ops.memory_attention(*tensors, dense_backend=name, **OPTIONS)
 
 
+@pytest.mark.parametrize("form", ["a last dimension of 1", "longer"])
+def test_whatever_form_the_lse_has(form, monkeypatch):
+    q, k, v, *_ = inputs(torch.float32)
+    expected = dense.attend("cpu", q, k, v, 0.3)
+    original = dense._BACKENDS["cpu"]
+
+    def other_form(*arguments):
+        out, lse = original(*arguments)
+        return out, lse[..., None] if form != "longer" else torch.nn.functional.pad(lse, (0, 50), value=torch.nan)
+
+    monkeypatch.setitem(dense._BACKENDS, "cpu", other_form)
+    got = dense.attend("cpu", q, k, v, 0.3)
+    assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
+    assert got[1].shape == (2, 4, 7)
+
+
+def test_what_can_be_read_16_bytes_at_a_time():
+    x = torch.zeros(2, 3, 2, 8, dtype=torch.bfloat16)
+    assert dense._aligned(x) and dense._aligned(x[1:, 1:, 1:])
+    assert not dense._aligned(torch.zeros(97, dtype=torch.bfloat16)[1:].view(2, 3, 2, 8))
+    assert not dense._aligned(torch.zeros(2, 3, 2, 12, dtype=torch.bfloat16)[..., :8])
+    assert dense._aligned(torch.zeros(1, 3, 1, 8, dtype=torch.bfloat16).as_strided((1, 3, 1, 8), (3, 8, 5, 1)))
+
+
 def test_flash_attn_is_called_by_its_own_convention(monkeypatch):
     """Stand-ins with the layout and the arguments of flash-attn 2 and 4; 3 is called like 2."""
     q, k, v, *_ = inputs(torch.float32)
