@@ -55,8 +55,8 @@ class Sizes:
         return 4 * self.queries * keys * self.heads * self.head_dim
 
 
-TINY = Sizes(queries=70, heads=2, head_dim=16, frame_tokens=40, window_frames=2, bank_frames=3, many_frames=5,
-             block_size=16, top_k=3, query_group=64)  # fmt: skip
+TINY = Sizes(queries=70, heads=2, head_dim=16, frame_tokens=80, window_frames=2, bank_frames=3, many_frames=5,
+             block_size=64, top_k=3, query_group=64)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -276,33 +276,63 @@ def replace_window(bench: Bench, keys: int) -> Bench:
     return short
 
 
-def tuning(bench: Bench) -> list[dict[str, object]]:
-    """The bank kernel under other tiles than configs.py has for this architecture."""
+def tuning(bench: Bench) -> list[dict[str, Any]]:
+    """The bank kernel under other tiles and other ways to load than configs.py has here, best first."""
     from memflow_ops.kernels import configs
 
-    s, rows = bench.sizes, []
+    s = bench.sizes
+    rows: list[dict[str, Any]] = []
     bank = bench.bank(min(16, s.bank_frames))
-    indices = bench.selection(bank, s.query_group)()
+    group, single = (bench.selection(bank, size)() for size in (s.query_group, 1))
     options: dict[str, Any] = dict(block_size=s.block_size, frame_tokens=s.frame_tokens, impl="triton")
-    kept = dict(configs.ATTEND_TILES)
-    tries = [(128, 64, 8, 2), (128, 64, 8, 3), (128, 64, 8, 4), (128, 32, 8, 4), (128, 128, 8, 2), (64, 64, 4, 3)]
+    tiles, loads = dict(configs.ATTEND_TILES), dict(configs.ATTEND_LOADS)
+    described, specialized = configs.Loads(descriptors=True), configs.Loads(descriptors=True, warp_specialize=True)
+    ways = {"pointers": configs.Loads(), "descriptors": described, "specialized warps": specialized}
+    # BLOCK_M, BLOCK_N, num_warps (specialized: always 4), num_stages; the last tile has room for two programs on sm_90
+    tries: list[tuple[str, tuple[int, int, int, int] | None]] = [
+        ("pointers", None), ("descriptors", None), ("specialized warps", None), ("specialized warps", (128, 64, 4, 2)),
+        ("pointers", (128, 64, 8, 2)), ("pointers", (128, 64, 8, 4)), ("descriptors", (128, 64, 8, 2)),
+        ("descriptors", (128, 64, 8, 4)), ("pointers", (128, 32, 8, 4)), ("pointers", (64, 64, 4, 3)),
+    ]  # fmt: skip
+    device_has = torch.cuda.get_device_capability() if bench.device.type == "cuda" else (9, 0)
     try:
-        for tiles in tries:
-            configs.ATTEND_TILES.update({row: {256: tiles} for row in kept})
-            row: dict[str, object] = {"what": "BLOCK_M {} BLOCK_N {} warps {} stages {}".format(*tiles)}
+        for way, tile in tries:
+            if way != "pointers" and device_has < (9, 0):
+                continue
+            configs.ATTEND_TILES.update(tiles if tile is None else {row: {256: tile} for row in tiles})
+            configs.ATTEND_LOADS.update(dict.fromkeys(loads, ways[way]))
+            name = "the table's" if tile is None else "{} x {}, {} warps, {} stages".format(*tile)
+            row: dict[str, Any] = {"what": f"{way}, {name}"}
+            calls: dict[str, Call] = {
+                "group": lambda: attend_selected(
+                    bench.q, bank.k, bank.v, group, query_group=s.query_group, **options
+                ),
+            }  # fmt: skip
+            if way != "specialized warps":  # which neither of these can have
+                calls["per_query"] = lambda: attend_selected(bench.q, bank.k, bank.v, single, query_group=1, **options)
+            if way == "pointers":
+                calls["window"] = bench.attention(None, dense_backend="own")
             try:
-                row |= bench.times(
-                    group=lambda: attend_selected(
-                        bench.q, bank.k, bank.v, indices, query_group=s.query_group, **options
-                    ),
-                    window=bench.attention(None, dense_backend="own"),
-                )  # fmt: skip
+                row |= bench.times(**calls)
             except Exception as error:  # a tile that the device has no room for is an answer too
                 row["error"] = f"{type(error).__name__}: {error}"[:200]
             rows.append(row)
     finally:
-        configs.ATTEND_TILES.clear()
-        configs.ATTEND_TILES.update(kept)
+        configs.ATTEND_TILES.update(tiles)
+        configs.ATTEND_LOADS.update(loads)
+    default = rows[0]
+    for what in ("group", "per_query", "window"):
+        timed = [row for row in rows if what in row and what in default]
+        if timed:
+            best = min(timed, key=lambda row: row[what])
+            gain = default[what] / best[what] - 1
+            rows.append(
+                {
+                    "what": f"best for {what}: {best['what']}",
+                    what: best[what],
+                    "advice": f"{gain:.1%} faster: make it the default in configs.py" if gain > 0.02 else "keep",
+                }
+            )
     return rows
 
 
