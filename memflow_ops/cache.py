@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memflow_ops import ops
 from memflow_ops.cache_layout import CacheLayout, on_device
 from memflow_ops.cache_state import check_layout, check_places, load_places, save_layout, save_places
 from memflow_ops.selection import describe_blocks
@@ -103,9 +104,13 @@ class FrameCache:
         bank_places = (layout.batch, layout.sink_frames + layout.bank_frames)
         self._slot_table = torch.zeros(bank_places, dtype=torch.int32, device=self.device)
         self._bank_lengths = torch.zeros(layout.batch, dtype=torch.int32, device=self.device)
+        self.chunk_places = torch.zeros(layout.chunk_frames, dtype=torch.long, device=self.device)
+        """The frame places of the open chunk, on the device; a tensor that stays where it is."""
+        self._rewritten = torch.zeros(layout.batch, dtype=torch.bool, device=self.device)  # see restart_window
 
         self._stories = [_Story() for _ in range(layout.batch)]
         self._batch_index = torch.arange(layout.batch, device=self.device)
+        self._frame_of_chunk = torch.arange(layout.chunk_frames, device=self.device)
         self._ever_evicted = False
 
         self._committed = 0  # chunks
@@ -113,7 +118,7 @@ class FrameCache:
         self._ring_before: list[int] = []  # to go back to
         self._place = 0  # ring place of the current chunk
         self._to_recache: list[int] = []  # chunk numbers still to be passed again, oldest first
-        self._rewritten: Tensor | None = None  # stories that re-caching rewrites; None: all of them
+        self._rewrites_all = True  # re-caching does so for all stories, not only for those in _rewritten
         self._closing: int | None = None  # number of a finished chunk whose commit is under way
         self._open: int | None = None  # number of the chunk between begin_chunk and commit
         self._written: set[int] = set()
@@ -142,6 +147,8 @@ class FrameCache:
         else:
             self._place = self._ring.index(min(self._ring))
             self._ring[self._place] = self._open
+        first_place = self.layout.sink_frames + self._place * self.layout.chunk_frames
+        torch.add(self._frame_of_chunk, first_place, out=self.chunk_places)
         self._written.clear()
         self._remembered.clear()
         return self._open * self.layout.chunk_frames
@@ -154,13 +161,10 @@ class FrameCache:
         self._check_open("write")
         self.layout.check_chunk_tensor("k", layer, k, self.device)
         self.layout.check_chunk_tensor("v", layer, v, self.device)
-        start = self.layout.sink_frames * self.layout.frame_tokens + self._place * self.layout.chunk_tokens
-        for pool, new in ((self._keys, k.detach()), (self._values, v.detach())):
-            target = pool[layer, :, start : start + self.layout.chunk_tokens]
-            if self._to_recache and self._rewritten is not None:
-                target[self._rewritten] = new[self._rewritten]
-            else:
-                target.copy_(new)
+        stories = self._rewritten if self._to_recache and not self._rewrites_all else None
+        for pool, new in zip(self._places, (k, v), strict=False):
+            frames = new.detach().unflatten(1, (self.layout.chunk_frames, -1))
+            ops.write_frames(pool[layer], self.chunk_places, frames, stories)
         self._written.add(layer)
 
     def remember(self, layer: int, k: Tensor) -> None:
@@ -174,6 +178,14 @@ class FrameCache:
         size = self.layout.relevance_block_size or tokens
         self._staged_means[layer] = describe_blocks(k[:, :tokens].detach(), min(size, tokens), tokens)
         self._remembered.add(layer)
+
+    def all_written(self, means: bool = False) -> None:
+        """Says that a pass has written every layer, and with `means` taken all of them, where this object did not see
+        it: the replay of a CUDA graph runs no Python."""
+        self._check_open("all_written")
+        self._written.update(range(self.layout.layers))
+        if means:
+            self._remembered.update(range(self.layout.layers))
 
     def commit(self) -> None:
         """Closes the chunk after its clean pass. A new chunk leaves its prototype and its part of the sink behind; they
@@ -232,13 +244,13 @@ class FrameCache:
             raise RuntimeError("restart_window: the current chunk has not been committed")
         if self._to_recache:
             raise RuntimeError(f"restart_window: {len(self._to_recache)} chunks are still to be re-cached")
-        self._rewritten = None
+        self._rewrites_all = True
         if stories is not None:
             if len(stories) != self.layout.batch:
                 raise ValueError(f"stories must have {self.layout.batch} entries, got {len(stories)}")
             if not all(stories):
-                changed = [number for number, switched in enumerate(stories) if switched]
-                self._rewritten = on_device(changed, torch.long, self.device)
+                self._rewritten.copy_(on_device([bool(switched) for switched in stories], torch.bool, self.device))
+                self._rewrites_all = False
                 self._order_ring()
         kept = self.layout.window_chunks - 1
         self._ring_before = sorted(self._ring)[-kept:] if kept else []
@@ -247,6 +259,17 @@ class FrameCache:
         return [chunk * self.layout.chunk_frames for chunk in self._to_recache]
 
     # ------------------------------------------------------------------------------------------------- what is attended
+
+    def pass_shape(self, sparse: bool) -> tuple[object, ...]:
+        """All that a pass over the open chunk depends on and that no tensor holds: passes of one shape run the same
+        kernels on the same memory, so that one CUDA graph can be all of them.
+
+        sparse: it attends to `window` and, where there is one, to the bank in `memory`; else to `dense`.
+        """
+        self._check_open("pass_shape")
+        rewriting = (bool(self._to_recache), bool(self._to_recache) and not self._rewrites_all)
+        beyond = (any(self.bank()),) if sparse else (self.visible_sink(), len(self.candidate_frames()[0]))
+        return (len(self._ring), *rewriting, *beyond)
 
     def window(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the ring, (B, up to window tokens, Hkv, D), as views, the current chunk included."""
@@ -393,7 +416,7 @@ class FrameCache:
         load_places([self._means], state["rows"], state["means"])
         self._stories, self._ring, self._ring_before = stories, list(state["ring"]), list(state["ring"])
         self._committed, self._ever_evicted = state["committed"], state["ever_evicted"]
-        self._to_recache, self._rewritten, self._open, self._closing = [], None, None, None
+        self._to_recache, self._open, self._closing = [], None, None
         self._write_bank([[] for _ in range(self.layout.batch)])
 
     # ---------------------------------------------------------------------------------------------------------- details

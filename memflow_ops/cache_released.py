@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from memflow_ops import ops
 from memflow_ops.cache import Memory
 from memflow_ops.cache_layout import ReleasedLayout, on_device
 from memflow_ops.cache_state import check_layout, check_places, load_places, save_layout, save_places
@@ -60,6 +61,9 @@ class ReleasedCache:
         table = (layout.batch, layout.sink_frames + layout.bank_frames)
         self._slot_table = torch.zeros(table, dtype=torch.int32, device=self.device)
         self._table_lengths = torch.zeros(layout.batch, dtype=torch.int32, device=self.device)
+        self.chunk_places = torch.zeros(layout.chunk_frames, dtype=torch.long, device=self.device)
+        """The frame places of the open chunk, on the device; a tensor that stays where it is."""
+        self._rewritten = torch.zeros(layout.batch, dtype=torch.bool, device=self.device)  # see restart_window
 
         self._committed = 0  # chunks
         self._bank_fill = 0
@@ -70,9 +74,9 @@ class ReleasedCache:
         self._ring: list[int] = []  # frame per ring place
         self._ring_before: list[int] = []  # to go back to
         self._to_recache: list[int] = []  # chunks still to be passed again, oldest first
-        self._rewritten: Tensor | None = None  # stories that re-caching rewrites; None: all of them
+        self._rewrites_all = True  # re-caching does so for all stories, not only for those in _rewritten
         self._open: int | None = None
-        self._targets: list[tuple[int, int, int]] = []  # frames of the open chunk: first, its place, how many
+        self._in_sink = range(0)  # the places of those frames of the open chunk that are sink frames
         self._written: set[int] = set()
 
     # ------------------------------------------------------------------------------------------------------ the chunk
@@ -93,16 +97,11 @@ class ReleasedCache:
             self._ring_before = self._ring.copy()
         self._open = self._to_recache[0] if self._to_recache else self._committed
         first_frame = self._open * layout.chunk_frames
-        self._targets.clear()
-        for i, frame in enumerate(range(first_frame, first_frame + layout.chunk_frames)):
-            if frame < layout.sink_frames and self._to_recache:
-                continue
-            place = layout.bank_frames + frame if frame < layout.sink_frames else self._ring_place(frame)
-            first, start, count = self._targets[-1] if self._targets else (i, place, 0)
-            if (first + count, start + count) == (i, place):
-                self._targets[-1:] = [(first, start, count + 1)]
-            else:
-                self._targets.append((i, place, 1))
+        first_place = layout.bank_frames + first_frame
+        in_sink = min(max(0, layout.sink_frames - first_frame), layout.chunk_frames)
+        self._in_sink = range(first_place, first_place + in_sink)
+        ring = [self._ring_place(first_frame + i) for i in range(in_sink, layout.chunk_frames)]
+        self.chunk_places.copy_(on_device([*self._in_sink, *ring], torch.long, self.device))
         self._written.clear()
         self._write_table()
         return first_frame
@@ -115,17 +114,23 @@ class ReleasedCache:
         self._check_open("write")
         self.layout.check_chunk_tensor("k", layer, k, self.device)
         self.layout.check_chunk_tensor("v", layer, v, self.device)
-        frames = (self.layout.chunk_frames, self.layout.frame_tokens)
-        stories = self._rewritten if self._to_recache and self._rewritten is not None else slice(None)
-        k, v = k.detach().unflatten(1, frames), v.detach().unflatten(1, frames)
-        for first, place, count in self._targets:
-            source, target = slice(first, first + count), slice(place, place + count)
-            self._places[0][layer, stories, target] = k[stories, source]
-            self._places[1][layer, stories, target] = v[stories, source]
-            if place < self._ring_start:  # the ring needs no descriptors
-                tokens = self.layout.frame_tokens
-                self._places[2][layer, :, target, 0] = describe_blocks(k[:, source].flatten(1, 2), tokens, tokens)
+        layout, recaching = self.layout, bool(self._to_recache)
+        stories = self._rewritten if recaching and not self._rewrites_all else None
+        kept = len(self._in_sink) if recaching else 0
+        for pool, new in zip(self._places, (k, v), strict=False):
+            frames = new.detach().unflatten(1, (layout.chunk_frames, -1))
+            ops.write_frames(pool[layer], self.chunk_places[kept:], frames[:, kept:], stories)
+        if self._in_sink and not recaching:  # the ring needs no descriptors
+            sink, tokens = self._in_sink, layout.frame_tokens
+            described = describe_blocks(k[:, : len(sink) * tokens].detach(), tokens, tokens)
+            self._places[2][layer, :, sink.start : sink.stop, 0] = described
         self._written.add(layer)
+
+    def all_written(self, means: bool = False) -> None:
+        """Says that a pass has written every layer, where this object did not see it: the replay of a CUDA graph runs
+        no Python. means: there are none here."""
+        self._check_open("all_written")
+        self._written.update(range(self.layout.layers))
 
     def commit(self) -> None:
         """Closes the chunk after its clean pass."""
@@ -144,7 +149,7 @@ class ReleasedCache:
         re-cached must be so again before the next chunk. Does nothing where all is committed."""
         if self._to_recache or self._open == self._committed:
             self._ring = self._ring_before.copy()
-        self._to_recache, self._rewritten, self._open = [], None, None
+        self._to_recache, self._open = [], None
 
     def restart_window(self, stories: Sequence[bool] | None = None) -> list[int]:
         """Empties the ring at a prompt switch. Returns the first frames of the chunks that stay in the coming chunk's
@@ -165,12 +170,12 @@ class ReleasedCache:
             )
         if stories is not None and len(stories) != layout.batch:
             raise ValueError(f"stories must have {layout.batch} entries, got {len(stories)}")
-        self._rewritten = None
+        self._rewrites_all = True
         kept = sorted(self._ring)
         kept = kept[max(0, len(kept) + layout.chunk_frames - layout.window_frames) :]
         if stories is not None and not all(stories):
-            changed = [number for number, switched in enumerate(stories) if switched]
-            self._rewritten = on_device(changed, torch.long, self.device)
+            self._rewritten.copy_(on_device([bool(switched) for switched in stories], torch.bool, self.device))
+            self._rewrites_all = False
             # The others' frames must be where `begin_chunk` will hand out their places again: oldest first.
             order = on_device([self._ring_start + self._ring.index(frame) for frame in kept], torch.long, self.device)
             for pool in self._places[:2]:
@@ -225,6 +230,12 @@ class ReleasedCache:
 
     # ----------------------------------------------------------------------------------------------- what is attended
 
+    def pass_shape(self, sparse: bool) -> tuple[object, ...]:
+        """As in `FrameCache`: all that a pass over the open chunk depends on and that no tensor holds."""
+        self._check_open("pass_shape")
+        rewriting = (bool(self._to_recache), bool(self._to_recache) and not self._rewrites_all)
+        return (self._bank_fill, self._sink_fill(), len(self._ring), self._in_sink, *rewriting)
+
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of bank, sink and window, (B, tokens, Hkv, D), as views, the current chunk included."""
         self._check_open("dense")
@@ -277,7 +288,7 @@ class ReleasedCache:
         self._bank_fill, self._bank_chunk = state["bank_fill"], state["bank_chunk"]
         self._committed, self._ring = state["committed"], list(state["ring"])
         self._ring_before, self._dropping, self.choice = self._ring.copy(), None, None
-        self._to_recache, self._rewritten, self._open = [], None, None
+        self._to_recache, self._open = [], None
 
     # ---------------------------------------------------------------------------------------------------------- details
 

@@ -98,6 +98,32 @@ def _describe_grad(ctx, grad):
 describe_blocks.register_autograd(_describe_grad, setup_context=_setup_describe)
 
 
+@torch.library.custom_op("memflow_ops::write_frames", mutates_args=("pool",))
+def write_frames(pool: Tensor, places: Tensor, new: Tensor, stories: Tensor | None) -> None:
+    """Puts frames new (B, F, T, Hkv, D) into the frame places (F,) int64 of pool (B, P, T, Hkv, D), all different;
+    stories (B,) bool: in these alone (None: in all).
+
+    Places and stories are tensors, so that a CUDA graph of it follows them; they are not read back from a device.
+    """
+    if pool.device.type == "cpu":  # where reading them costs nothing, and a frame is one copy
+        for story in [slice(None)] if stories is None else stories.nonzero().flatten().tolist():
+            for i, place in enumerate(places.tolist()):
+                pool[story, ..., place, :, :, :] = new[story, ..., i, :, :, :]
+        return
+    _write_frames_on_device(pool, places, new, stories)
+
+
+def _write_frames_on_device(pool: Tensor, places: Tensor, new: Tensor, stories: Tensor | None) -> None:
+    if stories is not None:
+        new = torch.where(stories.view(-1, 1, 1, 1, 1), new, pool.index_select(1, places))
+    pool.index_copy_(1, places, new)
+
+
+@write_frames.register_fake
+def _(pool: Tensor, places: Tensor, new: Tensor, stories: Tensor | None) -> None:
+    return None
+
+
 @torch.library.custom_op("memflow_ops::select_blocks", mutates_args=())
 def select_blocks(
     q: Tensor,

@@ -42,20 +42,41 @@ def arguments(name: str, impl: str, requires_grad: bool):
             q.detach(), lse.detach(), *tensors(False), indices, SLOTS, lse.detach(), *SIZES[1:], impl
         ),
         "merge_states": (out.requires_grad_(requires_grad), lse, torch.randn_like(out), torch.randn_like(lse)),
+        "write_frames": (
+            torch.randn(2, 5, 10, 2, 8), torch.tensor([3, 1]), memory_k.detach().float().unflatten(1, (2, 10)),
+            None if impl == "torch" else torch.tensor([False, True]),
+        ),
         "frame_relevance": (q, memory_k.unflatten(1, (4, 5)), FRAMES, torch.full((5,), 0.2), "softmax", 0.3),
     }[name]  # fmt: skip
 
 
 NAMES = ["describe_blocks", "describe_blocks_backward", "select_blocks", "attend_selected", "memory_attention",
-         "attend_backward", "merge_states", "frame_relevance"]  # fmt: skip
+         "attend_backward", "merge_states", "write_frames", "frame_relevance"]  # fmt: skip
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, impl):
-    with_grad = name not in ("select_blocks", "attend_backward", "describe_blocks_backward")
+    with_grad = name not in ("select_blocks", "attend_backward", "describe_blocks_backward", "write_frames")
     result = opcheck(getattr(NAMESPACE, name).default, arguments(name, impl, with_grad))
     assert set(result.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("stories", [None, [True, False, True], [False] * 3], ids=str)
+def test_frames_are_written_where_a_tensor_says(stories):
+    """On a CPU and as on other devices, into a view of a larger pool, from a view."""
+    pool, new = torch.randn(2, 3, 7, 5, 2, 4), torch.randn(3, 5, 3, 2, 4).transpose(1, 2)
+    places = torch.tensor([6, 0, 2])
+    want = pool.clone()
+    for story in range(3):
+        if stories is None or stories[story]:
+            for i, place in enumerate(places.tolist()):
+                want[1, story, place] = new[story, i]
+    mask = None if stories is None else torch.tensor(stories)
+    for write in (registered.write_frames, registered._write_frames_on_device):
+        got = pool.clone()
+        write(got[1], places, new, mask)
+        assert torch.equal(got, want)
 
 
 @pytest.mark.parametrize("score", ["linear", "softmax"])
