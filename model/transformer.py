@@ -172,24 +172,28 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, text: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
         """x (B, F * T, dim), time (B, F, 6, dim), text keys and values (B, text_len, heads, head_dim) -> like x."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = self.modulated(time, x.dtype)
-        out = self.attend(x, shift, scale, layer, attend)
-        x = add_gated(x, self.self_attn.o(out.flatten(2)), gate)
+        return self.after(x, attend(layer, *self.before(x, time)), time, *text)
 
-        q, (k, v) = self.cross_attn.queries(self.norm3(x)), text
+    def before(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The block as far as its self-attention: what `attend` takes."""
+        shift, scale = self.modulated(time, slice(2), x.dtype)
+        h = modulate(self.norm1(x), shift, scale)
+        return self.self_attn.queries(h), *self.self_attn.keys_values(h)
+
+    def after(self, x: Tensor, attended: Tensor, time: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """The rest of the block, from what `attend` returned; k and v of the text."""
+        gate, ffn_shift, ffn_scale, ffn_gate = self.modulated(time, slice(2, 6), x.dtype)
+        x = add_gated(x, self.self_attn.o(attended.flatten(2)), gate)
+
+        q = self.cross_attn.queries(self.norm3(x))
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
         x = x + self.cross_attn.o(out.flatten(2))
 
         return add_gated(x, self.ffn(modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
 
-    def modulated(self, time: Tensor, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Shift, scale and gate of the self-attention, then of the feed-forward, each (B, F, dim)."""
-        return (self.modulation + time).to(dtype).unbind(2)
-
-    def attend(self, x: Tensor, shift: Tensor, scale: Tensor, layer: int, attend: Attend) -> Tensor:
-        """The block as far as its self-attention."""
-        h = modulate(self.norm1(x), shift, scale)
-        return attend(layer, self.self_attn.queries(h), *self.self_attn.keys_values(h))
+    def modulated(self, time: Tensor, part: slice, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Those in `part` of shift, scale, gate of the self-attention, then of the feed-forward; each (B, F, dim)."""
+        return (self.modulation[:, part] + time[:, :, part]).to(dtype).unbind(2)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -250,6 +254,17 @@ class CausalVideoModel(nn.Module):
 
         return read_pretrained(path, **options).build(dtype, device)
 
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """Compiles every block but for its attention to the past, in place: the part before and the part after it, each
+        as a whole. All blocks share them, so that a shape of the chunk is compiled once. Results move by rounding.
+
+        backend: of torch.compile.
+        """
+        for block in cast("list[Block]", self.blocks):
+            for part in ("before", "after"):
+                whole = torch.compile(getattr(block, part), fullgraph=True, dynamic=False, backend=backend)
+                setattr(block, part, whole)
+
     def grid(self, height: int, width: int) -> tuple[int, int]:
         """Token rows and columns of a frame; a ValueError when patches do not divide it."""
         _, patch_height, patch_width = self.config.patch_size
@@ -304,11 +319,8 @@ class CausalVideoModel(nn.Module):
         of them · text: of `encode_text` · condition (B, in_dim - out_dim, F, H, W), needed exactly when in_dim >
         out_dim -> (B, out_dim, F, H, W).
         """
-        hidden, grid = self._hidden(x, condition)
-        embedding, time = t if isinstance(t, TimeEmbedding) else self.encode_time(t)
-        for layer, block in enumerate(self.blocks):
-            hidden = block(hidden, time, text[layer], layer, attend)
-        return self._unpatched(self.head(hidden, embedding), x.shape[2], grid)
+        hidden, embedding, grid = self._through(x, t, text, attend, condition, len(self.blocks))
+        return self._unpatched(self.head(hidden, embedding.embedding), x.shape[2], grid)
 
     def forward_keys(
         self,
@@ -320,13 +332,25 @@ class CausalVideoModel(nn.Module):
     ) -> None:
         """A pass for the sake of its keys and values: as `forward`, but ends when the last layer's have been handed to
         `attend`, whose result for that layer is not used."""
-        hidden, _ = self._hidden(x, condition)
-        _, time = t if isinstance(t, TimeEmbedding) else self.encode_time(t)
-        *blocks, last = cast("list[Block]", self.blocks)
-        for layer, block in enumerate(blocks):
-            hidden = block(hidden, time, text[layer], layer, attend)
-        shift, scale, *_ = last.modulated(time, hidden.dtype)
-        last.attend(hidden, shift, scale, len(blocks), attend)
+        last = len(self.blocks) - 1
+        hidden, embedding, _ = self._through(x, t, text, attend, condition, last)
+        attend(last, *cast(Block, self.blocks[last]).before(hidden, embedding.modulation))
+
+    def _through(
+        self,
+        x: Tensor,
+        t: Tensor | TimeEmbedding,
+        text: TextKeysValues,
+        attend: Attend,
+        condition: Tensor | None,
+        blocks: int,
+    ) -> tuple[Tensor, TimeEmbedding, tuple[int, int]]:
+        """The chunk's tokens (B, F * T, dim) after the first so many blocks, their time embedding, and their grid."""
+        hidden, grid = self._hidden(x, condition)
+        embedding = t if isinstance(t, TimeEmbedding) else self.encode_time(t)
+        for layer in range(blocks):
+            hidden = self.blocks[layer](hidden, embedding.modulation, text[layer], layer, attend)
+        return hidden, embedding, grid
 
     def _hidden(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
         """The chunk's tokens (B, F * T, dim), condition included, and their grid."""
