@@ -34,7 +34,7 @@ def prepare(
     from memflow_ops.environment import pick_device
     from memflow_ops.model.checkpoints import TOY_WEIGHTS
     from memflow_ops.model.generate import load_model, make_plans, read_stories
-    from memflow_ops.model.stream import TOY_SETTINGS, StreamSettings
+    from memflow_ops.model.settings import TOY_SETTINGS, StreamSettings
 
     stories = read_stories(story)
     bank_frames = settings.get("bank_frames", TOY_SETTINGS.bank_frames)
@@ -124,7 +124,7 @@ def evaluate(
 
     from memflow_ops.model import evaluate as judging
     from memflow_ops.model.checkpoints import TOY_WEIGHTS, check_target, load_checkpoint
-    from memflow_ops.model.stream import TOY_SETTINGS
+    from memflow_ops.model.settings import TOY_SETTINGS
 
     kinds = memory or list(judging.KINDS)
     trial = memory or top_k or steps or weights or stories != 8 or seed != 10_000

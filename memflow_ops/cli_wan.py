@@ -13,7 +13,7 @@ from memflow_ops.cli_common import run_stories
 
 if TYPE_CHECKING:
     from memflow_ops.model.convert import Pretrained
-    from memflow_ops.model.stream import StreamSettings
+    from memflow_ops.model.settings import StreamSettings
     from memflow_ops.model.verify import Outcome
     from memflow_ops.model.wan import Parts, Plan, Run, Sources
 

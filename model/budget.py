@@ -9,7 +9,7 @@ import torch
 from safetensors import safe_open
 
 from memflow_ops.cache_layout import CacheLayout
-from memflow_ops.model.stream import StreamSettings
+from memflow_ops.model.settings import StreamSettings
 from memflow_ops.model.transformer import ModelConfig
 
 PASS_UNITS = 8

@@ -22,7 +22,8 @@ from memflow_ops.environment import ROOT, environment
 from memflow_ops.model import judge
 from memflow_ops.model.checkpoints import sha256, write_atomically
 from memflow_ops.model.held_out import FRAMES_PER_PROMPT, Appearance, appearances, is_return, make_stories
-from memflow_ops.model.stream import TOY_SETTINGS, Chunk, Streamer, StreamSettings, chunk_prompts
+from memflow_ops.model.settings import TOY_SETTINGS, StreamSettings
+from memflow_ops.model.stream import Chunk, Streamer, chunk_prompts
 from memflow_ops.model.text import parse_prompt
 from memflow_ops.model.transformer import CausalVideoModel
 from memflow_ops.retrieval import Retrieved

@@ -22,7 +22,8 @@ from torch import Tensor
 from memflow_ops.environment import environment
 from memflow_ops.model.checkpoints import load_checkpoint, write_atomically
 from memflow_ops.model.returns import find_returns, judge_return
-from memflow_ops.model.stream import Chunk, StreamSettings, chunk_prompts, stream
+from memflow_ops.model.settings import StreamSettings
+from memflow_ops.model.stream import Chunk, chunk_prompts, stream
 from memflow_ops.model.text import TEXT_DIM, parse_prompt
 from memflow_ops.model.transformer import CausalVideoModel
 from memflow_ops.model.video import VideoWriter

@@ -19,7 +19,8 @@ from torch import Tensor
 from memflow_ops.environment import environment
 from memflow_ops.model.checkpoints import write_atomically
 from memflow_ops.model.generate import Interrupts
-from memflow_ops.model.stream import Chunk, MemoryMode
+from memflow_ops.model.settings import MemoryMode
+from memflow_ops.model.stream import Chunk
 from memflow_ops.model.wan import HOW_MEASURED, Parts, Plan, Sources, speed, streamed, video_writer
 
 STORY = Path(__file__).parent / "stories" / "verify.jsonl"

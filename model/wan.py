@@ -16,7 +16,8 @@ from memflow_ops.model import budget
 from memflow_ops.model.checkpoints import write_atomically
 from memflow_ops.model.convert import DTYPES, Pretrained, empty_model, read_pretrained
 from memflow_ops.model.generate import Interrupts, to_pixels
-from memflow_ops.model.stream import Chunk, Streamer, StreamSettings, chunk_prompts
+from memflow_ops.model.settings import StreamSettings
+from memflow_ops.model.stream import Chunk, Streamer, chunk_prompts
 from memflow_ops.model.text_encoder import EncodedPrompts, UMT5TextEncoder, find_text_encoder
 from memflow_ops.model.transformer import CausalVideoModel
 from memflow_ops.model.vae import StreamingDecoder, find_vae, load_vae

@@ -13,7 +13,8 @@ from memflow_ops import cli, cli_toy, environment
 from memflow_ops.model import evaluate, train, world
 from memflow_ops.model.generate import DEMO_STORY, read_stories, to_pixels
 from memflow_ops.model.returns import Return, find_returns, judge_return
-from memflow_ops.model.stream import TOY_SETTINGS, chunk_prompts
+from memflow_ops.model.settings import TOY_SETTINGS
+from memflow_ops.model.stream import chunk_prompts
 from memflow_ops.model.wan import FRAMES_PER_PROMPT, WAN_SETTINGS
 
 

@@ -13,7 +13,7 @@ import pytest
 from matplotlib.image import imread
 
 from memflow_ops import cli
-from memflow_ops.model.stream import TOY_SETTINGS
+from memflow_ops.model.settings import TOY_SETTINGS
 from memflow_ops.model.video import SCALE, VideoWriter, read_video
 
 STORY = ["an empty meadow", "a ball in the meadow", "the ball at night"]

@@ -28,7 +28,8 @@ from memflow_ops.model.evaluate import (
     write_results,
 )
 from memflow_ops.model.held_out import FRAMES_PER_PROMPT, Appearance, appearances, is_return, make_stories
-from memflow_ops.model.stream import TOY_SETTINGS, Chunk
+from memflow_ops.model.settings import TOY_SETTINGS
+from memflow_ops.model.stream import Chunk
 from memflow_ops.model.text import NOBODY, parse_prompt
 
 STORIES = 4

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from memflow_ops.cache import FrameCache
 from memflow_ops.cache_released import ReleasedCache
-from memflow_ops.model.stream import Chunk, Streamer, StreamSettings
+from memflow_ops.model.settings import StreamSettings
+from memflow_ops.model.stream import Chunk, Streamer
 from memflow_ops.model.transformer import CausalVideoModel, ModelConfig, TimeEmbedding
 from memflow_ops.retrieval import Retrieved
 

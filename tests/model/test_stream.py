@@ -12,7 +12,8 @@ from memflow_ops.model import activation as activation_module
 from memflow_ops.model import attend as attend_module
 from memflow_ops.model import world
 from memflow_ops.model.sampler import FlowMatchSampler
-from memflow_ops.model.stream import Chunk, Streamer, StreamSettings, chunk_prompts, stream
+from memflow_ops.model.settings import StreamSettings
+from memflow_ops.model.stream import Chunk, Streamer, chunk_prompts, stream
 from memflow_ops.model.text import TEXT_DIM, embed_prompts
 from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
 from memflow_ops.retrieval import Relevance, Retrieved

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memflow_ops.model.sampler import FlowMatchSampler
-from memflow_ops.model.stream import Chunk, Streamer, StreamSettings, chunk_prompts, stream
+from memflow_ops.model.settings import StreamSettings
+from memflow_ops.model.stream import Chunk, Streamer, chunk_prompts, stream
 from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
 
 SIZE, TEXT_LEN, TEXT_DIM = 8, 5, 6

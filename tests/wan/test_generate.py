@@ -12,7 +12,8 @@ from memflow_ops import cli
 from memflow_ops.model import budget
 from memflow_ops.model.convert import read_pretrained
 from memflow_ops.model.generate import to_pixels
-from memflow_ops.model.stream import Streamer, StreamSettings
+from memflow_ops.model.settings import StreamSettings
+from memflow_ops.model.stream import Streamer
 from memflow_ops.model.text_encoder import UMT5TextEncoder
 from memflow_ops.model.vae import load_vae
 from memflow_ops.model.verify import MEMORIES, SAME

@@ -9,7 +9,8 @@ import torch
 from memflow_ops.integrations.diffusers import WanMemoryProcessor, attach_memory
 from memflow_ops.model.convert import read_pretrained
 from memflow_ops.model.sampler import FlowMatchSampler
-from memflow_ops.model.stream import Streamer, StreamSettings
+from memflow_ops.model.settings import StreamSettings
+from memflow_ops.model.stream import Streamer
 
 HEIGHT, WIDTH, TEXT_LEN = 4, 6, 8
 SETTINGS = StreamSettings(
