@@ -12,19 +12,24 @@ from memflow_ops.retrieval import Retrieved
 
 
 class Activation:
-    """Counts in one pass how many blocks of each candidate frame are selected; on the device until it is read."""
+    """Counts in one pass how many blocks of each candidate frame are selected; on the device until it is read, in a
+    tensor that stays where it is, so that a CUDA graph may count."""
 
     def __init__(self, cache: FrameCache | ReleasedCache, top_k: int, query_group: int | None, impl: str):
         self.cache, self.top_k, self.query_group, self.impl = cache, top_k, query_group, impl
         layout = cache.layout
-        self._frames: Tensor | list[list[list[int]]]  # layers, stories, candidates
+        candidates = layout.sink_frames + layout.bank_frames
+        self._counts = torch.zeros(layout.layers, layout.batch, candidates, dtype=torch.long, device=cache.device)
+        self._frames: Tensor | list[list[list[int]]] = []  # layers, stories, candidates
+
+    def start(self) -> None:
+        """Before the pass over the open chunk that is to be counted."""
+        self._counts.zero_()
+        cache = self.cache
         if isinstance(cache, ReleasedCache):
             self._frames = cache.candidates()
-            candidates = self._frames.shape[2]
         else:
-            self._frames = [cache.bank()] * layout.layers
-            candidates = max(map(len, cache.bank()))
-        self._counts = torch.zeros(layout.layers, layout.batch, candidates, dtype=torch.long, device=cache.device)
+            self._frames = [cache.bank()] * cache.layout.layers
 
     def observe(self, layer: int, q: Tensor, memory: Memory) -> None:
         blocks = self.cache.layout.blocks_per_frame

@@ -30,7 +30,7 @@ from torch import Tensor
 from memflow_ops.cache import FrameCache
 from memflow_ops.cache_layout import ReleasedLayout
 from memflow_ops.cache_released import ReleasedCache
-from memflow_ops.model import world
+from memflow_ops.model import graphs, world
 from memflow_ops.model.activation import Activation, held_by_layers
 from memflow_ops.model.attend import attend_as_released, attend_to_memory
 from memflow_ops.model.sampler import FlowMatchSampler
@@ -70,6 +70,8 @@ class Chunk:
     groups); sums to 1. Empty where there is no candidate."""
     seconds: float
     """Wall time of the chunk."""
+    replayed: int = 0
+    """How many of its passes, re-caching included, were replays of a CUDA graph."""
 
 
 def stream(
@@ -79,6 +81,7 @@ def stream(
     seed: int | Sequence[int] = 0,
     *,
     encode: TextEncoder = embed_prompts,
+    cuda_graphs: bool | None = None,
 ) -> Iterator[Chunk]:
     """Generates chunk after chunk, one per item of `prompts`, and yields each as soon as it is finished.
 
@@ -86,6 +89,7 @@ def stream(
     seed: story b uses seed + b, or its own of a sequence. The noise of a chunk depends on its story's seed and the
         chunk's index alone, so that runs with different memory start from the same noise.
     encode: turns prompts into text embeddings.
+    cuda_graphs: as for `Streamer`.
 
     Bad prompts and settings that cannot work for this model raise a ValueError or TypeError before the chunk starts.
     """
@@ -94,7 +98,7 @@ def stream(
         raise TypeError("prompts must be one sequence of prompts per chunk, got a single string")
     if settings.memory == "full" and isinstance(prompts, Sequence):
         _check_full_history(settings, len(prompts))
-    return _generate(model, prompts, settings, seed, encode)
+    return _generate(model, prompts, settings, seed, encode, cuda_graphs)
 
 
 @torch.no_grad()
@@ -104,10 +108,12 @@ def _generate(
     settings: StreamSettings,
     seed: int | Sequence[int],
     encode: TextEncoder,
+    cuda_graphs: bool | None,
 ) -> Iterator[Chunk]:
     streamer: Streamer | None = None
     for item in prompts:
-        streamer = streamer or Streamer(model, len(_checked_prompts(item)), settings, seed, encode=encode)
+        batch = len(_checked_prompts(item))
+        streamer = streamer or Streamer(model, batch, settings, seed, encode=encode, cuda_graphs=cuda_graphs)
         yield streamer.next_chunk(item)
 
 
@@ -144,10 +150,13 @@ class Streamer:
         encode: TextEncoder = embed_prompts,
         policy: Policy | None = None,
         report: bool = True,
+        cuda_graphs: bool | None = None,
     ):
         """policy: chooses the bank instead of the one that `settings` names.
         report: whether `Chunk` tells what was activated and how long the chunk took, for which the host waits for the
             device at its end; without, these are empty and `seconds` is the time to queue the work.
+        cuda_graphs: whether passes that come again are recorded and replayed (None: where that can be). Changes no
+            result. A ValueError where it is asked for and cannot be.
         """
         self.report = report
         self.model, self.settings, self.encode = model, settings, encode
@@ -162,6 +171,10 @@ class Streamer:
             if isinstance(layout, ReleasedLayout)
             else FrameCache(layout, self.device)
         )
+        reason = "they are off" if cuda_graphs is False else graphs.why_not(self.device, settings)
+        if cuda_graphs and reason:
+            raise ValueError(f"no CUDA graphs for this stream: {reason}")
+        self.passes = graphs.Passes(None if reason else graphs.CudaGraphs(self.device), insist=bool(cuda_graphs))
         self.sampler = FlowMatchSampler(settings.steps, settings.shift, settings.stochastic, config.prediction)
         self.policy: Policy | None = None
         if isinstance(self.cache, FrameCache) and layout.bank_frames:
@@ -197,18 +210,26 @@ class Streamer:
         self._text_lengths = torch.zeros(batch, dtype=torch.int32, device=self.device)
         self._chance = torch.Generator()  # of the current chunk, where blocks are drawn at random
         self._times: dict[float, TimeEmbedding] = {}
+        self._activation = self._counted()
+        # What else a pass reads, always from the same place, see model/graphs.py.
+        latents = (batch, config.out_dim, settings.chunk_frames, settings.height, settings.width)
+        tokens = (1, settings.chunk_frames * layout.frame_tokens, 1, config.head_dim // 2)
+        self._x = torch.zeros(latents, device=self.device)
+        self._rotation = torch.zeros(tokens, device=self.device), torch.zeros(tokens, device=self.device)
+        self._now = TimeEmbedding(*map(torch.zeros_like, self._time(0.0)))
         self._past: dict[int, Tensor] = {}  # by chunk, the clean latents of those in the window
 
     @torch.no_grad()
     def next_chunk(self, prompts: Sequence[str]) -> Chunk:
         """Makes the next chunk. A prompt that cannot be encoded raises before anything has changed. After an
         interruption the next call makes the same chunk, from the same noise."""
-        started = self._clock()
+        started, replayed = self._clock(), self.passes.replayed
         prompts = _checked_prompts(prompts)
         if len(prompts) != len(self.seeds):
             raise ValueError(f"a chunk takes {len(self.seeds)} prompts, one per story, got {len(prompts)}")
         embeddings = self._embedded(prompts)
         self.cache.abort()  # what an interruption may have left
+        self.passes.new_chunk()
         index = self.cache.committed
         if isinstance(self.cache, ReleasedCache):
             self.cache.update_bank([keys for keys, _ in self._text])
@@ -217,19 +238,17 @@ class Streamer:
         if self.settings.recache and self._past and self._window_prompts != prompts:
             self._recache(prompts)
         self._chance = self._generator(self.seeds[0], 1)
-        first_frame = self.cache.begin_chunk()
-        rotation = self._rotation(first_frame)
-        attend = self._attend(rotation)
+        first_frame = self._begin_chunk()
         x, *noises = self._noise()
         for i, sigma in enumerate(self.sampler.sigmas[:-1]):
-            y = self.model(x, self._time(1000 * sigma), self._text, attend, self.condition)
+            y = self._denoise(x, 1000 * sigma)
             fresh = noises[i] if i < len(noises) else None
             x = self.sampler.step(x, self.sampler.denoised(x, y.float(), sigma), i, fresh)
-        activation = self._activation()
-        self._write_keys(x, self._attend(rotation, activation, remember=True, keys_only=True))
+        self._write_keys(x, remember=True)
         # The one read of this chunk besides retrieval's. It is here that the host waits, and may be interrupted, so it
         # comes before the commit: a chunk that is not returned has not been.
-        candidates, shares = activation.read() if activation else ([[] for _ in prompts], [[] for _ in prompts])
+        nothing: tuple[list[list[int]], list[list[float]]] = [[] for _ in prompts], [[] for _ in prompts]
+        candidates, shares = self._activation.read() if self._activation else nothing
         if self.report and isinstance(self.cache, ReleasedCache):
             retrieved = held_by_layers(self.cache.bank())
         self._past[index] = x
@@ -237,8 +256,8 @@ class Streamer:
         self.cache.commit()
         for chunk in [c for c in self._past if c <= index + 1 - self.cache.layout.window_chunks]:
             del self._past[chunk]
-        seconds = self._clock() - started
-        return Chunk(index, first_frame, prompts, x, *retrieved, candidates, shares, seconds)
+        replayed, seconds = self.passes.replayed - replayed, self._clock() - started
+        return Chunk(index, first_frame, prompts, x, *retrieved, candidates, shares, seconds, replayed)
 
     # ----------------------------------------------------------------------------------------------- before the passes
 
@@ -285,9 +304,8 @@ class Streamer:
         self._window_prompts = [None if new else prompt for new, prompt in zip(switched, prompts, strict=True)]
         self._chance = self._generator(self.seeds[0], 2)
         for first_frame in first_frames:
-            self.cache.begin_chunk()
-            attend = self._attend(self._rotation(first_frame), keys_only=True)
-            self._write_keys(self._past[first_frame // self.settings.chunk_frames], attend)
+            self._begin_chunk()
+            self._write_keys(self._past[first_frame // self.settings.chunk_frames])
             self.cache.commit()
         self._window_prompts = list(prompts)
 
@@ -309,40 +327,74 @@ class Streamer:
         mixed = np.random.SeedSequence([seed, self.cache.committed, *use]).generate_state(1, np.uint64)
         return torch.Generator().manual_seed(int(mixed[0]))
 
-    def _rotation(self, first_frame: int) -> tuple[Tensor, Tensor]:
-        """RoPE's cosines and sines of a chunk, the same for every layer and pass."""
-        frames = torch.arange(first_frame, first_frame + self.settings.chunk_frames, device=self.device)
-        rows, columns = (torch.arange(n, device=self.device) for n in self.grid)
-        return rope_rotation(self.model.config.head_dim, frames, rows, columns)
-
     # ------------------------------------------------------------------------------------------------------ the passes
 
-    def _attend(self, rotation: tuple[Tensor, Tensor], activation: Activation | None = None, **clean: bool) -> Attend:
-        """How the open chunk sees the past; clean: `remember` and `keys_only` of `attend_to_memory`."""
+    def _begin_chunk(self) -> int:
+        """Opens a chunk in the cache and turns RoPE to its frames; returns the first of them."""
+        first_frame = self.cache.begin_chunk()
+        frames = torch.arange(first_frame, first_frame + self.settings.chunk_frames, device=self.device)
+        rows, columns = (torch.arange(n, device=self.device) for n in self.grid)
+        angles = rope_rotation(self.model.config.head_dim, frames, rows, columns)
+        for kept, new in zip(self._rotation, angles, strict=True):
+            kept.copy_(new)
+        return first_frame
+
+    def _denoise(self, x: Tensor, timestep: float) -> Tensor:
+        """A noisy pass over x (B, C, F, H, W) -> the model's output, like x."""
+        self._set_inputs(x, timestep)
+        attend = self._attend()
+        y = self._run(("noisy",), lambda: self.model(self._x, self._now, self._text, attend, self.condition))
+        assert y is not None
+        return y
+
+    def _write_keys(self, x: Tensor, remember: bool = False) -> None:
+        """The clean pass over x (B, C, F, H, W), as far as there are keys to write; remember: that of a new chunk."""
+        self._set_inputs(x, 0.0)
+        if self._activation and remember:
+            self._activation.start()
+        attend = self._attend(keys_only=True, remember=remember)
+
+        def one_pass() -> None:
+            self.model.forward_keys(self._x, self._now, self._text, attend, self.condition)
+
+        self._run(("clean", remember), one_pass)
+        self.cache.all_written(means=remember)
+
+    def _run(self, kind: tuple[object, ...], one_pass: graphs.OnePass) -> Tensor | None:
+        return self.passes.run((*kind, *self.cache.pass_shape(self.settings.memory == "memflow")), one_pass)
+
+    def _set_inputs(self, x: Tensor, timestep: float) -> None:
+        self._x.copy_(x)
+        for kept, new in zip(self._now, self._time(timestep), strict=True):
+            kept.copy_(new)
+
+    def _attend(self, keys_only: bool = False, remember: bool = False) -> Attend:
+        """How the open chunk sees the past."""
         cache, settings = self.cache, self.settings
-        observe = None if activation is None else activation.observe
+        observe = self._activation.observe if self._activation and remember else None
         if isinstance(cache, ReleasedCache):
             return attend_as_released(
                 cache,
-                rotation,
+                self._rotation,
                 settings.top_frames,
                 impl=settings.impl,
-                keys_only=clean.get("keys_only", False),
+                keys_only=keys_only,
                 observe=observe,
             )
         return attend_to_memory(
             cache,
-            rotation,
+            self._rotation,
             sparse=settings.memory == "memflow",
             top_k=settings.top_k,
             query_group=settings.query_group,
             impl=settings.impl,
             chance=self._chance if settings.selection == "random" else None,
+            remember=remember,
+            keys_only=keys_only,
             observe=observe,
-            **clean,
         )
 
-    def _activation(self) -> Activation | None:
+    def _counted(self) -> Activation | None:
         """Counts what is selected, where something is."""
         settings = self.settings
         if self.report and settings.memory == "memflow":
@@ -351,10 +403,7 @@ class Streamer:
             return Activation(self.cache, settings.top_frames, None, settings.impl)
         return None  # a dense mode activates nothing: its sink is always attended to in full
 
-    def _write_keys(self, x: Tensor, attend: Attend) -> None:
-        """The clean pass over x (B, C, F, H, W), as far as there are keys to write."""
-        self.model.forward_keys(x, self._time(0.0), self._text, attend, self.condition)
-
+    @torch.no_grad()
     def _time(self, timestep: float) -> TimeEmbedding:
         """Once per timestep, for all stories, frames and chunks."""
         if timestep not in self._times:
