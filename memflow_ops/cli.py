@@ -103,6 +103,20 @@ HistoryFrames = Annotated[
         metavar="N",
     ),
 ]
+CudaGraphs = Annotated[
+    bool | None,
+    typer.Option(
+        "--cuda-graphs/--no-cuda-graphs",
+        help="Record the passes that come again as CUDA graphs. Changes no result. Default: on CUDA yes.",
+    ),
+]
+Compile = Annotated[
+    bool,
+    typer.Option(
+        "--compile",
+        help="Compile the transformer's blocks, which takes a while once; results move by rounding.",
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -164,6 +178,8 @@ def generate(
     height: Height = None,
     width: Width = None,
     history_frames: HistoryFrames = None,
+    cuda_graphs: CudaGraphs = None,
+    compile: Compile = False,
 ) -> None:
     """Make a video of every story in a file: in the toy world, or with a real checkpoint of the Wan 2.1 family.
 
@@ -183,7 +199,7 @@ def generate(
     )  # fmt: skip
     real = _given(
         text_encoder=text_encoder, vae=vae, lora=lora, lora_alpha=lora_alpha, num_heads=num_heads, height=height,
-        width=width, history_frames=history_frames,
+        width=width, history_frames=history_frames, cuda_graphs=cuda_graphs, compile=compile or None,
     )  # fmt: skip
     if checkpoint is not None:
         from memflow_ops import cli_wan
@@ -309,6 +325,8 @@ def verify(
     height: Height = None,
     width: Width = None,
     history_frames: HistoryFrames = None,
+    cuda_graphs: CudaGraphs = None,
+    compile: Compile = False,
 ) -> None:
     """Stream the same prompts and noise with every kind of memory; compare speed, memory, latents and frames.
 
@@ -324,7 +342,7 @@ def verify(
         )  # fmt: skip
         real = _given(
             text_encoder=text_encoder, vae=vae, lora=lora, lora_alpha=lora_alpha, num_heads=num_heads, height=height,
-            width=width, history_frames=history_frames,
+            width=width, history_frames=history_frames, cuda_graphs=cuda_graphs, compile=compile or None,
         )  # fmt: skip
         sources, rest = _sources(checkpoint, dtype, real)
         parts, plans = cli_wan.prepare(

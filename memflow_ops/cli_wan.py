@@ -31,6 +31,8 @@ def prepare(
     device: str = "auto",
     height: int = 480,
     width: int = 832,
+    cuda_graphs: bool | None = None,
+    compile: bool = False,
     **settings: Any,
 ) -> tuple[Parts, list[Plan]]:
     """Checks everything that can be wrong, says what memory the streams will take, and loads all parts.
@@ -55,12 +57,13 @@ def prepare(
         plans += wan.make_plans(
             stories, out, _settings(memory, **settings, **size), sources, pretrained, free, seed=seed,
             frames_per_prompt=frames_per_prompt or wan.FRAMES_PER_PROMPT, history_frames=history_frames,
+            cuda_graphs=cuda_graphs, compiled=compile,
         )  # fmt: skip
     largest = max(plans, key=lambda plan: plan.budget.device_bytes + plan.budget.host_bytes)
     typer.echo("\n".join(largest.budget.lines()))
     wan.make_folders([plan.folder for plan in plans])
     prompts = [prompt for story in stories for prompt in story]
-    return wan.load_parts(sources, pretrained, prompts, free.device), plans
+    return wan.load_parts(sources, pretrained, prompts, free.device, compile), plans
 
 
 def _settings(memory: str, **changes: Any) -> StreamSettings:

@@ -87,6 +87,20 @@ def _why_no_triton() -> str:
     return ""
 
 
+def why_not_compile(device: torch.device) -> str:
+    """Why torch.compile cannot make code for `device`; "" if it can."""
+    if device.type == "cuda":
+        return "" if importlib.util.find_spec("triton") is not None else "triton is not installed (pip install triton)"
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError, OSError):
+        return "no C++ compiler was found; install g++ or set CXX"
+    return ""
+
+
 def dense_backends() -> dict[str, str]:
     """Everything that attends to the local window -> "" where it runs here, else why it does not."""
     no_device = "" if torch.cuda.is_available() else "no CUDA device"

@@ -174,15 +174,26 @@ def _checked(budget: Budget) -> Budget:
 
 
 def model_items(
-    config: ModelConfig, settings: StreamSettings, parameters: int, batch: int, tokens: int, dtype: torch.dtype
+    config: ModelConfig,
+    settings: StreamSettings,
+    parameters: int,
+    batch: int,
+    tokens: int,
+    dtype: torch.dtype,
+    pools: int = 1,
 ) -> list[Item]:
-    """Weights, text and working memory of the transformer; tokens: per frame."""
+    """Weights, text and working memory of the transformer. tokens: per frame. pools: of working memory, 2 where CUDA
+    graphs keep one of their own."""
     text = 2 * config.num_layers * batch * config.text_len * config.dim
     working = PASS_UNITS * batch * settings.chunk_frames * tokens * (config.dim + config.ffn_dim)
     return [
         Item("transformer's weights", parameters * dtype.itemsize, f"{parameters:,} x {dtype.itemsize} bytes"),
         Item("text keys and values", text * dtype.itemsize),
-        Item("working memory of a pass", working * dtype.itemsize, "estimated"),
+        Item(
+            "working memory of a pass",
+            pools * working * dtype.itemsize,
+            "estimated; twice, for CUDA graphs and without" if pools == 2 else "estimated",
+        ),
     ]
 
 

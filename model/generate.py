@@ -6,23 +6,20 @@ noise, chunk by chunk in turn with the first, so that both meet the same load of
 
 import io
 import json
-import signal
 import statistics
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import FrameType
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from memflow_ops.environment import environment
-from memflow_ops.model.checkpoints import load_checkpoint, write_atomically
+from memflow_ops.model.checkpoints import load_checkpoint
 from memflow_ops.model.returns import find_returns, judge_return
 from memflow_ops.model.settings import StreamSettings
+from memflow_ops.model.story import Interrupts, make_story
 from memflow_ops.model.stream import Chunk, chunk_prompts, stream
 from memflow_ops.model.text import TEXT_DIM, parse_prompt
 from memflow_ops.model.transformer import CausalVideoModel
@@ -237,35 +234,16 @@ class Run:
 
 
 def generate(model: CausalVideoModel, plan: Plan, report: Callable[[Run], None] | None = None) -> Run:
-    """Streams one story into its folder. `report` is called after every chunk.
-
-    Files appear under their names when all are complete; until then the video grows as video.part.mp4. Ctrl-C, SIGTERM
-    or an error ends the story early: what was made until then is written all the same (nothing before the first
-    chunk), and the run says `interrupted`; an error is raised afterwards.
-    """
+    """Streams one story into its folder; `make_story` says how that may end. `report` is called after every chunk."""
     settings = plan.settings
     run = Run(plan, model.patch_embedding.weight.device)
     writer = VideoWriter(
         plan.folder / "video.mp4", settings.height, settings.width, fragment_frames=settings.chunk_frames
     )
-    with Interrupts() as interrupts, writer:
-        try:
-            for _ in _rounds(model, run, writer, interrupts):
-                if report is not None:
-                    report(run)
-        except KeyboardInterrupt:
-            run.interrupted = True
-        except BaseException as error:
-            run.interrupted, run.error = True, f"{type(error).__name__}: {error}"
-            _write_files(run, writer)
-            raise
-        _write_files(run, writer)
-    if interrupts.waiting and not run.interrupted:
-        raise KeyboardInterrupt  # it came after the last chunk
-    return run
+    return make_story(run, writer, lambda interrupts: _rounds(model, run, writer, interrupts), _files, report)
 
 
-def _rounds(model: CausalVideoModel, run: Run, writer: VideoWriter, interrupts: "Interrupts") -> Iterator[None]:
+def _rounds(model: CausalVideoModel, run: Run, writer: VideoWriter, interrupts: Interrupts) -> Iterator[None]:
     """Makes chunk after chunk, each with its baseline."""
     plan = run.plan
     prompts = [(prompt,) for prompt in plan.spoken]
@@ -300,60 +278,14 @@ def to_pixels(latents: Tensor) -> np.ndarray:
     return ((latents.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()
 
 
-def _write_files(run: Run, writer: VideoWriter) -> None:
-    """Makes the content of every file first, and then gives each its name."""
+def _files(run: Run) -> dict[str, bytes]:
+    """The content of every file beside the video."""
     from memflow_ops.model.timeline import draw_timeline  # brings matplotlib
 
-    if not run.chunks:
-        writer.discard()
-        return
     archive = io.BytesIO()
     np.savez_compressed(archive, frames=run.video)
-    contents = {
+    return {
         "frames.npz": archive.getvalue(),
         "timeline.png": draw_timeline(run),
         "run.json": (json.dumps(run.record(), indent=1) + "\n").encode(),
     }
-    for name, content in contents.items():
-        write_atomically(run.plan.folder / name, content)
-    writer.publish()
-
-
-class Interrupts:
-    """Ctrl-C, and SIGTERM by which schedulers end a job: a KeyboardInterrupt only where it is `allowed`, else it waits.
-
-    So a chunk is in all files or in none, and files are written to the end.
-    """
-
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-    def __init__(self) -> None:
-        self._raise, self.waiting = False, False
-        self._mine = threading.current_thread() is threading.main_thread()
-
-    def __enter__(self) -> "Interrupts":
-        if self._mine:
-            self._before = [(number, signal.signal(number, self._handle)) for number in self._SIGNALS]
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self._mine:
-            for number, handler in self._before:
-                signal.signal(number, handler or signal.SIG_DFL)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self._raise:
-            self._raise = False
-            raise KeyboardInterrupt
-        self.waiting = True
-
-    @contextmanager
-    def allowed(self) -> Iterator[None]:
-        if self.waiting:
-            self.waiting = False
-            raise KeyboardInterrupt
-        try:
-            self._raise = True
-            yield
-        finally:
-            self._raise = False

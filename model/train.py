@@ -351,7 +351,7 @@ def train(
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as ProgressBar
 
-    from memflow_ops.model.generate import Interrupts
+    from memflow_ops.model.story import Interrupts
 
     out = Path(out)
     checkpoints.check_target(out, ".safetensors")

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from memflow_ops.environment import environment
 from memflow_ops.model.checkpoints import write_atomically
-from memflow_ops.model.generate import Interrupts
 from memflow_ops.model.settings import MemoryMode
+from memflow_ops.model.story import Interrupts
 from memflow_ops.model.stream import Chunk
 from memflow_ops.model.wan import HOW_MEASURED, Parts, Plan, Sources, speed, streamed, video_writer
 
@@ -76,7 +76,7 @@ def _stream(parts: Parts, plan: Plan, report: Callable[[str, int, int], None] | 
     moments = np.linspace(0, len(plan.spoken) - 1, COLUMNS).round().astype(int)
     with Interrupts() as interrupts, video_writer(plan.folder / f"{memory}.mp4", plan.settings, parts.vae) as writer:
         try:
-            for chunk, frames, seconds in streamed(parts, plan.spoken, plan.settings, plan.seed, interrupts):
+            for chunk, frames, seconds in streamed(parts, plan, interrupts):
                 writer.write(frames)
                 outcome.latents.append(chunk.frames[0].float().cpu())
                 outcome.chunks.append(replace(chunk, frames=chunk.frames.new_empty(0)))
@@ -106,6 +106,7 @@ def record(outcomes: Sequence[Outcome], sources: Sources, device: torch.device) 
                 "cache_bytes": outcome.plan.budget.layout.device_bytes,
                 "cache_bytes_in_host_memory": outcome.plan.budget.host_bytes,
                 "peak_bytes": outcome.peak_bytes,
+                "replayed_passes_per_chunk": [chunk.replayed for chunk in outcome.chunks],
                 f"difference_to_{first.memory}": differences,
                 "first_chunk_that_differs": next((i for i, x in enumerate(differences) if x > 0), None),
                 "settings": vars(outcome.plan.settings),
@@ -116,6 +117,7 @@ def record(outcomes: Sequence[Outcome], sources: Sources, device: torch.device) 
         "sources": sources.described(),
         "prompts": first.plan.prompts,
         "frames_per_prompt": first.plan.frames_per_prompt,
+        "compiled": first.plan.compiled,
         "seed": first.plan.seed,
         "how": HOW_MEASURED + " Differences: root mean square over that of the first kind's latents, per chunk.",
         "problems": problems(outcomes),

@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from memflow_ops.environment import device_name, environment
-from memflow_ops.model import budget
-from memflow_ops.model.checkpoints import write_atomically
+from memflow_ops.environment import device_name, environment, why_not_compile
+from memflow_ops.model import budget, graphs
 from memflow_ops.model.convert import DTYPES, Pretrained, empty_model, read_pretrained
-from memflow_ops.model.generate import Interrupts, to_pixels
+from memflow_ops.model.generate import to_pixels
 from memflow_ops.model.settings import StreamSettings
+from memflow_ops.model.story import Interrupts, make_story
 from memflow_ops.model.stream import Chunk, Streamer, chunk_prompts
 from memflow_ops.model.text_encoder import EncodedPrompts, UMT5TextEncoder, find_text_encoder
 from memflow_ops.model.transformer import CausalVideoModel
@@ -89,6 +89,10 @@ class Plan:
     budget: budget.Budget
     seed: int
     frames_per_prompt: int
+    cuda_graphs: bool | None = None
+    """as `Streamer` takes it"""
+    compiled: bool = False
+    """`CausalVideoModel.compile_blocks` has been called"""
 
     @property
     def settings(self) -> StreamSettings:
@@ -126,17 +130,25 @@ def make_plans(
     seed: int = 0,
     frames_per_prompt: int = FRAMES_PER_PROMPT,
     history_frames: int | None = None,
+    cuda_graphs: bool | None = None,
+    compiled: bool = False,
 ) -> list[Plan]:
     """One story goes to `out` itself, several to out/story-000, ... with seeds seed, seed + 1, ...
 
-    A ValueError where a story's stream cannot fit into memory.
+    A ValueError where a story's stream cannot fit into memory, or CUDA graphs or compiling are asked for and cannot be.
     """
+    if compiled and why_not_compile(free.device):
+        raise ValueError(f"--compile cannot be: {why_not_compile(free.device)}")
+    reason = graphs.why_not(free.device, settings)
+    if cuda_graphs and reason:
+        raise ValueError(f"no CUDA graphs for this stream: {reason}")
+    pools = 1 if reason or cuda_graphs is False else 2
     plans = []
     for i, prompts in enumerate(stories):
         chunks = len(chunk_prompts([prompts], frames_per_prompt, settings.chunk_frames))
-        planned = plan_story(settings, sources, pretrained, free, chunks, history_frames)
+        planned = plan_story(settings, sources, pretrained, free, chunks, history_frames, pools)
         folder = out if len(stories) == 1 else out / f"story-{i:03d}"
-        plans.append(Plan(list(prompts), folder, planned, seed + i, frames_per_prompt))
+        plans.append(Plan(list(prompts), folder, planned, seed + i, frames_per_prompt, cuda_graphs, compiled))
     return plans
 
 
@@ -164,17 +176,20 @@ def plan_story(
     free: Free,
     chunks: int,
     history_frames: int | None,
+    pools: int,
 ) -> budget.Budget:
-    """The memory of a stream of `chunks` chunks; a ValueError where it does not fit, or the parts not one another."""
+    """The memory of a stream of `chunks` chunks; a ValueError where it does not fit, or the parts not one another.
+
+    pools: of working memory; 2 where CUDA graphs keep one of their own.
+    """
     dtype, config = sources.torch_dtype(free.device), pretrained.config
     folder, vae = find_vae(sources.vae)
     channels, scale = vae.get("z_dim", 16), vae.get("scale_factor_spatial", 8)
     if channels != config.out_dim:
         raise ValueError(f"{folder} decodes latents of {channels} channels, the transformer makes {config.out_dim}")
     model = empty_model(config).to(dtype)
-    items = budget.model_items(
-        config, settings, pretrained.parameters, 1, model.tokens(settings.height, settings.width), dtype
-    )
+    tokens = model.tokens(settings.height, settings.width)
+    items = budget.model_items(config, settings, pretrained.parameters, 1, tokens, dtype, pools)
     pixels = settings.height * scale, settings.width * scale
     decoder = budget.count_numbers(folder, ("decoder.", "post_quant_conv."))
     items += budget.vae_items(vae, decoder, 1, *pixels, dtype)
@@ -205,8 +220,13 @@ class Parts:
         return self.model.patch_embedding.weight.device
 
 
-def load_parts(sources: Sources, pretrained: Pretrained, prompts: Sequence[str], device: torch.device) -> Parts:
-    """Encodes every prompt, lets the text encoder go, and puts transformer and decoder on the device."""
+def load_parts(
+    sources: Sources, pretrained: Pretrained, prompts: Sequence[str], device: torch.device, compiled: bool = False
+) -> Parts:
+    """Encodes every prompt, lets the text encoder go, and puts transformer and decoder on the device.
+
+    compiled: the transformer's blocks are, when they first run.
+    """
     dtype = sources.torch_dtype(device)
     config = pretrained.config
     encoder = UMT5TextEncoder.from_folder(sources.text_encoder, text_len=config.text_len, dtype=dtype, device=device)
@@ -217,7 +237,10 @@ def load_parts(sources: Sources, pretrained: Pretrained, prompts: Sequence[str],
         )
     encode = EncodedPrompts(encoder, prompts)
     del encoder
-    return Parts(pretrained.build(dtype, device), load_vae(sources.vae, dtype, device), encode)
+    model = pretrained.build(dtype, device)
+    if compiled:
+        model.compile_blocks()
+    return Parts(model, load_vae(sources.vae, dtype, device), encode)
 
 
 @dataclass
@@ -249,6 +272,7 @@ class Run:
             "sources": self.sources.described(),
             "settings": asdict(plan.settings),
             "memory": plan.budget.lines(),
+            "compiled": plan.compiled,
             "frames": self.frames,
             "fps": FRAMES_PER_SECOND,
             "interrupted": self.interrupted,
@@ -261,6 +285,7 @@ class Run:
                     "prompt": chunk.prompts[0],
                     "seconds": chunk.seconds,
                     "decode_seconds": decoding,
+                    "replayed": chunk.replayed,
                     "retrieved": chunk.retrieved[0],
                     "relevance": chunk.relevance[0],
                     "candidates": chunk.candidates[0],
@@ -292,32 +317,23 @@ def speed(
 
 
 def generate(parts: Parts, plan: Plan, sources: Sources, report: Callable[[Run], None] | None = None) -> Run:
-    """Streams one story into video.mp4 and run.json in its folder. `report` is called after every chunk.
-
-    Files appear under their names when all are complete; until then the video grows as video.part.mp4. Ctrl-C, SIGTERM
-    or an error ends the story early: what was made until then is written all the same (nothing before the first
-    chunk), and the run says `interrupted`; an error is raised afterwards.
-    """
+    """Streams one story into video.mp4 and run.json in its folder; `make_story` says how that may end. `report` is
+    called after every chunk."""
     run = Run(plan, sources, parts.device)
-    with Interrupts() as interrupts, video_writer(plan.folder / "video.mp4", plan.settings, parts.vae) as writer:
-        try:
-            for chunk, frames, seconds in streamed(parts, plan.spoken, plan.settings, plan.seed, interrupts):
-                writer.write(frames)
-                run.chunks.append(replace(chunk, frames=chunk.frames.new_empty(0)))  # the pixels are in the video
-                run.decode_seconds.append(seconds)
-                run.frames += len(frames)
-                if report is not None:
-                    report(run)
-        except KeyboardInterrupt:
-            run.interrupted = True
-        except BaseException as error:
-            run.interrupted, run.error = True, f"{type(error).__name__}: {error}"
-            _write_files(run, writer)
-            raise
-        _write_files(run, writer)
-    if interrupts.waiting and not run.interrupted:
-        raise KeyboardInterrupt  # it came after the last chunk
-    return run
+    writer = video_writer(plan.folder / "video.mp4", plan.settings, parts.vae)
+
+    def rounds(interrupts: Interrupts) -> Iterator[None]:
+        for chunk, frames, seconds in streamed(parts, plan, interrupts):
+            writer.write(frames)
+            run.chunks.append(replace(chunk, frames=chunk.frames.new_empty(0)))  # the pixels are in the video
+            run.decode_seconds.append(seconds)
+            run.frames += len(frames)
+            yield
+
+    def files(run: Run) -> dict[str, bytes]:
+        return {"run.json": (json.dumps(run.record(), indent=1) + "\n").encode()}
+
+    return make_story(run, writer, rounds, files, report)
 
 
 def video_writer(path: Path, settings: StreamSettings, vae: Any) -> VideoWriter:
@@ -333,23 +349,14 @@ def video_writer(path: Path, settings: StreamSettings, vae: Any) -> VideoWriter:
     )
 
 
-def streamed(
-    parts: Parts, spoken: Sequence[str], settings: StreamSettings, seed: int, interrupts: "Interrupts"
-) -> Iterator[tuple[Chunk, np.ndarray, float]]:
+def streamed(parts: Parts, plan: Plan, interrupts: Interrupts) -> Iterator[tuple[Chunk, np.ndarray, float]]:
     """Chunk after chunk, its video frames (F, H, W, 3) uint8, and the seconds that decoding took."""
-    streamer, decoder = Streamer(parts.model, 1, settings, seed, encode=parts.encode), StreamingDecoder(parts.vae)
-    for prompt in spoken:
+    streamer = Streamer(parts.model, 1, plan.settings, plan.seed, encode=parts.encode, cuda_graphs=plan.cuda_graphs)
+    decoder = StreamingDecoder(parts.vae)
+    for prompt in plan.spoken:
         with interrupts.allowed():
             chunk = streamer.next_chunk((prompt,))
             started = time.perf_counter()
             frames = to_pixels(decoder.decode(chunk.frames)[0])
             seconds = time.perf_counter() - started
         yield chunk, frames, seconds
-
-
-def _write_files(run: Run, writer: VideoWriter) -> None:
-    if not run.chunks:
-        writer.discard()
-        return
-    write_atomically(run.plan.folder / "run.json", (json.dumps(run.record(), indent=1) + "\n").encode())
-    writer.publish()

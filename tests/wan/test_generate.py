@@ -6,6 +6,7 @@ import av
 import numpy as np
 import pytest
 import torch
+import torch._inductor.config
 from matplotlib.image import imread
 
 from memflow_ops import cli
@@ -179,7 +180,7 @@ def test_verify_says_what_must_not_be(tmp_path, parts, story, capfd, monkeypatch
 
     def broken(*arguments):
         for chunk, frames, seconds in whole(*arguments):
-            if arguments[2].memory == "sink" and chunk.index == 1:
+            if arguments[1].settings.memory == "sink" and chunk.index == 1:
                 chunk.frames[0, 0, 0, 0, 0] = torch.nan
             yield chunk, frames, seconds
 
@@ -232,3 +233,36 @@ def test_real_options_need_a_checkpoint(tmp_path, story, capfd):
     assert "also needs --text-encoder, --vae" in capfd.readouterr().err
     assert memflow("convert", tmp_path, tmp_path / "out.pt") == 2
     assert "out.pt" in capfd.readouterr().err
+
+
+def test_compiled_blocks_make_the_same_video_but_for_rounding(tmp_path, parts, story, capfd, monkeypatch):
+    """Every block by the same two compiled parts, through a fast backend: inductor is tested in tests/model."""
+    from memflow_ops.model import transformer
+
+    compiled, original = [], torch.compile
+
+    def quick(function, **options):
+        compiled.append(options.pop("backend"))
+        return original(function, backend="aot_eager", **options)
+
+    monkeypatch.setattr(transformer.torch, "compile", quick)
+    latents = {}
+    for name, options in (("plain", ()), ("compiled", ("--compile",))):
+        out = tmp_path / name
+        assert memflow("generate", story, "--out", out, *parts, *SMALL, *options) == 0
+        assert json.loads((out / "run.json").read_text())["compiled"] is (name == "compiled")
+        latents[name] = read_video(out / "video.mp4").astype(float)
+    assert compiled == ["inductor"] * 4
+    assert np.abs(latents["plain"] - latents["compiled"]).mean() < 1
+
+
+def test_graphs_and_compiling_are_refused_where_they_cannot_be(tmp_path, parts, story, capfd, monkeypatch):
+    out = tmp_path / "out"
+    assert memflow("generate", story, "--out", out, *parts, *SMALL, "--cuda-graphs") == 2
+    assert "they need a CUDA device, the model is on cpu" in capfd.readouterr().err
+    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("/no/such/compiler",))
+    assert memflow("verify", story, "--out", out, *parts, *SMALL, "--compile") == 2
+    assert "--compile cannot be: no C++ compiler was found" in capfd.readouterr().err
+    assert memflow("generate", story, "--out", out, "--compile", "--cuda-graphs") == 2
+    assert "--cuda-graphs, --compile need a --checkpoint" in capfd.readouterr().err
+    assert not out.exists()
