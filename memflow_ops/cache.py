@@ -104,13 +104,12 @@ class FrameCache:
         bank_places = (layout.batch, layout.sink_frames + layout.bank_frames)
         self._slot_table = torch.zeros(bank_places, dtype=torch.int32, device=self.device)
         self._bank_lengths = torch.zeros(layout.batch, dtype=torch.int32, device=self.device)
-        self.chunk_places = torch.zeros(layout.chunk_frames, dtype=torch.long, device=self.device)
-        """The frame places of the open chunk, on the device; a tensor that stays where it is."""
-        self._rewritten = torch.zeros(layout.batch, dtype=torch.bool, device=self.device)  # see restart_window
+        # The place of each frame of the open chunk, per story; none where re-caching leaves a story alone.
+        self._chunk_places = torch.zeros((layout.batch, layout.chunk_frames), dtype=torch.int32, device=self.device)
 
         self._stories = [_Story() for _ in range(layout.batch)]
         self._batch_index = torch.arange(layout.batch, device=self.device)
-        self._frame_of_chunk = torch.arange(layout.chunk_frames, device=self.device)
+        self._frame_of_chunk = torch.arange(layout.chunk_frames, dtype=torch.int32, device=self.device)
         self._ever_evicted = False
 
         self._committed = 0  # chunks
@@ -118,11 +117,12 @@ class FrameCache:
         self._ring_before: list[int] = []  # to go back to
         self._place = 0  # ring place of the current chunk
         self._to_recache: list[int] = []  # chunk numbers still to be passed again, oldest first
-        self._rewrites_all = True  # re-caching does so for all stories, not only for those in _rewritten
+        self._rewritten: Tensor | None = None  # stories that re-caching rewrites; None: all of them
         self._closing: int | None = None  # number of a finished chunk whose commit is under way
         self._open: int | None = None  # number of the chunk between begin_chunk and commit
         self._written: set[int] = set()
         self._remembered: set[int] = set()
+        self._noted = (self._written, self._remembered)
 
     # ------------------------------------------------------------------------------------------------------ the chunk
 
@@ -148,7 +148,9 @@ class FrameCache:
             self._place = self._ring.index(min(self._ring))
             self._ring[self._place] = self._open
         first_place = self.layout.sink_frames + self._place * self.layout.chunk_frames
-        torch.add(self._frame_of_chunk, first_place, out=self.chunk_places)
+        written = self._rewritten if self._to_recache and self._rewritten is not None else self._batch_index
+        self._chunk_places.fill_(-1)
+        self._chunk_places[written] = first_place + self._frame_of_chunk
         self._written.clear()
         self._remembered.clear()
         return self._open * self.layout.chunk_frames
@@ -161,10 +163,9 @@ class FrameCache:
         self._check_open("write")
         self.layout.check_chunk_tensor("k", layer, k, self.device)
         self.layout.check_chunk_tensor("v", layer, v, self.device)
-        stories = self._rewritten if self._to_recache and not self._rewrites_all else None
         for pool, new in zip(self._places, (k, v), strict=False):
             frames = new.detach().unflatten(1, (self.layout.chunk_frames, -1))
-            ops.write_frames(pool[layer], self.chunk_places, frames, stories)
+            ops.write_frames(pool[layer], self._chunk_places, frames)
         self._written.add(layer)
 
     def remember(self, layer: int, k: Tensor) -> None:
@@ -179,13 +180,17 @@ class FrameCache:
         self._staged_means[layer] = describe_blocks(k[:, :tokens].detach(), min(size, tokens), tokens)
         self._remembered.add(layer)
 
-    def all_written(self, means: bool = False) -> None:
-        """Says that a pass has written every layer, and with `means` taken all of them, where this object did not see
+    def notes(self) -> tuple[frozenset[int], ...]:
+        """What the passes over the open chunk have done so far, for `note`."""
+        return tuple(map(frozenset, self._noted))
+
+    def note(self, notes: tuple[frozenset[int], ...]) -> None:
+        """Says that a pass has done again what it did when `notes` were taken after it, where this object does not see
         it: the replay of a CUDA graph runs no Python."""
-        self._check_open("all_written")
-        self._written.update(range(self.layout.layers))
-        if means:
-            self._remembered.update(range(self.layout.layers))
+        self._check_open("note")
+        for kept, new in zip(self._noted, notes, strict=True):
+            kept.clear()
+            kept.update(new)
 
     def commit(self) -> None:
         """Closes the chunk after its clean pass. A new chunk leaves its prototype and its part of the sink behind; they
@@ -244,13 +249,13 @@ class FrameCache:
             raise RuntimeError("restart_window: the current chunk has not been committed")
         if self._to_recache:
             raise RuntimeError(f"restart_window: {len(self._to_recache)} chunks are still to be re-cached")
-        self._rewrites_all = True
+        self._rewritten = None
         if stories is not None:
             if len(stories) != self.layout.batch:
                 raise ValueError(f"stories must have {self.layout.batch} entries, got {len(stories)}")
             if not all(stories):
-                self._rewritten.copy_(on_device([bool(switched) for switched in stories], torch.bool, self.device))
-                self._rewrites_all = False
+                changed = [number for number, switched in enumerate(stories) if switched]
+                self._rewritten = on_device(changed, torch.long, self.device)
                 self._order_ring()
         kept = self.layout.window_chunks - 1
         self._ring_before = sorted(self._ring)[-kept:] if kept else []
@@ -267,9 +272,8 @@ class FrameCache:
         sparse: it attends to `window` and, where there is one, to the bank in `memory`; else to `dense`.
         """
         self._check_open("pass_shape")
-        rewriting = (bool(self._to_recache), bool(self._to_recache) and not self._rewrites_all)
         beyond = (any(self.bank()),) if sparse else (self.visible_sink(), len(self.candidate_frames()[0]))
-        return (len(self._ring), *rewriting, *beyond)
+        return (bool(self._to_recache), len(self._ring), *beyond)
 
     def window(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the ring, (B, up to window tokens, Hkv, D), as views, the current chunk included."""
@@ -416,7 +420,7 @@ class FrameCache:
         load_places([self._means], state["rows"], state["means"])
         self._stories, self._ring, self._ring_before = stories, list(state["ring"]), list(state["ring"])
         self._committed, self._ever_evicted = state["committed"], state["ever_evicted"]
-        self._to_recache, self._open, self._closing = [], None, None
+        self._to_recache, self._rewritten, self._open, self._closing = [], None, None, None
         self._write_bank([[] for _ in range(self.layout.batch)])
 
     # ---------------------------------------------------------------------------------------------------------- details

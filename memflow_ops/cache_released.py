@@ -61,9 +61,8 @@ class ReleasedCache:
         table = (layout.batch, layout.sink_frames + layout.bank_frames)
         self._slot_table = torch.zeros(table, dtype=torch.int32, device=self.device)
         self._table_lengths = torch.zeros(layout.batch, dtype=torch.int32, device=self.device)
-        self.chunk_places = torch.zeros(layout.chunk_frames, dtype=torch.long, device=self.device)
-        """The frame places of the open chunk, on the device; a tensor that stays where it is."""
-        self._rewritten = torch.zeros(layout.batch, dtype=torch.bool, device=self.device)  # see restart_window
+        # The place of each frame of the open chunk, per story; none for what re-caching leaves alone.
+        self._chunk_places = torch.zeros((layout.batch, layout.chunk_frames), dtype=torch.int32, device=self.device)
 
         self._committed = 0  # chunks
         self._bank_fill = 0
@@ -74,10 +73,11 @@ class ReleasedCache:
         self._ring: list[int] = []  # frame per ring place
         self._ring_before: list[int] = []  # to go back to
         self._to_recache: list[int] = []  # chunks still to be passed again, oldest first
-        self._rewrites_all = True  # re-caching does so for all stories, not only for those in _rewritten
+        self._rewritten = [True] * layout.batch  # the stories that re-caching rewrites
         self._open: int | None = None
-        self._in_sink = range(0)  # the places of those frames of the open chunk that are sink frames
+        self._in_sink = range(0)  # the places of the open chunk's sink frames
         self._written: set[int] = set()
+        self._noted = (self._written,)
 
     # ------------------------------------------------------------------------------------------------------ the chunk
 
@@ -97,11 +97,13 @@ class ReleasedCache:
             self._ring_before = self._ring.copy()
         self._open = self._to_recache[0] if self._to_recache else self._committed
         first_frame = self._open * layout.chunk_frames
-        first_place = layout.bank_frames + first_frame
-        in_sink = min(max(0, layout.sink_frames - first_frame), layout.chunk_frames)
-        self._in_sink = range(first_place, first_place + in_sink)
-        ring = [self._ring_place(first_frame + i) for i in range(in_sink, layout.chunk_frames)]
-        self.chunk_places.copy_(on_device([*self._in_sink, *ring], torch.long, self.device))
+        sink = range(layout.bank_frames + first_frame, layout.bank_frames + layout.sink_frames)[: layout.chunk_frames]
+        ring = [self._ring_place(first_frame + i) for i in range(len(sink), layout.chunk_frames)]
+        self._in_sink = range(0) if self._to_recache else sink
+        places = [*([-1] * len(sink) if self._to_recache else sink), *ring]
+        rewritten = self._rewritten if self._to_recache else [True] * layout.batch
+        rows = [places if of_story else [-1] * len(places) for of_story in rewritten]
+        self._chunk_places.copy_(on_device(rows, torch.int32, self.device))
         self._written.clear()
         self._write_table()
         return first_frame
@@ -114,23 +116,26 @@ class ReleasedCache:
         self._check_open("write")
         self.layout.check_chunk_tensor("k", layer, k, self.device)
         self.layout.check_chunk_tensor("v", layer, v, self.device)
-        layout, recaching = self.layout, bool(self._to_recache)
-        stories = self._rewritten if recaching and not self._rewrites_all else None
-        kept = len(self._in_sink) if recaching else 0
         for pool, new in zip(self._places, (k, v), strict=False):
-            frames = new.detach().unflatten(1, (layout.chunk_frames, -1))
-            ops.write_frames(pool[layer], self.chunk_places[kept:], frames[:, kept:], stories)
-        if self._in_sink and not recaching:  # the ring needs no descriptors
-            sink, tokens = self._in_sink, layout.frame_tokens
+            frames = new.detach().unflatten(1, (self.layout.chunk_frames, -1))
+            ops.write_frames(pool[layer], self._chunk_places, frames)
+        if self._in_sink:  # the ring needs no descriptors
+            sink, tokens = self._in_sink, self.layout.frame_tokens
             described = describe_blocks(k[:, : len(sink) * tokens].detach(), tokens, tokens)
             self._places[2][layer, :, sink.start : sink.stop, 0] = described
         self._written.add(layer)
 
-    def all_written(self, means: bool = False) -> None:
-        """Says that a pass has written every layer, where this object did not see it: the replay of a CUDA graph runs
-        no Python. means: there are none here."""
-        self._check_open("all_written")
-        self._written.update(range(self.layout.layers))
+    def notes(self) -> tuple[frozenset[int], ...]:
+        """What the passes over the open chunk have done so far, for `note`, as in `FrameCache`."""
+        return tuple(map(frozenset, self._noted))
+
+    def note(self, notes: tuple[frozenset[int], ...]) -> None:
+        """Says that a pass has done again what it did when `notes` were taken after it, where this object does not see
+        it: the replay of a CUDA graph runs no Python."""
+        self._check_open("note")
+        for kept, new in zip(self._noted, notes, strict=True):
+            kept.clear()
+            kept.update(new)
 
     def commit(self) -> None:
         """Closes the chunk after its clean pass."""
@@ -170,12 +175,10 @@ class ReleasedCache:
             )
         if stories is not None and len(stories) != layout.batch:
             raise ValueError(f"stories must have {layout.batch} entries, got {len(stories)}")
-        self._rewrites_all = True
+        self._rewritten = [True] * layout.batch if stories is None else [bool(switched) for switched in stories]
         kept = sorted(self._ring)
         kept = kept[max(0, len(kept) + layout.chunk_frames - layout.window_frames) :]
         if stories is not None and not all(stories):
-            self._rewritten.copy_(on_device([bool(switched) for switched in stories], torch.bool, self.device))
-            self._rewrites_all = False
             # The others' frames must be where `begin_chunk` will hand out their places again: oldest first.
             order = on_device([self._ring_start + self._ring.index(frame) for frame in kept], torch.long, self.device)
             for pool in self._places[:2]:
@@ -233,8 +236,7 @@ class ReleasedCache:
     def pass_shape(self, sparse: bool) -> tuple[object, ...]:
         """As in `FrameCache`: all that a pass over the open chunk depends on and that no tensor holds."""
         self._check_open("pass_shape")
-        rewriting = (bool(self._to_recache), bool(self._to_recache) and not self._rewrites_all)
-        return (self._bank_fill, self._sink_fill(), len(self._ring), self._in_sink, *rewriting)
+        return (bool(self._to_recache), len(self._ring), self._bank_fill, self._sink_fill(), self._in_sink)
 
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of bank, sink and window, (B, tokens, Hkv, D), as views, the current chunk included."""

@@ -99,28 +99,32 @@ describe_blocks.register_autograd(_describe_grad, setup_context=_setup_describe)
 
 
 @torch.library.custom_op("memflow_ops::write_frames", mutates_args=("pool",))
-def write_frames(pool: Tensor, places: Tensor, new: Tensor, stories: Tensor | None) -> None:
-    """Puts frames new (B, F, T, Hkv, D) into the frame places (F,) int64 of pool (B, P, T, Hkv, D), all different;
-    stories (B,) bool: in these alone (None: in all).
+def write_frames(pool: Tensor, places: Tensor, new: Tensor) -> None:
+    """Puts frames new (B, F, T, Hkv, D) into a pool (B, P, T, Hkv, D), frame i of story b into place places[b, i].
 
-    Places and stories are tensors, so that a CUDA graph of it follows them; they are not read back from a device.
+    places (B, F) int32, different in a story; a frame whose place is not one of the pool's is not written. Never read
+    back from a device, so that a CUDA graph of it follows the places.
     """
     if pool.device.type == "cpu":  # where reading them costs nothing, and a frame is one copy
-        for story in [slice(None)] if stories is None else stories.nonzero().flatten().tolist():
-            for i, place in enumerate(places.tolist()):
-                pool[story, ..., place, :, :, :] = new[story, ..., i, :, :, :]
-        return
-    _write_frames_on_device(pool, places, new, stories)
+        for story, row in enumerate(places.tolist()):
+            for i, place in enumerate(row):
+                if 0 <= place < pool.shape[1]:
+                    pool[story, place] = new[story, i]
+    else:
+        _write_frames_on_device(pool, places, new)
 
 
-def _write_frames_on_device(pool: Tensor, places: Tensor, new: Tensor, stories: Tensor | None) -> None:
-    if stories is not None:
-        new = torch.where(stories.view(-1, 1, 1, 1, 1), new, pool.index_select(1, places))
-    pool.index_copy_(1, places, new)
+def _write_frames_on_device(pool: Tensor, places: Tensor, new: Tensor) -> None:
+    stories = torch.arange(len(pool), device=pool.device)
+    for i in range(new.shape[1]):
+        place = places[:, i].long()
+        there = (place >= 0) & (place < pool.shape[1])
+        place = place.clamp(0, pool.shape[1] - 1)
+        pool[stories, place] = torch.where(there.view(-1, 1, 1, 1), new[:, i], pool[stories, place])
 
 
 @write_frames.register_fake
-def _(pool: Tensor, places: Tensor, new: Tensor, stories: Tensor | None) -> None:
+def _(pool: Tensor, places: Tensor, new: Tensor) -> None:
     return None
 
 

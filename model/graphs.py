@@ -6,18 +6,20 @@ chunk is read from tensors that stay where they are: noisy latents, time embeddi
 the shape of a pass: how full the ring is, and so on, see `FrameCache.pass_shape`.
 
 Few shapes come again, so there are few graphs. Once the local window is full, a chunk has two kinds of pass (noisy, and
-clean, which ends early); a prompt switch passes each chunk that stays in the window again, one graph for each, or two
-where also some stories of a batch switch alone. Shapes that only one chunk has, as while the window fills, are not
-recorded, nor is memory="full", whose history grows with every chunk. With Wan's window of 9 frames there are 4 graphs.
+clean, which ends early); a prompt switch passes each chunk that stays in the window again, one graph for each. With a
+window of 9 frames there are 4 graphs. Shapes that only one chunk has, as while the window fills, are not recorded, nor
+is memory="full", whose history grows with every chunk.
 """
 
 import warnings
 from collections.abc import Callable, Hashable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from memflow_ops.cache import FrameCache
+from memflow_ops.cache_released import ReleasedCache
 from memflow_ops.model.settings import StreamSettings
 
 OnePass = Callable[[], Tensor | None]
@@ -72,16 +74,22 @@ def why_not(device: torch.device, settings: StreamSettings) -> str:
     return ""
 
 
+class Recording(NamedTuple):
+    replay: Callable[[], None]
+    out: Tensor | None
+    notes: tuple[frozenset[int], ...]  # of the cache, after the pass
+
+
 class Passes:
     """Runs the passes of one stream, eagerly or as recordings; the results are the same to the bit."""
 
-    def __init__(self, recorder: Recorder | None, insist: bool = False):
-        """recorder: None runs everything eagerly. insist: an error while recording is raised; otherwise it is a
-        RuntimeWarning, and the stream goes on eagerly."""
-        self.recorder, self.insist = recorder, insist
+    def __init__(self, cache: FrameCache | ReleasedCache, recorder: Recorder | None, insist: bool = False):
+        """cache: what the passes write. recorder: None runs everything eagerly. insist: an error while recording is
+        raised; otherwise it is a RuntimeWarning, and the stream goes on eagerly."""
+        self.cache, self.recorder, self.insist = cache, recorder, insist
         self.replayed = 0
         """Passes that were replays, so far."""
-        self._recorded: dict[Hashable, tuple[Callable[[], None], Tensor | None]] = {}
+        self._recorded: dict[Hashable, Recording] = {}
         self._now: set[Hashable] = set()  # shapes met in this chunk
         self._before: set[Hashable] = set()  # and in earlier ones
 
@@ -105,15 +113,16 @@ class Passes:
                 return self.recorder.warm_up(one_pass)
             if not self._record(shape, one_pass):
                 return one_pass()
-        replay, out = self._recorded[shape]
+        replay, out, notes = self._recorded[shape]
         replay()
+        self.cache.note(notes)
         self.replayed += 1
         return None if out is None else out.clone()  # the next replay overwrites it
 
     def _record(self, shape: Hashable, one_pass: OnePass) -> bool:
         assert self.recorder is not None
         try:
-            self._recorded[shape] = self.recorder.record(one_pass)
+            replay, out = self.recorder.record(one_pass)
         except RuntimeError as error:
             if self.insist:
                 raise
@@ -122,4 +131,5 @@ class Passes:
             self.recorder = None
             self._recorded.clear()
             return False
+        self._recorded[shape] = Recording(replay, out, self.cache.notes())
         return True

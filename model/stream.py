@@ -174,7 +174,8 @@ class Streamer:
         reason = "they are off" if cuda_graphs is False else graphs.why_not(self.device, settings)
         if cuda_graphs and reason:
             raise ValueError(f"no CUDA graphs for this stream: {reason}")
-        self.passes = graphs.Passes(None if reason else graphs.CudaGraphs(self.device), insist=bool(cuda_graphs))
+        recorder = None if reason else graphs.CudaGraphs(self.device)
+        self.passes = graphs.Passes(self.cache, recorder, insist=bool(cuda_graphs))
         self.sampler = FlowMatchSampler(settings.steps, settings.shift, settings.stochastic, config.prediction)
         self.policy: Policy | None = None
         if isinstance(self.cache, FrameCache) and layout.bank_frames:
@@ -343,7 +344,7 @@ class Streamer:
         """A noisy pass over x (B, C, F, H, W) -> the model's output, like x."""
         self._set_inputs(x, timestep)
         attend = self._attend()
-        y = self._run(("noisy",), lambda: self.model(self._x, self._now, self._text, attend, self.condition))
+        y = self._run("noisy", lambda: self.model(self._x, self._now, self._text, attend, self.condition))
         assert y is not None
         return y
 
@@ -357,11 +358,10 @@ class Streamer:
         def one_pass() -> None:
             self.model.forward_keys(self._x, self._now, self._text, attend, self.condition)
 
-        self._run(("clean", remember), one_pass)
-        self.cache.all_written(means=remember)
+        self._run("clean", one_pass)
 
-    def _run(self, kind: tuple[object, ...], one_pass: graphs.OnePass) -> Tensor | None:
-        return self.passes.run((*kind, *self.cache.pass_shape(self.settings.memory == "memflow")), one_pass)
+    def _run(self, kind: str, one_pass: graphs.OnePass) -> Tensor | None:
+        return self.passes.run((kind, *self.cache.pass_shape(self.settings.memory == "memflow")), one_pass)
 
     def _set_inputs(self, x: Tensor, timestep: float) -> None:
         self._x.copy_(x)

@@ -4,8 +4,11 @@ import math
 
 import pytest
 import torch
+import torch._dynamo.utils
 import torch.nn.functional as F
 
+from memflow_ops import memory_attention, ops
+from memflow_ops.environment import why_not_compile
 from memflow_ops.model.transformer import CausalVideoModel, ModelConfig, rope_rotation, sinusoid
 
 CONFIG = ModelConfig(
@@ -274,3 +277,64 @@ def test_bad_input_is_named():
     with pytest.raises(ValueError, match="patch_size"):
         ModelConfig(**{**vars(CONFIG), "patch_size": (2, 2, 2)})
     assert model.tokens(HEIGHT, WIDTH) == 12
+
+
+# ---------------------------------------------------------------------------------------------------------- compiled
+
+
+def compiled_graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_blocks_are_compiled_once_for_a_shape(backend):
+    """Two graphs, the part before attention to the past and that after it, serve all blocks, passes and texts."""
+    if backend == "inductor" and why_not_compile(torch.device("cpu")):
+        pytest.skip("no C++ compiler")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    torch.manual_seed(1)
+    config = ModelConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=4, in_dim=2, out_dim=2, text_dim=4, text_len=3)
+    plain, compiled = CausalVideoModel(config).eval(), CausalVideoModel(config).eval()
+    compiled.load_state_dict(plain.state_dict())
+    compiled.compile_blocks(backend)
+    assert compiled.state_dict().keys() == plain.state_dict().keys()
+    memory = torch.randn(2, 1, 40, 2, 16)
+
+    def attend(layer, q, k, v):
+        return memory_attention(q, k, v, *memory, frame_tokens=10, block_size=4, top_k=2 + layer, query_group=5)
+
+    sizes = [(3, 4, 6), (3, 4, 6), (1, 8, 8)][: 3 if backend == "aot_eager" else 1]
+    with torch.no_grad():
+        for step, (frames, height, width) in enumerate(sizes):
+            x, t = torch.randn(1, 2, frames, height, width), torch.full((1, 1), 100.0 * step)
+            text = plain.encode_text(torch.randn(1, 3, 4))
+            torch.testing.assert_close(compiled(x, t, text, attend), plain(x, t, text, attend), rtol=1e-4, atol=1e-5)
+            compiled.forward_keys(x, t, text, attend)
+            assert compiled_graphs() == (2 if step < 2 else 4)
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+def test_a_block_with_our_attention_compiles_as_a_whole():
+    """Our operators break no graph: they have fakes, and the cache may be written in between."""
+    torch.manual_seed(1)
+    config = ModelConfig(dim=32, ffn_dim=48, num_heads=2, num_layers=1, in_dim=2, out_dim=2, text_dim=4, text_len=3)
+    model = CausalVideoModel(config).eval()
+    block, memory = model.blocks[0], torch.randn(2, 1, 40, 2, 16)
+    pool, places = torch.zeros(1, 5, 10, 2, 16), torch.tensor([[3, 1]], dtype=torch.int32)
+
+    def attend(layer, q, k, v):
+        ops.write_frames(pool, places, k.unflatten(1, (2, 10)))
+        return memory_attention(
+            q, pool.flatten(1, 2), pool.flatten(1, 2), *memory, frame_tokens=10, block_size=4, top_k=2
+        )
+
+    with torch.no_grad():
+        x, time = torch.randn(1, 20, 32), torch.randn(1, 1, 6, 32)
+        (text,) = model.encode_text(torch.randn(1, 3, 4))
+        want = block(x, time, text, 0, attend)
+        kept = pool.clone()
+        pool.zero_()
+        whole = torch.compile(lambda *given: block(*given, 0, attend), fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(whole(x, time, text), want)
+        assert torch.equal(pool, kept) and pool[:, 1].abs().sum() > 0
