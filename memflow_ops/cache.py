@@ -15,14 +15,14 @@ compares with the prompt, stay on the device for all that is remembered. The sto
 each has its own slots and its own share of host memory: a story is remembered as if it were alone.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from memflow_ops import ops
+from memflow_ops.cache_history import Prototype, Story
 from memflow_ops.cache_layout import CacheLayout, on_device
 from memflow_ops.cache_state import check_layout, check_places, load_places, save_layout, save_places
 from memflow_ops.selection import describe_blocks
@@ -44,33 +44,6 @@ class Candidates(NamedTuple):
     frames: list[list[int]]  # per story F absolute frame indices, ascending
     means: Tensor  # (layers, B, F, n, Hkv, D) means of keys before RoPE
     lengths: tuple[int, ...]  # (n,) tokens behind each mean
-
-
-@dataclass
-class _Prototype:
-    """Where the first frame of a chunk is kept for one story: in a history slot, or else in host memory."""
-
-    frame: int
-    row: int  # of the means
-    last_used: int  # number of the chunk that retrieved it last, or for which it became a candidate
-    slot: int | None
-    host: tuple[Tensor, ...] = ()  # keys, values (layers, T, Hkv, D) and descriptors
-
-
-class _Story:
-    """The bookkeeping of one story's history. Which slots and rows are free is not kept but seen from the history, so
-    that no interruption can make the two disagree."""
-
-    def __init__(self) -> None:
-        self.history: dict[int, _Prototype] = {}  # by frame index, ascending
-        self.free_host: list[tuple[Tensor, ...]] = []
-        self.bank: list[int] = []  # retrieved frames, ascending
-
-
-def _first_free(used: Iterable[int | None], count: int) -> int | None:
-    """The lowest of `count` numbers that is not used."""
-    taken = set(used)
-    return next((number for number in range(count) if number not in taken), None)
 
 
 class FrameCache:
@@ -107,10 +80,9 @@ class FrameCache:
         # The place of each frame of the open chunk, per story; none where re-caching leaves a story alone.
         self._chunk_places = torch.zeros((layout.batch, layout.chunk_frames), dtype=torch.int32, device=self.device)
 
-        self._stories = [_Story() for _ in range(layout.batch)]
+        self._stories = [self._new_story(number) for number in range(layout.batch)]
         self._batch_index = torch.arange(layout.batch, device=self.device)
         self._frame_of_chunk = torch.arange(layout.chunk_frames, dtype=torch.int32, device=self.device)
-        self._ever_evicted = False
 
         self._committed = 0  # chunks
         self._ring: list[int] = []  # chunk number per ring place, the current chunk's included
@@ -288,7 +260,7 @@ class FrameCache:
         RuntimeError says when a prototype has already had to leave the device.
         """
         self._check_open("dense")
-        if self._ever_evicted:
+        if any(story.evicted for story in self._stories):
             raise RuntimeError(
                 f"the history has outgrown device_frames={self.layout.device_frames}, so it can no longer be attended "
                 "to in full; raise device_frames or use memory='memflow'"
@@ -361,12 +333,12 @@ class FrameCache:
                     f"candidates, the prototypes that have left the window and are still remembered"
                 )
         for number, frames in enumerate(chosen):
-            history = self._stories[number].history
+            story, history = self._stories[number], self._stories[number].history
             for frame in frames:
                 history[frame].last_used = self._committed
             for frame in frames:
                 if history[frame].slot is None:
-                    self._bring_back(number, history[frame], keep=frames)
+                    story.bring_back(history[frame], self._first_in_window(), keep=frames)
         self._write_bank([sorted(frames) for frames in chosen])
 
     # -------------------------------------------------------------------------------------------------------- the state
@@ -380,13 +352,13 @@ class FrameCache:
         ring = range(layout.sink_frames, layout.sink_frames + len(self._ring) * layout.chunk_frames)
         stored = min(layout.sink_frames, self._committed * layout.chunk_frames)
         sink = range(layout.sink_frames - stored, layout.sink_frames)
-        kept = [prototype for story in self._stories for prototype in story.history.values()]
-        places = sorted({*sink, *ring, *(self._place_of(p) for p in kept if p.slot is not None)})
-        rows = sorted({p.row for p in kept})
+        kept = [(story, prototype) for story in self._stories for prototype in story.history.values()]
+        places = sorted({*sink, *ring, *(story.place_of(p) for story, p in kept if p.slot is not None)})
+        rows = sorted({p.row for _, p in kept})
         return {
             "layout": save_layout(layout),
             "committed": self._committed,
-            "ever_evicted": self._ever_evicted,
+            "ever_evicted": any(story.evicted for story in self._stories),
             "ring": self._ring.copy(),
             "places": places,
             "pools": save_places(self._places, places),
@@ -406,12 +378,13 @@ class FrameCache:
         check_places("pools", self._places, state["places"], state["pools"])
         check_places("means", [self._means], state["rows"], state["means"])
         stories = []
-        for history, host in zip(state["history"], state["host"], strict=True):
-            story = _Story()
+        for number, (history, host) in enumerate(zip(state["history"], state["host"], strict=True)):
+            story = self._new_story(number)
+            story.evicted = state["ever_evicted"]
             for (frame, row, last_used, slot), tensors in zip(history, host, strict=True):
-                prototype = _Prototype(frame, row, last_used, slot)
+                prototype = Prototype(frame, row, last_used, slot)
                 if slot is None:
-                    prototype.host = self._host_frame()
+                    prototype.host = story.host_frame()
                     for target, source in zip(prototype.host, tensors, strict=True):
                         target.copy_(source)
                 story.history[frame] = prototype
@@ -419,7 +392,7 @@ class FrameCache:
         load_places(self._places, state["places"], state["pools"])
         load_places([self._means], state["rows"], state["means"])
         self._stories, self._ring, self._ring_before = stories, list(state["ring"]), list(state["ring"])
-        self._committed, self._ever_evicted = state["committed"], state["ever_evicted"]
+        self._committed = state["committed"]
         self._to_recache, self._rewritten, self._open, self._closing = [], None, None, None
         self._write_bank([[] for _ in range(self.layout.batch)])
 
@@ -431,8 +404,8 @@ class FrameCache:
         chunk = self._committed if chunk is None else chunk
         return max(0, chunk + 1 - self.layout.window_chunks) * self.layout.chunk_frames
 
-    def _history_place(self, slot: int) -> int:
-        return self.layout.sink_frames + self.layout.window_frames + slot
+    def _new_story(self, number: int) -> Story:
+        return Story(self.layout, [pool[:, number] for pool in self._places])
 
     def _view(self, layer: int, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the frame places first to end - 1."""
@@ -454,25 +427,19 @@ class FrameCache:
     def _store_prototype(self, chunk: int) -> None:
         """Gives the finished chunk's first frame a history slot and a row of means in every story."""
         frame, first = chunk * self.layout.chunk_frames, self._first_in_window(chunk)
-        slots: list[int] = []
-        rows: list[int] = []
-        for number, story in enumerate(self._stories):
-            slot: int | None
-            row: int | None
-            if frame in story.history:  # an interrupted commit is completed
-                slot, row = story.history[frame].slot, story.history[frame].row
-            else:
-                slot = self._free_slot(number, first, keep=())
-                row = _first_free((p.row for p in story.history.values()), self._means.shape[2])
-            assert slot is not None and row is not None, "there is room for every frame that may be remembered"
+        slots, rows = [], []
+        for story in self._stories:
+            known = story.history.get(frame)  # where an interrupted commit is completed
+            slot = story.free_slot(first) if known is None else known.slot
+            assert slot is not None, "a frame of the window is on the device"
             slots.append(slot)
-            rows.append(row)
-        self._copy_from_ring(0, [self._history_place(slot) for slot in slots])
+            rows.append(story.free_row() if known is None else known.row)
+        self._copy_from_ring(0, [story.place(slot) for story, slot in zip(self._stories, slots, strict=True)])
         self._means[:, self._batch_index, on_device(rows, torch.long, self.device)] = self._staged_means
         # Becoming a candidate counts as a use: otherwise a newcomer would be the first to go and never be retrieved.
         last_used = chunk + self.layout.window_chunks
         for story, slot, row in zip(self._stories, slots, rows, strict=True):
-            story.history[frame] = _Prototype(frame, row, last_used, slot)
+            story.history[frame] = Prototype(frame, row, last_used, slot)
 
     def _write_bank(self, chosen: list[list[int]]) -> None:
         """Fills the slot table: the visible sink, then each story's chosen frames, all of them on the device."""
@@ -480,73 +447,11 @@ class FrameCache:
         rows, width = [], self._slot_table.shape[1]
         for story, frames in zip(self._stories, chosen, strict=True):
             story.bank = frames
-            row = sink + [self._place_of(story.history[frame]) for frame in frames]
+            row = sink + [story.place_of(story.history[frame]) for frame in frames]
             rows.append(row + [0] * (width - len(row)))
         self._slot_table.copy_(on_device(rows, torch.int32, self.device))
         lengths = [len(sink) + len(frames) for frames in chosen]
         self._bank_lengths.copy_(on_device(lengths, torch.int32, self.device))
-
-    def _free_slot(self, number: int, first: int, keep: Sequence[int]) -> int:
-        """A history slot of a story: a free one, or that of its least recently used frame before `first`, but not of
-        one in `keep`."""
-        story = self._stories[number]
-
-        def free() -> int | None:
-            return _first_free((p.slot for p in story.history.values()), self.layout.device_frames)
-
-        slot = free()
-        if slot is None:
-            movable = [p for p in story.history.values() if p.slot is not None and p.frame < first]
-            victim = min((p for p in movable if p.frame not in keep), key=lambda p: (p.last_used, p.frame))
-            # When a frame is about to leave host memory in return (keep), one more may enter.
-            self._move_off_device(number, victim, room=self.layout.host_frames + bool(keep))
-            slot = free()
-        assert slot is not None
-        return slot
-
-    def _move_off_device(self, number: int, prototype: _Prototype, room: int) -> None:
-        """Moves a story's prototype to host memory, which holds `room` frames; if it is full, the oldest of those off
-        the device is forgotten."""
-        story = self._stories[number]
-        self._ever_evicted = True
-        off_device = [p for p in story.history.values() if p.slot is None]
-        if len(off_device) >= room:
-            oldest = min([*off_device, prototype], key=lambda p: p.frame)
-            self._forget(story, oldest)
-            if oldest is prototype:
-                return
-        there = [t[:, number, self._place_of(prototype)] for t in self._places]
-        host = story.free_host.pop() if story.free_host else self._host_frame()
-        for source, target in zip(there, host, strict=True):
-            target.copy_(source, non_blocking=True)
-        prototype.host = host
-        prototype.slot = None
-
-    def _host_frame(self) -> tuple[Tensor, ...]:
-        """Room for one story's frame in host memory: keys, values and descriptors."""
-        pinned = self.device.type == "cuda"  # so that the copies need not wait for the host
-        shapes = [(t.shape[0], *t.shape[3:]) for t in self._places]
-        return tuple(torch.empty(shape, dtype=self.layout.dtype, pin_memory=pinned) for shape in shapes)
-
-    def _bring_back(self, number: int, prototype: _Prototype, keep: Sequence[int]) -> None:
-        """Copies a prototype from host memory into a slot. Copies are queued on one stream, so reuse is in order."""
-        slot = self._free_slot(number, self._first_in_window(), keep)
-        for pool, source in zip(self._places, prototype.host, strict=True):
-            pool[:, number, self._history_place(slot)].copy_(source, non_blocking=True)
-        prototype.slot = slot
-        self._stories[number].free_host.append(prototype.host)
-        prototype.host = ()
-
-    @staticmethod
-    def _forget(story: _Story, prototype: _Prototype) -> None:
-        del story.history[prototype.frame]
-        if prototype.slot is None:
-            story.free_host.append(prototype.host)
-
-    def _place_of(self, prototype: _Prototype) -> int:
-        """The frame place of a prototype that is on the device."""
-        assert prototype.slot is not None, f"frame {prototype.frame} is in host memory"
-        return self._history_place(prototype.slot)
 
     def _order_ring(self) -> None:
         """Sorts the kept chunks of the ring by age, oldest first, as `begin_chunk` will hand out their places again.
