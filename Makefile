@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint bench aot gpu-test gpu-bench train clean
+.PHONY: help demo test lint bench bench-compare aot gpu-test gpu-bench train clean
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -22,8 +22,16 @@ lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-bench: $(STAMP)  ## overhead against the memory-free baseline; writes bench/results
-	$(BIN)/python -m memflow_ops.bench.run
+CASES := -m pytest bench/test_cases.py -o addopts= -q --import-mode=importlib -p no:cacheprovider \
+	--benchmark-columns=median,iqr,rounds
+
+# BENCH_OPTIONS: --size NAME, --case PART, --rounds N, --out FOLDER
+bench: $(STAMP)  ## what memory costs against every alternative; writes bench/results and its report.html
+	$(BIN)/python $(CASES) $(BENCH_OPTIONS)
+	$(BIN)/memflow bench --stored
+
+bench-compare: $(STAMP)  ## the same, held against the stored results of this device
+	$(BIN)/python $(CASES) --compare $(BENCH_OPTIONS)
 
 TRITON_36 := .venv/triton-3.6.0
 
@@ -43,6 +51,7 @@ gpu-test:  ## the kernels on a GPU, with this machine's own torch and triton; wr
 
 gpu-bench:  ## the kernels against the best dense attention on a GPU; writes bench/results
 	@$(PYTHON) -m memflow_ops.bench.gpu --out $(OUT)
+	@$(PYTHON) -m memflow_ops.bench.run --device cuda --out $(OUT)
 
 train: $(STAMP)  ## retrain the toy world's weights
 	$(BIN)/memflow train

@@ -1,106 +1,177 @@
-"""What is measured: each case is one call, what it is compared with, and the floating-point operations of both."""
+"""The registry: everything that is measured, by name, with the work it is and what it is compared with.
+
+A case's contenders are ours, the one that ratios are over, and others; each says its floating-point operations and the
+bytes that it must move. Levels: an op, one layer, a stream's chunk. Names are `level/what/size/dtype`, then what is
+special.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
-from memflow_ops import describe_blocks, memory_attention, select_blocks
-from memflow_ops.bench import inputs
+from memflow_ops.bench import baselines, parts
+from memflow_ops.bench.contest import OURS, Built, Contender
+from memflow_ops.bench.sizes import LONG_BANKS, QUARTER, TINY, WAN, WAN_FRAME, Size
+from memflow_ops.bench.streams import Kind, layer_contenders, stream_contenders
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+Build = Callable[[torch.device, int], Built]
+"""build(device, seed): the contenders over inputs of their own."""
 
-
-@dataclass(frozen=True)
-class Shape:
-    """Sizes of an attention layer with memory; defaults are Wan 2.1 1.3B at 480 x 832, a third of a chunk per call."""
-
-    queries: int = 1560
-    heads: int = 12
-    head_dim: int = 128
-    frame_tokens: int = 1560
-    window_frames: int = 9
-    bank_frames: int = 32
-    block_size: int = 64
-    top_k: int = 24
-    query_group: int = 120
-
-    @property
-    def dense_flops(self) -> int:
-        """Two products over the window."""
-        return 4 * self.queries * self.window_frames * self.frame_tokens * self.heads * self.head_dim
-
-    @property
-    def memory_flops(self) -> int:
-        """Two products over the selected blocks, counted as full; scores of the descriptors."""
-        blocks = -(-self.frame_tokens // self.block_size) * self.bank_frames
-        groups = -(-self.queries // self.query_group)
-        chosen = min(self.top_k, blocks) * self.block_size
-        return (4 * self.queries * chosen + 2 * groups * blocks) * self.heads * self.head_dim
-
-    def gathered_bytes(self, dtype: torch.dtype) -> int:
-        """Keys and values of all selections, each counted once per query group and head."""
-        groups = -(-self.queries // self.query_group)
-        return 2 * groups * self.heads * self.top_k * self.block_size * self.head_dim * dtype.itemsize
+# Dense attention over a longer history than this is not measured on a CPU.
+_DENSE_FRAMES = {"cpu": 256, "cuda": 1000}
 
 
 @dataclass(frozen=True)
 class Case:
-    """`ours` and the `baseline` it is timed against, in turn."""
+    """Something that is measured.
+
+    against: what its ratio is over, in words. group: the part of the registry that is asked for by name: tiny, wan-1.3b
+    or long. devices: where it fits. rounds: of timing, by default.
+    """
 
     name: str
-    ours: Callable[[], object]
-    baseline: Callable[[], object]
-    flops_ratio: float
-    notes: dict[str, object]
+    level: str
+    group: str
+    size: Size
+    dtype: str
+    against: str
+    build: Build
+    devices: tuple[str, ...]
+    rounds: int = 15
+    settings: dict[str, object] = field(default_factory=dict)
 
 
-def attention_case(shape: Shape, dtype: torch.dtype, kind: str, layout: str, device: torch.device) -> Case:
-    """memory_attention with stored descriptors over the same local window without memory.
+def torch_dtype(name: str) -> torch.dtype:
+    found = getattr(torch, name)
+    assert isinstance(found, torch.dtype)
+    return found
 
-    kind: `correlated` or `random` inputs. layout: `tokens` for plain (B, L, H, D) tensors, `heads` where a head's
-    tokens are adjacent.
-    """
-    make = inputs.correlated_tokens if kind == "correlated" else inputs.random_tokens
-    tokens = {
-        "q": shape.queries,
-        "k": shape.window_frames * shape.frame_tokens,
-        "v": shape.window_frames * shape.frame_tokens,
-        "memory_k": shape.bank_frames * shape.frame_tokens,
-        "memory_v": shape.bank_frames * shape.frame_tokens,
-    }
-    tensors = {}
-    for seed, (name, count) in enumerate(tokens.items()):
-        x = make(1, count, shape.heads, shape.head_dim, dtype, seed + 1).to(device)
-        tensors[name] = x.transpose(1, 2).contiguous().transpose(1, 2) if layout == "heads" and name != "q" else x
-    q, k, v, memory_k, memory_v = tensors.values()
-    descriptors = describe_blocks(memory_k, shape.block_size, shape.frame_tokens)
-    indices = select_blocks(
-        q, descriptors, shape.top_k, query_group=shape.query_group,
-        blocks_per_frame=-(-shape.frame_tokens // shape.block_size),
+
+# ------------------------------------------------------------------------------------------------------------------ ops
+
+
+def attention(size: Size, dtype: str, bank_frames: int, everything: bool) -> Build:
+    """memory_attention beside all that one would otherwise pick; without `everything`, beside window and history."""
+
+    def build(device: torch.device, seed: int) -> Built:
+        given = baselines.Inputs.make(size, bank_frames, torch_dtype(dtype), device, seed)
+        window, left_out = baselines.dense_backends(given, given.window)
+        best = next(iter(window))  # torch's own first choice
+        contenders = {OURS: baselines.ours(given), f"window, {best}": window.pop(best)}
+        if everything:
+            contenders |= {f"window, {name}": c for name, c in window.items()}
+            sink, _ = baselines.dense_backends(given, given.sink_and_window)
+            contenders |= {f"sink and window, {name}": c for name, c in sink.items()}
+        contenders["released way"] = baselines.released(given)
+        if everything and size is not TINY:  # which takes seconds to compile
+            contenders["FlexAttention"] = baselines.flex(given)
+        if bank_frames <= _DENSE_FRAMES[device.type]:
+            every = max(1, bank_frames // 16) if device.type == "cpu" else 1
+            contenders["whole history, dense"] = baselines.whole_history(given, every)
+        return Built(contenders, left_out, {"bank_frames": bank_frames})
+
+    return build
+
+
+def part(size: Size, dtype: str, make: Callable[..., dict[str, Contender]], **options: int) -> Build:
+    """One of the parts of `parts.py`."""
+    return lambda device, seed: Built(make(size, torch_dtype(dtype), device, seed, **options), {}, dict(options))
+
+
+# --------------------------------------------------------------------------------------------------- layers and streams
+
+LAYER_KINDS = {OURS: Kind("memflow"), "none": Kind("none"), "sink": Kind("sink")}
+
+
+def layer(size: Size, dtype: str) -> Build:
+    kinds = {**LAYER_KINDS, f"memflow, bank of {size.bank_frames}": Kind("memflow", size.bank_frames)}
+    return lambda device, seed: Built(layer_contenders(size, torch_dtype(dtype), device, kinds, seed))
+
+
+def stream(size: Size, dtype: str, kinds: dict[str, Kind], history: int, rounds: int) -> Build:
+    return lambda device, seed: Built(
+        stream_contenders(size, torch_dtype(dtype), device, kinds, history, rounds), {}, {"history": history}
+    )
+
+
+def stream_case(size: Size, dtype: str, group: str, kinds: dict[str, Kind], history: int, devices: Sequence[str],
+                rounds: int) -> Case:  # fmt: skip
+    return Case(
+        f"stream/chunk/{size.name}/{dtype}/history-{history}", "stream", group, size, dtype,
+        "the same stream without memory", stream(size, dtype, kinds, history, rounds), tuple(devices), rounds,
+        {"bank_frames": 3, "report": False},
     )  # fmt: skip
 
-    def ours() -> object:
-        return memory_attention(
-            q, k, v, memory_k, memory_v, memory_descriptors=descriptors, top_k=shape.top_k,
-            block_size=shape.block_size, frame_tokens=shape.frame_tokens, query_group=shape.query_group,
-        )  # fmt: skip
 
-    groups = indices.shape[2]
-    notes: dict[str, object] = {
-        "union_of_all_groups": inputs.union_size(indices, groups),
-        "blocks_chosen": groups * indices.shape[3],
-        "gathered_bytes": shape.gathered_bytes(dtype),
+# ------------------------------------------------------------------------------------------------------------- registry
+
+
+def of_size(size: Size, dtype: str, group: str, devices: tuple[str, ...], rounds: int) -> list[Case]:
+    """Every op and a layer."""
+    window = "the local window alone, through torch's attention"
+    builds: dict[str, tuple[Build, str]] = {
+        "memory_attention": (attention(size, dtype, size.bank_frames, True), window),
+        "select": (part(size, dtype, parts.select), "mean, product and torch.topk"),
+        "attend": (part(size, dtype, parts.attend), "dense attention to as many keys"),
+        "describe": (part(size, dtype, parts.describe), "a copy of the keys"),
+        "backward": (part(size, dtype, parts.backward), "forward and backward of the window alone"),
+        "relevance": (part(size, dtype, parts.relevance, history=240), "the scores of every word, then their mean"),
+        "frame_write": (part(size, dtype, parts.frame_write), "a copy of the chunk's keys and values"),
     }
-    name = f"attention {str(dtype).removeprefix('torch.')} {kind} {layout}"
-    # the local window alone, through torch's own attention
-    window_q, window_k, window_v = (x.transpose(1, 2) for x in (q, k, v))
-    return Case(
-        name,
-        ours,
-        lambda: torch.nn.functional.scaled_dot_product_attention(window_q, window_k, window_v),
-        1 + shape.memory_flops / shape.dense_flops,
-        notes,
-    )
+    ops = [
+        Case(f"op/{name}/{size.name}/{dtype}", "op", group, size, dtype, against, build, devices, rounds)
+        for name, (build, against) in builds.items()
+    ]
+    alone = "the same layer without memory"
+    name = f"layer/block/{size.name}/{dtype}"
+    return [*ops, Case(name, "layer", group, size, dtype, alone, layer(size, dtype), devices, rounds)]
+
+
+def long_case(size: Size, dtype: str, frames: int, device: str) -> Case:
+    name = f"op/memory_attention/{size.name}/{dtype}/bank-{frames}"
+    build = attention(size, dtype, frames, False)
+    return Case(name, "op", "long", size, dtype, "the local window alone", build, (device,), 9)
+
+
+def registry() -> list[Case]:
+    """All cases, those of the stream first."""
+    kinds = {OURS: Kind("memflow"), "none": Kind("none"), "sink": Kind("sink")}
+    some = {**kinds, "full": Kind("full")}
+    budgets = {
+        **kinds,
+        "memflow, the whole history as bank": Kind("memflow", 240),
+        "memflow, 24 blocks": Kind("memflow", top_k=24),
+    }
+    both = ("cpu", "cuda")
+    cases = [
+        stream_case(TINY, "float32", "tiny", some, 6, both, 5),
+        *of_size(TINY, "float32", "tiny", both, 5),
+        *(stream_case(QUARTER, dtype, "wan-1.3b", some, 24, ["cpu"], 7) for dtype in ("float32", "bfloat16")),
+        *(stream_case(QUARTER, dtype, "wan-1.3b", budgets, 240, ["cpu"], 11) for dtype in ("float32", "bfloat16")),
+        stream_case(WAN, "bfloat16", "wan-1.3b", {**some, "memflow, bank of 64": Kind("memflow", 64)}, 80, ["cuda"], 7),
+        *of_size(WAN_FRAME, "float32", "wan-1.3b", ("cpu",), 7),
+        *of_size(WAN_FRAME, "bfloat16", "wan-1.3b", ("cpu",), 7),
+        *of_size(QUARTER, "float32", "wan-1.3b", ("cpu",), 15),
+        *of_size(WAN, "bfloat16", "wan-1.3b", ("cuda",), 30),
+        *(long_case(QUARTER, "float32", frames, "cpu") for frames in LONG_BANKS),
+        *(long_case(WAN, "bfloat16", frames, "cuda") for frames in LONG_BANKS),
+    ]
+    assert len({(case.name, case.devices) for case in cases}) == len(cases)
+    return cases
+
+
+GROUPS = ("tiny", "wan-1.3b", "long")
+
+
+def chosen(device: str, groups: Sequence[str], named: str = "") -> list[Case]:
+    """The cases of some groups that fit the device and have `named` in their name; a ValueError where there is none."""
+    unknown = set(groups) - set(GROUPS)
+    if unknown:
+        raise ValueError(f"sizes are {', '.join(GROUPS)}, got {', '.join(sorted(unknown))}")
+    fit = [case for case in registry() if device in case.devices and case.group in groups and named in case.name]
+    if not fit:
+        raise ValueError(f"no case of the sizes {', '.join(groups)} with {named!r} in its name runs on {device}")
+    return fit

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from memflow_ops.environment import environment, version
+
+WORSE = 1.10
+"""A ratio that is more than this many times the stored one fails `make bench-compare`."""
+
+Row = Mapping[str, Any]
 
 
 def result_file(folder: Path, device: torch.device) -> Path:
@@ -35,3 +42,56 @@ def write(target: Path, result: object) -> None:
     temporary = target.with_suffix(".tmp")
     temporary.write_text(json.dumps(result, indent=1) + "\n")
     temporary.replace(target)
+
+
+# ---------------------------------------------------------------------------------------------- the registry's results
+
+
+def bench_file(folder: Path, about: Mapping[str, object]) -> Path:
+    """Where the registry's results of a device are: one file, whose rows each say when they were measured."""
+    return folder / f"bench-{slug(str(about['device']))}.json"
+
+
+def keep(target: Path, rows: Sequence[Row], ceilings: Mapping[str, float], about: Mapping[str, object]) -> None:
+    """Put rows in the place of those of the same cases, and their ratios behind the history of their commit."""
+    kept = json.loads(target.read_text()) if target.is_file() else {}
+    cases = {row["case"] for row in rows}
+    history = list(kept.get("history", []))
+    if not history or history[-1]["commit"] != about["commit"]:
+        history.append({"commit": about["commit"], "date": about["date"], "ratios": {}})
+    history[-1]["ratios"] |= {row["case"]: row["over_baseline"] for row in rows if row["contender"] == "ours"}
+    write(
+        target,
+        {
+            "device": about["device"],
+            "ceilings": {**kept.get("ceilings", {}), **ceilings},
+            "rows": [*(row for row in kept.get("rows", []) if row["case"] not in cases), *rows],
+            "history": history,
+        },
+    )
+
+
+def compared(rows: Sequence[Row], target: Path) -> list[str]:
+    """Where ours takes more than `WORSE` times the stored ratio over the baseline, in words. A ValueError for
+    a case that has no stored result, or one with other settings: that is not to pass for "no worse"."""
+    if not target.is_file():
+        raise ValueError(f"nothing to compare with: {target} does not exist; run `make bench` first")
+    stored = {row["case"]: row for row in json.loads(target.read_text())["rows"] if row["contender"] == "ours"}
+    found = []
+    for row in rows:
+        if row["contender"] != "ours":
+            continue
+        before = stored.get(row["case"])
+        if before is None:
+            raise ValueError(f"{row['case']} has no stored result in {target.name}: run `make bench` first")
+        if before["settings"] != json.loads(json.dumps(row["settings"])):
+            raise ValueError(f"{row['case']} was stored with other settings in {target.name}: run `make bench` again")
+        old, new = before["over_baseline"], row["over_baseline"]
+        if new["p50"] > WORSE * old["p50"]:
+            found.append(
+                f"{row['case']}: ours takes {new['p50']:.3f} times {row['baseline']} "
+                f"({new['p20']:.3f} to {new['p80']:.3f}), stored {old['p50']:.3f} ({old['p20']:.3f} to "
+                f"{old['p80']:.3f}) of {before['date']}, commit {before['commit']}: "
+                f"{100 * (new['p50'] / old['p50'] - 1):+.0f} %"
+            )
+    return found

@@ -1,114 +1,115 @@
-"""`make bench`: what memory costs in one attention layer against the same local window without it.
+"""Measures the registry's cases and keeps the results of each device.
 
-    python -m memflow_ops.bench.run [--rounds 15] [--out bench/results]
+    python -m memflow_ops.bench.run [--size wan-1.3b --size long] [--case NAME] [--rounds N] [--out bench/results]
 
-Ours and the baseline run in turn; the ratio is the median of the pairwise ratios, with its spread. The result is
-printed and written as JSON named after the device.
+`Session` is what `make bench` (pytest-benchmark), `memflow bench` and this command have in common.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
+import json
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
-from rich.table import Table
-from torch.profiler import ProfilerActivity, profile
 
-from memflow_ops.bench.cases import DTYPES, Case, Shape, attention_case
-from memflow_ops.bench.record import slug, write
-from memflow_ops.environment import environment
+from memflow_ops.bench.cases import GROUPS, Case, chosen
+from memflow_ops.bench.contest import OURS, Contest, ceilings
+from memflow_ops.bench.record import bench_file, compared, keep
+from memflow_ops.environment import environment, pick_device, version
 
-
-def seconds(call: Callable[[], object], device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+RESULTS = Path(__file__).resolve().parent / "results"
+DEFAULT_GROUPS = GROUPS[1:]
 
 
-def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
-    """Most bytes that one call holds at a time, its own scratch included."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities, profile_memory=True) as profiled:
-        call()
-    result = profiled.profiler
-    assert result is not None and result.kineto_results is not None
-    events = [event for event in result.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
+class Session:
+    """A run over some cases on a device; every finished case is kept at once."""
+
+    def __init__(self, device: str = "auto", groups: Sequence[str] = (), named: str = "", rounds: int | None = None,
+                 out: Path = RESULTS):  # fmt: skip
+        self.device = pick_device(device)
+        self.cases = chosen(self.device.type, groups or DEFAULT_GROUPS, named)
+        self.rounds = rounds
+        self.about = {**environment(self.device), "triton": version("triton")}
+        self.target = bench_file(out, self.about)
+        self._ceilings: dict[str, float] = {}
+
+    def rounds_of(self, case: Case) -> int:
+        return self.rounds or case.rounds
+
+    def contest(self, case: Case) -> Contest:
+        """The case, built and checked; with what the device reaches at the most in its dtype."""
+        if f"tflops_{case.dtype}" not in self._ceilings:
+            self._ceilings |= ceilings(self.device, [case.dtype])
+        return Contest(case, self.device)
+
+    def rows(self, contest: Contest) -> list[dict[str, Any]]:
+        return contest.rows(self._ceilings, self.about)
+
+    def finish(self, contest: Contest) -> list[dict[str, Any]]:
+        """The case's rows, kept in the device's file."""
+        rows = self.rows(contest)
+        keep(self.target, rows, self._ceilings, self.about)
+        return rows
+
+    def worse(self, contest: Contest) -> list[str]:
+        """What is worse than the stored result of this device, in words."""
+        return compared(self.rows(contest), self.target)
 
 
 @torch.no_grad()
-def measure(case: Case, rounds: int, device: torch.device) -> dict[str, object]:
-    """One row of results; times in seconds."""
-    for call in (case.baseline, case.ours):
-        call()
-    pairs = [(seconds(case.ours, device), seconds(case.baseline, device)) for _ in track(range(rounds), case.name)]
-    ratios = sorted(ours / baseline for ours, baseline in pairs)
-    quantile = lambda share: ratios[round(share * (len(ratios) - 1))]  # noqa: E731
-    return {
-        "case": case.name,
-        "ratio": statistics.median(ratios),
-        "ratio_p20": quantile(0.2),
-        "ratio_p80": quantile(0.8),
-        "ratio_by_flops": case.flops_ratio,
-        "seconds": statistics.median(ours for ours, _ in pairs),
-        "baseline_seconds": statistics.median(baseline for _, baseline in pairs),
-        "rounds": rounds,
-        "peak_bytes": peak_bytes(case.ours, device),
-        "baseline_peak_bytes": peak_bytes(case.baseline, device),
-        **case.notes,
-    }
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent / "results")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    arguments = parser.parse_args()
-    device = torch.device(arguments.device)
+def measure(session: Session, report: Any = None) -> list[dict[str, Any]]:
+    """All of a session's cases. report(case, done, total) is called before each."""
     rows = []
-    for dtype in ("float32", "bfloat16"):
-        for kind, layout in (
-            ("correlated", "tokens"),
-            ("correlated", "heads"),
-            ("random", "tokens"),
-            ("random", "heads"),
-        ):
-            case = attention_case(Shape(), DTYPES[dtype], kind, layout, device)
-            rows.append(measure(case, arguments.rounds, device))
-    about = environment(device)
-    table = Table(title=f"memory_attention over its local window alone, {about['device']}")
-    for title in ("case", "ratio (p20 to p80)", "by FLOPs", "ms", "window ms", "peak MiB", "gathered MiB"):
-        table.add_column(title, justify="left" if title == "case" else "right")
-    for row in rows:
-        table.add_row(
-            str(row["case"]),
-            f"{row['ratio']:.3f} ({row['ratio_p20']:.3f} to {row['ratio_p80']:.3f})",
-            f"{row['ratio_by_flops']:.3f}",
-            f"{1e3 * row['seconds']:.1f}",  # type: ignore[operator]
-            f"{1e3 * row['baseline_seconds']:.1f}",  # type: ignore[operator]
-            f"{row['peak_bytes'] / 2**20:.0f}",  # type: ignore[operator]
-            f"{row['gathered_bytes'] / 2**20:.0f}",  # type: ignore[operator]
+    for number, case in enumerate(session.cases):
+        if report is not None:
+            report(case, number, len(session.cases))
+        contest = session.contest(case)
+        for _ in range(session.rounds_of(case)):
+            contest.others()
+            contest.ours()
+        rows += session.finish(contest)
+    return rows
+
+
+def stored(out: Path, device: str = "auto") -> dict[str, Any]:
+    """The stored results of a device; a ValueError where there are none."""
+    about = environment(pick_device(device))
+    target = bench_file(out, about)
+    if not target.is_file():
+        raise ValueError(
+            f"no results of {about['device']} in {out}: run `memflow bench`, or `make bench` in a checkout"
         )
-    Console().print(table)
-    target = arguments.out / f"attention-{slug(str(about['device']))}.json"
-    write(target, {**about, "rows": rows})
-    print(f"written to {target}")
+    found: dict[str, Any] = json.loads(target.read_text())
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", action="append", default=[], choices=GROUPS)
+    parser.add_argument("--case", default="", help="part of a case's name")
+    parser.add_argument("--rounds", type=int, default=None)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    session = Session(arguments.device, arguments.size, arguments.case, arguments.rounds, arguments.out)
+    started = time.perf_counter()
+
+    def report(case: Case, done: int, total: int) -> None:
+        print(f"[{done + 1}/{total}, {time.perf_counter() - started:.0f} s] {case.name}", flush=True)
+
+    rows = measure(session, report)
+    for row in rows:
+        if row["contender"] == OURS:
+            ratio = row["over_baseline"]
+            print(f"{row['case']}: {ratio['p50']:.3f} ({ratio['p20']:.3f} to {ratio['p80']:.3f}) of {row['baseline']}")
+    print(f"written to {session.target} after {time.perf_counter() - started:.0f} s")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

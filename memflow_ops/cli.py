@@ -1,4 +1,5 @@
-"""The command `memflow`: stream stories, toy or real, look at what they remembered, convert and verify checkpoints.
+"""The command `memflow`: stream stories, toy or real, look at what they remembered, convert and verify checkpoints,
+measure.
 
 Errors that the user can mend are one line on stderr and exit code 2; Ctrl-C is exit code 130. What a command needs is
 imported when it runs.
@@ -456,6 +457,38 @@ def evaluate(
     from memflow_ops import cli_toy
 
     cli_toy.evaluate(weights, stories, seed, memory, top_k, steps, out)
+
+
+@app.command()
+def bench(
+    size: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="tiny (seconds; its times mean nothing), wan-1.3b or long (banks of 4 to 1000 frames); may be "
+            "repeated. Default: the last two.",
+            metavar="NAME",
+        ),
+    ] = None,
+    case: Annotated[str, typer.Option(help="Part of a case's name, such as stream/ or float32.", metavar="NAME")] = "",
+    rounds: Annotated[
+        int | None, typer.Option(help="Of timing. Default: each case has its own.", min=1, metavar="N")
+    ] = None,
+    device: Device = "auto",
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder of the results. Default: bench/results in a checkout, else out/bench.", metavar="DIR"
+        ),
+    ] = None,
+    stored: Annotated[bool, typer.Option("--stored", help="Measure nothing, show what is stored.")] = False,
+) -> None:
+    """Measure what memory costs against no memory and every alternative; print a table and write report.html.
+
+    Ctrl-C keeps the cases that are finished.
+    """
+    from memflow_ops import cli_bench
+
+    cli_bench.bench(size or [], case, rounds, device, out, stored)
 
 
 def _given(**options: Any) -> dict[str, Any]:

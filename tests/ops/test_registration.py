@@ -10,7 +10,7 @@ from torch.library import opcheck
 
 import memflow_ops as ops
 from memflow_ops import ops as registered
-from memflow_ops.bench.run import peak_bytes
+from memflow_ops.bench.contest import peak_bytes
 
 NAMESPACE = torch.ops.memflow_ops
 

@@ -1,0 +1,333 @@
+"""Attention with memory and what one would otherwise use, over the same inputs, each checked the same way.
+
+Layout of the inputs: sink, window and bank lie behind one another in one pool, so that "sink and window" and "the whole
+history" are views, and no baseline pays for putting them together.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from memflow_ops import dense, describe_blocks, memory_attention, select_blocks
+from memflow_ops.bench import inputs
+from memflow_ops.bench.contest import Contender
+from memflow_ops.bench.sizes import Size
+
+KeysOf = Callable[[int, int], tuple[Tensor, Tensor]]
+"""keys_of(head, group) -> keys and values (S, D) that this query group attends to."""
+
+# Scores that torch's unfused attention may hold at a time, bytes.
+_UNFUSED_BYTES = 2 << 30
+# Frames of a bank that are made at a time.
+_MADE_FRAMES = 40
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """A chunk's queries (1, Lq, H, D), the pool of keys and values, and the selection that all share."""
+
+    size: Size
+    bank_frames: int
+    q: Tensor
+    pool_k: Tensor
+    """(1, (sink + window + bank frames) * T, H, D)."""
+    pool_v: Tensor
+    descriptors: Tensor
+    indices: Tensor
+
+    @classmethod
+    def make(cls, size: Size, bank_frames: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Inputs:
+        """Seeded; neighbouring queries agree about the keys, as in a video."""
+
+        def tokens(count: int, number: int) -> Tensor:
+            return inputs.correlated_tokens(1, count, size.heads, size.head_dim, dtype, number, str(device))
+
+        frames, seed = size.sink_frames + size.window_frames + bank_frames, 100_000 * seed
+        shape = (1, frames * size.frame_tokens, size.heads, size.head_dim)
+        pools = pool_k, pool_v = (
+            torch.empty(shape, dtype=dtype, device=device),
+            torch.empty(shape, dtype=dtype, device=device),
+        )
+        for first in range(0, frames, _MADE_FRAMES):
+            rows = slice(first * size.frame_tokens, min(first + _MADE_FRAMES, frames) * size.frame_tokens)
+            for offset, pool in enumerate(pools):
+                pool[:, rows] = tokens(rows.stop - rows.start, seed + 2 * first + offset + 2)
+        q = tokens(size.queries, seed + 1)
+        bank_k = pool_k[:, (size.sink_frames + size.window_frames) * size.frame_tokens :]
+        descriptors = describe_blocks(bank_k, size.block_size, size.frame_tokens)
+        indices = select_blocks(
+            q, descriptors, size.top_k, query_group=size.query_group, blocks_per_frame=size.blocks_per_frame
+        )
+        return cls(size, bank_frames, q, pool_k, pool_v, descriptors, indices)
+
+    def part(self, first: int, end: int | None) -> tuple[Tensor, Tensor]:
+        """Keys and values of some frames of the pool."""
+        tokens = slice(first * self.size.frame_tokens, None if end is None else end * self.size.frame_tokens)
+        return self.pool_k[:, tokens], self.pool_v[:, tokens]
+
+    @property
+    def window(self) -> tuple[Tensor, Tensor]:
+        return self.part(self.size.sink_frames, self.size.sink_frames + self.size.window_frames)
+
+    @property
+    def sink_and_window(self) -> tuple[Tensor, Tensor]:
+        return self.part(0, self.size.sink_frames + self.size.window_frames)
+
+    @property
+    def history(self) -> tuple[Tensor, Tensor]:
+        """The window and every frame of the bank."""
+        return self.part(self.size.sink_frames, None)
+
+    @property
+    def bank(self) -> tuple[Tensor, Tensor]:
+        return self.part(self.size.sink_frames + self.size.window_frames, None)
+
+    def keys_of_ours(self, head: int, group: int) -> tuple[Tensor, Tensor]:
+        """The window, then what is selected."""
+        tokens = selected_tokens(self.size, self.indices[0, head, group])
+        pairs = zip(self.window, self.bank, strict=True)
+        near, far = ((window[0, :, head], bank[0, tokens, head]) for window, bank in pairs)
+        return torch.cat(near), torch.cat(far)
+
+    @property
+    def selected_keys(self) -> int:
+        """Per query, blocks counted as full."""
+        return self.indices.shape[-1] * self.size.block_size
+
+
+def selected_tokens(size: Size, blocks: Tensor, slots: Tensor | None = None) -> Tensor:
+    """Tokens of the bank in a query group's selected blocks; slots: the frame of the pool that each bank frame is."""
+    blocks = blocks[blocks >= 0].long()
+    frame, start = blocks // size.blocks_per_frame, blocks % size.blocks_per_frame * size.block_size
+    frame = frame if slots is None else slots[frame].long()
+    within = start[:, None] + torch.arange(size.block_size, device=blocks.device)
+    return (frame[:, None] * size.frame_tokens + within)[within < size.frame_tokens]
+
+
+# ---------------------------------------------------------------------------------------------------------- correctness
+
+
+def sampled(heads: int, groups: int) -> Iterator[tuple[int, int]]:
+    """The heads and query groups that are checked."""
+    for head in sorted({0, heads - 1}):
+        for group in sorted({0, groups // 2, groups - 1}):
+            yield head, group
+
+
+def check_attention(size: Size, q: Tensor, out: Tensor, keys_of: KeysOf) -> None:
+    """out (1, Lq, H, D) against float64 on a sample of heads and query groups; an AssertionError where it is off.
+
+    float32 to 1e-5; half precisions to twice the error of torch's own attention in that dtype over the same keys, and
+    two roundings of the largest output.
+    """
+    assert out.shape == q.shape, f"shape {tuple(out.shape)}, expected {tuple(q.shape)}"
+    for head, group in sampled(q.shape[2], -(-q.shape[1] // size.query_group)):
+        rows = slice(group * size.query_group, (group + 1) * size.query_group)
+        tile, (keys, values) = q[0, rows, head], keys_of(head, group)
+        exact = _attend(tile.double(), keys.double(), values.double())
+        limit = 1e-5
+        if q.dtype != torch.float32:
+            off = float((_attend(tile, keys, values).double() - exact).abs().max())
+            limit = 2 * off + 2 * torch.finfo(q.dtype).eps * float(exact.abs().max())
+        error = float((out[0, rows, head].double() - exact).abs().max())
+        assert error <= limit, f"head {head}, group {group}: error {error:.2e}, at most {limit:.2e} is allowed"
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One head: (n, D) over (S, D)."""
+    return F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+
+
+def attention_contender(
+    given: Inputs, call: Callable[[], Tensor], keys: int, keys_of: KeysOf, **more: Any
+) -> Contender:
+    """A way to attend, with the work of attending to `keys` keys per query."""
+    size = given.size
+    return Contender(
+        call,
+        lambda: check_attention(size, given.q, call(), keys_of),
+        flops=size.attention_flops(keys),
+        bytes=size.attention_bytes(keys, given.q.element_size()),
+        **more,
+    )
+
+
+# -------------------------------------------------------------------------------------------------------------- ours
+
+
+def ours(given: Inputs, **options: Any) -> Contender:
+    """memory_attention with stored descriptors."""
+    size = given.size
+
+    def call() -> Tensor:
+        out = memory_attention(
+            given.q, *given.window, *given.bank, memory_descriptors=given.descriptors, top_k=size.top_k,
+            block_size=size.block_size, frame_tokens=size.frame_tokens, query_group=size.query_group, **options,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out
+
+    keys = size.window_keys + given.selected_keys
+    return attention_contender(given, call, keys, given.keys_of_ours)
+
+
+# --------------------------------------------------------------------------------------------------- dense attention
+
+
+def dense_backends(given: Inputs, keys: tuple[Tensor, Tensor]) -> tuple[dict[str, Contender], dict[str, str]]:
+    """Dense attention to `keys` through everything torch has, and flash-attn; and those that cannot, with why."""
+    on_cuda = given.q.is_cuda
+    ways: dict[str, Callable[[], AbstractContextManager[Any]]] = (
+        {
+            name: functools.partial(sdpa_kernel, backend)
+            for name, backend in (
+                ("cuDNN", SDPBackend.CUDNN_ATTENTION),
+                ("flash", SDPBackend.FLASH_ATTENTION),
+                ("efficient", SDPBackend.EFFICIENT_ATTENTION),
+                ("math", SDPBackend.MATH),
+            )
+        }
+        if on_cuda
+        else {"flash for CPUs": nullcontext, "math": functools.partial(sdpa_kernel, SDPBackend.MATH)}
+    )
+    q, k, v = (x.transpose(1, 2) for x in (given.q, *keys))
+    found: dict[str, Contender] = {}
+    left_out: dict[str, str] = {}
+    scores = given.q.shape[1] * given.q.shape[2] * keys[0].shape[1] * 4
+    for name, way in ways.items():
+        if name == "math" and scores > _UNFUSED_BYTES:
+            left_out[name] = f"its scores are {scores / 2**30:.1f} GiB"
+            continue
+
+        def call(way: Callable[[], AbstractContextManager[Any]] = way) -> Tensor:
+            with way():
+                return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+        try:
+            call()
+        except RuntimeError as error:
+            left_out[name] = str(error).splitlines()[0][:200]
+            continue
+        found[name] = attention_contender(
+            given, call, keys[0].shape[1], _dense_keys(keys), every=4 if name == "math" else 1
+        )
+    why = "no CUDA device" if not on_cuda else dense.why_not("flash_attn", given.q, *keys)
+    if why:
+        left_out["flash-attn"] = why
+    else:
+        scale = given.size.head_dim**-0.5
+        found["flash-attn"] = attention_contender(
+            given, lambda: dense.attend("flash_attn", given.q, *keys, scale)[0], keys[0].shape[1], _dense_keys(keys)
+        )
+    return found, left_out
+
+
+def _dense_keys(keys: tuple[Tensor, Tensor]) -> KeysOf:
+    return lambda head, group: (keys[0][0, :, head], keys[1][0, :, head])
+
+
+def whole_history(given: Inputs, every: int = 1) -> Contender:
+    """Dense attention to the window and every frame of the bank, through the backend that torch chooses."""
+    q, k, v = (x.transpose(1, 2) for x in (given.q, *given.history))
+
+    def call() -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
+
+    return attention_contender(given, call, k.shape[2], _dense_keys(given.history), every=every)
+
+
+# ----------------------------------------------------------------------------------------------------- the released way
+
+
+def released(given: Inputs) -> Contender:
+    """What the released MemFlow does in its sparse activation, without its clones of the cache: one mean over the
+    chunk's queries, whole frames scored by the means of their keys (kept, as ours keeps descriptors), the best
+    gathered, concatenated with the window, dense attention. As many frames as hold the tokens that ours selects,
+    rounded up."""
+    size = given.size
+    frames = min(given.bank_frames, -(-given.selected_keys // size.frame_tokens))
+    bank_k, bank_v = (x.unflatten(1, (-1, size.frame_tokens)) for x in given.bank)  # (1, F, T, H, D)
+    means = bank_k.float().mean(2).to(bank_k.dtype)
+    window_k, window_v = (x.transpose(1, 2) for x in given.window)
+    heads = torch.arange(size.heads, device=given.q.device)[:, None]
+
+    def best() -> Tensor:
+        """(H, frames): each head's frames."""
+        scores = torch.einsum("hd,fhd->hf", given.q[0].mean(0), means[0])
+        return scores.topk(frames).indices
+
+    def call() -> Tensor:
+        chosen = best()
+        gathered = (x[0].movedim(2, 0)[heads, chosen].flatten(1, 2)[None] for x in (bank_k, bank_v))
+        k, v = (torch.cat(pair, 2) for pair in zip((window_k, window_v), gathered, strict=True))
+        return F.scaled_dot_product_attention(given.q.transpose(1, 2), k, v).transpose(1, 2)
+
+    def keys_of(head: int, group: int) -> tuple[Tensor, Tensor]:
+        chosen = best()[head]
+        pairs = zip(given.window, (bank_k, bank_v), strict=True)
+        near, far = ((window[0, :, head], bank[0, chosen, :, head].flatten(0, 1)) for window, bank in pairs)
+        return torch.cat(near), torch.cat(far)
+
+    return attention_contender(given, call, size.window_keys + frames * size.frame_tokens, keys_of)
+
+
+# -------------------------------------------------------------------------------------------------------- FlexAttention
+
+
+def flex(given: Inputs) -> Contender:
+    """FlexAttention, compiled, with a BlockMask of the same selection. The window and every frame are padded to whole
+    blocks beforehand, so that only ragged blocks need its mask; neither that nor making the BlockMask is timed."""
+    from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+    size, device = given.size, given.q.device
+    block, padded = size.block_size, size.blocks_per_frame * size.block_size
+    window_blocks = -(-size.window_keys // block)
+    bank_start = window_blocks * block
+
+    def padded_keys(window: Tensor, bank: Tensor) -> Tensor:
+        frames = F.pad(bank.unflatten(1, (-1, size.frame_tokens)), (0, 0, 0, 0, 0, padded - size.frame_tokens))
+        window = F.pad(window, (0, 0, 0, 0, 0, bank_start - size.window_keys))
+        return torch.cat([window, frames.flatten(1, 2)], 1).transpose(1, 2).contiguous()
+
+    keys, values = (padded_keys(window, bank) for window, bank in zip(given.window, given.bank, strict=True))
+
+    def inside(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        """Whether a key of a ragged block is one."""
+        in_window = key < size.window_keys
+        in_bank = (key >= bank_start) & ((key - bank_start) % padded < size.frame_tokens)
+        return in_window | in_bank
+
+    # per head and query group: the window's blocks, then the selected; the ragged ones apart
+    window_row = torch.arange(window_blocks, device=device).expand(*given.indices.shape[:3], -1)
+    chosen = torch.cat([window_row, given.indices.long() + window_blocks], -1)
+    unused = torch.cat([window_row < 0, given.indices < 0], -1)
+    last = (chosen - window_blocks) % size.blocks_per_frame == size.blocks_per_frame - 1
+    ragged = (chosen >= window_blocks) & last & (size.frame_tokens % block > 0)
+    ragged |= (chosen == window_blocks - 1) & (size.window_keys % block > 0)
+
+    def table(wanted: Tensor) -> tuple[Tensor, Tensor]:
+        """How many of the blocks are wanted, and these first."""
+        order = (~wanted).to(torch.int8).argsort(dim=-1, stable=True)
+        room = keys.shape[2] // block - order.shape[-1]
+        return wanted.sum(-1, dtype=torch.int32), F.pad(chosen.gather(-1, order), (0, room)).to(torch.int32)
+
+    mask = BlockMask.from_kv_blocks(
+        *table(ragged & ~unused), *table(~ragged & ~unused), (size.query_group, block), inside,
+        (size.queries, keys.shape[2]),
+    )  # fmt: skip
+    compiled = torch.compile(flex_attention, fullgraph=True, dynamic=False)
+    q = given.q.transpose(1, 2)
+
+    def call() -> Tensor:
+        return compiled(q, keys, values, block_mask=mask).transpose(1, 2)
+
+    return attention_contender(given, call, size.window_keys + given.selected_keys, given.keys_of_ours)

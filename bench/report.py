@@ -1,0 +1,180 @@
+"""The results of a device as one HTML page without outside resources, and the README's plot."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from memflow_ops.bench import svg
+from memflow_ops.bench.contest import OURS
+from memflow_ops.bench.table import HEADINGS, cases_of, ceilings_line, cells
+
+Row = Mapping[str, Any]
+
+PAPER_OVERHEAD = 7.9
+"""Percent of its speed that the paper pays for memory against a frame sink; ours is to stay below against none."""
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark"><title>memflow bench, {device}</title><style>{style}
+body {{ background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 0 auto;
+  max-width: 1100px; padding: 24px; }}
+h1 {{ font-size: 24px; margin: 0 0 4px; }} h2 {{ font-size: 18px; margin: 36px 0 4px; }}
+p {{ max-width: 760px; margin: 4px 0 12px; }} .faint {{ color: var(--faint); }}
+svg {{ width: 100%; max-width: 760px; height: auto; }}
+.wide {{ overflow-x: auto; }}
+table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }}
+th:first-child, td:first-child {{ text-align: left; }} tr.case td {{ background: var(--panel); font-weight: 600; }}
+tr.ours td {{ color: var(--c0); }}
+</style></head><body>
+{body}
+</body></html>
+"""
+
+
+def write_report(results: Mapping[str, Any], target: Path) -> None:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(page(results), encoding="utf-8")
+    temporary.replace(target)
+
+
+_WORDS = {
+    "A stream's chunk": f"Time of a chunk over that of the same stream without memory, in percent. The line is what the "
+    f"paper pays against a frame sink, {PAPER_OVERHEAD} %.",
+    "Overhead against the bank": "Attention with memory, and what one would otherwise do with as many frames, over "
+    "attention to the local window alone, in percent.",
+    "Where the time goes": "The parts of attention with memory, each measured by itself: selecting blocks, the dense "
+    "local window, the selected blocks of the bank, and writing the chunk's keys, values and descriptors to the cache.",
+    "Against the ceilings": "Products of the attention per second, in percent of what a large matrix product reaches "
+    "here in the same dtype. What attends to more keys may show a longer bar and still take longer.",
+    "By commit": "The same ratios as they were at earlier commits on this device.",
+}
+
+
+def page(results: Mapping[str, Any]) -> str:
+    rows: Sequence[Row] = results["rows"]
+    newest = max(rows, key=lambda row: row["date"])
+    about = (
+        f"{results['device']}, torch {newest['torch']}, {newest['date']}, commit {newest['commit']}; "
+        f"{ceilings_line(results['ceilings'])}. Measured, all of it; medians, with the 20th and 80th percentile. What is "
+        "compared ran in turn, and ratios are taken pair by pair."
+    )
+    charts = (streams(rows), bank_sizes(rows), parts(rows), against_ceilings(rows), history(results))
+    sections = [
+        f"<h1>What memory costs</h1><p class=faint>{escape(about)}</p>",
+        *(
+            f"<h2>{title}</h2><p>{words}</p>{chart}"
+            for (title, words), chart in zip(_WORDS.items(), charts, strict=True)
+            if chart
+        ),
+        f"<h2>All figures</h2><div class=wide>{table(rows)}</div>",
+    ]
+    return _PAGE.format(device=escape(results["device"]), style=svg.STYLE, body="\n".join(sections))
+
+
+def percent(ratio: Mapping[str, float]) -> tuple[float, float, float]:
+    """Middle, low and high."""
+    middle, low, high = (100 * (ratio[name] - 1) for name in ("p50", "p20", "p80"))
+    return middle, low, high
+
+
+def streams(rows: Sequence[Row]) -> str:
+    shown = [row for row in rows if row["level"] == "stream" and row["contender"] not in (row["baseline"], "full")]
+    found = {
+        f"{'memflow' if row['contender'] == OURS else row['contender']}, {row['dtype']}, "
+        f"history {row['settings']['history']}": {"overhead": max(0.0, percent(row["over_baseline"])[0])}
+        for row in shown
+    }
+    return svg.bars(found, "overhead of a stream's chunk", "% more time per chunk than without memory",
+                    edge=PAPER_OVERHEAD, left=380, legend=False) if found else ""  # fmt: skip
+
+
+def bank_sizes(rows: Sequence[Row]) -> str:
+    names = {
+        OURS: "memory_attention",
+        "released way": "the released way",
+        "whole history, dense": "dense, whole history",
+    }
+    found: dict[str, list[svg.Point]] = {}
+    for row in rows:
+        if "/bank-" in row["case"] and row["contender"] in names:
+            frames = float(row["settings"]["bank_frames"])
+            found.setdefault(names[row["contender"]], []).append((frames, *percent(row["over_baseline"])))
+    dense = found.get("dense, whole history")
+    if dense and len(found) > 1:  # it leaves the picture; where it still fits is enough, the table has the rest
+        limit = 4 * max(point[1] for name, of in found.items() if of is not dense for point in of)
+        found["dense, whole history"] = [point for point in dense if point[1] <= limit]
+    found = {name: sorted(of) for name, of in found.items() if of}
+    return (
+        svg.lines(found, "overhead by bank size", "frames in the bank", "% over the window alone", log_x=True)
+        if found
+        else ""
+    )
+
+
+def parts(rows: Sequence[Row]) -> str:
+    """Milliseconds of each part, by size."""
+    of = {"select": ("select", OURS), "dense": ("attend", "window, dense"), "bank": ("attend", OURS),
+          "write": ("frame_write", OURS)}  # fmt: skip
+    found: dict[str, dict[str, float]] = {}
+    for name, (case, contender) in of.items():
+        for row in rows:
+            if row["case"].startswith(f"op/{case}/") and row["contender"] == contender:
+                found.setdefault(f"{row['size']}, {row['dtype']}", {})[name] = 1e3 * row["seconds"]["p50"]
+    return svg.bars(found, "time by part", "milliseconds in one layer and pass") if found else ""
+
+
+def against_ceilings(rows: Sequence[Row]) -> str:
+    found: dict[str, dict[str, float]] = {}
+    for row in rows:
+        if (
+            row["case"].startswith("op/memory_attention/")
+            and "/bank-" not in row["case"]
+            and "math" not in row["contender"]
+        ):
+            name = "memory_attention" if row["contender"] == OURS else row["contender"]
+            found[f"{name}, {row['size']}, {row['dtype']}"] = {"products": 100 * row["of_product_ceiling"]}
+    return svg.bars(found, "TFLOP/s over the measured ceiling", "% of the product ceiling", edge=100, left=400,
+                    legend=False) if found else ""  # fmt: skip
+
+
+def history(results: Mapping[str, Any]) -> str:
+    past = results.get("history", [])
+    found: dict[str, list[svg.Point]] = {}
+    for number, entry in enumerate(past):
+        for case, ratio in entry["ratios"].items():
+            if case.startswith("stream/") or (case.startswith("op/memory_attention/") and "/bank-" not in case):
+                words = case.split("/")
+                name = ", ".join(words[1:]).replace("chunk, ", "chunk ").replace("memory_attention, ", "attention ")
+                found.setdefault(name, []).append((number, *percent(ratio)))
+    if not found:
+        return ""
+    names = [str(entry["commit"])[:12] for entry in past]
+    return svg.lines(found, "overhead by commit", "commit", "% over the baseline", x_names=names, right=330)
+
+
+def table(rows: Sequence[Row]) -> str:
+    lines = [f"<table><tr><th>case, contender</th>{''.join(f'<th>{h}</th>' for h in HEADINGS)}</tr>"]
+    for case, of in cases_of(rows).items():
+        lines.append(f"<tr class=case><td colspan={1 + len(HEADINGS)}>{escape(case)}</td></tr>")
+        for row in of:
+            kind = " class=ours" if row["contender"] == OURS else ""
+            name = escape(row["contender"]) + (f", {row['fps']:.3g} frames/s" if "fps" in row else "")
+            lines.append(f"<tr{kind}><td>{name}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row))}</tr>")
+        for name, why in of[0].get("left_out", {}).items():
+            lines.append(f"<tr class=faint><td colspan={1 + len(HEADINGS)}>{escape(name)}: {escape(why)}</td></tr>")
+    return "\n".join([*lines, "</table>"])
+
+
+def write_plot(results: Mapping[str, Any], target: Path) -> None:
+    """The README's plot: overhead against the bank, as an SVG that follows light and dark."""
+    chart = bank_sizes(results["rows"])
+    if not chart:
+        raise ValueError("no results of the long cases: run `memflow bench --size long` first")
+    background = '<rect width="100%" height="100%" fill="var(--paper)"/>'
+    head, body = chart.split("\n", 1)
+    target.write_text(f"{head}\n<style>{svg.STYLE}</style>\n{background}\n{body}\n", encoding="utf-8")

@@ -1,0 +1,228 @@
+"""A layer, and a stream's chunk, under every kind of memory, over a past that was there before."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from memflow_ops import select_blocks
+from memflow_ops.bench import inputs
+from memflow_ops.bench.baselines import KeysOf, check_attention, selected_tokens
+from memflow_ops.bench.contest import Contender
+from memflow_ops.bench.sizes import Size
+from memflow_ops.cache import FrameCache
+from memflow_ops.model.attend import attend_to_memory
+from memflow_ops.model.stream import Streamer, StreamSettings
+from memflow_ops.model.transformer import Attend, CausalVideoModel, ModelConfig, apply_rotation, rope_rotation
+
+_VIDEO_FRAMES = 4  # that Wan's VAE makes of a latent frame
+_TEXT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of memory, and where its budget is not the size's."""
+
+    memory: str
+    bank_frames: int = 3
+    top_k: int | None = None
+
+
+def random_model(size: Size, dtype: torch.dtype, device: torch.device) -> CausalVideoModel:
+    """Of Wan's architecture, seeded."""
+    config = ModelConfig(
+        dim=size.dim, ffn_dim=size.ffn_dim, num_heads=size.heads, num_layers=size.layers, in_dim=16, out_dim=16,
+        text_dim=size.text_dim, text_len=_TEXT_TOKENS,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    with torch.device(device):
+        return CausalVideoModel(config).to(dtype).eval()
+
+
+def stream_settings(size: Size, kind: Kind, prototypes: int) -> StreamSettings:
+    return StreamSettings(
+        memory=kind.memory,  # type: ignore[arg-type]
+        height=size.height, width=size.width, chunk_frames=size.chunk_frames, window_frames=size.window_frames,
+        sink_frames=size.sink_frames, bank_frames=kind.bank_frames, device_frames=prototypes,
+        top_k=kind.top_k or size.top_k, block_size=size.block_size, query_group=size.query_group, steps=size.steps,
+        shift=5.0, stochastic=True,
+    )  # fmt: skip
+
+
+def fill(cache: FrameCache, chunks: int) -> None:
+    """A past of so many chunks, seeded, as if they had been streamed."""
+    layout = cache.layout
+    sizes = (layout.batch, layout.chunk_tokens, layout.kv_heads, layout.head_dim, layout.dtype)
+    for chunk in range(chunks):
+        cache.begin_chunk()
+        for layer in range(layout.layers):
+            seed = 2 * (chunk * layout.layers + layer)
+            k, v = (inputs.correlated_tokens(*sizes, seed + which, str(cache.device)) for which in range(2))
+            cache.write(layer, k, v)
+            cache.remember(layer, k)
+        cache.commit()
+
+
+def keys_of_cache(cache: FrameCache, layer: int, q: Tensor, size: Size, kind: Kind) -> KeysOf:
+    """What a layer's rotated queries attend to by the definition of the kind of memory."""
+    if kind.memory != "memflow":
+        keys, values = cache.dense(layer)
+        return lambda head, group: (keys[0, :, head], values[0, :, head])
+    memory, window = cache.memory(layer), cache.window(layer)
+    indices = select_blocks(
+        q, memory.descriptors, kind.top_k or size.top_k, query_group=size.query_group, memory_frames=memory.frames,
+        memory_slots=memory.slots, blocks_per_frame=size.blocks_per_frame,
+    )  # fmt: skip
+
+    def keys_of(head: int, group: int) -> tuple[Tensor, Tensor]:
+        tokens = selected_tokens(size, indices[0, head, group], memory.slots[0])
+        pairs = zip(window, (memory.keys, memory.values), strict=True)
+        near, far = ((ring[0, :, head], pool[0, tokens, head]) for ring, pool in pairs)
+        return torch.cat(near), torch.cat(far)
+
+    return keys_of
+
+
+def checked(attend: Attend, cache: FrameCache, size: Size, kind: Kind, rotation: tuple[Tensor, Tensor]) -> Attend:
+    """The same `attend`, whose results are compared with float64 in the first and the last layer."""
+
+    def attend_and_check(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = attend(layer, q, k, v)
+        if layer in (0, cache.layout.layers - 1):
+            rotated = apply_rotation(q, *rotation)
+            check_attention(size, rotated, out, keys_of_cache(cache, layer, rotated, size, kind))
+        return out
+
+    return attend_and_check
+
+
+def rotation_of(cache: FrameCache, size: Size, chunk: int) -> tuple[Tensor, Tensor]:
+    frames = torch.arange(chunk * size.chunk_frames, (chunk + 1) * size.chunk_frames, device=cache.device)
+    rows, columns = (torch.arange(n // 2, device=cache.device) for n in (size.height, size.width))
+    return rope_rotation(size.head_dim, frames, rows, columns)
+
+
+# ------------------------------------------------------------------------------------------------------------ one layer
+
+
+def layer_contenders(
+    size: Size, dtype: torch.dtype, device: torch.device, kinds: dict[str, Kind], seed: int = 0
+) -> dict[str, Contender]:
+    """A transformer block with random weights: projections, attention over a cache, text and feed-forward."""
+    size = replace(size, layers=1)
+    model = random_model(size, dtype, device)
+    torch.manual_seed(seed)
+    x = torch.randn(1, size.queries, size.dim).to(device, dtype)
+    (text,) = model.encode_text(torch.randn(1, _TEXT_TOKENS, size.text_dim).to(device))
+    _, time = model.encode_time(torch.full((1, 1), 500.0, device=device))
+    chunks = size.bank_frames + size.window_frames // size.chunk_frames
+
+    def contender(kind: Kind) -> Contender:
+        cache = FrameCache(stream_settings(size, kind, chunks).cache_layout(model, 1), device)
+        fill(cache, chunks)
+        if kind.memory == "memflow":
+            cache.set_bank([cache.candidate_frames()[0][: kind.bank_frames]])
+        cache.begin_chunk()
+        rotation = rotation_of(cache, size, chunks)
+        attend = attend_to_memory(
+            cache, rotation, sparse=kind.memory == "memflow", top_k=kind.top_k or size.top_k,
+            query_group=size.query_group,
+        )  # fmt: skip
+
+        def call(how: Attend = attend) -> Tensor:
+            return cast(Tensor, model.blocks[0](x, time, text, 0, how))
+
+        flops, moved = pass_work(size, attended_keys(size, cache, kind), dtype)
+        return Contender(
+            call, lambda: cast(None, call(checked(attend, cache, size, kind, rotation))), flops=flops, bytes=moved
+        )
+
+    return {name: contender(kind) for name, kind in kinds.items()}
+
+
+def attended_keys(size: Size, cache: FrameCache, kind: Kind) -> int:
+    """Per query, selected blocks counted as full; of a chunk that is open or about to be."""
+    sink, candidates = cache.visible_sink(), len(cache.candidate_frames()[0])
+    if kind.memory == "memflow":
+        blocks = (sink + min(kind.bank_frames, candidates)) * size.blocks_per_frame
+        return size.window_keys + min(kind.top_k or size.top_k, blocks) * size.block_size
+    return size.window_keys + (sink + candidates) * size.frame_tokens
+
+
+def pass_work(size: Size, keys: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Operations of the layers' products in one pass, and bytes of their weights and of the keys and values that are
+    attended to."""
+    weights = 6 * size.dim**2 + 2 * size.dim * size.ffn_dim  # q, k, v, o; q, o of the text; feed-forward
+    flops = 2 * size.queries * weights + size.attention_flops(keys + _TEXT_TOKENS)
+    return size.layers * flops, size.layers * (weights + 2 * keys * size.dim) * dtype.itemsize
+
+
+# -------------------------------------------------------------------------------------------------------------- a chunk
+
+
+def stream_contenders(
+    size: Size, dtype: torch.dtype, device: torch.device, kinds: dict[str, Kind], history: int, rounds: int
+) -> dict[str, Contender]:
+    """`Streamer.next_chunk` over a history of so many prototypes, which grows with every round: a model with random
+    weights, the transformer alone, without VAE and text encoder, nothing reported."""
+    model = random_model(size, dtype, device)
+    window = size.window_frames // size.chunk_frames
+    embedding = torch.randn(1, _TEXT_TOKENS, size.text_dim, generator=torch.Generator().manual_seed(0)).to(device)
+
+    def contender(kind: Kind) -> Contender:
+        settings = stream_settings(size, kind, history + window + 4 * rounds + 8)
+        streamer = Streamer(model, 1, settings, encode=lambda prompts: embedding, report=False)
+        cache = cast(FrameCache, streamer.cache)
+        fill(cache, history + window)
+
+        def call() -> Tensor:
+            return streamer.next_chunk(["a prompt"]).frames
+
+        def check() -> None:
+            rotation = rotation_of(cache, size, cache.committed)
+
+            def hook(module: object, arguments: tuple[Any, ...]) -> tuple[Any, ...]:
+                x, t, text, attend, *rest = arguments
+                return (x, t, text, checked(attend, cache, size, kind, rotation), *rest)
+
+            handle = model.register_forward_pre_hook(hook)
+            try:
+                frames = call()
+            finally:
+                handle.remove()
+            assert frames.isfinite().all(), "the frames are not finite"
+
+        flops, moved = pass_work(size, attended_keys(size, cache, kind), dtype)
+        return Contender(
+            call, check, flops=(size.steps + 1) * flops, bytes=(size.steps + 1) * moved, graph=False,
+            video_frames=_VIDEO_FRAMES * size.chunk_frames,
+            notes=(lambda: on_gpu(call, model, cache, device)) if device.type == "cuda" else None,
+        )  # fmt: skip
+
+    return {name: contender(kind) for name, kind in kinds.items()}
+
+
+def on_gpu(
+    call: Callable[[], object], model: CausalVideoModel, cache: FrameCache, device: torch.device
+) -> dict[str, object]:
+    """Device memory at the peak of a chunk, weights and cache included, and how often the host waited in it."""
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    with warnings.catch_warnings(record=True) as waited:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    held = sum(p.numel() * p.element_size() for p in model.parameters()) + cache.layout.device_bytes
+    return {
+        "peak_bytes": torch.cuda.max_memory_allocated(device) - before + held,
+        "host_syncs": sum("synchroniz" in str(warning.message) for warning in waited),
+    }

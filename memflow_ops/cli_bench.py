@@ -1,0 +1,52 @@
+"""What `memflow bench` does: measures, prints the table, writes the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from memflow_ops.cli_common import mistakes
+
+if TYPE_CHECKING:
+    from memflow_ops.bench.cases import Case
+
+
+def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out: Path | None, stored: bool) -> None:
+    """Errors that the user can mend are one line; what was finished before Ctrl-C is kept."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from memflow_ops.bench import run
+    from memflow_ops.bench.report import write_report
+    from memflow_ops.bench.table import show
+    from memflow_ops.environment import ROOT
+
+    folder = out or (run.RESULTS if (ROOT / "setup.py").is_file() else Path("out") / "bench")
+    interrupted = False
+    if not stored:
+        with mistakes():
+            if folder.exists() and not folder.is_dir():
+                raise ValueError(f"--out takes a folder, {folder} is a file")
+            session = run.Session(device, sizes, case, rounds, folder)
+        with Progress(console=Console(stderr=True)) as bar:
+            task = bar.add_task("", total=len(session.cases))
+
+            def report(coming: Case, done: int, total: int) -> None:
+                bar.update(task, completed=done, description=coming.name)
+                if not bar.console.is_terminal:
+                    bar.console.print(f"[{done + 1}/{total}] {coming.name}", markup=False)
+
+            try:
+                run.measure(session, report)
+            except KeyboardInterrupt:
+                interrupted = True
+    with mistakes():
+        results = run.stored(folder, device)
+    show(results)
+    write_report(results, folder / "report.html")
+    typer.echo(f"written to {folder / 'report.html'}")
+    if interrupted:
+        raise KeyboardInterrupt
