@@ -43,7 +43,7 @@ def write_report(results: Mapping[str, Any], target: Path) -> None:
 
 
 _WORDS = {
-    "A stream's chunk": f"Time of a chunk over that of the same stream without memory, in percent. The line is what the "
+    "A stream's chunk": "Time of a chunk over that of the same stream without memory, in percent. The line is what the "
     f"paper pays against a frame sink, {PAPER_OVERHEAD} %.",
     "Overhead against the bank": "Attention with memory, and what one would otherwise do with as many frames, over "
     "attention to the local window alone, in percent.",
@@ -60,8 +60,8 @@ def page(results: Mapping[str, Any]) -> str:
     newest = max(rows, key=lambda row: row["date"])
     about = (
         f"{results['device']}, torch {newest['torch']}, {newest['date']}, commit {newest['commit']}; "
-        f"{ceilings_line(results['ceilings'])}. Measured, all of it; medians, with the 20th and 80th percentile. What is "
-        "compared ran in turn, and ratios are taken pair by pair."
+        f"{ceilings_line(results['ceilings'])}. All of it is measured: medians, 20th and 80th percentile. What "
+        "is compared ran in turn, and ratios are taken pair by pair."
     )
     charts = (streams(rows), bank_sizes(rows), parts(rows), against_ceilings(rows), history(results))
     sections = [
