@@ -55,14 +55,15 @@ def stream_settings(size: Size, kind: Kind, prototypes: int) -> StreamSettings:
 
 
 def fill(cache: FrameCache, chunks: int) -> None:
-    """A past of so many chunks, seeded, as if they had been streamed."""
+    """A past of so many chunks, seeded, as if they had been streamed: one chunk of every layer, moved on by some tokens
+    each time."""
     layout = cache.layout
     sizes = (layout.batch, layout.chunk_tokens, layout.kv_heads, layout.head_dim, layout.dtype)
+    made = [inputs.correlated_tokens(*sizes, seed, str(cache.device)) for seed in range(2 * layout.layers)]
     for chunk in range(chunks):
         cache.begin_chunk()
         for layer in range(layout.layers):
-            seed = 2 * (chunk * layout.layers + layer)
-            k, v = (inputs.correlated_tokens(*sizes, seed + which, str(cache.device)) for which in range(2))
+            k, v = (x.roll(7 * chunk, 1) for x in made[2 * layer : 2 * layer + 2])
             cache.write(layer, k, v)
             cache.remember(layer, k)
         cache.commit()
