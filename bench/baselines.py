@@ -26,7 +26,7 @@ KeysOf = Callable[[int, int], tuple[Tensor, Tensor]]
 """keys_of(head, group) -> keys and values (S, D) that this query group attends to."""
 
 # Scores that torch's unfused attention may hold at a time, bytes.
-_UNFUSED_BYTES = 2 << 30
+_UNFUSED_BYTES = 512 << 20
 # Frames of a bank that are made at a time.
 _MADE_FRAMES = 40
 

@@ -109,8 +109,10 @@ def stream_case(size: Size, dtype: str, group: str, kinds: dict[str, Kind], hist
 # ------------------------------------------------------------------------------------------------------------- registry
 
 
-def of_size(size: Size, dtype: str, group: str, devices: tuple[str, ...], rounds: int) -> list[Case]:
-    """Every op and a layer."""
+def of_size(
+    size: Size, dtype: str, group: str, devices: tuple[str, ...], rounds: int, without: Sequence[str] = ()
+) -> list[Case]:
+    """Every op and a layer, but those `without`."""
     window = "the local window alone, through torch's attention"
     builds: dict[str, tuple[Build, str]] = {
         "memory_attention": (attention(size, dtype, size.bank_frames, True), window),
@@ -124,6 +126,7 @@ def of_size(size: Size, dtype: str, group: str, devices: tuple[str, ...], rounds
     ops = [
         Case(f"op/{name}/{size.name}/{dtype}", "op", group, size, dtype, against, build, devices, rounds)
         for name, (build, against) in builds.items()
+        if name not in without
     ]
     alone = "the same layer without memory"
     name = f"layer/block/{size.name}/{dtype}"
@@ -149,11 +152,11 @@ def registry() -> list[Case]:
     cases = [
         stream_case(TINY, "float32", "tiny", some, 6, both, 5),
         *of_size(TINY, "float32", "tiny", both, 5),
-        *(stream_case(QUARTER, dtype, "wan-1.3b", some, 24, ["cpu"], 7) for dtype in ("float32", "bfloat16")),
-        *(stream_case(QUARTER, dtype, "wan-1.3b", budgets, 240, ["cpu"], 11) for dtype in ("float32", "bfloat16")),
+        *(stream_case(QUARTER, dtype, "wan-1.3b", some, 24, ["cpu"], 5) for dtype in ("float32", "bfloat16")),
+        *(stream_case(QUARTER, dtype, "wan-1.3b", budgets, 240, ["cpu"], 9) for dtype in ("float32", "bfloat16")),
         stream_case(WAN, "bfloat16", "wan-1.3b", {**some, "memflow, bank of 64": Kind("memflow", 64)}, 80, ["cuda"], 7),
-        *of_size(WAN_FRAME, "float32", "wan-1.3b", ("cpu",), 7),
-        *of_size(WAN_FRAME, "bfloat16", "wan-1.3b", ("cpu",), 7),
+        *of_size(WAN_FRAME, "float32", "wan-1.3b", ("cpu",), 7, ["backward"]),
+        *of_size(WAN_FRAME, "bfloat16", "wan-1.3b", ("cpu",), 7, ["backward"]),
         *of_size(QUARTER, "float32", "wan-1.3b", ("cpu",), 15),
         *of_size(WAN, "bfloat16", "wan-1.3b", ("cuda",), 30),
         *(long_case(QUARTER, "float32", frames, "cpu") for frames in LONG_BANKS),

@@ -20,7 +20,7 @@ _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark"><title>memflow bench, {device}</title><style>{style}
 body {{ background: var(--paper); color: var(--ink); font: 15px/1.5 system-ui, sans-serif; margin: 0 auto;
-  max-width: 1100px; padding: 24px; }}
+  max-width: 1180px; padding: 24px; }}
 h1 {{ font-size: 24px; margin: 0 0 4px; }} h2 {{ font-size: 18px; margin: 36px 0 4px; }}
 p {{ max-width: 760px; margin: 4px 0 12px; }} .faint {{ color: var(--faint); }}
 svg {{ width: 100%; max-width: 760px; height: auto; }}
@@ -33,13 +33,6 @@ tr.ours td {{ color: var(--c0); }}
 {body}
 </body></html>
 """
-
-
-def write_report(results: Mapping[str, Any], target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(page(results), encoding="utf-8")
-    temporary.replace(target)
 
 
 _WORDS = {
@@ -170,11 +163,22 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "</table>"])
 
 
-def write_plot(results: Mapping[str, Any], target: Path) -> None:
-    """The README's plot: overhead against the bank, as an SVG that follows light and dark."""
+def write_report(results: Mapping[str, Any], target: Path) -> None:
+    _write(page(results), target)
+
+
+def write_plot(results: Mapping[str, Any], target: Path) -> bool:
+    """The README's plot: overhead against the bank, as an SVG that follows light and dark; whether there was one to
+    draw."""
     chart = bank_sizes(results["rows"])
-    if not chart:
-        raise ValueError("no results of the long cases: run `memflow bench --size long` first")
-    background = '<rect width="100%" height="100%" fill="var(--paper)"/>'
-    head, body = chart.split("\n", 1)
-    target.write_text(f"{head}\n<style>{svg.STYLE}</style>\n{background}\n{body}\n", encoding="utf-8")
+    if chart:
+        head, body = chart.split("\n", 1)
+        background = '<rect width="100%" height="100%" fill="var(--paper)"/>'
+        _write(f"{head}\n<style>{svg.STYLE}</style>\n{background}\n{body}\n", target)
+    return bool(chart)
+
+
+def _write(words: str, target: Path) -> None:
+    temporary = target.with_suffix(".tmp")
+    temporary.write_text(words, encoding="utf-8")
+    temporary.replace(target)

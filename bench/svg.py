@@ -19,6 +19,7 @@ STYLE = """
     --c0: #58a6ff; --c1: #f0883e; --c2: #3fb950; --c3: #bc8cff; --c4: #ff7bc2; --c5: #d4a72c; } }
 svg text { fill: var(--ink); font: 13px system-ui, sans-serif; }
 svg .faint { fill: var(--faint); }
+svg .value { stroke: var(--paper); stroke-width: 4; paint-order: stroke; }
 svg .rule { stroke: var(--rule); stroke-width: 1; }
 svg .edge { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 5 4; }
 """
@@ -121,6 +122,8 @@ def bars(
             _text(at(tick), bottom + 16, number(tick), "middle", "faint"),
         ]
     body.append(_text((left + right) / 2, height - 6, x_label, "middle"))
+    if edge is not None:
+        body.append(_line(at(edge), top - 8, at(edge), bottom, "edge"))
     for number_of, (name, of) in enumerate(rows.items()):
         y, start = top + 28 * number_of, 0.0
         body.append(_text(left - 8, y + 15, name, "end"))
@@ -131,9 +134,7 @@ def bars(
                 f'fill="{colour}"><title>{escape(name)}, {escape(part)}: {number(value)}</title></rect>'
             )
             start += value
-        body.append(_text(at(start) + 6, y + 15, number(start), "start", "faint"))
-    if edge is not None:
-        body.append(_line(at(edge), top - 8, at(edge), bottom, "edge"))
+        body.append(_text(at(start) + 6, y + 15, number(start), "start", "faint value"))
     if legend:
         for number_of, part in enumerate(parts):
             x = left + 130 * number_of

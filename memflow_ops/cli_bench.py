@@ -20,7 +20,7 @@ def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out:
     from rich.progress import Progress
 
     from memflow_ops.bench import run
-    from memflow_ops.bench.report import write_report
+    from memflow_ops.bench.report import write_plot, write_report
     from memflow_ops.bench.table import show
     from memflow_ops.environment import ROOT
 
@@ -47,6 +47,9 @@ def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out:
         results = run.stored(folder, device)
     show(results)
     write_report(results, folder / "report.html")
-    typer.echo(f"written to {folder / 'report.html'}")
+    made = ["report.html"]
+    if write_plot(results, folder / "overhead.svg"):
+        made.append("overhead.svg")
+    typer.echo(f"written to {folder}: {', '.join(made)}")
     if interrupted:
         raise KeyboardInterrupt

@@ -7,15 +7,14 @@ groups at a time into one small buffer that stays in the cache, attended to, and
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-# Bytes of gathered keys and values at a time: about what the L2 caches of two cores hold.
-_GATHER_BYTES = 4 << 20
+# Bytes of gathered keys and values at a time and thread: half of what a core's L2 cache holds.
+_GATHER_BYTES = 1 << 20
 # Keys whose places are worked out at a time.
 _PLANNED_KEYS = 1 << 20
 # Elements of scores that the backward holds at a time.
@@ -127,95 +126,61 @@ class _Rows:
         self.strides = strides
 
 
-class _Alike(NamedTuple):
-    """Tiles (query groups of a head) with the same number of keys. Tile t is group t % G of row t // G of B * H."""
-
-    tiles: Tensor  # [t]
-    rows_k: Tensor  # [t, S] of the tables of keys and values
-    rows_v: Tensor  # [t, S]
-    masked: Tensor | None  # [t, S] which of them are none; None: all are keys
-
-
 class _Bank:
-    """The selected blocks of a memory, gathered for a few tiles at a time."""
+    """The selected blocks of a memory, gathered for a few tiles (query groups of a head) at a time."""
 
     def __init__(
         self, memory_k: Tensor, memory_v: Tensor, indices: Tensor, block: int, frame: int, slots: Tensor | None
     ):
+        batch, heads = indices.shape[:2]
         self.k, self.v = _Rows(memory_k), _Rows(memory_v)
-        self.block, self.frame, self.frames = block, frame, memory_k.shape[1] // frame
-        self.indices, self.slots = indices, slots
-        self.repeats = indices.shape[1] // memory_k.shape[2]
-
-    def alike(self, *tables: _Rows) -> Iterator[_Alike]:
-        """All tiles; the rows are those of the memory's keys and values, or of other tables of its shape."""
-        tables = tables or (self.k, self.v)
-        return self._alike_on_cpu(*tables) if self.indices.device.type == "cpu" else self._alike_masked(*tables)
-
-    def _alike_on_cpu(self, k: _Rows, v: _Rows) -> Iterator[_Alike]:
-        """By their number of keys, so that nothing is masked; those without a key not at all. In numpy, whose calls
-        cost a fifth of torch's on so few numbers."""
-        indices = self.indices.numpy()
-        batch, heads, _, chosen = indices.shape
-        blocks = -(-self.frame // self.block)
-        table = np.arange(self.frames)[None] if self.slots is None else self.slots.numpy().clip(0, self.frames - 1)
-        frames, starts = np.divmod(indices.astype(np.int64), blocks)
-        lengths = np.minimum(self.frame - starts * self.block, self.block)
-        lengths[(indices < 0) | (frames >= table.shape[1])] = 0
-        story, head = (axis.reshape(-1, 1, 1, 1) for axis in (np.arange(batch), np.arange(heads) // self.repeats))
-        frames = table[story if len(table) > 1 else 0, frames.clip(0, table.shape[1] - 1)]
-        starts, head = starts * self.block + frames * self.frame, head.reshape(1, -1, 1, 1)
-        counts = lengths.reshape(-1, chosen).sum(-1)
-        for keys in sorted({*counts.tolist()} - {0}):
-            same = np.flatnonzero(counts == keys)
-            step = max(1, _PLANNED_KEYS // keys)
-            for tiles in (same[i : i + step] for i in range(0, len(same), step)):
-                length = lengths.reshape(-1, chosen)[tiles].ravel()
-                # the tokens of a block follow one another: its first row, then as many steps as it has tokens
-                within = np.arange(len(tiles) * keys) - np.repeat(length.cumsum() - length, length)
-
-                def rows(of: _Rows) -> Tensor:
-                    first = starts * of.token_step + story * of.batch_step + head * of.head_step
-                    first = np.repeat(first.reshape(-1, chosen)[tiles].ravel(), length)  # noqa: B023
-                    return torch.from_numpy((first + within * of.token_step).reshape(-1, keys))  # noqa: B023
-
-                rows_k = rows(k)
-                yield _Alike(torch.from_numpy(tiles), rows_k, rows_k if v.strides == k.strides else rows(v), None)
-
-    def _alike_masked(self, k: _Rows, v: _Rows) -> Iterator[_Alike]:
-        """With masks: on CUDA, asking how many keys each has would stall. A tile without a key has masked ones."""
-        heads, groups, chosen = self.indices.shape[1:]
-        blocks, device = -(-self.frame // self.block), self.indices.device
-        frames = self.frames if self.slots is None else self.slots.shape[1]
-        used = (self.indices >= 0) & (self.indices < frames * blocks)
+        self.block, self.device = block, memory_k.device
+        blocks = -(-frame // block)
+        frames = memory_k.shape[1] // frame if slots is None else slots.shape[1]
+        used = (indices >= 0) & (indices < frames * blocks)
         # an unused entry repeats the tile's first used block, masked, so that nothing unselected is read
-        first = self.indices.gather(-1, used.byte().argmax(-1, keepdim=True))
-        places = torch.where(used, self.indices, first).clamp(0, frames * blocks - 1).long()
-        bank_frames, start = places // blocks, places % blocks * self.block
-        length = (self.frame - start).clamp_(max=self.block)
-        if self.slots is not None:
-            table = self.slots.clamp(0, self.frames - 1).long()
+        first = indices.gather(-1, used.byte().argmax(-1, keepdim=True))
+        places = torch.where(used, indices, first).clamp(0, frames * blocks - 1).long()
+        bank_frames, self.start = places // blocks, places % blocks * block
+        length = (frame - self.start).clamp_(max=block)
+        if slots is not None:
+            table = slots.clamp(0, memory_k.shape[1] // frame - 1).long()
             bank_frames = table.gather(1, bank_frames.flatten(1)).view_as(bank_frames)
-        start = (start + bank_frames * self.frame).flatten(0, 2).unsqueeze(-1)  # [tiles, K, 1]
-        length = torch.where(used, length, 0).flatten(0, 2).unsqueeze(-1)
-        offsets, every = torch.arange(self.block, device=device), torch.arange(len(start), device=device)
-        for tiles in every.split(max(1, _PLANNED_KEYS // (chosen * self.block))):
-            tokens = (start[tiles] + torch.minimum(offsets, (length[tiles] - 1).clamp_(min=0))).flatten(1)
-            head = (tiles // groups).unsqueeze(1)
-            story, head = head // heads, head % heads // self.repeats
-            rows_k, rows_v = (tokens * of.token_step + story * of.batch_step + head * of.head_step for of in (k, v))
-            yield _Alike(tiles, rows_k, rows_v, (offsets >= length[tiles]).flatten(1))
+        self.start = (self.start + bank_frames * frame).flatten(0, 1)  # [B * H, G, K] first token
+        self.length = torch.where(used, length, 0).flatten(0, 1)  # [B * H, G, K] tokens, 0: unused
+        self.empty = ~used.any(-1).flatten(0, 1)  # [B * H, G]
+        # host reads: on CUDA they would stall, so there the masks are always applied
+        self.ragged = memory_k.is_cuda or bool((self.length < block).any())
+        self.some_empty = memory_k.is_cuda or bool(self.empty.any())
+        head = torch.arange(batch * heads, device=self.device)
+        self.b, self.h = (head // heads).view(-1, 1, 1), (head % heads // (heads // memory_k.shape[2])).view(-1, 1, 1)
 
-    def gather(self, alike: _Alike, count: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Keys and values [t, S, D] of about `count` of the tiles at a time, in buffers used again."""
-        tiles, keys = alike.rows_k.shape
-        sources = [_Gather(x.table, min(count, tiles) * keys) for x in (self.k, self.v)]
-        for first in range(0, tiles, count):
-            part = slice(first, first + count)
-            k, v = (
-                source(rows[part].view(-1)) for source, rows in zip(sources, (alike.rows_k, alike.rows_v), strict=True)
-            )
-            yield part, k.view(-1, keys, k.shape[1]), v.view(-1, keys, v.shape[1])
+    def tokens(self, tiles: tuple[slice, slice]) -> tuple[Tensor, Tensor | None]:
+        """Tokens [r, g, K * block] of some tiles, and which of them to mask."""
+        offsets = torch.arange(self.block, device=self.device)
+        start, length = self.start[tiles].unsqueeze(-1), self.length[tiles].unsqueeze(-1)
+        if not self.ragged:
+            return (start + offsets).flatten(2), None
+        inside = torch.minimum(offsets, (length - 1).clamp_(min=0))
+        return (start + inside).flatten(2), (offsets >= length).flatten(2)
+
+    def rows(self, tokens: Tensor, tiles: tuple[slice, slice], rows: _Rows) -> Tensor:
+        """Row of every token [r, g, K * block]."""
+        heads = self.b[tiles[0]] * rows.batch_step + self.h[tiles[0]] * rows.head_step
+        return tokens * rows.token_step + heads
+
+    def gather(
+        self, tokens: Tensor, tiles: tuple[slice, slice], count: int
+    ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
+        """Keys and values [r, g, K * block, D] of about `count` of the tiles at a time, in buffers used again."""
+        rows_k = self.rows(tokens, tiles, self.k)
+        rows_v = rows_k if self.v.strides == self.k.strides else self.rows(tokens, tiles, self.v)
+        keys, size = tokens.shape[2], self.k.table.shape[1]
+        sources = [(_Gather(x.table, min(count, tokens.shape[:2].numel()) * keys)) for x in (self.k, self.v)]
+        for part in _walk(tokens.shape, count):
+            k, v = (source(rows[part].reshape(-1)) for source, rows in zip(sources, (rows_k, rows_v), strict=True))
+            shape = (*rows_k[part].shape[:2], keys, size)
+            yield part, k.view(shape), v.view(shape)
 
 
 class _Gather:
@@ -231,6 +196,15 @@ class _Gather:
     def __call__(self, rows: Tensor) -> Tensor:
         torch.index_select(self.source, 0, rows, out=self.target[: len(rows)])
         return self.buffer[: len(rows)]
+
+
+def _walk(shape: Sequence[int], tiles: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of about `tiles` tiles that cover all rows and groups of a shape [rows, groups, ...]."""
+    rows, groups = shape[:2]
+    row_step, group_step = max(1, tiles // groups), min(tiles, groups)
+    for r in range(0, rows, row_step):
+        for g in range(0, groups, group_step):
+            yield slice(r, min(r + row_step, rows)), slice(g, min(g + group_step, groups))
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -320,34 +294,28 @@ def _tiles(x: Tensor, n: int) -> Tensor:
 
 def _add_bank(q: Tensor, bank: _Bank, scale: float, out: Tensor, lse: Tensor) -> None:
     """Merge attention of the tiles q [B * H, G, n, D] over the bank into out and lse [B * H, G, n], in place."""
-    flat = q.contiguous().flatten(0, 1).unsqueeze(1)  # [tiles, 1, n, D]
-    part, part_lse = torch.empty_like(flat), flat.new_full(flat.shape[:3], -torch.inf, dtype=lse.dtype)
-    missing = len(flat)
-    for alike in bank.alike():
-        keys = alike.rows_k.shape[1]
-        missing -= len(alike.tiles)
-        # a tile per thread at least
-        count = max(torch.get_num_threads(), _GATHER_BYTES // (2 * keys * q.shape[-1] * q.element_size()))
-        bias = empty = None
-        if alike.masked is not None:
-            bias = torch.zeros(alike.masked.shape, dtype=q.dtype, device=q.device)
-            bias.masked_fill_(alike.masked, -torch.inf)
-            empty = alike.masked.all(-1)[:, None, None]
-        for some, k, v in bank.gather(alike, count):
-            tiles = alike.tiles[some]
-            above = None if bias is None else bias[some, None, None]
-            x, x_lse = _attention(flat.index_select(0, tiles), k.unsqueeze(1), v.unsqueeze(1), scale, above)
-            if empty is not None:
-                x, x_lse = x.masked_fill(empty[some].unsqueeze(-1), 0.0), x_lse.masked_fill(empty[some], -torch.inf)
-            part.index_copy_(0, tiles, x)
-            part_lse.index_copy_(0, tiles, x_lse)
-    if missing:
-        part.masked_fill_((part_lse == -torch.inf).unsqueeze(-1), 0.0)
-    part, part_lse = part.view(q.shape), part_lse.view(lse.shape)
-    # the part's share of the softmax; 0 / 0 where neither has a key
-    weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)
-    out.lerp_(part, weight.to(out.dtype).unsqueeze(-1))
-    lse.copy_(torch.logaddexp(lse, part_lse))
+    keys = bank.start.shape[2] * bank.block
+    # a tile per thread at least
+    count = torch.get_num_threads() * max(1, _GATHER_BYTES // (2 * keys * q.shape[-1] * q.element_size()))
+    for planned in _walk(q.shape, max(count, _PLANNED_KEYS // keys)):
+        tokens, masked = bank.tokens(planned)
+        bias = None
+        if masked is not None:
+            bias = torch.zeros(masked.shape, dtype=q.dtype, device=q.device).masked_fill_(masked, -torch.inf)
+        states = [
+            _attention(q[planned][tiles], k, v, scale, None if bias is None else bias[tiles].unsqueeze(2))
+            for tiles, k, v in bank.gather(tokens, planned, count)
+        ]
+        # merged at once: many small operations on strided tiles cost more than this copy
+        part = torch.cat([x.flatten(0, 1) for x, _ in states]).view(q[planned].shape)
+        part_lse = torch.cat([x.flatten(0, 1) for _, x in states]).view(lse[planned].shape)
+        if bank.some_empty:
+            part.masked_fill_(bank.empty[planned][..., None, None], 0.0)
+            part_lse.masked_fill_(bank.empty[planned].unsqueeze(-1), -torch.inf)
+        # the part's share of the softmax; 0 / 0 where neither has a key
+        weight = torch.sigmoid(part_lse - lse[planned]).nan_to_num_(0.0)
+        out[planned].lerp_(part, weight.to(out.dtype).unsqueeze(-1))
+        lse[planned] = torch.logaddexp(lse[planned], part_lse)
 
 
 def attend_backward(
@@ -421,21 +389,21 @@ def _tile_backward(
 
 def _bank_backward(upstream: _Upstream, bank: _Bank, scale: float, grad_k: Tensor, grad_v: Tensor) -> Tensor:
     """dQ [B * H, G, n, D] of the tiles; adds to grad_k and grad_v (B, Lm, Hkv, D)."""
-    q, wide, size = upstream.q, grad_k.dtype, grad_k.shape[-1]
-    groups, grad_rows = q.shape[1], _Rows(grad_k)
-    grad_q = torch.zeros(q.shape, dtype=wide, device=q.device)
-    for alike, targets in zip(bank.alike(), bank.alike(grad_rows, grad_rows), strict=True):
-        count = max(1, _SCORE_ELEMENTS // (alike.rows_k.shape[1] * (q.shape[2] + 2 * size)))
-        for some, k, v in bank.gather(alike, count):
-            at = alike.tiles[some] // groups, alike.tiles[some] % groups
-            part = _Upstream(*(x[at].to(wide) for x in upstream))
-            masked = None if alike.masked is None else alike.masked[some]
-            dq, dk, dv = _tile_backward(part, k.to(wide), v.to(wide), scale, masked)
-            if masked is not None:
-                empty = masked.all(-1)[:, None, None]
-                dq, dk, dv = (x.masked_fill_(empty, 0.0) for x in (dq, dk, dv))
-            grad_q[at] = dq
-            rows = targets.rows_k[some].flatten()
-            grad_k.view(-1, size).index_add_(0, rows, dk.flatten(0, 1))
-            grad_v.view(-1, size).index_add_(0, rows, dv.flatten(0, 1))
+    q, wide = upstream.q, grad_k.dtype
+    keys = bank.start.shape[2] * bank.block
+    count = max(1, _SCORE_ELEMENTS // (keys * (q.shape[2] + 2 * q.shape[3])))
+    grad_rows = _Rows(grad_k)
+    grad_q = torch.empty(q.shape, dtype=wide, device=q.device)
+    for tiles in _walk(q.shape, count):
+        tokens, masked = bank.tokens(tiles)
+        ((_, k, v),) = bank.gather(tokens, tiles, tokens.shape[:2].numel())
+        part = _Upstream(*(x[tiles].to(wide) for x in upstream))
+        dq, dk, dv = _tile_backward(part, k.to(wide), v.to(wide), scale, masked)
+        if bank.ragged:
+            empty = bank.empty[tiles][..., None, None]
+            dq, dk, dv = (x.masked_fill_(empty, 0.0) for x in (dq, dk, dv))
+        grad_q[tiles] = dq
+        rows = bank.rows(tokens, tiles, grad_rows).flatten()
+        grad_k.view(-1, q.shape[-1]).index_add_(0, rows, dk.flatten(0, 2))
+        grad_v.view(-1, q.shape[-1]).index_add_(0, rows, dv.flatten(0, 2))
     return grad_q
