@@ -25,8 +25,8 @@ OURS = "ours"
 # Inputs are rotated until they are this many times the L2 cache.
 _CACHES = 2
 # Operands of the measured ceilings: rows of a square product, bytes of a copy.
-_PRODUCT_ROWS = {"cpu": 3072, "cuda": 8192}
-_COPY_BYTES = {"cpu": 256 << 20, "cuda": 2 << 30}
+_PRODUCT_ROWS = {"cpu": 2048, "cuda": 8192}
+_COPY_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
 
 
 @dataclass(frozen=True)

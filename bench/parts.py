@@ -142,6 +142,7 @@ def backward(size: Size, dtype: torch.dtype, device: torch.device, seed: int) ->
             lambda: check(call(), selected),
             flops=size.attention_flops(keys) * 7 // 2,  # seven products of every query with its keys
             bytes=3 * size.attention_bytes(keys, dtype.itemsize),
+            graph=False,
         )
 
     keys = size.window_keys + given.selected_keys

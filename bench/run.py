@@ -11,7 +11,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,9 @@ class Session:
                  out: Path = RESULTS):  # fmt: skip
         self.device = pick_device(device)
         self.cases = chosen(self.device.type, groups or DEFAULT_GROUPS, named)
+        room = min((2 * case.rounds for case in self.cases if case.level == "stream"), default=rounds or 0)
+        if rounds and rounds > room:
+            raise ValueError(f"the history of a stream has room for {room} rounds, got {rounds}; see --case for others")
         self.rounds = rounds
         self.about = {**environment(self.device), "triton": version("triton")}
         self.target = bench_file(out, self.about)
@@ -62,18 +65,21 @@ class Session:
 
 
 @torch.no_grad()
-def measure(session: Session, report: Any = None) -> list[dict[str, Any]]:
-    """All of a session's cases. report(case, done, total) is called before each."""
-    rows = []
+def measure(session: Session, report: Callable[[Case, int, int], None]) -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """All of a session's cases: rows of results, and what went wrong by case, because one that fails is no reason to
+    lose the others. report(case, done, total) is called before each."""
+    rows, failed = [], {}
     for number, case in enumerate(session.cases):
-        if report is not None:
-            report(case, number, len(session.cases))
-        contest = session.contest(case)
-        for _ in range(session.rounds_of(case)):
-            contest.others()
-            contest.ours()
-        rows += session.finish(contest)
-    return rows
+        report(case, number, len(session.cases))
+        try:
+            contest = session.contest(case)
+            for _ in range(session.rounds_of(case)):
+                contest.others()
+                contest.ours()
+            rows += session.finish(contest)
+        except Exception as error:
+            failed[case.name] = f"{type(error).__name__}: {error}"
+    return rows, failed
 
 
 def stored(out: Path, device: str = "auto") -> dict[str, Any]:
@@ -102,13 +108,15 @@ def main() -> int:
     def report(case: Case, done: int, total: int) -> None:
         print(f"[{done + 1}/{total}, {time.perf_counter() - started:.0f} s] {case.name}", flush=True)
 
-    rows = measure(session, report)
+    rows, failed = measure(session, report)
     for row in rows:
         if row["contender"] == OURS:
             ratio = row["over_baseline"]
             print(f"{row['case']}: {ratio['p50']:.3f} ({ratio['p20']:.3f} to {ratio['p80']:.3f}) of {row['baseline']}")
+    for case, error in failed.items():
+        print(f"{case} failed: {error}", file=sys.stderr)
     print(f"written to {session.target} after {time.perf_counter() - started:.0f} s")
-    return 0
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from memflow_ops.cli_common import mistakes
+from memflow_ops.cli_common import fail, mistakes
 
 if TYPE_CHECKING:
     from memflow_ops.bench.cases import Case
@@ -26,6 +26,7 @@ def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out:
 
     folder = out or (run.RESULTS if (ROOT / "setup.py").is_file() else Path("out") / "bench")
     interrupted = False
+    failed: dict[str, str] = {}
     if not stored:
         with mistakes():
             if folder.exists() and not folder.is_dir():
@@ -40,7 +41,7 @@ def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out:
                     bar.console.print(f"[{done + 1}/{total}] {coming.name}", markup=False)
 
             try:
-                run.measure(session, report)
+                _, failed = run.measure(session, report)
             except KeyboardInterrupt:
                 interrupted = True
     with mistakes():
@@ -53,3 +54,5 @@ def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out:
     typer.echo(f"written to {folder}: {', '.join(made)}")
     if interrupted:
         raise KeyboardInterrupt
+    if failed:
+        fail("; ".join(f"{name} failed: {error}" for name, error in failed.items()), code=1)
