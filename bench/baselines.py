@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -68,6 +68,14 @@ class Inputs:
             q, descriptors, size.top_k, query_group=size.query_group, blocks_per_frame=size.blocks_per_frame
         )
         return cls(size, bank_frames, q, pool_k, pool_v, descriptors, indices)
+
+    def per_chunk(self) -> Inputs:
+        """The same with one selection for all queries of a head, as coarse as the released way's."""
+        size = replace(self.size, query_group=self.size.queries)
+        indices = select_blocks(
+            self.q, self.descriptors, size.top_k, query_group=None, blocks_per_frame=size.blocks_per_frame
+        )
+        return replace(self, size=size, indices=indices)
 
     def part(self, first: int, end: int | None) -> tuple[Tensor, Tensor]:
         """Keys and values of some frames of the pool."""

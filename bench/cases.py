@@ -65,6 +65,7 @@ def attention(size: Size, dtype: str, bank_frames: int, everything: bool) -> Bui
             contenders |= {f"window, {name}": c for name, c in window.items()}
             sink, _ = baselines.dense_backends(given, given.sink_and_window)
             contenders |= {f"sink and window, {name}": c for name, c in sink.items()}
+            contenders["ours, one selection per chunk"] = baselines.ours(given.per_chunk())
         contenders["released way"] = baselines.released(given)
         if everything and size is not TINY:  # which takes seconds to compile
             contenders["FlexAttention"] = baselines.flex(given)
