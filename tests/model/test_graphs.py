@@ -39,8 +39,9 @@ class Tape(TorchDispatchMode):
         for argument in func._schema.arguments:
             if argument.alias_info is not None and argument.alias_info.is_write:
                 for tensor in tree_leaves(given.get(argument.name)):
-                    storage = tensor.untyped_storage()
-                    self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
+                    if isinstance(tensor, Tensor):
+                        storage = tensor.untyped_storage()
+                        self.before.setdefault(storage.data_ptr(), (storage, storage.clone()))
         out = func(*args, **kwargs)
         self.steps.append((func, args, kwargs, out))
         return out
