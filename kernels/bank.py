@@ -40,7 +40,7 @@ def attend_tile(
 
 
 @triton.jit
-def bank_block(
+def bank_place(
     index,  # in bank order, a scalar or [BLOCK_N]
     blocks,
     blocks_per_frame,
@@ -55,6 +55,17 @@ def bank_block(
     first = (index - frame * blocks_per_frame) * BLOCK_SIZE
     slot = physical_frame(memory_slots, frame, inside, physical_frames)
     return slot, first, tl.where(inside, tl.minimum(frame_tokens - first, BLOCK_SIZE), 0)
+
+
+@triton.jit
+def bank_block(
+    index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE: tl.constexpr
+):  # fmt: skip
+    """bank_place with the place as one number: the first token in memory (int64), and the length."""
+    slot, first, length = bank_place(
+        index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
+    )
+    return slot.to(tl.int64) * frame_tokens + first, length
 
 
 @triton.jit
@@ -96,7 +107,7 @@ def attend_list(
     offset = 0 if shared else lanes
     end = used * BLOCK_SIZE
     index = tl.load(indices + offset // BLOCK_SIZE, mask=offset < end, other=-1)
-    slot, start, length = bank_block(
+    slot, start, length = bank_place(
         index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
     )
     offset += BLOCK_N
@@ -124,7 +135,7 @@ def attend_list(
         row_max, row_sum, accumulator = attend_tile(
             query, key, value, present, ragged, None, scale_log2, row_max, row_sum, accumulator, False
         )
-        slot, start, length = bank_block(
+        slot, start, length = bank_place(
             index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
         )
         offset += BLOCK_N
@@ -206,7 +217,7 @@ def attend_union(
     heads = heads_of_lists(lists, cursor, used, blocks)
     # as in attend_list
     index = tl.load(union, mask=size > 0, other=-1)
-    slot, start, length = bank_block(
+    slot, start, length = bank_place(
         index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
     )
     wanted = heads == index
@@ -231,7 +242,7 @@ def attend_union(
         cursor += (wanted & last_part).to(tl.int32)
         heads = heads_of_lists(lists, cursor, used, blocks)
         wanted = heads == index
-        slot, start, length = bank_block(
+        slot, start, length = bank_place(
             index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
         )
         index = tl.load(union + (step + 2) // PARTS, mask=step + 2 < size * PARTS, other=-1)
