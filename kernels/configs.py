@@ -110,7 +110,7 @@ def attend_config(
             f"use impl='torch'"
         )
     if dtype == torch.float32:  # no tensor cores: the operands, too, have to fit in registers
-        block_m, block_n, warps, stages = 32, 16, 8, 2
+        block_m, block_n, warps, stages = 32, 16, 8, 3 if capability >= 90 else 2
     else:
         row = max((known for known in ATTEND_TILES if known <= capability), default=80)
         block_m, block_n, warps, stages = next(tiles for size, tiles in ATTEND_TILES[row].items() if dim <= size)
