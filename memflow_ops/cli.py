@@ -491,6 +491,90 @@ def bench(
     cli_bench.bench(size or [], case, rounds, device, out, stored)
 
 
+@app.command("profile-selection")
+def profile_selection(
+    story: Annotated[
+        Path | None,
+        typer.Argument(help="JSON lines, of which the first story is streamed. Default: held-out or shipped ones."),
+    ] = None,
+    out: Annotated[Path, typer.Option(help="The .json file to write; a picture beside it.")] = Path(
+        "out/selection.json"
+    ),
+    block_size: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Tokens of a block; may be repeated. Default: 8, 16, 32, 64; with a checkpoint 16, 32, 64, 128.",
+            metavar="N",
+        ),
+    ] = None,
+    query_group: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Queries that share a selection, 0: the whole chunk; may be repeated. Default: 1, 16, 0; with a "
+            "checkpoint 1, 128, 0.",
+            min=0,
+            metavar="N",
+        ),
+    ] = None,
+    chunks: Annotated[int, typer.Option(help="Chunks measured, drawn.", min=1, metavar="N")] = 12,
+    calls: Annotated[
+        int, typer.Option(help="Calls of attention (a layer in a pass) measured in each, drawn.", min=1, metavar="N")
+    ] = 12,
+    heads: Annotated[int, typer.Option(help="Heads measured in each call, drawn.", min=1, metavar="N")] = 3,
+    queries: Annotated[int, typer.Option(help="Queries measured in each call, drawn.", min=1, metavar="N")] = 512,
+    rounds: Annotated[int, typer.Option(help="How often each setting is timed; 0: not.", min=0, metavar="N")] = 9,
+    seed: Annotated[int, typer.Option(help="Of the noise and of all that is drawn.", min=0, metavar="N")] = 0,
+    stories: Annotated[
+        int | None, typer.Option(help="Held-out stories of the toy world. Default: 2.", min=1, metavar="N")
+    ] = None,
+    bank_frames: BankFrames = None,
+    top_k: TopK = None,
+    frames_per_prompt: FramesPerPrompt = None,
+    steps: Steps = None,
+    device: Device = "auto",
+    weights: Weights = None,
+    checkpoint: Annotated[Path | None, typer.Option(help="As for generate.", metavar="PATH")] = None,
+    text_encoder: TextEncoder = None,
+    lora: LoraFile = None,
+    lora_alpha: LoraAlpha = None,
+    num_heads: NumHeads = None,
+    dtype: Dtype = "auto",
+    height: Height = None,
+    width: Width = None,
+    history_frames: HistoryFrames = None,
+) -> None:
+    """Measure what top_k, block_size and query_group keep of a model's attention, and what they cost: how to choose
+    them.
+
+    Streams a story and compares, at calls drawn at random, every setting with dense attention over the whole bank: the
+    share of its mass that the chosen blocks hold, the error of the output, and the time of the op on these tensors;
+    beside them frames chosen once for a chunk, as the released MemFlow does, blocks at random, and an oracle. Defaults
+    that suit one model do not suit another. Ctrl-C keeps what has been measured.
+    """
+    from memflow_ops import cli_profile
+
+    options = _given(bank_frames=bank_frames, top_k=top_k, steps=steps, frames_per_prompt=frames_per_prompt)
+    real = _given(
+        text_encoder=text_encoder, lora=lora, lora_alpha=lora_alpha, num_heads=num_heads, height=height, width=width,
+        history_frames=history_frames,
+    )  # fmt: skip
+    with mistakes():
+        watched: Any
+        if checkpoint is None:
+            if real:
+                raise ValueError(f"{_named(real)} need a --checkpoint; without one this is the toy world")
+            watched = cli_profile.toy(story, out, stories or 2, weights, device, block_size, query_group, options)
+        else:
+            toy = _given(weights=weights, stories=stories)
+            if toy:
+                raise ValueError(f"{_named(toy)} belong to the toy world, not to a --checkpoint")
+            sources, rest = _sources(checkpoint, dtype, real, ["text_encoder"])
+            options |= {**rest, "device": device, "seed": seed}
+            watched = cli_profile.real(story, out, sources, block_size, query_group, options)
+    drawn = {"chunks": chunks, "calls": calls, "heads": heads, "queries": queries, "rounds": rounds, "seed": seed}
+    cli_profile.profile(watched, out, drawn)
+
+
 def _given(**options: Any) -> dict[str, Any]:
     """The options that have a value; a query group of 0 is the whole chunk."""
     given = {name: value for name, value in options.items() if value is not None}
@@ -503,15 +587,17 @@ def _named(given: dict[str, Any]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in given)
 
 
-def _sources(checkpoint: Path, dtype: str, real: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _sources(
+    checkpoint: Path, dtype: str, real: dict[str, Any], needed: Sequence[str] = ("text_encoder", "vae")
+) -> tuple[Any, dict[str, Any]]:
     """The paths of a real pipeline, and the options that are none."""
     from memflow_ops.model.wan import Sources
 
-    missing = {"text_encoder", "vae"} - real.keys()
+    missing = set(needed) - real.keys()
     if missing:
         raise ValueError(f"a --checkpoint also needs {_named(dict.fromkeys(sorted(missing)))}")
     names = Sources.__dataclass_fields__.keys() & real.keys()
-    sources = Sources(checkpoint, dtype=dtype, **{name: real[name] for name in names})
+    sources = Sources(checkpoint, dtype=dtype, **{"vae": None} | {name: real[name] for name in names})
     return sources, {name: value for name, value in real.items() if name not in names}
 
 

@@ -27,12 +27,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memflow_ops.cache import FrameCache
+from memflow_ops.cache import FrameCache, Memory
 from memflow_ops.cache_layout import ReleasedLayout
 from memflow_ops.cache_released import ReleasedCache
 from memflow_ops.model import graphs, world
 from memflow_ops.model.activation import Activation, held_by_layers
-from memflow_ops.model.attend import attend_as_released, attend_to_memory
+from memflow_ops.model.attend import Observer, attend_as_released, attend_to_memory
 from memflow_ops.model.sampler import FlowMatchSampler
 from memflow_ops.model.settings import StreamSettings
 from memflow_ops.model.text import embed_prompts
@@ -151,14 +151,16 @@ class Streamer:
         policy: Policy | None = None,
         report: bool = True,
         cuda_graphs: bool | None = None,
+        observe: Observer | None = None,
     ):
         """policy: chooses the bank instead of the one that `settings` names.
         report: whether `Chunk` tells what was activated and how long the chunk took, for which the host waits for the
             device at its end; without, these are empty and `seconds` is the time to queue the work.
         cuda_graphs: whether passes that come again are recorded and replayed (None: where that can be). Changes no
             result. A ValueError where it is asked for and cannot be.
+        observe: is shown what every layer of every pass over a chunk, re-caching aside, chooses from.
         """
-        self.report = report
+        self.report, self.observe = report, observe
         self.model, self.settings, self.encode = model, settings, encode
         self.seeds = [seed + story for story in range(batch)] if isinstance(seed, int) else list(seed)
         if len(self.seeds) != batch or min(self.seeds, default=0) < 0:
@@ -172,6 +174,8 @@ class Streamer:
             else FrameCache(layout, self.device)
         )
         reason = "they are off" if cuda_graphs is False else graphs.why_not(self.device, settings)
+        if observe is not None:
+            reason = reason or "every pass is observed"
         if cuda_graphs and reason:
             raise ValueError(f"no CUDA graphs for this stream: {reason}")
         recorder = None if reason else graphs.CudaGraphs(self.device)
@@ -371,7 +375,8 @@ class Streamer:
     def _attend(self, keys_only: bool = False, remember: bool = False) -> Attend:
         """How the open chunk sees the past."""
         cache, settings = self.cache, self.settings
-        observe = self._activation.observe if self._activation and remember else None
+        counted = self._activation.observe if self._activation and remember else None
+        observe = _in_turn(counted, self.observe if remember or not keys_only else None)
         if isinstance(cache, ReleasedCache):
             return attend_as_released(
                 cache,
@@ -457,6 +462,17 @@ class Streamer:
         if self.report and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
+
+
+def _in_turn(first: Observer | None, second: Observer | None) -> Observer | None:
+    if first is None or second is None:
+        return first or second
+
+    def observe(layer: int, q: Tensor, memory: Memory) -> None:
+        first(layer, q, memory)
+        second(layer, q, memory)
+
+    return observe
 
 
 def _checked_prompts(prompts: Sequence[str]) -> list[str]:

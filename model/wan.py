@@ -47,7 +47,8 @@ class Sources:
 
     checkpoint: Path
     text_encoder: Path
-    vae: Path
+    vae: Path | None
+    """None where nothing is to be decoded"""
     lora: Path | None = None
     lora_alpha: float | None = None
     num_heads: int | None = None
@@ -57,7 +58,8 @@ class Sources:
     def check(self) -> None:
         """Everything that can be seen without reading weights; FileNotFoundError or ValueError."""
         find_text_encoder(self.text_encoder)
-        find_vae(self.vae)
+        if self.vae is not None:
+            find_vae(self.vae)
         for path in (self.checkpoint, self.lora):
             if path is not None and not path.exists():
                 raise FileNotFoundError(f"no weights at {path}")
@@ -152,9 +154,9 @@ def make_plans(
     return plans
 
 
-def latent_size(vae: Path, height: int, width: int) -> tuple[int, int]:
+def latent_size(vae: Path | None, height: int, width: int) -> tuple[int, int]:
     """Pixels -> rows and columns of latents; a ValueError where they do not divide into the patches of Wan."""
-    scale = find_vae(vae)[1].get("scale_factor_spatial", 8)
+    scale = find_vae(vae)[1].get("scale_factor_spatial", 8) if vae is not None else 8
     if height % (2 * scale) or width % (2 * scale):
         raise ValueError(f"height and width must be multiples of {2 * scale} pixels, got {height} x {width}")
     return height // scale, width // scale
@@ -183,16 +185,16 @@ def plan_story(
     pools: of working memory; 2 where CUDA graphs keep one of their own.
     """
     dtype, config = sources.torch_dtype(free.device), pretrained.config
-    folder, vae = find_vae(sources.vae)
-    channels, scale = vae.get("z_dim", 16), vae.get("scale_factor_spatial", 8)
-    if channels != config.out_dim:
-        raise ValueError(f"{folder} decodes latents of {channels} channels, the transformer makes {config.out_dim}")
     model = empty_model(config).to(dtype)
     tokens = model.tokens(settings.height, settings.width)
     items = budget.model_items(config, settings, pretrained.parameters, 1, tokens, dtype, pools)
-    pixels = settings.height * scale, settings.width * scale
-    decoder = budget.count_numbers(folder, ("decoder.", "post_quant_conv."))
-    items += budget.vae_items(vae, decoder, 1, *pixels, dtype)
+    if sources.vae is not None:
+        folder, vae = find_vae(sources.vae)
+        channels, scale = vae.get("z_dim", 16), vae.get("scale_factor_spatial", 8)
+        if channels != config.out_dim:
+            raise ValueError(f"{folder} decodes latents of {channels} channels, the transformer makes {config.out_dim}")
+        decoder = budget.count_numbers(folder, ("decoder.", "post_quant_conv."))
+        items += budget.vae_items(vae, decoder, 1, settings.height * scale, settings.width * scale, dtype)
     items.append(
         budget.Item("kept free", free.bytes // RESERVE, f"one part in {RESERVE}: what is estimated may be more")
     )
@@ -213,6 +215,7 @@ class Parts:
 
     model: CausalVideoModel
     vae: Any
+    """None where the sources name none"""
     encode: EncodedPrompts
 
     @property
@@ -240,7 +243,8 @@ def load_parts(
     model = pretrained.build(dtype, device)
     if compiled:
         model.compile_blocks()
-    return Parts(model, load_vae(sources.vae, dtype, device), encode)
+    vae = load_vae(sources.vae, dtype, device) if sources.vae is not None else None
+    return Parts(model, vae, encode)
 
 
 @dataclass

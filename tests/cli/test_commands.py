@@ -27,7 +27,7 @@ def memflow(*words) -> int:
 def test_help_names_every_command(capfd):
     assert memflow() == 0
     said = capfd.readouterr().out
-    for command in ("generate", "demo", "convert", "verify", "info", "train", "evaluate"):
+    for command in ("generate", "demo", "convert", "verify", "info", "train", "evaluate", "profile-selection"):
         assert f"\n  {command} " in said
         assert memflow(command, "--help") == 0
 

@@ -1,0 +1,192 @@
+"""What a selection keeps: of one call of attention, the bank's true mass in the chosen blocks, and the output's error.
+
+The truth is dense attention over the local window and the whole memory bank, in float32 or wider. A block's mass is the
+sum of its keys' probabilities there. Each way to choose ranks all blocks for every query, so that its choices for all
+budgets are found at once: the first k of the ranking are exactly what `select_blocks` takes.
+
+The oracle ranks by the true mass that a query group gives to a block: no choice of as many blocks, the same for the
+group, captures more. (Of the output's error it is not the least: that would take a search.)
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memflow_ops import describe_blocks
+
+Blocks = Literal["top", "oracle", "random"]
+ELEMENTS = 1 << 25
+"""Numbers of the largest intermediate result: 128 MiB in float32. A few of that size are held at a time."""
+
+
+class Choice(NamedTuple):
+    """A way to choose blocks of the bank, for any budget."""
+
+    blocks: Blocks
+    """those of the highest score, as `select_blocks`; of the most true mass; drawn anew for every query"""
+    block_size: int
+    query_group: int | None
+    """consecutive queries that share a selection; None: the whole chunk"""
+
+
+@dataclass(frozen=True)
+class View:
+    """One call of attention, of one story and H heads: what its chunk's queries may choose from."""
+
+    q: Tensor
+    """(H, Lq, D), all queries of the chunk, as they were: their means make the groups' descriptors"""
+    rows: Tensor
+    """(n,) int64, ascending: the queries that are measured"""
+    k: Tensor
+    """(H, Lk, D), the local window, always attended to; Lk may be 0"""
+    v: Tensor
+    bank_k: Tensor
+    """(H, frames, T, D)"""
+    bank_v: Tensor
+
+    @property
+    def frame_tokens(self) -> int:
+        return self.bank_k.shape[2]
+
+    @property
+    def bank_tokens(self) -> int:
+        return self.bank_k.shape[1] * self.frame_tokens
+
+
+@dataclass
+class Measured:
+    """Sums over the measured queries, per budget (K,) and head (H,), float64, on the CPU. Budget 0 is the window
+    alone, the last all blocks."""
+
+    budgets: list[int]
+    captured: Tensor  # (K, H) mass in the chosen blocks
+    bank: Tensor  # (H,) mass in all blocks
+    error: Tensor  # (K, H) squared distance to the dense output
+    dense: Tensor  # (H,) its squared length
+    keys: Tensor  # (K, H) keys of the chosen blocks
+    queries: int
+
+
+def budgets(blocks: int) -> list[int]:
+    """Of `blocks` blocks 0, 1, 2, 3, 4, 6, 8, 12, ... and all."""
+    steps = {0, 1, blocks}
+    for power in range(1, blocks.bit_length()):
+        steps |= {1 << power, 3 << power - 1}
+    return sorted(step for step in steps if step <= blocks)
+
+
+def choices(block_sizes: Sequence[int], query_groups: Sequence[int | None], frame_tokens: int) -> list[Choice]:
+    """All that `measure` compares: the groups' own and the oracle's choices, random ones, and whole frames chosen once
+    for the chunk by their means, as the released MemFlow activates them.
+
+    A ValueError for sizes that cannot be.
+    """
+    for name, sizes in (("block_size", block_sizes), ("query_group", query_groups)):
+        if not sizes:
+            raise ValueError(f"at least one {name} is needed")
+        for size in sizes:
+            if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+                raise ValueError(f"{name} must be a positive number, got {size!r}")
+    too_large = [size for size in block_sizes if size > frame_tokens]
+    if too_large:
+        raise ValueError(f"a block lies inside a frame of {frame_tokens} tokens, got block_size={max(too_large)}")
+    shared = [(size, group) for size in block_sizes for group in query_groups] + [(frame_tokens, None)]
+    found = {Choice("random", size, 1) for size, _ in shared}
+    for size, group in shared:
+        found |= {Choice("top", size, group), Choice("oracle", size, group)}
+    order = ("top", "oracle", "random")
+    return sorted(found, key=lambda c: (c.block_size, c.query_group or math.inf, order.index(c.blocks)))
+
+
+def measure(view: View, compared: Sequence[Choice], generator: torch.Generator | None = None) -> dict[Choice, Measured]:
+    """What each choice captures and misses at every budget. generator: of the random choices, on the CPU."""
+    measured: dict[Choice, Measured] = {}
+    for size in dict.fromkeys(choice.block_size for choice in compared):
+        of_size = [choice for choice in compared if choice.block_size == size]
+        measured.update(_measure(view, of_size, size, generator))
+    return {choice: measured[choice] for choice in compared}
+
+
+def _measure(
+    view: View, compared: Sequence[Choice], block: int, generator: torch.Generator | None
+) -> Iterator[tuple[Choice, Measured]]:
+    heads, size = view.q.shape[0], view.q.shape[-1]
+    bank_v = _blocks(_wide(view.bank_v).permute(0, 3, 1, 2), block).permute(0, 2, 3, 1)  # [H, N, block, D]
+    lengths = _blocks(view.bank_k.new_ones(1, *view.bank_k.shape[1:3]), block).sum(-1)  # [1, N]
+    count = lengths.shape[-1]
+    steps = torch.tensor(budgets(count), device=view.q.device)
+    first_budget = torch.bucketize(torch.arange(count, device=steps.device), steps, right=True)  # by rank
+    per_row = heads * (view.k.shape[1] + 2 * view.bank_tokens + (count + len(steps)) * (size + 2))
+    parts = view.rows.split(max(1, ELEMENTS // per_row))
+
+    masses = torch.cat([_blocks(_attention(view, rows)[2], block).sum(-1) for rows in parts], 1)  # [H, n, N]
+    ranked = [_ranked(view, choice, masses, generator) for choice in compared]
+    sums = [torch.zeros(len(steps), 4, heads, dtype=torch.float64, device=view.q.device) for _ in compared]
+    for part, rows in zip(torch.arange(len(view.rows), device=steps.device).split(len(parts[0])), parts, strict=True):
+        window_out, window_mass, p = _attention(view, rows)
+        weights = _blocks(p, block)  # [H, n, N, block]
+        outs = torch.einsum("hnjt,hjtd->hnjd", weights, bank_v)
+        extra = torch.stack([masses[:, part], lengths.expand(heads, len(rows), -1)], -1).to(outs)
+        table = torch.cat([outs, extra], -1)  # [H, n, N, D + 2]
+        for (ranks, member), total in zip(ranked, sums, strict=True):
+            # rankings nest: what each budget adds to the one before, summed up
+            added = first_budget[ranks[:, member[part]]][..., None].expand_as(table)  # [H, n, N, D + 2]
+            found = table.new_zeros(*table.shape[:2], len(steps), size + 2).scatter_add_(2, added, table).cumsum(2)
+            mass, keys = found[..., size], found[..., size + 1]
+            out = (window_out[:, :, None] + found[..., :size]) / (window_mass[:, :, None] + mass)[..., None]
+            out = out.nan_to_num(nan=0.0)  # no window and no block
+            dense = out[:, :, -1:]
+            squares = [(out - dense).square().sum(-1), dense.square().sum(-1).expand_as(mass)]
+            total += torch.stack([mass, keys, *squares]).double().sum(2).permute(2, 0, 1)
+    for choice, total in zip(compared, sums, strict=True):
+        captured, keys, error, dense = total.cpu().unbind(1)
+        yield (
+            choice,
+            Measured(steps.tolist(), captured, captured[-1], error, dense[-1], keys, len(view.rows)),
+        )
+
+
+def _attention(view: View, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense attention of some queries: of the window the sum of its weighted values [H, n, D] and its mass [H, n], of
+    the bank the probability of every key [H, n, F, T]."""
+    q = _wide(view.q[:, rows]) * view.q.shape[-1] ** -0.5
+    near, far = q @ _wide(view.k).mT, q @ _wide(view.bank_k).flatten(1, 2).mT
+    total = torch.logaddexp(near.logsumexp(-1), far.logsumexp(-1))[..., None]
+    near, far = near.sub_(total).exp_(), far.sub_(total).exp_()
+    return near @ _wide(view.v), near.sum(-1), far.unflatten(-1, view.bank_k.shape[1:3])
+
+
+def _ranked(view: View, choice: Choice, masses: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+    """The rank of every block for each group that has measured queries [H, G, N], and each one's group (n,)."""
+    if choice.blocks == "random":
+        ranks = torch.rand(masses.shape, generator=generator).argsort(-1).to(masses.device)
+        return ranks, torch.arange(len(view.rows), device=masses.device)
+    group = choice.query_group or view.q.shape[1]
+    present, member = torch.unique(view.rows // group, return_inverse=True)
+    if choice.blocks == "oracle":
+        scores = masses.new_zeros(masses.shape[0], len(present), masses.shape[2]).index_add_(1, member, masses)
+    else:
+        descriptors = describe_blocks(
+            view.bank_k.flatten(1, 2).transpose(0, 1)[None], choice.block_size, view.frame_tokens
+        )
+        means = [_wide(view.q[:, group * g : group * (g + 1)]).mean(1) for g in present.tolist()] if group > 1 else []
+        queries = torch.stack(means, 1) if means else _wide(view.q[:, present])
+        scores = queries @ _wide(descriptors[0]).permute(1, 2, 0)
+    order = scores.nan_to_num(nan=-torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, places), member
+
+
+def _blocks(x: Tensor, block: int) -> Tensor:
+    """[..., F, T] of every token -> [..., N, block] of every block; where a frame's last block is short, zeros."""
+    padded = F.pad(x, (0, -x.shape[-1] % block))
+    return padded.unflatten(-1, (-1, block)).flatten(-3, -2)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -1,0 +1,144 @@
+"""`memflow profile-selection` in the toy world."""
+
+import inspect
+import json
+
+import pytest
+
+from memflow_ops import cli, cli_profile
+from memflow_ops.model import selection_profile
+from memflow_ops.model.checkpoints import sha256
+from memflow_ops.model.selection_profile import Sampling
+
+QUICK = (
+    "--steps",
+    1,
+    "--chunks",
+    2,
+    "--calls",
+    2,
+    "--rounds",
+    1,
+    "--block-size",
+    16,
+    "--query-group",
+    0,
+    "--device",
+    "cpu",
+)
+PROMPTS = ["an empty meadow", "a ball in the meadow", "an empty sea", "a ball at night"]
+
+
+def memflow(*words) -> int:
+    with pytest.raises(SystemExit) as end:
+        cli.main([str(word) for word in words])
+    return end.value.code
+
+
+@pytest.fixture
+def story(tmp_path):
+    path = tmp_path / "story.jsonl"
+    path.write_text(json.dumps({"prompts": PROMPTS}) + "\n" + json.dumps({"prompts": ["an empty sea"]}) + "\n")
+    return path
+
+
+def test_a_story_is_profiled(tmp_path, weights, story, capfd):
+    out = tmp_path / "deep" / "selection.json"
+    options = ("--bank-frames", 2, "--frames-per-prompt", 6, "--seed", 3, "--weights", weights)
+    assert memflow("profile-selection", story, "--out", out, *QUICK, *options) == 0
+    said = json.loads(out.read_text())
+    assert said["command"] == "memflow profile-selection" and not said["interrupted"] and said["torch"]
+    assert said["stories"] == [PROMPTS] and said["weights"] == {"name": weights.name, "sha256": sha256(weights)}
+    assert said["clock"] in ("wall time", "CPU time of the thread")
+    assert said["settings"]["bank_frames"] == 2 and said["settings"]["steps"] == 1
+    assert said["sampling"] == {"chunks": 2, "calls": 2, "heads": 3, "queries": 512, "rounds": 1, "seed": 3}
+    assert (said["bank_frames_with_sink"], said["frame_tokens"], len(said["chunks_measured"])) == (5, 64, 2)
+    assert {(row["blocks"], row["block_size"], row["query_group"]) for row in said["rows"]} == {
+        ("top", 16, None), ("oracle", 16, None), ("random", 16, 1),
+        ("top", 64, None), ("oracle", 64, None), ("random", 64, 1),
+    }  # fmt: skip
+    assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    printed = capfd.readouterr().out
+    assert "blocks of 16, per chunk" in printed and "frames, per chunk, as released" in printed
+    assert f"{100 * said['bank_mass']:.0f} % of attention falls on the bank" in printed
+    assert "times the time of the window alone" in printed and str(out) in printed
+
+
+def test_held_out_stories_are_the_default(tmp_path, weights, capfd, monkeypatch):
+    monkeypatch.setattr(cli_profile, "STORY_LENGTH", 0)
+    out = tmp_path / "selection.json"
+    assert memflow("profile-selection", "--out", out, *QUICK, "--weights", weights, "--stories", 3, "--rounds", 0) == 0
+    said = json.loads(out.read_text())
+    assert [len(story) for story in said["stories"]] == [6, 6, 6]
+    assert "fewest keys" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize("measured", [0, 1])
+def test_ctrl_c_keeps_what_was_measured(tmp_path, weights, story, capfd, monkeypatch, measured):
+    """In the first chunk, and where a second one would be measured."""
+
+    class Interrupted(selection_profile.Streamer):
+        def next_chunk(self, prompts):
+            if self.cache.committed == (15 if measured else 0):
+                raise KeyboardInterrupt
+            return super().next_chunk(prompts)
+
+    monkeypatch.setattr(selection_profile, "Streamer", Interrupted)
+    out = tmp_path / "selection.json"
+    assert memflow("profile-selection", story, "--out", out, *QUICK, "--chunks", 99, "--weights", weights) == 130
+    printed = capfd.readouterr()
+    if measured:
+        said = json.loads(out.read_text())
+        assert said["interrupted"] and said["chunks_measured"] == list(range(5, 15)) and said["rows"]
+        assert out.with_suffix(".png").is_file()
+        assert "after 10 measured chunks; they are kept" in printed.err and "per chunk" in printed.out
+    else:
+        assert "nothing was written" in printed.err and not out.exists()
+
+
+def test_what_was_measured_is_on_disk_before_the_end(tmp_path, weights, story, monkeypatch):
+    """A kill or an error loses at most the chunk that was being measured."""
+
+    def broken(*arguments, **options):
+        yield next(whole(*arguments, **options))
+        raise RuntimeError("out of everything")
+
+    whole = selection_profile.profile
+    monkeypatch.setattr(selection_profile, "profile", broken)
+    out = tmp_path / "selection.json"
+    with pytest.raises(RuntimeError):
+        cli.main([str(w) for w in ("profile-selection", story, "--out", out, *QUICK, "--weights", weights)])
+    assert len(json.loads(out.read_text())["chunks_measured"]) == 1
+
+
+BAD = {
+    "block": (("--block-size", 65), "inside a frame of 64 tokens, got block_size=65"),
+    "no block": (("--block-size", 0), "block_size must be a positive number, got 0"),
+    "bank": (("--bank-frames", 40), "a bank of 40 frames is full in chunk 42, but the story ends after chunk 15"),
+    "target": (("--out", "selection.txt"), ".json"),
+    "real option": (("--text-encoder", "/there"), "--text-encoder need a --checkpoint"),
+    "toy option": (
+        ("--checkpoint", "/there", "--text-encoder", "/there", "--stories", 2),
+        "--stories belong to the toy",
+    ),
+    "encoder": (("--checkpoint", "/there"), "also needs --text-encoder"),
+    "weights": (("--weights", "/no/such/file"), "/no/such/file"),
+}
+
+
+@pytest.mark.parametrize("options, expected", BAD.values(), ids=BAD.keys())
+def test_bad_options_are_refused_before_anything_is_written(tmp_path, story, capfd, options, expected):
+    out = tmp_path / "out"
+    assert memflow("profile-selection", story, "--out", out / "selection.json", *QUICK, *options) == 2
+    said = capfd.readouterr().err
+    assert expected in said and said.count("\n") == 1 and said.startswith("memflow: ")
+    assert not out.exists()
+
+
+def test_defaults_are_those_of_the_library():
+    parameters = inspect.signature(cli.profile_selection).parameters
+    defaults = vars(Sampling())
+    assert {name: parameters[name].default for name in defaults} == defaults
+    helps = str(parameters["block_size"].annotation) + str(parameters["query_group"].annotation)
+    for sizes in (*cli_profile.TOY_SIZES, *cli_profile.WAN_SIZES):
+        assert ", ".join(map(str, sizes)) in helps

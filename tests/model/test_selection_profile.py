@@ -1,0 +1,223 @@
+"""The profile of a stream: what is drawn, that watching changes nothing, and what is made of it."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from memflow_ops.model import selection_profile
+from memflow_ops.model.selection_plot import draw, pareto
+from memflow_ops.model.selection_profile import (
+    GOALS,
+    Profile,
+    Row,
+    Sampling,
+    cheapest,
+    check,
+    enough,
+    first_full,
+    kinds,
+    profile,
+    results,
+    table,
+)
+from memflow_ops.model.selection_quality import Choice, measure
+from memflow_ops.model.settings import StreamSettings
+from memflow_ops.model.stream import Streamer, chunk_prompts, stream
+from memflow_ops.model.text import TEXT_DIM
+from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+
+STORY = ["a ball in the meadow", "a box in the sea", "an empty desert", "a ball at night"]
+SETTINGS = StreamSettings(height=16, width=16, steps=2, block_size=4, bank_frames=2, device_frames=20, recache=True)
+SIZES = {"block_sizes": [4, 16], "query_groups": [1, 6, None]}
+
+
+@pytest.fixture(scope="module")
+def model() -> CausalVideoModel:
+    torch.manual_seed(3)
+    sizes = {"dim": 32, "ffn_dim": 64, "num_heads": 4, "num_layers": 2, "in_dim": 5, "out_dim": 3}
+    return CausalVideoModel(
+        ModelConfig(**sizes, text_dim=TEXT_DIM, text_len=4, patch_size=(1, 4, 4), prediction="x0")
+    ).eval()
+
+
+@pytest.fixture(scope="module")
+def spoken() -> list[tuple[str, ...]]:
+    return chunk_prompts([STORY, STORY[::-1]], 6, 3)
+
+
+def last(*arguments, **options) -> Profile:
+    (*_, whole) = profile(*arguments, **{**SIZES, **options})
+    return whole
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"sink_frames": 0}, {"sink_frames": 5}, {"bank_frames": 0, "sink_frames": 1}, {"window_frames": 9}],
+    ids=str,
+)
+def test_the_first_chunk_with_a_full_bank(model, changes):
+    settings = replace(SETTINGS, **changes)
+    streamer = Streamer(model, 1, settings)
+    full = settings.sink_frames + settings.bank_frames
+    sizes = []
+    for _ in range(first_full(settings) + 2):
+        sizes.append(len(streamer.next_chunk(["an empty sea"]).candidates[0]))
+    assert sizes[-2:] == [full, full] and max(sizes[:-2], default=0) < full
+
+
+def test_watching_changes_nothing_and_sees_every_call(model, spoken):
+    seen = []
+    watched = Streamer(
+        model,
+        2,
+        SETTINGS,
+        seed=5,
+        observe=lambda layer, q, memory: seen.append((layer, q.shape, int(memory.frames[0]))),
+    )
+    frames = [watched.next_chunk(prompts).frames for prompts in spoken]
+    alone = [chunk.frames for chunk in stream(model, spoken, SETTINGS, seed=5)]
+    assert all(torch.equal(a, b) for a, b in zip(frames, alone, strict=True))
+    with_a_bank = len(spoken) - 2  # the sink leaves the window with the second chunk
+    assert [layer for layer, *_ in seen] == [0, 1] * (SETTINGS.steps + 1) * with_a_bank
+    assert seen[-1][1:] == (torch.Size([2, 48, 4, 8]), 5)
+
+
+def test_a_profile_is_of_so_many_chunks_calls_heads_and_queries(model, spoken):
+    sampling = Sampling(chunks=3, calls=4, heads=2, queries=12, rounds=2)
+    steps = []
+    grown = profile(model, spoken, SETTINGS, sampling=sampling, report=lambda *at: steps.append(at), **SIZES)
+    for number, whole in enumerate(grown, 1):
+        assert len(whole.chunks) == number and whole.calls == 4 * number and whole.queries == whole.calls * 2 * 12
+    assert number == 3 and min(whole.chunks) >= first_full(SETTINGS)
+    assert steps == [(i + 1, steps[-1][1]) for i in range(whole.chunks[-1] + 1)]
+
+    rows = whole.rows()
+    assert kinds(rows) == whole.compared
+    for row in rows:
+        assert 0 <= row.captured <= 1 and 0 <= row.captured_p20 <= 1 and row.left_out <= whole.bank_mass + 1e-6
+        assert row.share == pytest.approx(row.keys / (5 * 16))
+        if row.share == 1:
+            assert (row.captured, row.captured_p20, row.left_out, row.error) == (1, 1, 0, 0)
+        timed = row.blocks == "top" and row.top_k > 0
+        assert (row.ratio is not None) == (row.seconds is not None) == timed
+        if row.ratio is not None:
+            assert 0 < row.ratio_p20 <= row.ratio <= row.ratio_p80
+
+
+def test_the_same_seed_measures_the_same(model, spoken):
+    sampling = Sampling(chunks=2, calls=3, heads=1, queries=6, rounds=0)
+    one, same, other = (
+        last(model, spoken, SETTINGS, sampling=replace(sampling, seed=seed)).rows() for seed in (1, 1, 2)
+    )
+    assert one == same != other
+    assert all(row.ratio is None for row in one)
+
+
+def test_what_is_measured_is_the_stream_s_attention(model, spoken, monkeypatch):
+    """Against the outputs of the calls themselves, which with all blocks activated are dense attention."""
+    from memflow_ops.model import attend
+
+    dense, seen = [], []
+
+    def attention(*arguments, **options):
+        out = whole(*arguments, **options)
+        if "memory_slots" in options:
+            dense.append(out)
+        return out
+
+    def watch(view, compared, generator):
+        seen.append((view, measure(view, compared, generator)))
+        return seen[-1][1]
+
+    whole = attend.memory_attention
+    monkeypatch.setattr(attend, "memory_attention", attention)
+    monkeypatch.setattr(selection_profile, "measure", watch)
+    settings, calls = replace(SETTINGS, top_k=100, recache=False), (SETTINGS.steps + 1) * 2 - 1
+    sampling = Sampling(chunks=1, calls=calls, heads=4, queries=48, rounds=0)
+    measured = last(model, [(one,) for one, _ in spoken], settings, sampling=sampling)
+    assert len(seen) == calls and measured.calls == calls
+    choice = Choice("oracle", 4, 1)
+    for (view, found), out in zip(seen, dense[-calls:], strict=True):
+        assert view.bank_k.shape == (4, 5, 16, 8) and view.k.shape == (4, 96, 8)
+        torch.testing.assert_close(found[choice].dense, out.double().square().sum((0, 1, 3)), rtol=1e-4, atol=0)
+
+
+def test_query_groups_are_measured_whole(model, spoken, monkeypatch):
+    rows = []
+    monkeypatch.setattr(
+        selection_profile, "measure", lambda view, *rest: rows.append(view.rows.tolist()) or measure(view, *rest)
+    )
+    last(model, spoken, SETTINGS, sampling=Sampling(chunks=2, calls=3, queries=20, rounds=0), query_groups=[4, 6, 1])
+    assert len(rows) == 6 and len({tuple(some) for some in rows}) > 1
+    for some in rows:
+        assert len(some) == 12 and some[0] % 12 == 0 and some == list(range(some[0], some[0] + 12))
+
+
+@pytest.mark.parametrize(
+    ("changes", "chunks", "says"),
+    [
+        ({"bank_frames": 10}, 8, "a bank of 10 frames is full in chunk 12, but the story ends after chunk 7"),
+        ({"memory": "full"}, 8, "only memory='memflow'"),
+        ({"sink_frames": 0, "bank_frames": 0}, 8, "nothing to select from"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(changes, chunks, says):
+    with pytest.raises(ValueError, match=says):
+        check(replace(SETTINGS, **changes), chunks, 16, [4], [1])
+
+
+@pytest.mark.parametrize("name", ["chunks", "calls", "heads", "queries"])
+def test_bad_samples_are_refused(name):
+    with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
+        Sampling(**{name: 0})
+
+
+def made_up(blocks: str, size: int, group: int | None, top_k: int, captured: float, error: float, ratio=None) -> Row:
+    return Row(blocks, size, group, top_k, top_k * size, top_k * size / 64, captured, captured, 0, error, None, ratio)
+
+
+ROWS = [
+    made_up("top", 16, 1, 0, 0.0, 0.5),
+    made_up("top", 16, 1, 1, 0.7, 0.2, 1.5),
+    made_up("top", 16, 1, 2, 0.9, 0.05, 2.0),
+    made_up("top", 16, 1, 4, 1.0, 0.0, 4.0),
+    made_up("oracle", 16, 1, 1, 0.8, 0.1),
+    made_up("oracle", 16, 1, 4, 1.0, 0.0),
+    made_up("top", 64, None, 1, 1.0, 0.0, 2.5),
+    made_up("random", 16, 1, 4, 1.0, 0.0),
+]
+
+
+def test_the_table_says_what_is_enough():
+    lines = table(ROWS, 64).splitlines()
+    assert len(lines) == 1 + 3
+    said = "blocks of 16, per query 2 50 % (25) 2.00 x 4 100 % (100) 4.00 x 2 50 % (100) 2.00 x"
+    assert " ".join(lines[1].split()) == said
+    assert lines[2].startswith("frames, per chunk, as released") and "2.50 x" in lines[2]
+    assert lines[3].startswith("blocks of 16, at random")
+    assert enough(ROWS, Choice("top", 16, 1), GOALS["80 % of the mass"]).top_k == 2
+
+
+def test_the_quickest_is_recommended():
+    assert cheapest(ROWS, GOALS["error of 5 %"]) == ROWS[2]
+    assert cheapest(ROWS, GOALS["95 %"]) == ROWS[6]
+    untimed = [replace(row, ratio=None) for row in ROWS]
+    assert cheapest(untimed, GOALS["error of 5 %"]) == untimed[2]
+
+
+def test_the_front_is_what_nothing_beats():
+    timed = [row for row in ROWS if row.ratio is not None]
+    assert pareto(timed) == [ROWS[1], ROWS[2], ROWS[6]]
+
+
+def test_json_and_picture(model, spoken):
+    sampling = Sampling(chunks=1, calls=2, rounds=1)
+    measured = last(model, spoken, SETTINGS, sampling=sampling)
+    said = json.loads(results(measured, {"command": "x"}, sampling, interrupted=True))
+    assert said["command"] == "x" and said["interrupted"] and said["sampling"]["calls"] == 2
+    for got, row in zip(said["rows"], measured.rows(), strict=True):
+        assert got == pytest.approx(asdict(row), rel=1e-5)
+    for rows in (measured.rows(), [replace(row, ratio=None) for row in measured.rows()]):
+        assert draw(rows, 16, "a title", SETTINGS).startswith(b"\x89PNG")

@@ -1,0 +1,192 @@
+"""What selections keep, against cases worked out by hand and against the op itself."""
+
+import itertools
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memflow_ops import describe_blocks, memory_attention, select_blocks
+from memflow_ops.model import selection_quality
+from memflow_ops.model.selection_quality import Choice, View, budgets, choices, measure
+
+
+def random_view(heads=2, queries=11, window=5, frames=3, tokens=7, size=4, rows=None, seed=0, whole=False) -> View:
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> torch.Tensor:
+        x = 2 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+        return x.round() if whole else x
+
+    rows = torch.arange(queries) if rows is None else torch.tensor(rows)
+    q, k, v = draw(heads, queries, size), draw(heads, window, size), draw(heads, window, size)
+    return View(q, rows, k, v, draw(heads, frames, tokens, size), draw(heads, frames, tokens, size))
+
+
+def as_op(x: torch.Tensor) -> torch.Tensor:
+    """(H, ..., D) -> (1, tokens, H, D)."""
+    return x.flatten(1, -2).transpose(0, 1)[None]
+
+
+def test_a_case_by_hand():
+    """One query 1 in one dimension, so that a key log(w) has weight w: the window 2, frames of three tokens (1, 5, 2)
+    and (3, 1, 4); blocks of two, the last of a frame short: 6, 2, 4, 4 of 18. By their mean keys log(5) / 2, log(2),
+    log(3) / 2 and log(4) they rank 3, 0, 1, 2."""
+    weights = torch.tensor([[[1, 5, 2], [3, 1, 4]]], dtype=torch.float64)
+    values = torch.tensor([[[1.0], [1], [9]], [[0], [0], [18]]], dtype=torch.float64)[None]
+    one = torch.ones(1, 1, 1, dtype=torch.float64)
+    view = View(
+        one, torch.tensor([0]), one * torch.tensor(2.0).double().log(), one * 0, weights.log()[..., None], values
+    )
+    found = measure(view, [Choice(blocks, 2, 1) for blocks in ("top", "oracle")])
+    top, oracle = found.values()
+    assert top.budgets == oracle.budgets == [0, 1, 2, 3, 4] and top.queries == 1
+    expected = {"top": [0, 4, 10, 12, 16], "oracle": [0, 6, 10, 14, 16]}
+    for measured, masses in zip((top, oracle), expected.values(), strict=True):
+        torch.testing.assert_close(18 * measured.captured[:, 0], torch.tensor(masses, dtype=torch.float64))
+        torch.testing.assert_close(18 * measured.bank, torch.tensor([16.0], dtype=torch.float64))
+    assert top.keys[:, 0].tolist() == [0, 1, 3, 4, 6] and oracle.keys[:, 0].tolist() == [0, 2, 4, 5, 6]
+    dense = (6 + 18 + 72) / 18
+    outs = [0, 72 / 6, (72 + 6) / 12, (72 + 6 + 18) / 14, dense]
+    torch.testing.assert_close(top.error[:, 0], torch.tensor([(out - dense) ** 2 for out in outs]).double())
+    torch.testing.assert_close(top.dense, torch.tensor([dense**2]).double())
+
+
+def test_a_group_is_judged_as_a_whole():
+    """Two queries that want different blocks: alone each gets its own, together they must share one."""
+    q = torch.tensor([[[4.0, 0], [0, 3]]], dtype=torch.float64)
+    bank = torch.tensor([[[[2.0, 0]], [[0, 2]]]], dtype=torch.float64)
+    view = View(q, torch.arange(2), q[:, :0], q[:, :0], bank, bank)
+    alone, together = measure(view, [Choice("oracle", 1, 1), Choice("oracle", 1, 2)]).values()
+    first, second = (torch.tensor([score, 0.0]).double().softmax(0) for score in (8 / 2**0.5, 6 / 2**0.5))
+    torch.testing.assert_close(alone.captured[1], (first[:1] + second[:1]))
+    torch.testing.assert_close(together.captured[1], (first[:1] + second[1:]))
+
+
+sizes = st.fixed_dictionaries(
+    {
+        "heads": st.integers(1, 2),
+        "queries": st.integers(1, 9),
+        "window": st.integers(0, 4),
+        "frames": st.integers(1, 3),
+        "tokens": st.integers(1, 7),
+        "seed": st.integers(0, 99),
+    }
+)
+
+
+@given(sizes=sizes, block=st.integers(1, 7), group=st.one_of(st.none(), st.integers(1, 5)))
+def test_what_is_measured_is_what_the_op_does(sizes, block, group):
+    """Whole numbers, so that scores tie; every budget against the op, its reference in float64."""
+    view = random_view(**sizes, whole=True)
+    block = min(block, sizes["tokens"])
+    (measured,) = measure(view, [Choice("top", block, group)]).values()
+    q, k, v, bank_k, bank_v = (as_op(x) for x in (view.q, view.k, view.v, view.bank_k, view.bank_v))
+    options = {"block_size": block, "frame_tokens": sizes["tokens"], "query_group": group, "impl": "reference"}
+    out = {n: memory_attention(q, k, v, bank_k, bank_v, top_k=n, **options) for n in measured.budgets[1:]}
+    dense = out[measured.budgets[-1]]
+    p = torch.softmax(q[0].transpose(0, 1) @ torch.cat([k, bank_k], 1)[0].permute(1, 2, 0) / 2, -1)
+    masses = p[..., sizes["window"] :].unflatten(-1, (sizes["frames"], -1)).split(block, -1)
+    table = torch.stack([part.sum(-1) for part in masses], -1).flatten(2)  # [H, n, N]
+    descriptors = describe_blocks(bank_k, block, sizes["tokens"])
+    for i, top_k in enumerate(measured.budgets[1:], 1):
+        error = (out[top_k] - dense).square().sum((0, 1, 3))
+        torch.testing.assert_close(measured.error[i], error, rtol=1e-9, atol=1e-12)
+        chosen = select_blocks(q, descriptors, top_k, query_group=group, impl="reference")[0].long()  # [H, G, K]
+        per_query = chosen.repeat_interleave(group or sizes["queries"], 1)[:, : sizes["queries"]]
+        captured = table.gather(2, per_query).sum((1, 2))
+        torch.testing.assert_close(measured.captured[i], captured, rtol=1e-9, atol=1e-12)
+    torch.testing.assert_close(measured.dense, dense.square().sum((0, 1, 3)))
+
+
+@given(sizes=sizes, block=st.integers(1, 7), group=st.one_of(st.none(), st.integers(1, 5)))
+def test_nothing_captures_more_than_the_oracle(sizes, block, group):
+    view = random_view(**sizes)
+    block = min(block, sizes["tokens"])
+    kinds = [Choice("top", block, group), Choice("oracle", block, group)]
+    kinds += [Choice("random", block, 1), Choice("oracle", block, 1)]
+    found = measure(view, kinds, torch.Generator().manual_seed(1))
+    top, oracle, at_random, finest = (found[kind] for kind in kinds)
+    assert (oracle.captured >= top.captured - 1e-12).all()
+    assert (finest.captured >= at_random.captured - 1e-12).all()
+    assert (finest.captured >= oracle.captured - 1e-12).all()
+    for measured in (top, oracle, at_random, finest):
+        assert (measured.captured.diff(dim=0) >= -1e-12).all() and not measured.captured[0].any()
+        # all blocks: everything captured and no error, exactly
+        assert torch.equal(measured.captured[-1], measured.bank) and not measured.error[-1].any()
+        assert (measured.keys[-1] == len(view.rows) * view.bank_tokens).all()
+
+
+def test_the_oracle_is_the_best_choice_there_is():
+    """Of all sets of blocks, tried one by one."""
+    view = random_view(heads=1, queries=3, frames=2, tokens=4)
+    (oracle,) = measure(view, [Choice("oracle", 2, None)]).values()
+    (alone,) = measure(view, [Choice("top", 2, 1)]).values()
+    p = torch.softmax(view.q @ torch.cat([view.k, view.bank_k.flatten(1, 2)], 1).mT / 2, -1)
+    masses = p[0, :, 5:].unflatten(-1, (4, 2)).sum((0, 2))
+    for i, k in enumerate(oracle.budgets):
+        best = max(masses[list(some)].sum().item() for some in itertools.combinations(range(4), k))
+        assert oracle.captured[i, 0].item() == pytest.approx(best)
+    assert oracle.bank.item() == pytest.approx(alone.bank.item())
+
+
+def test_random_choices_capture_their_share():
+    """And are drawn anew for every query: no luck of one draw."""
+    view = random_view(heads=4, queries=200, frames=4, tokens=8)
+    (measured,) = measure(view, [Choice("random", 2, 1)], torch.Generator().manual_seed(0)).values()
+    shares = (measured.captured.sum(1) / measured.bank.sum()).tolist()
+    assert shares == pytest.approx([k / 16 for k in measured.budgets], abs=0.03)
+
+
+def test_a_part_of_the_queries(monkeypatch):
+    """Only their sums, whatever the step; the groups' means are of all queries."""
+    every, some = random_view(), random_view(rows=[4, 5, 6, 7])
+    kinds = [Choice("top", 3, 4), Choice("oracle", 3, 4), Choice("top", 3, 1), Choice("top", 7, None)]
+    whole, part = measure(every, kinds), measure(some, kinds)
+    rest = measure(random_view(rows=[0, 1, 2, 3, 8, 9, 10]), kinds)
+    monkeypatch.setattr(selection_quality, "ELEMENTS", 1)
+    by_one = measure(some, kinds)
+    for kind in kinds:
+        for name in ("captured", "bank", "error", "dense", "keys"):
+            torch.testing.assert_close(getattr(by_one[kind], name), getattr(part[kind], name))
+            both = getattr(part[kind], name) + getattr(rest[kind], name)
+            torch.testing.assert_close(both, getattr(whole[kind], name))
+
+
+def test_half_precisions_are_measured_in_float32():
+    view = random_view()
+    half = View(*(x if x.dtype == torch.int64 else x.bfloat16() for x in vars(view).values()))
+    rounded = View(*(x if x.dtype == torch.int64 else x.bfloat16().double() for x in vars(view).values()))
+    kind = Choice("oracle", 2, 1)
+    torch.testing.assert_close(
+        measure(half, [kind])[kind].error, measure(rounded, [kind])[kind].error, rtol=1e-3, atol=0
+    )
+
+
+def test_budgets_run_from_nothing_to_all():
+    assert budgets(1) == [0, 1] and budgets(6) == [0, 1, 2, 3, 4, 6]
+    assert budgets(25) == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 25]
+
+
+def test_what_is_compared():
+    found = choices([4, 8], [1, None], 8)
+    assert len(set(found)) == len(found) == 2 * (4 + 1)
+    assert Choice("top", 8, None) in found, "frames by their means for the whole chunk"
+    assert choices([4], [2], 8)[-3:] == [Choice("random", 8, 1), Choice("top", 8, None), Choice("oracle", 8, None)]
+
+
+@pytest.mark.parametrize(
+    ("blocks", "groups", "says"),
+    [
+        ([], [1], "at least one block_size"),
+        ([4], [], "at least one query_group"),
+        ([0], [1], "block_size must be a positive number, got 0"),
+        ([4], [-2], "query_group must be a positive number, got -2"),
+        ([4, 9], [1], "inside a frame of 8 tokens, got block_size=9"),
+        ([2.5], [1], "positive number"),
+    ],
+)
+def test_impossible_sizes_are_refused(blocks, groups, says):
+    with pytest.raises(ValueError, match=says):
+        choices(blocks, groups, 8)
