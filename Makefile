@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint bench bench-compare aot gpu-test gpu-bench train clean
+.PHONY: help demo test lint bench bench-compare where-memory-pays aot gpu-test gpu-bench train clean
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
 
@@ -32,6 +32,9 @@ bench: $(STAMP)  ## what memory costs against every alternative; writes bench/re
 
 bench-compare: $(STAMP)  ## the same, held against the stored results of this device
 	$(BIN)/python $(CASES) --compare $(BENCH_OPTIONS)
+
+where-memory-pays: $(STAMP)  ## the toy world's match rate against overhead, by bank and budget; writes bench/results
+	$(BIN)/python -m memflow_ops.bench.where_memory_pays $(PAYS_OPTIONS)
 
 TRITON_36 := .venv/triton-3.6.0
 

@@ -336,16 +336,18 @@ def evaluate(
     kinds: Sequence[str] = tuple(KINDS),
     seed: int = 10_000,
     settings: StreamSettings | None = None,
+    lengths: Sequence[int] | None = None,
     report: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[Row]:
     """Streams held-out stories under each kind of memory and yields its row.
 
     stories: of each length, see `held_out.make_stories`. kinds: names of KINDS. seed: of stories and noise, held out.
+    lengths: of the stories, in prompts; None: all of `held_out.STORY_PROMPTS`.
     report: called with a kind's name, the chunks done and all of its chunks.
     """
     check(kinds, stories, seed)
     settings = settings or TOY_SETTINGS
-    told = make_stories(stories, seed)
+    told = make_stories(stories, seed, lengths)
     tokens = model.tokens(settings.height, settings.width)
     total = sum(len(group[0]) for group in told) * FRAMES_PER_PROMPT // settings.chunk_frames
 
@@ -371,14 +373,20 @@ TIMED_CHUNKS = range(8, 24)
 
 
 def time_kinds(
-    model: CausalVideoModel, kinds: Sequence[str], settings: StreamSettings | None = None, seed: int = 10_000
+    model: CausalVideoModel,
+    kinds: Sequence[str] | Mapping[str, Kind],
+    settings: StreamSettings | None = None,
+    seed: int = 10_000,
 ) -> dict[str, Timing]:
-    """Streams four stories under every kind at once, a chunk of each in turn, so that other load touches all alike."""
+    """Streams four stories under every kind at once, a chunk of each in turn, so that other load touches all alike.
+
+    kinds: names of KINDS, or others with what they are. Under "none" is what the ratios are to."""
     stories = make_stories(4, seed)[1]
-    streams = {name: stream_stories(model, stories, KINDS[name], settings or TOY_SETTINGS, seed) for name in kinds}
+    known = kinds if isinstance(kinds, Mapping) else KINDS
+    streams = {name: stream_stories(model, stories, known[name], settings or TOY_SETTINGS, seed) for name in kinds}
     seconds: dict[str, list[float]] = {name: [] for name in kinds}
     for index in range(TIMED_CHUNKS.stop):
-        for name in kinds if index % 2 else reversed(kinds):
+        for name in kinds if index % 2 else reversed(list(kinds)):
             chunk = next(streams[name])
             if index in TIMED_CHUNKS:
                 seconds[name].append(chunk.seconds)
@@ -443,16 +451,16 @@ def write_results(
         "timings": {name: asdict(timing) for name, timing in timings.items()},
         "rows": [asdict(row) for row in rows],
     }
-    write_atomically(out, (json.dumps(_without_nan(results), indent=1, allow_nan=False) + "\n").encode())
+    write_atomically(out, (json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n").encode())
     write_atomically(out.with_suffix(".png"), draw(rows))
 
 
-def _without_nan(x: object) -> object:
+def without_nan(x: object) -> object:
     """JSON has no NaN; None says as well that there was nothing to measure."""
     if isinstance(x, dict):
-        return {key: _without_nan(value) for key, value in x.items()}
+        return {key: without_nan(value) for key, value in x.items()}
     if isinstance(x, list | tuple):
-        return [_without_nan(value) for value in x]
+        return [without_nan(value) for value in x]
     return None if isinstance(x, float) and math.isnan(x) else x
 
 

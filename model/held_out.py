@@ -30,8 +30,8 @@ class Appearance:
     """frames since a prompt named it last; meaningless for a first appearance"""
 
 
-def make_stories(count: int, seed: int) -> list[list[list[str]]]:
-    """`count` stories of each length of STORY_PROMPTS, as prompts: (lengths, count, prompts).
+def make_stories(count: int, seed: int, lengths: Sequence[int] | None = None) -> list[list[list[str]]]:
+    """`count` stories of each length, as prompts: (lengths, count, prompts). lengths: None for STORY_PROMPTS.
 
     A story opens with an empty place, so that no character is ever in the sink, then introduces its 2 to 4 characters
     one by one. Each shows up for one prompt and stays away for 2 prompts or more; the one introduced first for 20, as
@@ -46,7 +46,7 @@ def make_stories(count: int, seed: int) -> list[list[list[str]]]:
     if count < 1:
         raise ValueError(f"there must be at least one story of each length, got {count}")
     rng = np.random.default_rng(seed)
-    return [[_make_story(prompts, rng) for _ in range(count)] for prompts in STORY_PROMPTS]
+    return [[_make_story(prompts, rng) for _ in range(count)] for prompts in lengths or STORY_PROMPTS]
 
 
 def _make_story(prompts: int, rng: np.random.Generator) -> list[str]:

@@ -1,0 +1,134 @@
+"""Match rate against overhead: which settings, that nothing measured is lost or mixed, and the words."""
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from memflow_ops.bench import where_memory_pays as pays
+from memflow_ops.bench.where_memory_pays import Setting, compared, draw, main, settings_of
+from memflow_ops.model.evaluate import Row, Share, Timing
+from memflow_ops.model.settings import TOY_SETTINGS
+
+SMALL = ("--stories", "1", "--lengths", "6", "--banks", "1", "--top-k", "2", "99")
+NAMES = ["bank 1, top 2 of 16", "bank 1, random 2 of 16", "bank 1, top 16 of 16", "none", "full"]
+
+
+def test_settings_come_once():
+    found = settings_of([1, 2], [4, 16, 99], 4)
+    assert [setting.name for setting in found] == [
+        "bank 1, top 4 of 16", "bank 1, random 4 of 16", "bank 1, top 16 of 16",
+        "none", "full",
+        "bank 2, top 4 of 20", "bank 2, random 4 of 20", "bank 2, top 16 of 20", "bank 2, random 16 of 20",
+        "bank 2, top 20 of 20",
+    ]  # fmt: skip
+
+
+def test_a_setting_is_what_it_says():
+    drawn = Setting("memflow", 6, 4, 36, "random")
+    settings = drawn.change(TOY_SETTINGS)
+    assert (settings.memory, settings.bank_frames, settings.top_k, settings.selection) == ("memflow", 6, 4, "random")
+    assert drawn.cost == "bank 6, top 4 of 36"
+    assert Setting("none").change(TOY_SETTINGS) == replace(TOY_SETTINGS, memory="none")
+
+
+def judged(value: float) -> Row:
+    share = Share.of([True] * round(40 * value) + [False] * round(40 * (1 - value)))
+    return Row("memflow", share, 1.0, share, 0.2, 0.5, 0.2, share, share, {}, None, None, float("nan"), 0.5, [0] * 6)
+
+
+class Judge:
+    """Stands in for the evaluation: the more blocks, the better, and the best are better than others."""
+
+    def __init__(self):
+        self.asked: list = []
+        self.stop_before = 100
+
+    def evaluate(self, model, *, settings, report, **count):
+        if len(self.asked) == self.stop_before:
+            raise KeyboardInterrupt
+        self.asked.append((settings.memory, settings.bank_frames, settings.top_k, settings.selection))
+        assert count == {"kinds": ["memflow"], "stories": 1, "lengths": [6], "seed": 20_000}
+        report("memflow", 1, 2)
+        random = settings.selection == "random"
+        yield judged(0.2 if settings.memory == "none" else 0.4 if random else 0.9)
+
+
+@pytest.fixture
+def judge(monkeypatch) -> Judge:
+    judge = Judge()
+    monkeypatch.setattr(pays, "evaluate", judge.evaluate)
+    monkeypatch.setattr(pays, "time_kinds", lambda model, kinds: {name: Timing(0.1, 1.5, 1.4, 1.6) for name in kinds})
+    return judge
+
+
+def test_a_run_goes_on_where_it_was_interrupted(tmp_path, judge, capsys):
+    out = tmp_path / "deep" / "pays.json"
+    judge.stop_before = 3
+    with pytest.raises(SystemExit) as end:
+        main([*SMALL, "--out", str(out)])
+    assert end.value.code == 130 and "the same command continues" in capsys.readouterr().err
+    said = json.loads(out.read_text())
+    assert list(said["rows"]) == NAMES[:3] and said["timings"] == {} and out.with_suffix(".png").is_file()
+
+    judge.stop_before = 100
+    main([*SMALL, "--out", str(out)])
+    assert len(judge.asked) == len(set(judge.asked)) == 5
+    said = json.loads(out.read_text())
+    assert list(said["rows"]) == NAMES and said["rows"][NAMES[0]]["hue"]["value"] == 0.9
+    assert said["rows"]["none"]["copies"] is None, "JSON has no NaN"
+    assert sorted(said["timings"]) == sorted(name for name in NAMES if "random" not in name)
+    printed = capsys.readouterr().out
+    assert "bank of 1,  2 of 16 blocks: 90 % (77-96) of 40 returns" in printed and "at random 40 %" in printed
+
+    main([*SMALL, "--out", str(out)])
+    assert len(judge.asked) == 5, "nothing is measured twice"
+
+
+def test_results_of_other_stories_are_not_mixed(tmp_path, judge, capsys):
+    out = tmp_path / "pays.json"
+    main([*SMALL, "--out", str(out)])
+    before = out.read_text()
+    with pytest.raises(SystemExit) as end:
+        main([*SMALL, "--out", str(out), "--seed", "20001"])
+    assert end.value.code == 2 and "other seed: say --restart" in capsys.readouterr().err
+    assert out.read_text() == before
+
+
+@pytest.mark.parametrize("options", [("--stories", "0"), ("--banks", "0"), ("--top-k", "2", "0"), ("--seed", "9999")])
+def test_bad_options_are_refused(tmp_path, judge, options):
+    with pytest.raises(SystemExit) as end:
+        main([*options, "--out", str(tmp_path / "pays.json")])
+    assert end.value.code == 2 and not judge.asked and not list(tmp_path.iterdir())
+
+
+def test_overlapping_intervals_are_said():
+    top, drawn = Setting("memflow", 3, 2, 24, "top"), Setting("memflow", 3, 2, 24, "random")
+
+    def rows(best: float, other: float) -> dict:
+        return {
+            setting.name: {**vars(setting), "hue": vars(judged(value).hue)}
+            for setting, value in ((top, best), (drawn, other))
+        }
+
+    assert compared(rows(0.9, 0.4))[0].endswith("apart")
+    assert compared(rows(0.9, 0.8))[0].endswith("the intervals overlap")
+    only_one = {top.name: rows(0.9, 0.8)[top.name]}
+    assert compared(only_one) == []
+    assert draw(only_one, {}).startswith(b"\x89PNG")
+
+
+def test_the_toy_world_is_streamed_for_real(tmp_path, monkeypatch):
+    monkeypatch.setattr(pays, "TOY_SETTINGS", replace(TOY_SETTINGS, steps=1))
+    monkeypatch.setattr("memflow_ops.model.evaluate.TIMED_CHUNKS", range(2, 4))
+    monkeypatch.setattr(
+        pays, "time_kinds", lambda *given, time=pays.time_kinds: time(*given, settings=pays.TOY_SETTINGS)
+    )
+    out = tmp_path / "pays.json"
+    main([*SMALL, "--out", str(out)])
+    said = json.loads(out.read_text())
+    assert list(said["rows"]) == NAMES
+    shares = {name: row["activated"] for name, row in said["rows"].items()}
+    assert shares == dict(zip(NAMES, (0.125, 0.125, 1.0, None, None), strict=True))
+    assert all(row["hue"]["count"] >= 1 for row in said["rows"].values())
+    assert said["timings"]["none"]["ratio"] == 1 and all(timing["ratio"] for timing in said["timings"].values())
