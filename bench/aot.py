@@ -31,6 +31,7 @@ from memflow_ops.kernels.attend import plan_attend, plan_select_and_attend
 from memflow_ops.kernels.configs import Loads
 from memflow_ops.kernels.describe import plan_block_means
 from memflow_ops.kernels.launch import Launch
+from memflow_ops.kernels.write import plan_write_projections
 
 RESULT = Path(__file__).resolve().parent / "results" / "aot.json"
 CAPABILITIES = (80, 90, 100)
@@ -83,6 +84,18 @@ def window(capability: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]
     return launches
 
 
+def cache_write(heads: int = 12, dtype: torch.dtype = torch.bfloat16, clean: bool = True) -> list[Launch]:
+    """A layer's cache write, with descriptors and frame means in the clean pass."""
+    q, angles = meta(1, QUERIES, heads, 128, dtype=dtype), meta(1, QUERIES, 64, dtype=torch.float32)
+    pool, weight = meta(1, 76 * FRAME_TOKENS, heads, 128, dtype=dtype), meta(heads * 128, dtype=dtype)
+    outputs = [meta(1, *n, heads, 128, dtype=dtype) if clean else None for n in ((76 * 25,), (1, 1))]
+    launches, _ = plan_write_projections(
+        q, q, q, angles, angles, pool, pool, meta(1, 3, dtype=torch.int32), weight, weight, *outputs,
+        frame_tokens=FRAME_TOKENS, block_size=64, mean_size=FRAME_TOKENS, eps=1e-6,
+    )  # fmt: skip
+    return launches
+
+
 def shipped() -> dict[str, Callable[[int], list[Launch]]]:
     """Name -> the launches for a compute capability."""
 
@@ -127,7 +140,13 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
         "two launches, warps specialized": since_90(case(loads=specialized)),
     }
     descriptors = lambda _: [plan_block_means(meta(1, 3120, 12, 128), 64, FRAME_TOKENS, torch.bfloat16)[0]]  # noqa: E731
-    return {"descriptors": descriptors, "window": window, **launches}
+    writes = {
+        "cache write, clean pass": lambda _: cache_write(),
+        "cache write": lambda _: cache_write(clean=False),
+        "cache write, 40 heads": lambda _: cache_write(heads=40),
+        "cache write, float32": lambda _: cache_write(dtype=torch.float32),
+    }
+    return {"descriptors": descriptors, "window": window, **launches, **writes}
 
 
 def figures(capability: int, case: str, index: int) -> dict[str, Any]:

@@ -4,12 +4,14 @@ Importing this package needs torch alone: kernels are imported on first use.
 """
 
 from memflow_ops.attention import attend_selected, memory_attention, merge_states
+from memflow_ops.cache_write import QKNorm, write_projections
 from memflow_ops.relevance import frame_relevance
 from memflow_ops.selection import describe_blocks, select_blocks
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "QKNorm",
     "__version__",
     "attend_selected",
     "describe_blocks",
@@ -17,4 +19,5 @@ __all__ = [
     "memory_attention",
     "merge_states",
     "select_blocks",
+    "write_projections",
 ]

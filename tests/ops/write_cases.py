@@ -1,0 +1,144 @@
+"""Cases of the cache write that the tests of all implementations share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+import memflow_ops as ops
+from memflow_ops.model.transformer import rope_rotation
+
+# Written where the op must not write.
+UNTOUCHED = 77.0
+
+
+@dataclass
+class WriteCase:
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    rotation: tuple[Tensor, Tensor]
+    places: Tensor
+    pool_frames: int
+    frame_tokens: int
+    norm: ops.QKNorm | None
+    options: dict[str, int | None] = field(default_factory=dict)
+    mean_frames: int = 0
+    described: bool = True
+
+    def to(self, dtype: torch.dtype) -> WriteCase:
+        """The same numbers, rounded to `dtype`."""
+        norm = self.norm and ops.QKNorm(self.norm.weight_q.to(dtype), self.norm.weight_k.to(dtype), self.norm.eps)
+        return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), norm=norm)
+
+    def moved(self, device: str) -> WriteCase:
+        norm = self.norm and ops.QKNorm(*(x.to(device) for x in self.norm[:2]), self.norm.eps)
+        tensors = {name: getattr(self, name).to(device) for name in ("q", "k", "v", "places")}
+        return replace(self, **tensors, rotation=tuple(x.to(device) for x in self.rotation), norm=norm)
+
+    def outputs(self) -> dict[str, Tensor | None]:
+        """Pools of the op, with untouched values; means, which it fills, with NaN."""
+        batch, _, heads, size = self.k.shape
+        blocks = -(-self.frame_tokens // min(self.options.get("block_size", 64), self.frame_tokens))
+        mean_size = min(self.options.get("mean_size") or self.frame_tokens, self.frame_tokens)
+        full = lambda *shape: self.q.new_full((batch, *shape, heads, size), UNTOUCHED)  # noqa: E731
+        return {
+            "memory_k": full(self.pool_frames * self.frame_tokens),
+            "memory_v": full(self.pool_frames * self.frame_tokens),
+            "descriptors": full(self.pool_frames * blocks) if self.described else None,
+            "means": full(self.mean_frames, -(-self.frame_tokens // mean_size)) * torch.nan
+            if self.mean_frames
+            else None,
+        }
+
+    def run(self, impl: str) -> dict[str, Tensor]:
+        """All that the op writes, and the rotated q."""
+        out = self.outputs()
+        memory_k, memory_v = out.pop("memory_k"), out.pop("memory_v")
+        q = ops.write_projections(
+            self.q, self.k, self.v, self.rotation, memory_k, memory_v, self.places, frame_tokens=self.frame_tokens,
+            norm=self.norm, impl=impl, **out, **self.options,
+        )  # fmt: skip
+        written = {"q": q, "memory_k": memory_k, "memory_v": memory_v, **out}
+        return {name: x for name, x in written.items() if x is not None}
+
+
+def make_case(
+    *,
+    batch: int = 1,
+    frames: int = 2,
+    grid: tuple[int, int] = (3, 4),
+    heads: tuple[int, int] = (2, 2),
+    head_dim: int = 16,
+    first_frame: int = 0,
+    pool_frames: int = 5,
+    with_norm: bool = True,
+    fused: bool = False,
+    seed: int = 0,
+    **options: object,
+) -> WriteCase:
+    """fused: q, k and v are parts of one projection, as diffusers' fused ones."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = grid[0] * grid[1]
+    random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
+    widths = [n * head_dim for n in (heads[0], heads[1], heads[1])]
+    if fused:
+        parts = random(batch, frames * tokens, sum(widths)).split(widths, -1)
+    else:
+        parts = tuple(random(batch, frames * tokens, width) for width in widths)
+    q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in parts)
+    positions = torch.stack([torch.arange(frames) + first_frame + 7 * b for b in range(batch)])
+    rotation = rope_rotation(head_dim, positions, *(torch.arange(n) for n in grid))
+    # some frames have no place: before the pool, or beyond it
+    places = torch.stack([torch.randperm(pool_frames + 2, generator=generator)[:frames] - 1 for _ in range(batch)])
+    norm = ops.QKNorm(1 + random(widths[0]) / 4, 1 + random(widths[1]) / 4, 1e-6) if with_norm else None
+    return WriteCase(q, k, v, rotation, places.int(), pool_frames, tokens, norm, **options)
+
+
+@st.composite
+def write_cases(draw) -> WriteCase:
+    frames = draw(st.integers(1, 3))
+    return make_case(
+        batch=draw(st.integers(1, 2)),
+        frames=frames,
+        grid=(draw(st.integers(1, 5)), draw(st.integers(1, 9))),
+        heads=draw(st.sampled_from([(1, 1), (2, 2), (3, 1), (5, 5)])),
+        head_dim=draw(st.sampled_from([2, 12, 16, 40])),
+        first_frame=draw(st.sampled_from([0, 5, 1030, 100_000])),
+        pool_frames=frames + draw(st.integers(0, 3)),
+        with_norm=draw(st.booleans()),
+        fused=draw(st.booleans()),
+        seed=draw(st.integers(0, 99)),
+        options={
+            "block_size": draw(st.sampled_from([1, 4, 6, 16, 100])),
+            "mean_size": draw(st.sampled_from([None, 3, 4, 20])),
+        },
+        mean_frames=draw(st.integers(0, frames)),
+        described=draw(st.booleans()),
+    )
+
+
+def assert_written(case: WriteCase, dtype: torch.dtype, impl: str) -> None:
+    """In `dtype`, against the reference in float64: every number once rounded, what has no place untouched."""
+    low = case.to(dtype)
+    got, exact = low.run(impl), low.to(torch.float64).run("reference")
+    assert got.keys() == exact.keys()
+    for name, x in exact.items():
+        assert got[name].dtype == dtype and got[name].shape == x.shape, name
+        mine = got[name].double()
+        if name == "descriptors":
+            # of the keys as they are stored: the reference would round them in float64
+            keys = got["memory_k"].double()
+            size = min(case.options["block_size"], case.frame_tokens)
+            x = torch.where(
+                x == UNTOUCHED, UNTOUCHED, ops.describe_blocks(keys, size, case.frame_tokens, impl="reference")
+            )
+        untouched = x == UNTOUCHED
+        assert torch.equal(mine == UNTOUCHED, untouched), f"{name}: wrote elsewhere, or not at all"
+        # one rounding, and what float32 sums and cosines leave
+        limit = torch.finfo(dtype).eps / 2 * x.abs() + 2.0**-18 * x[~untouched].abs().max() if (~untouched).any() else 0
+        error = (mine - x).abs()
+        assert (error <= limit).all(), f"{name}: {error.max()} in {case}"
