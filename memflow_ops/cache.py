@@ -25,6 +25,7 @@ from memflow_ops import ops
 from memflow_ops.cache_history import Prototype, Story
 from memflow_ops.cache_layout import CacheLayout, on_device
 from memflow_ops.cache_state import check_layout, check_places, load_places, save_layout, save_places
+from memflow_ops.cache_write import QKNorm, write_projections
 from memflow_ops.selection import describe_blocks
 
 
@@ -50,10 +51,10 @@ class FrameCache:
     """Ring, sink and history of a batch of stories that advance chunk by chunk together.
 
     Per chunk: `candidates` and `set_bank` (retrieval), `begin_chunk`, passes that call `write` per layer and attend to
-    `window`, `dense` or `memory`, in the last, clean pass also `remember`, then `commit`. At a prompt switch
-    `restart_window` comes between retrieval and `begin_chunk`. After an interruption `abort` goes back to the last
-    commit. Calls out of order raise a RuntimeError, bad tensors a ValueError or TypeError, in both cases before
-    anything is changed.
+    `window`, `dense` or `memory`, in the last, clean pass also `remember`, then `commit`. `write_projections` does both
+    from what has not been normalised and rotated yet. At a prompt switch `restart_window` comes between retrieval and
+    `begin_chunk`. After an interruption `abort` goes back to the last commit. Calls out of order raise a RuntimeError,
+    bad tensors a ValueError or TypeError, in both cases before anything is changed.
     """
 
     def __init__(self, layout: CacheLayout, device: torch.device | str = "cpu"):
@@ -94,7 +95,8 @@ class FrameCache:
         self._open: int | None = None  # number of the chunk between begin_chunk and commit
         self._written: set[int] = set()
         self._remembered: set[int] = set()
-        self._noted = (self._written, self._remembered)
+        self._described: set[int] = set()  # layers whose descriptors lie beside the ring's keys
+        self._noted = (self._written, self._remembered, self._described)
 
     # ------------------------------------------------------------------------------------------------------ the chunk
 
@@ -125,6 +127,7 @@ class FrameCache:
         self._chunk_places[written] = first_place + self._frame_of_chunk
         self._written.clear()
         self._remembered.clear()
+        self._described.clear()
         return self._open * self.layout.chunk_frames
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
@@ -139,6 +142,7 @@ class FrameCache:
             frames = new.detach().unflatten(1, (self.layout.chunk_frames, -1))
             ops.write_frames(pool[layer], self._chunk_places, frames)
         self._written.add(layer)
+        self._described.discard(layer)
 
     def remember(self, layer: int, k: Tensor) -> None:
         """In the clean pass of a new chunk: takes the means of its first frame from k (B, chunk tokens, Hkv, D), the
@@ -151,6 +155,52 @@ class FrameCache:
         size = self.layout.relevance_block_size or tokens
         self._staged_means[layer] = describe_blocks(k[:, :tokens].detach(), min(size, tokens), tokens)
         self._remembered.add(layer)
+
+    def write_projections(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        norm: QKNorm | None = None,
+        *,
+        remember: bool = False,
+        impl: str = "auto",
+    ) -> Tensor:
+        """`write`, and if told so `remember`, from keys that are not rotated yet, nor, with a norm, normalised.
+
+        q (B, chunk tokens, H, D) of any H, rotation, norm, impl and errors: of `memflow_ops.write_projections`. Returns
+        q, normalised and rotated.
+        """
+        self._check_open("write_projections")
+        if remember and self._to_recache:
+            raise RuntimeError("write_projections: a chunk that is re-cached keeps the prototype of its first prompt")
+        self.layout.check_chunk_tensor("k", layer, k, self.device)
+        self.layout.check_chunk_tensor("v", layer, v, self.device)
+        rotated = write_projections(
+            q,
+            k,
+            v,
+            rotation,
+            self._keys[layer],
+            self._values[layer],
+            self._chunk_places,
+            frame_tokens=self.layout.frame_tokens,
+            norm=norm,
+            descriptors=self._descriptors[layer] if remember else None,
+            block_size=self.layout.block_size,
+            means=self._staged_means[layer].unsqueeze(1) if remember else None,
+            mean_size=self.layout.relevance_block_size,
+            impl=impl,
+        )
+        self._written.add(layer)
+        if remember:
+            self._remembered.add(layer)
+            self._described.add(layer)
+        else:
+            self._described.discard(layer)
+        return rotated
 
     def notes(self) -> tuple[frozenset[int], ...]:
         """What the passes over the open chunk have done so far, for `note`."""
@@ -421,8 +471,11 @@ class FrameCache:
         # cloned: with one layer and one story torch takes source and target for the same memory
         keys[:, self._batch_index, target] = keys[:, :, source].clone()
         values[:, self._batch_index, target] = values[:, :, source].clone()
-        blocks = describe_blocks(keys[:, :, source].flatten(0, 1), layout.block_size, layout.frame_tokens)
-        descriptors[:, self._batch_index, target] = blocks.unflatten(0, (layout.layers, layout.batch))
+        if len(self._described) == layout.layers:
+            blocks = descriptors[:, :, source].clone()
+        else:
+            blocks = describe_blocks(keys[:, :, source].flatten(0, 1), layout.block_size, layout.frame_tokens)
+        descriptors[:, self._batch_index, target] = blocks.view(layout.layers, layout.batch, *blocks.shape[-3:])
 
     def _store_prototype(self, chunk: int) -> None:
         """Gives the finished chunk's first frame a history slot and a row of means in every story."""

@@ -6,11 +6,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from memflow_ops import memory_attention
+from memflow_ops import QKNorm, memory_attention
 from memflow_ops.cache import FrameCache, Memory
 from memflow_ops.cache_layout import CacheLayout
 from memflow_ops.cache_released import ReleasedCache
-from memflow_ops.model.transformer import Attend, apply_rotation
+from memflow_ops.model.transformer import Attend, AttendProjections, apply_rotation
+from memflow_ops.ops import needs_grad
 
 Observer = Callable[[int, Tensor, Memory], None]
 """observe(layer, q, memory): a chunk's rotated queries, (B, tokens, heads, head_dim), and what they choose from."""
@@ -41,11 +42,17 @@ def attend_to_memory(
     has_bank = sparse and any(cache.bank())
     last = cache.layout.layers - 1
 
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = apply_rotation(q, *rotation)
+    def write(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None) -> Tensor:
+        """Into the cache; the rotated queries."""
+        if not needs_grad(q, k, v):
+            return cache.write_projections(layer, q, k, v, rotation, norm, remember=remember, impl=impl)
         cache.write(layer, apply_rotation(k, *rotation), v)
         if remember:
             cache.remember(layer, k)
+        return apply_rotation(q, *rotation)
+
+    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None) -> Tensor:
+        q = write(layer, q, k, v, norm)
         memory = cache.memory(layer)
         if has_bank and chance is not None:  # of descriptors without meaning every subset is as likely as any other
             meaningless = torch.randn(memory.descriptors.shape, generator=chance).to(memory.descriptors)
@@ -60,7 +67,7 @@ def attend_to_memory(
             return cast(Tensor, memory_attention(q, keys, values, impl=impl))
         return _attend_selected(q, cache.window(layer), memory, cache.layout, top_k, query_group, impl)
 
-    return attend
+    return AttendProjections(attend)
 
 
 def attend_as_released(

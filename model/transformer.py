@@ -18,8 +18,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from memflow_ops import QKNorm
+
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q, k, v) -> out; all (B, F * T, heads, head_dim), q and k after their RMSNorm and before RoPE."""
+
+
+@dataclass(frozen=True)
+class AttendProjections:
+    """An `Attend` that takes queries and keys before their norm too, and is given them so under `torch.no_grad`:
+    what normalises, rotates and writes them does it in one pass."""
+
+    projections: Callable[[int, Tensor, Tensor, Tensor, QKNorm | None], Tensor]
+    """(layer, q, k, v, norm) -> out; without a norm, q and k have theirs behind them."""
+
+    def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self.projections(layer, q, k, v, None)
+
 
 TextKeysValues = list[tuple[Tensor, Tensor]]
 """Per layer the keys (after norm_k) and values of the text cross-attention, each (B, text_len, heads, head_dim)."""
@@ -151,6 +166,14 @@ class Attention(nn.Module):
     def keys_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         return self.heads(self.norm_k(self.k(x))), self.heads(self.v(x))
 
+    def projections(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values before any norm."""
+        return self.heads(self.q(x)), self.heads(self.k(x)), self.heads(self.v(x))
+
+    @property
+    def norm(self) -> QKNorm:
+        return QKNorm(self.norm_q.weight, self.norm_k.weight, self.norm_q.eps)
+
 
 class Block(nn.Module):
     """Self-attention, text cross-attention, feed-forward; the first and the last modulated by the frame's timestep."""
@@ -172,12 +195,20 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, time: Tensor, text: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
         """x (B, F * T, dim), time (B, F, 6, dim), text keys and values (B, text_len, heads, head_dim) -> like x."""
-        return self.after(x, attend(layer, *self.before(x, time)), time, *text)
+        return self.after(x, self.attend(x, time, layer, attend), time, *text)
 
-    def before(self, x: Tensor, time: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """The block as far as its self-attention: what `attend` takes."""
+    def attend(self, x: Tensor, time: Tensor, layer: int, attend: Attend) -> Tensor:
+        """The block as far as its self-attention, which is the caller's."""
+        if isinstance(attend, AttendProjections) and not torch.is_grad_enabled():
+            return attend.projections(layer, *self.before(x, time, normalise=False), self.self_attn.norm)
+        return attend(layer, *self.before(x, time))
+
+    def before(self, x: Tensor, time: Tensor, normalise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        """The block as far as its self-attention: queries, keys and values that `attend` takes."""
         shift, scale = self.modulated(time, slice(2), x.dtype)
         h = modulate(self.norm1(x), shift, scale)
+        if not normalise:
+            return self.self_attn.projections(h)
         return self.self_attn.queries(h), *self.self_attn.keys_values(h)
 
     def after(self, x: Tensor, attended: Tensor, time: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -334,7 +365,7 @@ class CausalVideoModel(nn.Module):
         `attend`, whose result for that layer is not used."""
         last = len(self.blocks) - 1
         hidden, embedding, _ = self._through(x, t, text, attend, condition, last)
-        attend(last, *cast(Block, self.blocks[last]).before(hidden, embedding.modulation))
+        cast(Block, self.blocks[last]).attend(hidden, embedding.modulation, last, attend)
 
     def _through(
         self,
