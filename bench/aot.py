@@ -31,6 +31,7 @@ from memflow_ops.kernels.attend import plan_attend, plan_select_and_attend
 from memflow_ops.kernels.configs import Loads
 from memflow_ops.kernels.describe import plan_block_means
 from memflow_ops.kernels.launch import Launch
+from memflow_ops.kernels.retrieve import plan_retrieve_frames
 from memflow_ops.kernels.write import plan_write_projections
 
 RESULT = Path(__file__).resolve().parent / "results" / "aot.json"
@@ -96,6 +97,17 @@ def cache_write(heads: int = 12, dtype: torch.dtype = torch.bfloat16, clean: boo
     return launches
 
 
+def retrieval(score: str, parts: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
+    """A chunk's choice for 30 layers from 240 frames with as many means each."""
+    integers, redundancy = dict(dtype=torch.int32), None if score == "coverage" else 0.95
+    launches, *_ = plan_retrieve_frames(
+        meta(30, 1, 512, 12, 128, dtype=dtype), meta(30, 1, 256, parts, 12, 128, dtype=dtype), meta(1, 240, **integers),
+        meta(1, **integers), meta(parts, dtype=torch.float32), count=6, score=score, redundancy=redundancy,
+        softmax_scale=128**-0.5,
+    )  # fmt: skip
+    return launches
+
+
 def shipped() -> dict[str, Callable[[int], list[Launch]]]:
     """Name -> the launches for a compute capability."""
 
@@ -146,7 +158,14 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
         "cache write, 40 heads": lambda _: cache_write(heads=40),
         "cache write, float32": lambda _: cache_write(dtype=torch.float32),
     }
-    return {"descriptors": descriptors, "window": window, **launches, **writes}
+    retrievals = {
+        "retrieval, linear": lambda _: retrieval("linear"),
+        "retrieval, softmax": lambda _: retrieval("softmax"),
+        "retrieval, softmax over 25 blocks": lambda _: retrieval("softmax", parts=25),
+        "retrieval, coverage": lambda _: retrieval("coverage"),
+        "retrieval, coverage, float32": lambda _: retrieval("coverage", dtype=torch.float32),
+    }
+    return {"descriptors": descriptors, "window": window, **launches, **writes, **retrievals}
 
 
 def figures(capability: int, case: str, index: int) -> dict[str, Any]:

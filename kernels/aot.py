@@ -138,5 +138,8 @@ def launch_source(launch: Launch) -> ASTSource:
 
     for position, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
+        if parameter.do_not_specialize and isinstance(value, int):
+            signature[parameter.name] = "i32"
+            continue
         signature[parameter.name] = describe(value, (position,), parameter.is_constexpr)
     return ASTSource(launch.kernel, signature, constants, attributes)

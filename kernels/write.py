@@ -357,9 +357,8 @@ def plan_write_projections(
         Q_ROWS=rows[heads],
         KV_ROWS=rows[kv_heads],
     )
-    launches = [
-        Launch(write_projections_kernel, (frames * tiles, 3, batch), arguments, dict(num_warps=8, num_stages=2))
-    ]
+    options = dict(num_warps=8 if max(columns.values()) <= TILE_ELEMENTS else 16, num_stages=2)
+    launches = [Launch(write_projections_kernel, (frames * tiles, 3, batch), arguments, options)]
     if descriptors is not None or means is not None:
         launches.append(_plan_means(shared, descriptors, means, block_size, mean_size, kv_heads, batch))
     return launches, rotated_q

@@ -5,7 +5,7 @@ Importing this package needs torch alone: kernels are imported on first use.
 
 from memflow_ops.attention import attend_selected, memory_attention, merge_states
 from memflow_ops.cache_write import QKNorm, write_projections
-from memflow_ops.relevance import frame_relevance
+from memflow_ops.relevance import frame_relevance, retrieve_frames
 from memflow_ops.selection import describe_blocks, select_blocks
 
 __version__ = "0.1.0"
@@ -18,6 +18,7 @@ __all__ = [
     "frame_relevance",
     "memory_attention",
     "merge_states",
+    "retrieve_frames",
     "select_blocks",
     "write_projections",
 ]

@@ -43,8 +43,16 @@ class Candidates(NamedTuple):
     """What retrieval may choose from: the prototypes that have left the window."""
 
     frames: list[list[int]]  # per story F absolute frame indices, ascending
-    means: Tensor  # (layers, B, F, n, Hkv, D) means of keys before RoPE
+    stored: Tensor  # (layers, B, R, n, Hkv, D) means of keys before RoPE
     lengths: tuple[int, ...]  # (n,) tokens behind each mean
+    rows: Tensor | None = None  # (B, F) int32, where in `stored` the means of each frame are; None: in its place
+
+    @property
+    def means(self) -> Tensor:
+        """(layers, B, F, n, Hkv, D), as the frames are listed."""
+        if self.rows is None:
+            return self.stored
+        return self.stored[:, torch.arange(len(self.rows), device=self.rows.device)[:, None], self.rows.long()]
 
 
 class FrameCache:
@@ -355,8 +363,7 @@ class FrameCache:
         """All that retrieval may choose from for the coming chunk, in host memory or not."""
         frames = self.candidate_frames()
         rows = [[story.history[frame].row for frame in of] for story, of in zip(self._stories, frames, strict=True)]
-        index = on_device(rows, torch.long, self.device)
-        return Candidates(frames, self._means[:, self._batch_index[:, None], index], self.layout.relevance_lengths)
+        return Candidates(frames, self._means, self.layout.relevance_lengths, on_device(rows, torch.int32, self.device))
 
     def bank(self) -> list[list[int]]:
         """Per story the absolute indices of the bank frames in bank order: visible sink, then retrieved, ascending."""

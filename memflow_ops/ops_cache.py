@@ -53,3 +53,30 @@ def write_projections(
 @write_projections.register_fake
 def _(q, *arguments) -> Tensor:
     return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("memflow_ops::retrieve_frames", mutates_args=())
+def retrieve_frames(
+    text_keys: Tensor,
+    means: Tensor,
+    rows: Tensor | None,
+    text_lengths: Tensor | None,
+    weights: Tensor,
+    count: int,
+    score: str,
+    redundancy: float | None,
+    softmax_scale: float,
+    impl: str,
+) -> tuple[Tensor, Tensor]:
+    with _as_given(text_keys):
+        return _implementation(impl).retrieve_frames(
+            text_keys, means, rows, text_lengths, weights, count=count, score=score, redundancy=redundancy,
+            softmax_scale=softmax_scale,
+        )  # fmt: skip
+
+
+@retrieve_frames.register_fake
+def _(text_keys, means, rows, text_lengths, weights, count, *rest) -> tuple[Tensor, Tensor]:
+    wide = torch.promote_types(torch.promote_types(text_keys.dtype, means.dtype), torch.float32)
+    size = (text_keys.shape[1], count)
+    return text_keys.new_empty(size, dtype=torch.int32), text_keys.new_empty(size, dtype=wide)

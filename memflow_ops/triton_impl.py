@@ -2,7 +2,8 @@
 
 from memflow_ops.kernels.attend import attend, select_and_attend
 from memflow_ops.kernels.describe import describe_blocks
+from memflow_ops.kernels.retrieve import retrieve_frames
 from memflow_ops.kernels.select import select_blocks
 from memflow_ops.kernels.write import write_projections
 
-__all__ = ["attend", "describe_blocks", "select_and_attend", "select_blocks", "write_projections"]
+__all__ = ["attend", "describe_blocks", "retrieve_frames", "select_and_attend", "select_blocks", "write_projections"]
