@@ -90,6 +90,10 @@ class FrameCache:
         self._chunk_places = torch.zeros((layout.batch, layout.chunk_frames), dtype=torch.int32, device=self.device)
 
         self._stories = [self._new_story(number) for number in range(layout.batch)]
+        # Choices of the bank that the device alone knows: number of the chunk, candidates, indices into these.
+        self._unread: list[tuple[int, list[list[int]], Tensor]] = []
+        self._bank_unread = False  # the last of them is the bank
+        self._retrieved = [0] * layout.batch  # how many frames, which the host knows in any case
         self._batch_index = torch.arange(layout.batch, device=self.device)
         self._frame_of_chunk = torch.arange(layout.chunk_frames, dtype=torch.int32, device=self.device)
 
@@ -302,7 +306,7 @@ class FrameCache:
         sparse: it attends to `window` and, where there is one, to the bank in `memory`; else to `dense`.
         """
         self._check_open("pass_shape")
-        beyond = (any(self.bank()),) if sparse else (self.visible_sink(), len(self.candidate_frames()[0]))
+        beyond = (any(self.bank_sizes()),) if sparse else (self.visible_sink(), len(self.candidate_frames()[0]))
         return (bool(self._to_recache), len(self._ring), *beyond)
 
     def window(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -366,8 +370,21 @@ class FrameCache:
         return Candidates(frames, self._means, self.layout.relevance_lengths, on_device(rows, torch.int32, self.device))
 
     def bank(self) -> list[list[int]]:
-        """Per story the absolute indices of the bank frames in bank order: visible sink, then retrieved, ascending."""
+        """Per story the absolute indices of the bank frames in bank order: visible sink, then retrieved, ascending.
+        Waits for the device where `set_bank_on_device` has set it."""
+        self._read_choices()
         return [[*range(self.visible_sink()), *story.bank] for story in self._stories]
+
+    def bank_sizes(self) -> list[int]:
+        """Per story how many frames `bank` has; waits for nothing."""
+        return [self.visible_sink() + count for count in self._retrieved]
+
+    def moves_nothing(self) -> bool:
+        """Whether the device has a slot for every candidate and for the prototype of the coming chunk: then the host
+        need not know the bank, see `set_bank_on_device`."""
+        first = self._first_in_window()
+        stays = all(p.slot is not None for s in self._stories for p in s.history.values() if p.frame < first)
+        return stays and all(len(story.history) < self.layout.device_frames for story in self._stories)
 
     def set_bank(self, chosen: Sequence[Sequence[int]]) -> None:
         """Retrieves, per story, the given candidate frames for the coming chunk; those in host memory are brought back.
@@ -389,6 +406,7 @@ class FrameCache:
                     f"story {number}: frames {sorted(set(frames) - set(possible))} are not among the {len(possible)} "
                     f"candidates, the prototypes that have left the window and are still remembered"
                 )
+        self._read_choices()
         for number, frames in enumerate(chosen):
             story, history = self._stories[number], self._stories[number].history
             for frame in frames:
@@ -397,6 +415,37 @@ class FrameCache:
                 if history[frame].slot is None:
                     story.bring_back(history[frame], self._first_in_window(), keep=frames)
         self._write_bank([sorted(frames) for frames in chosen])
+
+    def set_bank_on_device(self, indices: Tensor) -> None:
+        """As `set_bank`, with a choice that stays on the device: indices (B, K) int32 into `candidate_frames`, K up to
+        bank_frames, different ones in a story; only where this chunk `moves_nothing`. Waits for nothing: which frames
+        they are is read when that has to be known, in `bank`, `set_bank` and `state_dict`."""
+        if self._open is not None:
+            raise RuntimeError("set_bank_on_device: the bank is chosen before begin_chunk")
+        if not self.moves_nothing():
+            raise RuntimeError("set_bank_on_device: the device has no room for all of the history, use set_bank")
+        frames, most = self.candidate_frames(), min(self.layout.bank_frames, len(self.candidate_frames()[0]))
+        if indices.dtype != torch.int32 or indices.dim() != 2 or indices.shape[0] != self.layout.batch:
+            raise ValueError(f"indices must be (batch, K) int32, got {tuple(indices.shape)} {indices.dtype}")
+        if indices.shape[1] > most or indices.device.type != self.device.type:
+            raise ValueError(
+                f"indices must be of up to {most} frames, on {self.device}; got {indices.shape[1]} on {indices.device}"
+            )
+        self._write_bank([[] for _ in self._stories])
+        places = [
+            [story.place_of(story.history[frame]) for frame in of]
+            for story, of in zip(self._stories, frames, strict=True)
+        ]
+        count, sink = indices.shape[1], self.visible_sink()
+        if not count:
+            return
+        table = on_device(places, torch.int32, self.device)
+        order = indices.clamp(0, table.shape[1] - 1).sort(1).values  # bank order is that of the frames
+        self._unread.append((self._committed, frames, order))
+        self._slot_table[:, sink : sink + count] = table.gather(1, order.long())
+        self._bank_lengths.fill_(sink + count)
+        self._retrieved = [count] * self.layout.batch
+        self._bank_unread = True
 
     # -------------------------------------------------------------------------------------------------------- the state
 
@@ -409,6 +458,7 @@ class FrameCache:
         ring = range(layout.sink_frames, layout.sink_frames + len(self._ring) * layout.chunk_frames)
         stored = min(layout.sink_frames, self._committed * layout.chunk_frames)
         sink = range(layout.sink_frames - stored, layout.sink_frames)
+        self._read_choices()
         kept = [(story, prototype) for story in self._stories for prototype in story.history.values()]
         places = sorted({*sink, *ring, *(story.place_of(p) for story, p in kept if p.slot is not None)})
         rows = sorted({p.row for _, p in kept})
@@ -448,6 +498,7 @@ class FrameCache:
             stories.append(story)
         load_places(self._places, state["places"], state["pools"])
         load_places([self._means], state["rows"], state["means"])
+        self._unread = []
         self._stories, self._ring, self._ring_before = stories, list(state["ring"]), list(state["ring"])
         self._committed = state["committed"]
         self._to_recache, self._rewritten, self._open, self._closing = [], None, None, None
@@ -487,6 +538,8 @@ class FrameCache:
     def _store_prototype(self, chunk: int) -> None:
         """Gives the finished chunk's first frame a history slot and a row of means in every story."""
         frame, first = chunk * self.layout.chunk_frames, self._first_in_window(chunk)
+        if any(len(story.history) >= self.layout.device_frames for story in self._stories):
+            self._read_choices()  # who leaves the device goes by them
         slots, rows = [], []
         for story in self._stories:
             known = story.history.get(frame)  # where an interrupted commit is completed
@@ -503,6 +556,8 @@ class FrameCache:
 
     def _write_bank(self, chosen: list[list[int]]) -> None:
         """Fills the slot table: the visible sink, then each story's chosen frames, all of them on the device."""
+        self._bank_unread = False
+        self._retrieved = [len(frames) for frames in chosen]
         sink = [self.layout.sink_frames - 1 - frame for frame in range(self.visible_sink())]
         rows, width = [], self._slot_table.shape[1]
         for story, frames in zip(self._stories, chosen, strict=True):
@@ -512,6 +567,22 @@ class FrameCache:
         self._slot_table.copy_(on_device(rows, torch.int32, self.device))
         lengths = [len(sink) + len(frames) for frames in chosen]
         self._bank_lengths.copy_(on_device(lengths, torch.int32, self.device))
+
+    def _read_choices(self) -> None:
+        """Books the choices that the device alone knew, in one read."""
+        if not self._unread:
+            return
+        read = torch.cat([order for _, _, order in self._unread], 1).tolist()
+        start = 0
+        for chunk, candidates, order in self._unread:
+            for story, of, row in zip(self._stories, candidates, read, strict=True):
+                chosen = [of[i] for i in row[start : start + order.shape[1]]]
+                for frame in chosen:
+                    story.history[frame].last_used = max(story.history[frame].last_used, chunk)
+                if self._bank_unread:
+                    story.bank = chosen  # the last one stays
+            start += order.shape[1]
+        self._unread, self._bank_unread = [], False
 
     def _order_ring(self) -> None:
         """Sorts the kept chunks of the ring by age, oldest first, as `begin_chunk` will hand out their places again.

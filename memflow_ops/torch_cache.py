@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memflow_ops.ops import frame_relevance
+from memflow_ops.ops import frame_relevance, write_frames
 from memflow_ops.torch_impl import describe_blocks
 
 
@@ -40,7 +40,7 @@ def write_projections(
         pools.append((descriptors, describe_blocks(rotated_k, block_size, frame_tokens)))
     pool_frames = memory_k.shape[1] // frame_tokens
     for pool, new in pools:
-        _put_frames(pool.unflatten(1, (pool_frames, -1)), new.unflatten(1, (places.shape[1], -1)), places)
+        write_frames(pool.unflatten(1, (pool_frames, -1)), places, new.unflatten(1, (places.shape[1], -1)))
     return _rotated(_normalised(q, weight_q, eps), cosines, sines, q.dtype)
 
 
@@ -57,14 +57,6 @@ def _rotated(x: Tensor, cosines: Tensor, sines: Tensor, dtype: torch.dtype) -> T
     c, s = cosines[:, :, None].to(x.dtype), sines[:, :, None].to(x.dtype)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * c - odd * s, even * s + odd * c], dim=-1).flatten(-2).to(dtype)
-
-
-def _put_frames(pool: Tensor, new: Tensor, places: Tensor) -> None:
-    """new (B, F, ...) to the places (B, F) of pool (B, P, ...) that there are; on CUDA the host waits for them."""
-    for story, frames in enumerate(places.tolist()):
-        for frame, place in enumerate(frames):
-            if 0 <= place < pool.shape[1]:
-                pool[story, place] = new[story, frame]
 
 
 def retrieve_frames(

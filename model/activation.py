@@ -28,8 +28,6 @@ class Activation:
         cache = self.cache
         if isinstance(cache, ReleasedCache):
             self._frames = cache.candidates()
-        else:
-            self._frames = [cache.bank()] * cache.layout.layers
 
     def observe(self, layer: int, q: Tensor, memory: Memory) -> None:
         blocks = self.cache.layout.blocks_per_frame
@@ -48,6 +46,8 @@ class Activation:
 
     def read(self) -> tuple[list[list[int]], list[list[float]]]:
         """Per story the candidates, ascending, and the share of each in all selected blocks. Waits for the device."""
+        if isinstance(self.cache, FrameCache):
+            self._frames = [self.cache.bank()] * self.cache.layout.layers
         frames = self._frames.tolist() if isinstance(self._frames, Tensor) else self._frames
         counts = self._counts.tolist()
         candidates, shares = [], []

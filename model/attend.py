@@ -39,7 +39,7 @@ def attend_to_memory(
     keys_only: the last layer writes and does not attend, for `CausalVideoModel.forward_keys`.
     observe: is shown what each layer chooses from, where there is a choice.
     """
-    has_bank = sparse and any(cache.bank())
+    has_bank = sparse and any(cache.bank_sizes())
     last = cache.layout.layers - 1
 
     def write(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None) -> Tensor:

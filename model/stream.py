@@ -37,7 +37,7 @@ from memflow_ops.model.sampler import FlowMatchSampler
 from memflow_ops.model.settings import StreamSettings
 from memflow_ops.model.text import embed_prompts
 from memflow_ops.model.transformer import Attend, CausalVideoModel, TextKeysValues, TimeEmbedding, rope_rotation
-from memflow_ops.retrieval import Coverage, Policy, Random, Relevance, Retrieved
+from memflow_ops.retrieval import Chosen, Coverage, DevicePolicy, Policy, Random, Relevance, Retrieved
 
 STATE_FORMAT = "memflow-ops stream 1"
 
@@ -154,8 +154,8 @@ class Streamer:
         observe: Observer | None = None,
     ):
         """policy: chooses the bank instead of the one that `settings` names.
-        report: whether `Chunk` tells what was activated and how long the chunk took, for which the host waits for the
-            device at its end; without, these are empty and `seconds` is the time to queue the work.
+        report: whether `Chunk` tells what was retrieved and activated and how long the chunk took, for which the host
+            waits for the device at its end; without, these are empty and `seconds` is the time to queue the work.
         cuda_graphs: whether passes that come again are recorded and replayed (None: where that can be). Changes no
             result. A ValueError where it is asked for and cannot be.
         observe: is shown what every layer of every pass over a chunk, re-caching aside, chooses from.
@@ -186,11 +186,11 @@ class Streamer:
             if policy is not None:
                 self.policy = policy
             elif settings.relevance == "coverage":
-                self.policy = Coverage(settings.bank_frames)
+                self.policy = Coverage(settings.bank_frames, settings.impl)
             elif settings.relevance == "random":
                 self.policy = Random(settings.bank_frames, self.seeds)
             else:
-                self.policy = Relevance(settings.bank_frames, settings.relevance, settings.redundancy)
+                self.policy = Relevance(settings.bank_frames, settings.relevance, settings.redundancy, settings.impl)
 
         self.grid = model.grid(settings.height, settings.width)
         self.condition: Tensor | None = None
@@ -250,10 +250,14 @@ class Streamer:
             fresh = noises[i] if i < len(noises) else None
             x = self.sampler.step(x, self.sampler.denoised(x, y.float(), sigma), i, fresh)
         self._write_keys(x, remember=True)
-        # The one read of this chunk besides retrieval's. It is here that the host waits, and may be interrupted, so it
-        # comes before the commit: a chunk that is not returned has not been.
+        # All reads of this chunk, unless retrieval had to know which frames to move. It is here that the host waits,
+        # and may be interrupted, so it comes before the commit: a chunk that is not returned has not been.
         nothing: tuple[list[list[int]], list[list[float]]] = [[] for _ in prompts], [[] for _ in prompts]
         candidates, shares = self._activation.read() if self._activation else nothing
+        if not self.report:
+            retrieved = Retrieved(*nothing)
+        elif isinstance(retrieved, Chosen):
+            retrieved = retrieved.read()
         if self.report and isinstance(self.cache, ReleasedCache):
             retrieved = held_by_layers(self.cache.bank())
         self._past[index] = x
@@ -289,13 +293,18 @@ class Streamer:
             self._embeddings[story] = embedding
             self._prompts[story] = prompts[story]
 
-    def _retrieve(self) -> Retrieved:
-        """Chooses the coming chunk's bank with the coming prompts."""
+    def _retrieve(self) -> Retrieved | Chosen:
+        """Chooses the coming chunk's bank with the coming prompts. The choice stays on the device, unless frames have
+        to be moved between device and host."""
         cache = self.cache
         if self.policy is None or isinstance(cache, ReleasedCache) or not cache.candidate_frames()[0]:
             nothing: list[list[int]] = [[] for _ in self.seeds]
             return Retrieved(nothing, [[] for _ in self.seeds])
         text_keys = [keys for keys, _ in self._text]
+        if isinstance(self.policy, DevicePolicy) and cache.moves_nothing():
+            chosen = self.policy.choose_on_device(cache.candidates(), text_keys, self._text_lengths)
+            cache.set_bank_on_device(chosen.indices)
+            return chosen
         retrieved = self.policy.choose(cache.candidates(), text_keys, self._text_lengths)
         cache.set_bank(retrieved.frames)
         return retrieved

@@ -5,6 +5,7 @@ import io
 import itertools
 import sys
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -317,12 +318,24 @@ def test_no_value_is_read_back_while_a_chunk_is_made(model, changes):
         pytest.skip("brings frames back from the host, whose copies need values")
     shapes = CausalVideoModel(model.config).to("meta").eval()
     streamer = Streamer(shapes, 2, settings_of(**changes), encode=encode, report=False)
-    if streamer.policy is not None:  # retrieval is the one that asks, before the passes
-        streamer.policy.choose = lambda candidates, *_: Retrieved([f[:2] for f in candidates.frames], [[], []])
+    if streamer.policy is not None:  # retrieval is the one that asks, before the passes, where frames have to be moved
+        choose = lambda candidates, *_: Retrieved([f[:2] for f in candidates.frames], [[], []])  # noqa: E731
+        streamer.policy = SimpleNamespace(choose=choose)
     for index in range(12):
         chunk = streamer.next_chunk(prompts_of(index))
     assert chunk.frames.shape == (2, 2, 3, SIZE, SIZE) and chunk.frames.device.type == "meta"
-    assert chunk.activation == chunk.candidates == [[], []]
+    assert chunk.activation == chunk.candidates == chunk.retrieved == [[], []]
+
+
+@pytest.mark.parametrize("relevance", ["linear", "softmax", "coverage"])
+def test_nor_by_retrieval_where_the_device_holds_all_of_the_past(model, relevance):
+    shapes = CausalVideoModel(model.config).to("meta").eval()
+    settings = settings_of(memory="memflow", relevance=relevance, device_frames=12, host_frames=0)
+    streamer = Streamer(shapes, 2, settings, encode=encode, report=False)
+    streamer.policy.choose = lambda *_: pytest.fail("the choice came to the host")
+    for index in range(12):
+        streamer.next_chunk(prompts_of(index))
+    assert len(streamer.cache.candidate_frames()[0]) == 10
 
 
 # ------------------------------------------------------------------------------------------------------------ for hours
