@@ -24,7 +24,7 @@ from rich.table import Table
 from torch import Tensor
 
 from memflow_ops import attend_selected, dense, describe_blocks, memory_attention, select_blocks
-from memflow_ops.bench import inputs
+from memflow_ops.bench import gpu_cache, inputs
 from memflow_ops.bench.record import record
 
 Call = Callable[[], Any]
@@ -366,6 +366,8 @@ def main() -> int:
         best_window, best_selected = (best_of(sections["dense backends"], kind) for kind in ("window", "selected"))
         steps: dict[str, Callable[[], list[dict[str, Any]]]] = {
             "figures": lambda: figures(bench, best_window, best_selected),
+            "cache write": lambda: gpu_cache.cache_write(bench),
+            "retrieval": lambda: gpu_cache.retrieval(bench),
             "crossovers": lambda: crossovers(bench, best_window),
             "tuning": lambda: tuning(bench),
         }

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .launch import Launch
-from .primitives import LOG2_E, load_rows, matmul, online_softmax_update
+from .primitives import LOG2_E, load_rows, matmul
 from .scores import score_tile
 
 HIGHEST = tl.constexpr(3.4028234663852886e38)
@@ -164,6 +164,13 @@ def column_pointers(means, strides, layer, batch, head, rows, frames, parts, mas
     return base + row * strides[2] + parts.to(tl.int64) * strides[3]
 
 
+@triton.jit
+def add_to_sum(scores, row_max, row_sum):
+    """One step of a log-sum-exp, base 2, of rows whose scores [ROWS, COLUMNS] arrive in tiles, one of them a key."""
+    new_max = tl.maximum(row_max, tl.max(scores, 1))
+    return new_max, row_sum * tl.math.exp2(row_max - new_max) + tl.sum(tl.math.exp2(scores - new_max[:, None]), 1)
+
+
 # FLOPs: 2 * valid words * F * n * D per layer and head. Bytes: a float32 per word and head; all else from L2.
 @triton.jit(do_not_specialize=["frames"])
 def word_lse_kernel(
@@ -214,7 +221,7 @@ def word_lse_kernel(
         )  # [ROWS, COLUMNS]
         bias = tl.log2(tl.load(weights + part))
         scores = tl.where(valid[None, :], scores * (scale * LOG2_E) + bias[None, :], float("-inf"))
-        _, _, row_max, row_sum = online_softmax_update(scores, row_max, row_sum)
+        row_max, row_sum = add_to_sum(scores, row_max, row_sum)
     target = (tl.program_id(1).to(tl.int64) * tl.num_programs(2) + batch) * words + tokens
     tl.store(lse + target, row_max + tl.log2(row_sum), mask=tokens < length)
 

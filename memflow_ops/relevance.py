@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from memflow_ops import checks, ops, ops_cache
-from memflow_ops.cache_layout import on_device
 
 SCORES = ("linear", "softmax")
 RETRIEVAL_SCORES = (*SCORES, "coverage")
@@ -144,4 +143,9 @@ def _block_weights(block_lengths: Sequence[int] | None, blocks: int, like: Tenso
     )
     if len(lengths) != blocks:
         raise ValueError(f"block_lengths must name the {blocks} blocks of a frame, got {len(lengths)}")
-    return on_device([n / sum(lengths) for n in lengths], torch.float64, like.device)
+    # Filled, not copied from the host: that could not be part of a CUDA graph.
+    weights = torch.full((blocks,), lengths[0] / sum(lengths), dtype=torch.float64, device=like.device)
+    for block, length in enumerate(lengths):
+        if length != lengths[0]:  # as a rule the last alone
+            weights[block] = length / sum(lengths)
+    return weights
