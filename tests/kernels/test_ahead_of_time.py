@@ -52,6 +52,23 @@ def test_shipped_configurations(case):
             assert machine.tensor_core_products == 0, f"{name}: scores of groups are IEEE float32 products"
 
 
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        ("cache write, clean pass", ["write_projections_kernel", "means_of_sums_kernel"]),
+        ("retrieval, coverage", ["products_kernel", "word_shares_kernel", "take_coverage_kernel"]),
+    ],
+)
+def test_what_is_around_the_attention_does_not_spill(case, kernels):
+    launches = table.shipped()[case](90)
+    assert [launch.kernel.fn.__name__ for launch in launches] == kernels
+    for launch in launches:
+        machine = compiled(launch)
+        assert machine.spills == 0 and machine.stack_bytes == 0, launch.kernel.fn.__name__
+        multiplies = launch.kernel.fn.__name__ == "products_kernel"
+        assert bool(machine.tensor_core_products) == multiplies, launch.kernel.fn.__name__
+
+
 def test_float32_stays_off_the_tensor_cores():
     for launch in table.memory_attention(90, dtype=torch.float32, query_group=1):
         assert compiled(launch).tensor_core_products == 0
