@@ -3,6 +3,7 @@
 The figures of `make aot` (bench/results/aot.json) say what each row takes; `make gpu-bench` times them.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -96,25 +97,88 @@ def loads_config(capability: int) -> Loads:
     return ATTEND_LOADS[max((known for known in ATTEND_LOADS if known <= capability), default=80)]
 
 
+# The backward of the queries: likewise.
+BACKWARD_QUERIES_TILES = {
+    80: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+    90: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+    100: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
+    120: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
+}
+# The backward of the keys: BLOCK_N keys, whose gradients are the state, and BLOCK_M queries at a time.
+BACKWARD_KEYS_TILES = {
+    80: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1)},
+    90: {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+    100: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+    120: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 32, 8, 1)},
+}
+# Blocks of no more than half as many: 8 warps would hold everything twice.
+BACKWARD_BLOCK_TILES = {
+    80: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 4, 1)},
+    90: {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (32, 32, 4, 1)},
+    100: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
+    120: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 4, 1)},
+}
+
+
 def attend_config(
-    capability: int, dtype: torch.dtype, head_dim: int, query_group: int, queries: int
+    capability: int,
+    dtype: torch.dtype,
+    head_dim: int,
+    query_group: int,
+    queries: int,
+    table: Mapping[int, Mapping[int, tuple[int, int, int, int]]] = ATTEND_TILES,
 ) -> tuple[dict[str, int], dict[str, int], bool]:
     """BLOCK_M, BLOCK_N and DIM of attend_kernel, its launch options, and whether each row of a tile has its own blocks.
 
-    It has where two groups and more fit a tile; else a tile is of one group. Unknown architectures take the row below.
+    It has where two groups and more fit a tile; else a tile is of one group. `table`: or BACKWARD_QUERIES_TILES, for
+    that kernel.
     """
+    dim = dim_of(dtype, head_dim)
+    if dtype == torch.float32:  # no tensor cores: the operands, too, have to fit in registers
+        tiles = (32, 16, 8, 3 if capability >= 90 and table is ATTEND_TILES else 2)
+    else:
+        tiles = _row(table, capability, head_dim)
+    block_m, block_n, warps, stages = tiles
+    by_row = 2 * query_group < block_m and query_group < queries
+    if not by_row:
+        block_m = min(block_m, max(triton.next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim), dict(num_warps=warps, num_stages=stages), by_row
+
+
+def dim_of(dtype: torch.dtype, head_dim: int) -> int:
+    """DIM of a head; a ValueError for a dtype or a head that the kernels do not take."""
     dim = max(triton.next_power_of_2(head_dim), 16)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32) or dim > 256:
         raise ValueError(
             f"the kernels take float16, bfloat16 and float32 and head sizes up to 256, got {dtype} and {head_dim}: "
             f"use impl='torch'"
         )
-    if dtype == torch.float32:  # no tensor cores: the operands, too, have to fit in registers
-        block_m, block_n, warps, stages = 32, 16, 8, 3 if capability >= 90 else 2
-    else:
-        row = max((known for known in ATTEND_TILES if known <= capability), default=80)
-        block_m, block_n, warps, stages = next(tiles for size, tiles in ATTEND_TILES[row].items() if dim <= size)
-    by_row = 2 * query_group < block_m and query_group < queries
-    if not by_row:
-        block_m = min(block_m, max(triton.next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
-    return dict(BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim), dict(num_warps=warps, num_stages=stages), by_row
+    return dim
+
+
+def _row(
+    table: Mapping[int, Mapping[int, tuple[int, int, int, int]]], capability: int, head_dim: int
+) -> tuple[int, int, int, int]:
+    """By head size; unknown architectures take the row below."""
+    row = max((known for known in table if known <= capability), default=80)
+    return next(tiles for size, tiles in table[row].items() if head_dim <= size)
+
+
+def backward_keys_config(
+    capability: int, dtype: torch.dtype, head_dim: int, block_size: int | None, query_group: int
+) -> tuple[dict[str, int | bool], dict[str, int]]:
+    """BLOCK_M, BLOCK_N, DIM and PACKED of backward_keys_kernel, and its launch options.
+
+    block_size: None for keys that every query attended to, whose blocks are tiles.
+    """
+    dim = dim_of(dtype, head_dim)
+    tiles = (16, 32, 8, 2) if dtype == torch.float32 else _row(BACKWARD_KEYS_TILES, capability, head_dim)
+    if block_size is not None and dtype != torch.float32 and 2 * block_size <= tiles[1]:
+        tiles = _row(BACKWARD_BLOCK_TILES, capability, head_dim)
+    block_m, block_n, warps, stages = tiles
+    packed = False
+    if block_size is not None:
+        block_n = min(block_n, max(triton.next_power_of_2(block_size), 16))
+        # a tile of its own for each group would be a quarter empty and more
+        packed = 4 * query_group < 3 * block_m * triton.cdiv(query_group, block_m)
+    return dict(BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim, PACKED=packed), dict(num_warps=warps, num_stages=stages)

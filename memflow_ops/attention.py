@@ -32,7 +32,7 @@ def memory_attention(
 
     Drops in where `flash_attn_func(q, k, v, softmax_scale=...)` is called without dropout, causal mask or window.
     Selection is that of `select_blocks`; what is not selected is not read, so its values (NaN included) do not
-    matter. Differentiable in q, k, v, memory_k, memory_v; the selection is not.
+    matter. Differentiable in q, k, v, memory_k, memory_v, once; the selection is not.
 
     Args:
         q: (B, Lq, H, D), float16, bfloat16, float32 or float64.
@@ -48,12 +48,13 @@ def memory_attention(
             `memory_slots[b, j]` of memory_k, memory_v and memory_descriptors (None: frame j). Clamped, never read back.
         softmax_scale: factor of the scores (None: 1/sqrt(D)).
         return_lse: also return the LSE.
-        impl: `reference` (the specification), `torch`, `triton` (forward only, D up to 256, not float64), or `auto`:
-            `triton` on CUDA when no gradient is needed and not in float64, else `torch`.
+        impl: `reference` (the specification), `torch`, `triton` (D up to 256, not float64), or `auto`: `triton` on CUDA
+            and not in float64, else `torch`.
         dense_backend: what attends to k, v, the implementation's bank part continuing its softmax: `own` (the
             implementation itself, in one launch), `cudnn` or `flash` (torch's, float16 and bfloat16 on CUDA),
             `flash_attn` (that package, 4, 3 or 2), `cpu` (torch's flash attention for CPUs), or `auto`: for `triton`
-            the best there is on this device, `own` for float32 and short windows; for the others `own`.
+            the best there is on this device, `own` for float32 and short windows; for the others `own`. Gradients are
+            made by the implementation itself in any case, and are equal bit for bit from run to run.
 
     Returns:
         out (B, Lq, H, D), contiguous, zero where a query has no key; with `return_lse` also the natural-log LSE of
@@ -97,7 +98,7 @@ def memory_attention(
                 raise ValueError(f"{name} is given without memory_k and memory_v")
     if memory_k is None:
         memory_frames = None
-    chosen = ops.resolve(impl, q, differentiable=ops.needs_grad(q, k, v, memory_k, memory_v))
+    chosen = ops.resolve(impl, q)
     out, lse, _ = ops.memory_attention(
         q, k, v, memory_k, memory_v, memory_descriptors, memory_frames, memory_slots,
         top_k, block_size, frame, group, scale, chosen, dense_backend,
@@ -158,7 +159,7 @@ def attend_selected(
         _check_state("resume", resume_out, resume_lse)
         checks.check_tensor("resume's out", resume_out, "B Lq H D", like=q)
         checks.check_shape("resume's out", resume_out, tuple(q.shape))
-    chosen = ops.resolve(impl, q, differentiable=ops.needs_grad(q, k, v, resume_out, resume_lse))
+    chosen = ops.resolve(impl, q)
     return ops.attend_selected(
         q, k, v, indices, memory_slots, resume_out, resume_lse, block_size, frame, group, scale, chosen
     )

@@ -7,6 +7,7 @@ before an operator here is called. Implementations are imported on first use.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
 
@@ -22,16 +23,11 @@ _MODULES = {
 }
 
 
-def resolve(impl: str, x: Tensor, *, differentiable: bool = False) -> str:
-    """What `auto` stands for: `triton` on CUDA where no gradient is needed and not in float64, else `torch`."""
-    if impl == "triton" and differentiable:
-        raise NotImplementedError(
-            "impl='triton' has no backward yet: use impl='torch', or call it under torch.no_grad()"
-        )
+def resolve(impl: str, x: Tensor) -> str:
+    """What `auto` stands for: `triton` on CUDA and not in float64, else `torch`."""
     if impl != "auto":
         return impl
-    kernels = x.device.type == "cuda" and not differentiable and x.dtype != torch.float64
-    return "triton" if kernels else "torch"
+    return "triton" if x.device.type == "cuda" and x.dtype != torch.float64 else "torch"
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
@@ -257,7 +253,7 @@ def _(q, k, v, memory_k, memory_v, memory_descriptors, memory_frames, memory_slo
 @torch.library.custom_op("memflow_ops::attend_backward", mutates_args=())
 def attend_backward(
     grad_out: Tensor,
-    delta: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
@@ -265,60 +261,53 @@ def attend_backward(
     memory_v: Tensor | None,
     indices: Tensor,
     memory_slots: Tensor | None,
+    out: Tensor,
     lse: Tensor,
+    wanted: Sequence[bool],
     block_size: int,
     frame_tokens: int,
     query_group: int,
     softmax_scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, memory_k, memory_v (empty where there is no such input), every part under the final LSE.
+    """Gradients of q, k, v, memory_k, memory_v, every part under the final out and LSE.
 
-    delta (B, H, Lq) is rowsum(grad_out * out) - grad_lse: a score's gradient is P * (dP - delta).
+    wanted: of these five; the others come back without elements, and nothing is done for them.
     """
     with _as_given(q):
-        return _implementation(impl).attend_backward(
-            grad_out, delta, q, k, v, memory_k, memory_v, indices, lse, block_size=block_size,
+        gradients = _implementation(impl).attend_backward(
+            grad_out, grad_lse, q, k, v, memory_k, memory_v, indices, out, lse, wanted=wanted, block_size=block_size,
             frame_tokens=frame_tokens, query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots,
         )  # fmt: skip
+    return tuple(q.new_empty(0) if x is None else x for x in gradients)  # type: ignore[return-value]
 
 
 @attend_backward.register_fake
-def _(grad_out, delta, q, k, v, memory_k, memory_v, *rest):
-    return tuple(q.new_empty(() if x is None else x.shape) for x in (q, k, v, memory_k, memory_v))
+def _(grad_out, grad_lse, q, k, v, memory_k, memory_v, indices, memory_slots, out, lse, wanted, *sizes):
+    inputs = zip((q, k, v, memory_k, memory_v), wanted, strict=True)
+    return tuple(q.new_empty(x.shape if want and x is not None else 0) for x, want in inputs)
 
 
-def _delta(grad_out: Tensor, grad_lse: Tensor | None, out: Tensor, lse: Tensor) -> Tensor:
-    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1).transpose(1, 2)
-    return delta if grad_lse is None else delta - grad_lse
+def _gradients(grad_out: Tensor | None, grad_lse: Tensor | None, wanted: Sequence[bool], *saved: Any) -> list:
+    """attend_backward with None for what is not wanted; `saved` are its arguments from q on, `wanted` left out."""
+    tensors, sizes = saved[:9], saved[9:]
+    grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
+    found = attend_backward(grad_out, grad_lse, *tensors, list(wanted), *sizes)
+    return [x if want else None for x, want in zip(found, wanted, strict=True)]
 
 
 def _setup_attention(ctx, inputs, output) -> None:
     q, k, v, memory_k, memory_v, _, _, memory_slots, _, *sizes, _ = inputs
     out, lse, indices = output
-    ctx.save_for_backward(q, k, v, memory_k, memory_v, memory_slots, out, lse, indices)
+    ctx.save_for_backward(q, k, v, memory_k, memory_v, indices, memory_slots, out, lse)
     ctx.sizes = sizes
     ctx.mark_non_differentiable(indices)
+    ctx.set_materialize_grads(False)
 
 
 def _attention_grad(ctx, grad_out, grad_lse, _):
-    q, k, v, memory_k, memory_v, memory_slots, out, lse, indices = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    gradients = attend_backward(
-        grad_out,
-        _delta(grad_out, grad_lse, out, lse),
-        q,
-        k,
-        v,
-        memory_k,
-        memory_v,
-        indices,
-        memory_slots,
-        lse,
-        *ctx.sizes,
-    )
-    with_bank = gradients if memory_k is not None else (*gradients[:3], None, None)
-    return (*with_bank, *(None,) * 10)
+    gradients = _gradients(grad_out, grad_lse, ctx.needs_input_grad[:5], *ctx.saved_tensors, *ctx.sizes)
+    return (*gradients, *(None,) * 10)
 
 
 memory_attention.register_autograd(_attention_grad, setup_context=_setup_attention)
@@ -327,28 +316,38 @@ memory_attention.register_autograd(_attention_grad, setup_context=_setup_attenti
 def _setup_selected(ctx, inputs, output) -> None:
     q, memory_k, memory_v, indices, memory_slots, resume_out, resume_lse, *sizes = inputs
     out, lse = output
-    ctx.save_for_backward(q, memory_k, memory_v, indices, memory_slots, resume_out, resume_lse, out, lse)
+    ctx.save_for_backward(q, None, None, memory_k, memory_v, indices, memory_slots, out, lse, resume_out, resume_lse)
     ctx.sizes = sizes
+    ctx.set_materialize_grads(False)
 
 
 def _selected_grad(ctx, grad_out, grad_lse):
-    q, memory_k, memory_v, indices, memory_slots, resume_out, resume_lse, out, lse = ctx.saved_tensors
-    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
-    delta = _delta(grad_out, grad_lse, out, lse)
-    gradients = attend_backward(
-        grad_out, delta, q, None, None, memory_k, memory_v, indices, memory_slots, lse, *ctx.sizes
-    )
-    grad_resume_out = grad_resume_lse = None
-    if resume_out is not None:
-        weight = _state_weight(resume_lse, lse)
-        grad_resume_out = (grad_out * weight.transpose(1, 2).unsqueeze(-1)).to(out.dtype)
-        dot = (grad_out.to(lse.dtype) * resume_out.to(lse.dtype)).sum(-1).transpose(1, 2)
-        # what has no weight is ignored, NaN included
-        grad_resume_lse = torch.where(weight > 0, weight * (dot - delta), 0.0)
-    return (gradients[0], *gradients[3:], None, None, grad_resume_out, grad_resume_lse, *(None,) * 5)
+    *saved, resume_out, resume_lse = ctx.saved_tensors
+    wanted = ctx.needs_input_grad
+    gradients = _gradients(grad_out, grad_lse, (wanted[0], False, False, *wanted[1:3]), *saved, *ctx.sizes)
+    of_resumed: Sequence[Tensor | None] = (None, None)
+    if any(wanted[5:7]):
+        out, lse = saved[-2:]
+        of_resumed = _resumed_gradients(grad_out, grad_lse, out, lse, resume_out, resume_lse)
+    return (gradients[0], *gradients[3:], None, None, *of_resumed, *(None,) * 5)
 
 
 attend_selected.register_autograd(_selected_grad, setup_context=_setup_selected)
+
+
+def _resumed_gradients(
+    grad_out: Tensor | None, grad_lse: Tensor | None, out: Tensor, lse: Tensor, resume_out: Tensor, resume_lse: Tensor
+) -> list[Tensor]:
+    """Of the state that was continued: one more key, whose score is its LSE and whose value its out."""
+    wide = lse.dtype
+    grad_out = torch.zeros_like(out) if grad_out is None else grad_out
+    weight = _state_weight(resume_lse, lse)
+    slope = (grad_out.to(wide) * (resume_out.to(wide) - out.to(wide))).sum(-1).transpose(1, 2)
+    if grad_lse is not None:
+        slope = slope + grad_lse
+    # what has no weight is ignored, NaN included
+    grad_resume_lse = torch.where(weight > 0, weight * slope, 0.0)
+    return [(grad_out * weight.transpose(1, 2).unsqueeze(-1)).to(out.dtype), grad_resume_lse]
 
 
 def _state_weight(lse: Tensor, total: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ Any floating dtype and device; float64 in, float64 throughout: the oracle of the
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -142,22 +142,27 @@ def gather(dense: Tensor | None, memory: Tensor | None, b: int, kv: int, tokens:
 
 def attend_backward(
     grad_out: Tensor,
-    delta: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
     memory_k: Tensor | None,
     memory_v: Tensor | None,
     indices: Tensor,
+    out: Tensor,
     lse: Tensor,
     *,
+    wanted: Sequence[bool],
     block_size: int,
     frame_tokens: int,
     query_group: int,
     softmax_scale: float,
     memory_slots: Tensor | None,
-) -> tuple[Tensor, ...]:
-    """P = exp(scores - final LSE); dV = P^T dO; dS = P * (dO V^T - delta); dQ = dS K; dK = dS^T Q."""
+) -> list[Tensor | None]:
+    """P = exp(scores - final LSE); dV = P^T dO; dS = P * (dO V^T - delta); dQ = dS K; dK = dS^T Q.
+
+    delta = rowsum(dO * final out) - dLSE (FlashAttention-2, arXiv 2307.08691, algorithm 2, with an LSE that is used).
+    """
     inputs = (q, k, v, memory_k, memory_v)
     grads = [wide(torch.zeros(() if x is None else x.shape, dtype=q.dtype, device=q.device)) for x in inputs]
     dense = 0 if k is None else k.shape[1]
@@ -165,9 +170,12 @@ def attend_backward(
         keys = wide(gather(k, memory_k, b, kv, tokens))
         values = wide(gather(v, memory_v, b, kv, tokens))
         queries, grad = wide(q[b, rows, h]), wide(grad_out[b, rows, h])
+        delta = (grad * wide(out[b, rows, h])).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta -= grad_lse[b, h, rows, None]
         total = lse[b, h, rows, None]
         p = torch.where(total == -torch.inf, 0.0, (queries @ keys.T * softmax_scale - total).exp())
-        ds = p * (grad @ values.T - delta[b, h, rows, None]) * softmax_scale
+        ds = p * (grad @ values.T - delta) * softmax_scale
         dk, dv = ds.T @ queries, p.T @ grad
         grads[0][b, rows, h] = ds @ keys
         if k is not None:
@@ -177,4 +185,5 @@ def attend_backward(
             index = torch.tensor(tokens, dtype=torch.int64, device=q.device)
             grads[3][b, :, kv].index_add_(0, index, dk[dense:])
             grads[4][b, :, kv].index_add_(0, index, dv[dense:])
-    return tuple(x.to(q.dtype) for x in grads)
+    chosen = zip(grads, inputs, wanted, strict=True)
+    return [grad.to(q.dtype) if want and x is not None else None for grad, x, want in chosen]

@@ -17,8 +17,11 @@ from torch import Tensor
 _GATHER_BYTES = 1 << 20
 # Keys whose places are worked out at a time.
 _PLANNED_KEYS = 1 << 20
-# Elements of scores that the backward holds at a time.
+# Elements of scores, and of keys and values, that are held at a time.
 _SCORE_ELEMENTS = 4 << 20
+# Scores of a tile of the backward, which stay in the cache of a core, and queries of one.
+_TILE_SCORES = 256 << 10
+_TILE_ROWS = 1024
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -320,50 +323,51 @@ def _add_bank(q: Tensor, bank: _Bank, scale: float, out: Tensor, lse: Tensor) ->
 
 def attend_backward(
     grad_out: Tensor,
-    delta: Tensor,
+    grad_lse: Tensor | None,
     q: Tensor,
     k: Tensor | None,
     v: Tensor | None,
     memory_k: Tensor | None,
     memory_v: Tensor | None,
     indices: Tensor,
+    out: Tensor,
     lse: Tensor,
     *,
+    wanted: Sequence[bool],
     block_size: int,
     frame_tokens: int,
     query_group: int,
     softmax_scale: float,
     memory_slots: Tensor | None,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor | None]:
     batch, queries, heads, size = q.shape
     wide = _wide(q.dtype)
     grads = [
-        torch.zeros(() if x is None else x.shape, dtype=wide, device=q.device) for x in (q, k, v, memory_k, memory_v)
+        torch.zeros(x.shape, dtype=wide, device=q.device) if want and x is not None else None
+        for x, want in zip((q, k, v, memory_k, memory_v), wanted, strict=True)
     ]
+    delta = (grad_out.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
+    if grad_lse is not None:
+        delta = delta - grad_lse
     # a query without keys: P = exp(score - inf) = 0
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    if k is not None and v is not None and k.shape[1]:
-        step = max(1, _SCORE_ELEMENTS // k.shape[1])
+    if k is not None and v is not None and k.shape[1] and any(wanted[:3]):
         for b in range(batch):
             for h in range(heads):
                 kv = h // (heads // k.shape[2])
-                keys, values = k[b, :, kv].to(wide), v[b, :, kv].to(wide)
-                for i in range(0, queries, step):
-                    part = slice(i, i + step)
-                    above = q[b, part, h].to(wide), grad_out[b, part, h].to(wide), lse[b, h, part], delta[b, h, part]
-                    dq, dk, dv = _tile_backward(_Upstream(*above), keys, values, softmax_scale)
-                    grads[0][b, part, h] += dq
-                    grads[1][b, :, kv] += dk
-                    grads[2][b, :, kv] += dv
-    if memory_k is None or memory_v is None or not indices.shape[-1]:
-        return tuple(x.to(q.dtype) for x in grads)
-    for rows, groups, n in _equal_groups(queries, query_group):
-        bank = _Bank(memory_k, memory_v, indices[:, :, groups], block_size, frame_tokens, memory_slots)
-        lse_tiles, delta_tiles = (x[:, :, rows].flatten(0, 1).unflatten(1, (-1, n)) for x in (lse, delta))
-        upstream = _Upstream(_tiles(q[:, rows], n), _tiles(grad_out[:, rows], n), lse_tiles, delta_tiles)
-        dq = _bank_backward(upstream, bank, softmax_scale, grads[3], grads[4])
-        grads[0][:, rows] += dq.view(batch, heads, -1, size).transpose(1, 2)
-    return tuple(x.to(q.dtype) for x in grads)
+                above = _Upstream(q[b, :, h], grad_out[b, :, h], lse[b, h], delta[b, h])
+                places = ((b, slice(None), h), (b, slice(None), kv), (b, slice(None), kv))
+                targets = [None if x is None else x[place] for x, place in zip(grads[:3], places, strict=True)]
+                _dense_backward(above, k[b, :, kv], v[b, :, kv], softmax_scale, *targets)
+    if memory_k is not None and memory_v is not None and indices.shape[-1] and (wanted[0] or any(wanted[3:])):
+        for rows, groups, n in _equal_groups(queries, query_group):
+            bank = _Bank(memory_k, memory_v, indices[:, :, groups], block_size, frame_tokens, memory_slots)
+            lse_tiles, delta_tiles = (x[:, :, rows].flatten(0, 1).unflatten(1, (-1, n)) for x in (lse, delta))
+            upstream = _Upstream(_tiles(q[:, rows], n), _tiles(grad_out[:, rows], n), lse_tiles, delta_tiles)
+            dq = _bank_backward(upstream, bank, softmax_scale, wanted[0], grads[3], grads[4])
+            if grads[0] is not None and dq is not None:
+                grads[0][:, rows] += dq.view(batch, heads, -1, size).transpose(1, 2)
+    return [None if x is None else x.to(q.dtype) for x in grads]
 
 
 class _Upstream(NamedTuple):
@@ -376,34 +380,82 @@ class _Upstream(NamedTuple):
 
 
 def _tile_backward(
-    tiles: _Upstream, k: Tensor, v: Tensor, scale: float, masked: Tensor | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """dQ, dK, dV of tiles [..., n, D] over keys [..., S, D]: dS = P * (dO V^T - delta) under the final LSE."""
-    scores = tiles.q @ k.mT * scale
+    tiles: _Upstream, k: Tensor, v: Tensor, scale: float, wanted: Sequence[bool], masked: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dQ, dK, dV of tiles [..., n, D] over keys [..., S, D], all wide: dS = P * (dO V^T - delta), final LSE."""
+    q = tiles.q * scale
+    p = q @ k.mT
     if masked is not None:
-        scores.masked_fill_(masked.unsqueeze(-2), -torch.inf)
-    p = scores.sub_(tiles.lse.unsqueeze(-1)).exp_()
-    ds = (tiles.grad_out @ v.mT).sub_(tiles.delta.unsqueeze(-1)).mul_(p).mul_(scale)
-    return ds @ k, ds.mT @ tiles.q, p.mT @ tiles.grad_out
+        p.masked_fill_(masked.unsqueeze(-2), -torch.inf)
+    p.sub_(tiles.lse.unsqueeze(-1)).exp_()
+    dv = p.mT @ tiles.grad_out if wanted[2] else None
+    if not (wanted[0] or wanted[1]):
+        return None, None, dv
+    ds = (tiles.grad_out @ v.mT).sub_(tiles.delta.unsqueeze(-1)).mul_(p)
+    return (ds @ k).mul_(scale) if wanted[0] else None, ds.mT @ q if wanted[1] else None, dv
 
 
-def _bank_backward(upstream: _Upstream, bank: _Bank, scale: float, grad_k: Tensor, grad_v: Tensor) -> Tensor:
-    """dQ [B * H, G, n, D] of the tiles; adds to grad_k and grad_v (B, Lm, Hkv, D)."""
-    q, wide = upstream.q, grad_k.dtype
+def _dense_backward(
+    above: _Upstream,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
+) -> None:
+    """Add the gradients of queries [n, D] over keys [S, D] to those wanted: _tile_backward in tiles whose scores stay
+    in the cache, in buffers that are used again, because fresh memory costs more than what is computed in it."""
+    wide = above.lse.dtype
+    queries, grad = above.q.to(wide) * scale, above.grad_out.to(wide).contiguous()
+    shift, delta = -above.lse.unsqueeze(-1), -above.delta.unsqueeze(-1)
+    rows = min(len(queries), _TILE_ROWS)
+    columns = min(len(k), max(1, _TILE_SCORES // rows))
+    buffers = queries.new_empty(2, rows * columns)
+    for first in range(0, len(k), columns):
+        place = slice(first, first + columns)
+        keys, values = (x[place].to(wide).contiguous() for x in (k, v))
+        for start in range(0, len(queries), rows):
+            part = slice(start, start + rows)
+            shape = (len(queries[part]), len(keys))
+            p, ds = (x[: shape[0] * shape[1]].view(shape) for x in buffers)
+            torch.addmm(shift[part], queries[part], keys.T, out=p).exp_()
+            if grad_v is not None:
+                grad_v[place].addmm_(p.T, grad[part])
+            if grad_q is None and grad_k is None:
+                continue
+            torch.addmm(delta[part], grad[part], values.T, out=ds).mul_(p)
+            if grad_q is not None:
+                grad_q[part].addmm_(ds, keys, alpha=scale)
+            if grad_k is not None:
+                grad_k[place].addmm_(ds.T, queries[part])
+
+
+def _bank_backward(
+    upstream: _Upstream, bank: _Bank, scale: float, query: bool, grad_k: Tensor | None, grad_v: Tensor | None
+) -> Tensor | None:
+    """dQ [B * H, G, n, D] of the tiles if `query`; adds to grad_k and grad_v (B, Lm, Hkv, D), None: not wanted."""
+    q, wide = upstream.q, _wide(upstream.q.dtype)
     keys = bank.start.shape[2] * bank.block
-    count = max(1, _SCORE_ELEMENTS // (keys * (q.shape[2] + 2 * q.shape[3])))
-    grad_rows = _Rows(grad_k)
-    grad_q = torch.empty(q.shape, dtype=wide, device=q.device)
-    for tiles in _walk(q.shape, count):
-        tokens, masked = bank.tokens(tiles)
-        ((_, k, v),) = bank.gather(tokens, tiles, tokens.shape[:2].numel())
-        part = _Upstream(*(x[tiles].to(wide) for x in upstream))
-        dq, dk, dv = _tile_backward(part, k.to(wide), v.to(wide), scale, masked)
-        if bank.ragged:
-            empty = bank.empty[tiles][..., None, None]
-            dq, dk, dv = (x.masked_fill_(empty, 0.0) for x in (dq, dk, dv))
-        grad_q[tiles] = dq
-        rows = bank.rows(tokens, tiles, grad_rows).flatten()
-        grad_k.view(-1, q.shape[-1]).index_add_(0, rows, dk.flatten(0, 2))
-        grad_v.view(-1, q.shape[-1]).index_add_(0, rows, dv.flatten(0, 2))
+    count = max(1, min(_TILE_SCORES // q.shape[2], _SCORE_ELEMENTS // (2 * q.shape[3])) // keys)
+    grad_q = torch.empty(q.shape, dtype=wide, device=q.device) if query else None
+    wanted = (query, grad_k is not None, grad_v is not None)
+    for planned in _walk(q.shape, max(count, _PLANNED_KEYS // keys)):
+        tokens, masked = bank.tokens(planned)
+        above = _Upstream(*(x[planned] for x in upstream))
+        empty = bank.empty[planned][..., None, None]
+        rows = [None if x is None else bank.rows(tokens, planned, _Rows(x)) for x in (grad_k, grad_v)]
+        found = []
+        for tiles, k, v in bank.gather(tokens, planned, count):
+            part = _Upstream(*(x[tiles].to(wide) for x in above))
+            mask = None if masked is None else masked[tiles]
+            dq, *of_keys = _tile_backward(part, k.to(wide), v.to(wide), scale, wanted, mask)
+            found.append(dq)
+            for grad, row, x in zip((grad_k, grad_v), rows, of_keys, strict=True):
+                if grad is not None and row is not None and x is not None:
+                    x = x.masked_fill_(empty[tiles], 0.0)
+                    grad.view(-1, q.shape[-1]).index_add_(0, row[tiles].flatten(), x.flatten(0, 2))
+        if grad_q is not None:
+            made = torch.cat([x.flatten(0, 1) for x in found if x is not None]).view(q[planned].shape)
+            grad_q[planned] = made.masked_fill_(empty, 0.0)
     return grad_q
