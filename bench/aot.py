@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ import triton
 from memflow_ops.bench.record import write
 from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, launch_source
 from memflow_ops.kernels.attend import plan_attend, plan_select_and_attend
+from memflow_ops.kernels.backward import plan_attend_backward
 from memflow_ops.kernels.configs import Loads
 from memflow_ops.kernels.describe import plan_block_means
 from memflow_ops.kernels.launch import Launch
@@ -108,6 +110,30 @@ def retrieval(score: str, parts: int = 1, dtype: torch.dtype = torch.bfloat16) -
     return launches
 
 
+def backward(
+    capability: int,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    heads: tuple[int, int] = (12, 12),
+    head_dim: int = 128,
+    block_size: int = 64,
+    query_group: int = 128,
+    dense: bool = False,
+) -> list[Launch]:
+    """The backward of a layer's bank part, all gradients; with `dense` of window and bank, the latter needing none."""
+    q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
+    k = meta(1, WINDOW, heads[1], head_dim, dtype=dtype) if dense else None
+    memory = meta(1, 64 * FRAME_TOKENS, heads[1], head_dim, dtype=dtype)
+    indices = meta(1, heads[0], -(-QUERIES // query_group), 24, dtype=torch.int32)
+    lse = meta(1, heads[0], QUERIES, dtype=torch.float32)
+    steps, _ = plan_attend_backward(
+        q, lse, q, k, k, memory, memory, indices, q, lse, block_size=block_size, frame_tokens=FRAME_TOKENS,
+        query_group=query_group, softmax_scale=head_dim**-0.5, memory_slots=meta(1, 64, dtype=torch.int32),
+        wanted=[True, dense, dense, not dense, not dense], capability=capability,
+    )  # fmt: skip
+    return [step for step in steps if isinstance(step, Launch)]
+
+
 def shipped() -> dict[str, Callable[[int], list[Launch]]]:
     """Name -> the launches for a compute capability."""
 
@@ -165,7 +191,31 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
         "retrieval, coverage": lambda _: retrieval("coverage"),
         "retrieval, coverage, float32": lambda _: retrieval("coverage", dtype=torch.float32),
     }
-    return {"descriptors": descriptors, "window": window, **launches, **writes, **retrievals}
+    backwards: dict[str, dict] = {
+        "backward": dict(),
+        "backward, window too": dict(dense=True),
+        "backward, per query": dict(query_group=1),
+        "backward, per query, window too": dict(query_group=1, dense=True),
+        "backward, groups of 16": dict(query_group=16),
+        "backward, whole chunk": dict(query_group=QUERIES),
+        "backward, window too, float16": dict(dense=True, **half),
+        "backward, float16": half,
+        "backward, window too, 64 dims": dict(dense=True, head_dim=64),
+        "backward, 64 dims": dict(head_dim=64),
+        "backward, per query, 64 dims": dict(query_group=1, head_dim=64),
+        "backward, window too, 96 dims": dict(dense=True, head_dim=96),
+        "backward, 96 dims": dict(head_dim=96),
+        "backward, per query, 96 dims": dict(query_group=1, head_dim=96),
+        "backward, 12 heads on 4": dict(heads=(12, 4)),
+        "backward, blocks of 16": dict(block_size=16),
+        "backward, blocks of 32": dict(block_size=32),
+        "backward, blocks of 128": dict(block_size=128),
+        "backward, window too, float32": dict(dense=True, **single),
+        "backward, float32": single,
+        "backward, per query, float32": dict(query_group=1, **single),
+    }
+    gradients = {name: partial(backward, **options) for name, options in backwards.items()}
+    return {"descriptors": descriptors, "window": window, **launches, **writes, **retrievals, **gradients}
 
 
 def figures(capability: int, case: str, index: int) -> dict[str, Any]:
@@ -223,7 +273,7 @@ def complaints(version: str, result: dict, stored: dict) -> list[str]:
                 found.append(f"{where}: {row['spills']} spills")
             elif row.get("loop_spills"):
                 found.append(f"{where}: {row['loop_spills']} spills in the main loop")
-            multiplies = any(kernel in name for kernel in ("attend_kernel", "select_rows_kernel"))
+            multiplies = any(kernel in name for kernel in ("attend_kernel", "select_rows_kernel", "backward_"))
             # HMMA, the product of sm_80, is what tiles of less than 64 rows get
             products = sum(row.get(opcode, 0) for opcode in ("HMMA", "HGMMA"))
             if capability == 90 and "float32" not in name and multiplies and not products:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from memflow_ops import attend_selected, dense, describe_blocks, memory_attention, select_blocks
 from memflow_ops.bench import gpu_cache, inputs
+from memflow_ops.bench.gpu_backward import backward_rows
 from memflow_ops.bench.record import record
 
 Call = Callable[[], Any]
@@ -368,6 +369,7 @@ def main() -> int:
             "figures": lambda: figures(bench, best_window, best_selected),
             "cache write": lambda: gpu_cache.cache_write(bench),
             "retrieval": lambda: gpu_cache.retrieval(bench),
+            "backward": lambda: backward_rows(bench),
             "crossovers": lambda: crossovers(bench, best_window),
             "tuning": lambda: tuning(bench),
         }

@@ -262,10 +262,11 @@ SMALL_CASE = """
     import memflow_ops as ops
     torch.manual_seed(0)
     q, k, memory_k, memory_v = (torch.randn(1, n, 2, 64, device="cuda").bfloat16() for n in (150, 100, 180, 180))
+    memory_k.requires_grad_(), q.requires_grad_()
     for group in (1, 16, 64, None):
         out = ops.memory_attention(q, k, k, memory_k, memory_v, frame_tokens=90, block_size=32, top_k=3,
                                    query_group=group, impl="triton", dense_backend="own")
-        assert out.isfinite().all()
+        assert all(x.isfinite().all() for x in (out, *torch.autograd.grad(out.sum(), (q, memory_k))))
     print("case finished")
 """
 
