@@ -4,7 +4,7 @@ STAMP := .venv/.installed
 
 .PHONY: help demo test lint bench bench-compare where-memory-pays aot gpu-test gpu-bench train clean
 help:  ## list these commands
-	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
 $(STAMP): setup.py constraints.txt
 	$(PYTHON) -m venv .venv
