@@ -438,7 +438,9 @@ def train(
 def evaluate(
     weights: Weights = None,
     stories: Annotated[int, typer.Option(help="Held-out stories of each length.", min=1, metavar="N")] = 8,
-    seed: Annotated[int, typer.Option(help="Of the stories and their noise, 10000 or more.", metavar="N")] = 10_000,
+    seed: Annotated[
+        int, typer.Option(help="Of the stories and their noise; from 10000 on they are held out.", min=0, metavar="N")
+    ] = 30_000,
     memory: Annotated[
         list[str] | None,
         typer.Option(help="A kind of memory, such as none, memflow or 'random frames'; may be repeated. Default: all."),

@@ -122,22 +122,37 @@ def evaluate(
     from rich.console import Console
     from rich.progress import Progress
 
+    from memflow_ops.environment import pick_device
     from memflow_ops.model import evaluate as judging
-    from memflow_ops.model.checkpoints import TOY_WEIGHTS, check_target, load_checkpoint
+    from memflow_ops.model.checkpoints import TOY_WEIGHTS, check_target
+    from memflow_ops.model.generate import load_model
+    from memflow_ops.model.held_out import JUDGED_SEED
     from memflow_ops.model.settings import TOY_SETTINGS
+    from memflow_ops.model.story import Interrupts
+    from memflow_ops.model.train import HELD_OUT_SEED
 
-    kinds = memory or list(judging.KINDS)
-    trial = memory or top_k or steps or weights or stories != 8 or seed != 10_000
+    kinds = list(dict.fromkeys(memory or judging.KINDS))
+    used = weights or TOY_WEIGHTS
+    trial = memory or top_k or steps or weights or stories != 8 or seed != JUDGED_SEED
+    so_far = out or Path("out") / "evaluate.json"
     # What the repository states is only replaced by the whole of it.
-    target = out or (Path("out") / "evaluate.json" if trial else judging.default_results())
+    target = so_far if trial else judging.default_results() or so_far
     with mistakes():
         settings = replace(TOY_SETTINGS, top_k=top_k or TOY_SETTINGS.top_k, steps=steps or TOY_SETTINGS.steps)
-        model = load_checkpoint(weights or TOY_WEIGHTS)
+        model = load_model(used, pick_device("cpu"))
         judging.check(kinds, stories, seed)
-        if target is not None:  # rather now than after the evaluation
-            check_target(target, ".json")
+        for path in (so_far, target):  # rather now than after the evaluation
+            check_target(path, ".json")
+            check_target(path.with_suffix(".png"), ".png")
+    if seed < HELD_OUT_SEED:
+        typer.echo(f"seeds below {HELD_OUT_SEED} are for training and tuning: these stories are not held out", err=True)
     rows: list[judging.Row] = []
-    with Progress(console=Console(stderr=True)) as bar:
+    timings: dict[str, judging.Timing] = {}
+
+    def write(path: Path) -> None:
+        judging.write_results(rows, timings, settings, seed=seed, stories=stories, weights=used, out=path)
+
+    with Interrupts() as interrupts, Progress(console=Console(stderr=True)) as bar:
         tasks = {name: bar.add_task(name, total=None, start=False) for name in kinds}
 
         def report(name: str, done: int, total: int) -> None:
@@ -145,24 +160,27 @@ def evaluate(
                 bar.start_task(tasks[name])
             bar.update(tasks[name], completed=done, total=total)
 
+        judged = judging.evaluate(model, stories=stories, kinds=kinds, seed=seed, settings=settings, report=report)
         try:
-            for row in judging.evaluate(
-                model, stories=stories, kinds=kinds, seed=seed, settings=settings, report=report
-            ):
+            while True:
+                with interrupts.allowed():
+                    row = next(judged, None)
+                if row is None:
+                    break
                 rows.append(row)
+                write(so_far)
                 if not bar.console.is_terminal:
                     bar.console.print(
                         f"{row.memory}: same hue in {100 * row.hue.value:.0f} % of {row.hue.count} returns"
                     )
+            bar.add_task("timing", total=None)
+            with interrupts.allowed():
+                timings.update(judging.time_kinds(model, kinds, settings, seed))
         except KeyboardInterrupt:
-            if not rows:
-                bar.console.print("stopped before the first kind of memory was judged: there is nothing to write")
-                raise
-    timings = judging.time_kinds(model, [row.memory for row in rows], settings, seed)
+            bar.console.print(f"stopped; what was judged is in {so_far}" if rows else "stopped; nothing was judged yet")
+            if rows:
+                typer.echo(judging.table(rows, timings))
+            raise
+    write(target)
     typer.echo(judging.table(rows, timings))
-    if target is not None:
-        used = weights or TOY_WEIGHTS
-        judging.write_results(rows, timings, settings, seed=seed, stories=stories, weights=used, out=target)
-        typer.echo(f"written to {target} and {target.with_suffix('.png').name}")
-    if len(rows) < len(kinds):
-        raise KeyboardInterrupt
+    typer.echo(f"written to {target} and {target.with_suffix('.png').name}")

@@ -49,7 +49,13 @@ def check_target(path: Path, suffix: str) -> None:
     in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
     if in_the_way is not None:
         raise ValueError(f"cannot write to the folder {path.parent}: {in_the_way} is a file")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        trial.touch()
+        trial.unlink()
+    except OSError as error:
+        raise ValueError(f"cannot write to the folder {path.parent}: {error.strerror}") from error
 
 
 def sha256(path: Path) -> str:

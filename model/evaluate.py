@@ -21,10 +21,11 @@ from memflow_ops.cache import Candidates
 from memflow_ops.environment import ROOT, environment
 from memflow_ops.model import judge
 from memflow_ops.model.checkpoints import sha256, write_atomically
-from memflow_ops.model.held_out import FRAMES_PER_PROMPT, Appearance, appearances, is_return, make_stories
+from memflow_ops.model.held_out import FRAMES_PER_PROMPT, JUDGED_SEED, Appearance, appearances, is_return, make_stories
 from memflow_ops.model.settings import TOY_SETTINGS, StreamSettings
 from memflow_ops.model.stream import Chunk, Streamer, chunk_prompts
 from memflow_ops.model.text import parse_prompt
+from memflow_ops.model.train import HELD_OUT_SEED
 from memflow_ops.model.transformer import CausalVideoModel
 from memflow_ops.retrieval import Retrieved
 
@@ -334,7 +335,7 @@ def evaluate(
     *,
     stories: int = 8,
     kinds: Sequence[str] = tuple(KINDS),
-    seed: int = 10_000,
+    seed: int = JUDGED_SEED,
     settings: StreamSettings | None = None,
     lengths: Sequence[int] | None = None,
     report: Callable[[str, int, int], None] | None = None,
@@ -376,7 +377,7 @@ def time_kinds(
     model: CausalVideoModel,
     kinds: Sequence[str] | Mapping[str, Kind],
     settings: StreamSettings | None = None,
-    seed: int = 10_000,
+    seed: int = JUDGED_SEED,
 ) -> dict[str, Timing]:
     """Streams four stories under every kind at once, a chunk of each in turn, so that other load touches all alike.
 
@@ -444,6 +445,7 @@ def write_results(
         **environment(torch.device("cpu")),
         "weights": {"name": weights.name, "sha256": sha256(weights)},
         "seed": seed,
+        "held_out": seed >= HELD_OUT_SEED,
         "stories_of_each_length": stories,
         "frames_per_prompt": FRAMES_PER_PROMPT,
         "settings": asdict(settings),

@@ -12,6 +12,7 @@ import math
 import pickle
 import platform
 import time
+import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -247,6 +248,8 @@ class Trainer:
             group["lr"] = self.settings.learning_rate * factor
         batch = draw_batch(stage.batch, stage.size, self.generator)
         losses = training_losses(self.model, batch, stage, self.settings, self.generator)
+        if not losses.total.isfinite():
+            raise ValueError(f"the loss of step {self.steps_done + 1} is not finite; begin anew with --restart")
         self.optimizer.zero_grad()
         losses.total.backward()
         torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
@@ -296,9 +299,11 @@ class Trainer:
         Returns the machine that it was saved on, see `machine`: on another it continues, but not bit for bit.
         """
         try:
+            if zipfile.ZipFile(path).testzip() is not None:  # torch does not look at checksums
+                raise ValueError("a checksum is wrong")
             state = torch.load(path, map_location=self.device, weights_only=True)
             settings, config = json.loads(state["settings"]), json.loads(state["config"])
-        except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, TypeError, ValueError) as error:
+        except (pickle.UnpicklingError, zipfile.BadZipFile, *_UNUSABLE, EOFError, OSError) as error:
             raise ValueError(f"{path} is no training state of ours; delete it, or begin anew with --restart") from error
         for name, then, now in (
             ("settings", settings, json.loads(json.dumps(asdict(self.settings)))),
@@ -312,9 +317,9 @@ class Trainer:
                 )
         try:
             self._restore(state)
-        except (RuntimeError, LookupError, TypeError, ValueError, AttributeError) as error:
+            return str(state["machine"])
+        except _UNUSABLE as error:
             raise ValueError(f"{path} is damaged; delete it, or begin anew with --restart") from error
-        return str(state["machine"])
 
     def _restore(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
@@ -325,6 +330,8 @@ class Trainer:
         self.running, self.curve = state["running"], state["curve"]
 
 
+_UNUSABLE = (RuntimeError, LookupError, TypeError, ValueError, AttributeError)
+"""What the content of a state raises that was not written by `Trainer.save`."""
 SAVE_SECONDS = 60.0
 """Time between two savings of the training state."""
 
@@ -359,7 +366,7 @@ def train(
     partial = out.with_suffix(".partial")
     trainer = Trainer(Settings(seed=seed, stages=scaled_stages(STAGES, steps)), device=device)
     console = Console()
-    if partial.is_file() and not restart:
+    if partial.exists() and not restart:
         machine = trainer.load(partial)
         console.print(f"continuing after step {trainer.steps_done} of {trainer.total} ({partial})")
         if machine != trainer.machine():
@@ -406,7 +413,9 @@ def train(
         "machine": platform.processor() or platform.machine(),
         "loss": trainer.curve,
     }
-    checkpoints.write_atomically(out.with_suffix(".json"), (json.dumps(notes, indent=1) + "\n").encode())
+    checkpoints.write_atomically(
+        out.with_suffix(".json"), (json.dumps(notes, indent=1, allow_nan=False) + "\n").encode()
+    )
     partial.unlink(missing_ok=True)
     console.print(f"{out}: {trainer.seconds / 60:.1f} minutes")
 

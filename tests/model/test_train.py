@@ -58,6 +58,13 @@ def test_a_state_of_another_run_is_refused(tmp_path):
         with pytest.raises(ValueError, match=f"{name} is no training state of ours; delete it, or"):
             Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / name)
     state = torch.load(tmp_path / "state", weights_only=True)
+    whole = (tmp_path / "state").read_bytes()
+    (tmp_path / "flipped").write_bytes(whole[: len(whole) // 3] + b"\xff" * 100 + whole[len(whole) // 3 + 100 :])
+    with pytest.raises(ValueError, match="flipped is no training state of ours"):
+        Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / "flipped")
+    torch.save({name: value for name, value in state.items() if name != "machine"}, tmp_path / "old")
+    with pytest.raises(ValueError, match="old is damaged"):
+        Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / "old")
     torch.save(state | {"model": {}}, tmp_path / "state")
     with pytest.raises(ValueError, match="state is damaged; delete it, or"):
         Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / "state")
@@ -65,6 +72,13 @@ def test_a_state_of_another_run_is_refused(tmp_path):
         train.train(tmp_path / "w.partial", steps=1)
     with pytest.raises(ValueError, match=r"cannot write to the folder .*empty/deep: .*empty is a file"):
         train.train(tmp_path / "empty" / "deep" / "w.safetensors", steps=1)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training():
+    trainer = Trainer(Settings(seed=3, stages=(SMALL,)))
+    trainer.model.state_dict()["head.head.weight"].fill_(torch.nan)
+    with pytest.raises(ValueError, match="loss of step 1 is not finite"):
+        trainer.step()
 
 
 @pytest.mark.parametrize("seed", [-1, train.HELD_OUT_SEED, 123_456])
