@@ -136,7 +136,7 @@ def evaluate(
     trial = memory or top_k or steps or weights or stories != 8 or seed != JUDGED_SEED
     so_far = out or Path("out") / "evaluate.json"
     # What the repository states is only replaced by the whole of it.
-    target = so_far if trial else judging.default_results() or so_far
+    target = so_far if out or trial else judging.default_results() or so_far
     with mistakes():
         settings = replace(TOY_SETTINGS, top_k=top_k or TOY_SETTINGS.top_k, steps=steps or TOY_SETTINGS.steps)
         model = load_model(used, pick_device("cpu"))
