@@ -11,7 +11,7 @@ import triton.language as tl
 
 from .attend import strides_of
 from .backward_queries import load_lse
-from .bank import bank_block
+from .bank import bank_place
 from .configs import backward_keys_config, capability_of
 from .inverse import Inverse
 from .launch import Launch
@@ -96,7 +96,7 @@ def backward_keys_kernel(
         grad_out_strides = q_strides
     if v_strides is None:
         v_strides = k_strides
-    frame, start, length = bank_block(
+    frame, start, length = bank_place(
         block, blocks, tl.cdiv(frame_tokens, BLOCK_SIZE), frame_tokens, None, 0, BLOCK_SIZE
     )
     tokens = frame.to(tl.int64) * frame_tokens + start + offsets

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 
 from .attend import strides_of
-from .bank import bank_block, heads_of_lists, plan_union, used_entries, used_entries_of_rows
+from .bank import bank_place, heads_of_lists, plan_union, used_entries, used_entries_of_rows
 from .configs import BACKWARD_QUERIES_TILES, attend_config, capability_of
 from .launch import Launch
 from .primitives import LOG2_E, cast, load_rows, matmul
@@ -94,7 +94,7 @@ def queries_list(
     offset = 0 if shared else lanes
     end = used * BLOCK_SIZE
     index = tl.load(indices + offset // BLOCK_SIZE, mask=offset < end, other=-1)
-    slot, start, length = bank_block(
+    slot, start, length = bank_place(
         index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
     )
     offset += BLOCK_N
@@ -115,7 +115,7 @@ def queries_list(
         grad_query = queries_tile(
             query, grad, lse, delta, key, value, present, ragged, None, scale_log2, grad_query, False
         )
-        slot, start, length = bank_block(
+        slot, start, length = bank_place(
             index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
         )
         offset += BLOCK_N
@@ -138,7 +138,7 @@ def queries_union(
     cursor = tl.zeros([BLOCK_M], tl.int32)
     heads = heads_of_lists(lists, cursor, used, blocks)
     index = tl.load(union, mask=size > 0, other=-1)
-    slot, start, length = bank_block(
+    slot, start, length = bank_place(
         index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
     )
     wanted = heads == index
@@ -158,7 +158,7 @@ def queries_union(
         cursor += (wanted & last_part).to(tl.int32)
         heads = heads_of_lists(lists, cursor, used, blocks)
         wanted = heads == index
-        slot, start, length = bank_block(
+        slot, start, length = bank_place(
             index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
         )
         index = tl.load(union + (step + 2) // PARTS, mask=step + 2 < size * PARTS, other=-1)

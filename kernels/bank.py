@@ -58,17 +58,6 @@ def bank_place(
 
 
 @triton.jit
-def bank_block(
-    index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE: tl.constexpr
-):  # fmt: skip
-    """bank_place with the place as one number: the first token in memory (int64), and the length."""
-    slot, first, length = bank_place(
-        index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
-    )
-    return slot.to(tl.int64) * frame_tokens + first, length
-
-
-@triton.jit
 def load_by_descriptor(tiles, place, slot, first, DIM: tl.constexpr):
     """The tile [BLOCK_N, DIM] of a frame of the bank from its token `first` on; 0 past the frame's end and HEAD_DIM.
 

@@ -8,8 +8,8 @@ import numpy as np
 from memflow_ops.model.text import CHARACTERS, PLACES, Scene, describe, parse_prompt
 
 JUDGED_SEED = 30_000
-"""Of the stories that the published figures are from: unlike those of 10,000, nobody looked at them while world and
-training were being made. Training refuses all seeds from 10,000 on."""
+"""Of the stories of `memflow evaluate`: unlike those of 10,000, nobody looked at them while world and training were
+being made. Training refuses all seeds from 10,000 on."""
 FRAMES_PER_PROMPT = 12
 STORY_PROMPTS = (6, 12, 24, 40)
 """Lengths of the stories; as many of each."""
