@@ -39,15 +39,3 @@ def correlated_tokens(
     smooth = torch.einsum("bhrl,hrd->blhd", curve.unflatten(1, (heads, -1)), basis)
     noise = torch.randn(smooth.shape, generator=generator, device=device)
     return (_SHARED**0.5 * smooth / smooth.std() + (1 - _SHARED) ** 0.5 * noise).to(dtype)
-
-
-def union_size(indices: Tensor, tile: int) -> float:
-    """Distinct blocks that `tile` consecutive query groups of a head choose between them, on average."""
-    batch, heads, groups, _ = indices.shape
-    sizes = [
-        len(set(indices[b, h, g : g + tile].flatten().tolist()) - {-1})
-        for b in range(batch)
-        for h in range(heads)
-        for g in range(0, groups, tile)
-    ]
-    return sum(sizes) / len(sizes)

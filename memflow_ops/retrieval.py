@@ -135,11 +135,3 @@ class Random:
             generator = np.random.default_rng([seed, frames[-1]])
             chosen.append(generator.permutation(frames)[: self.bank_frames].tolist())
         return Retrieved(chosen, [[0.0] * len(frames) for frames in chosen])
-
-
-def mean_keys(candidates: Candidates) -> Tensor:
-    """Each frame's mean key over all layers and heads, scaled to unit length: (B, F, layers * Hkv * D) float32."""
-    means = candidates.means.float()  # (layers, B, F, n, Hkv, D)
-    weights = torch.tensor(candidates.lengths, dtype=torch.float32, device=means.device) / sum(candidates.lengths)
-    frame_means = torch.einsum("lbfnhd,n->bflhd", means, weights).flatten(2)
-    return torch.nn.functional.normalize(frame_means, dim=-1)
