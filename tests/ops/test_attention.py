@@ -231,10 +231,14 @@ def test_top_k_beyond_the_bank_is_dense_attention_over_everything():
         torch.testing.assert_close(case.run(impl)[0], dense)
 
 
+@pytest.mark.parametrize("of_lse", [True, False])
 @pytest.mark.parametrize("group", [1, 3, None])
-def test_many_small_steps_are_one_large_one(group, monkeypatch):
-    """Every loop of the torch implementation takes several steps; one story has no valid frame."""
-    from memflow_ops import torch_impl
+def test_many_small_steps_are_one_large_one(group, of_lse, monkeypatch):
+    """Every loop of the torch implementation takes several steps; one story has no valid frame.
+
+    Without a gradient of the LSE the window's backward is torch's own.
+    """
+    from memflow_ops import torch_backward, torch_impl
 
     case = small_case(query_group=group, memory_frames=torch.tensor([0, 2], dtype=torch.int32))
     leaves = case.requires_grad()
@@ -242,17 +246,17 @@ def test_many_small_steps_are_one_large_one(group, monkeypatch):
 
     def run(impl):
         out, lse = case.run(impl)
-        return out, lse, *torch.autograd.grad((out * weight).sum() + lse.sin().sum(), leaves)
+        loss = (out * weight).sum() + (lse.sin().sum() if of_lse else 0)
+        return out, lse, *torch.autograd.grad(loss, leaves)
 
     expected = run("reference")
-    for name, value in (
-        ("_GATHER_BYTES", 4096),
-        ("_PLANNED_KEYS", 64),
-        ("_SCORE_ELEMENTS", 64),
-        ("_TILE_SCORES", 4),
-        ("_TILE_ROWS", 2),
+    smaller = {"PLANNED_KEYS": 64, "SCORE_ELEMENTS": 64}
+    for module, sizes in (
+        (torch_impl, {"_GATHER_BYTES": 4096, **smaller}),
+        (torch_backward, {"_TILE_SCORES": 4, "_TILE_ROWS": 2, **smaller}),
     ):
-        monkeypatch.setattr(torch_impl, name, value)
+        for name, value in sizes.items():
+            monkeypatch.setattr(module, name, value)
     for ours, theirs in zip(run("torch"), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
 
