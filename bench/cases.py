@@ -145,9 +145,11 @@ def long_case(size: Size, dtype: str, frames: int, device: str) -> Case:
 def registry() -> list[Case]:
     """All cases, those of the stream first."""
     kinds = {OURS: Kind("memflow"), "none": Kind("none"), "sink": Kind("sink")}
-    some = {**kinds, "full": Kind("full")}
+    per_chunk = {"memflow, one selection per chunk": Kind("memflow", per_chunk=True)}
+    some = {**kinds, **per_chunk, "full": Kind("full")}
     budgets = {
         **kinds,
+        **per_chunk,
         "memflow, the whole history as bank": Kind("memflow", 240),
         "memflow, 24 blocks": Kind("memflow", top_k=24),
     }

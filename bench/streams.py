@@ -31,6 +31,13 @@ class Kind:
     memory: str
     bank_frames: int = 3
     top_k: int | None = None
+    per_chunk: bool = False
+    """One selection for all queries of a head."""
+
+    def of(self, size: Size) -> Size:
+        """The size with this kind's budget."""
+        group = size.queries if self.per_chunk else size.query_group
+        return replace(size, top_k=self.top_k or size.top_k, query_group=group)
 
 
 def random_model(size: Size, dtype: torch.dtype, device: torch.device) -> CausalVideoModel:
@@ -49,7 +56,7 @@ def stream_settings(size: Size, kind: Kind, prototypes: int) -> StreamSettings:
         memory=kind.memory,  # type: ignore[arg-type]
         height=size.height, width=size.width, chunk_frames=size.chunk_frames, window_frames=size.window_frames,
         sink_frames=size.sink_frames, bank_frames=kind.bank_frames, device_frames=prototypes,
-        top_k=kind.top_k or size.top_k, block_size=size.block_size, query_group=size.query_group, steps=size.steps,
+        top_k=size.top_k, block_size=size.block_size, query_group=size.query_group, steps=size.steps,
         shift=5.0, stochastic=True,
     )  # fmt: skip
 
@@ -76,7 +83,7 @@ def keys_of_cache(cache: FrameCache, layer: int, q: Tensor, size: Size, kind: Ki
         return lambda head, group: (keys[0, :, head], values[0, :, head])
     memory, window = cache.memory(layer), cache.window(layer)
     indices = select_blocks(
-        q, memory.descriptors, kind.top_k or size.top_k, query_group=size.query_group, memory_frames=memory.frames,
+        q, memory.descriptors, size.top_k, query_group=size.query_group, memory_frames=memory.frames,
         memory_slots=memory.slots, blocks_per_frame=size.blocks_per_frame,
     )  # fmt: skip
 
@@ -123,7 +130,7 @@ def layer_contenders(
     _, time = model.encode_time(torch.full((1, 1), 500.0, device=device))
     chunks = size.bank_frames + size.window_frames // size.chunk_frames
 
-    def contender(kind: Kind) -> Contender:
+    def contender(kind: Kind, size: Size) -> Contender:
         cache = FrameCache(stream_settings(size, kind, chunks).cache_layout(model, 1), device)
         fill(cache, chunks)
         if kind.memory == "memflow":
@@ -131,8 +138,7 @@ def layer_contenders(
         cache.begin_chunk()
         rotation = rotation_of(cache, size, chunks)
         attend = attend_to_memory(
-            cache, rotation, sparse=kind.memory == "memflow", top_k=kind.top_k or size.top_k,
-            query_group=size.query_group,
+            cache, rotation, sparse=kind.memory == "memflow", top_k=size.top_k, query_group=size.query_group,
         )  # fmt: skip
 
         def call(how: Attend = attend) -> Tensor:
@@ -143,7 +149,7 @@ def layer_contenders(
             call, lambda: cast(None, call(checked(attend, cache, size, kind, rotation))), flops=flops, bytes=moved
         )
 
-    return {name: contender(kind) for name, kind in kinds.items()}
+    return {name: contender(kind, kind.of(size)) for name, kind in kinds.items()}
 
 
 def attended_keys(size: Size, cache: FrameCache, kind: Kind) -> int:
@@ -151,7 +157,7 @@ def attended_keys(size: Size, cache: FrameCache, kind: Kind) -> int:
     sink, candidates = cache.visible_sink(), len(cache.candidate_frames()[0])
     if kind.memory == "memflow":
         blocks = (sink + min(kind.bank_frames, candidates)) * size.blocks_per_frame
-        return size.window_keys + min(kind.top_k or size.top_k, blocks) * size.block_size
+        return size.window_keys + min(size.top_k, blocks) * size.block_size
     return size.window_keys + (sink + candidates) * size.frame_tokens
 
 
@@ -175,7 +181,7 @@ def stream_contenders(
     window = size.window_frames // size.chunk_frames
     embedding = torch.randn(1, _TEXT_TOKENS, size.text_dim, generator=torch.Generator().manual_seed(0)).to(device)
 
-    def contender(kind: Kind) -> Contender:
+    def contender(kind: Kind, size: Size) -> Contender:
         settings = stream_settings(size, kind, history + window + 4 * rounds + 8)
         streamer = Streamer(model, 1, settings, encode=lambda prompts: embedding, report=False)
         cache = cast(FrameCache, streamer.cache)
@@ -210,7 +216,7 @@ def stream_contenders(
             notes=(lambda: on_gpu(call, model, cache, device)) if device.type == "cuda" else None,
         )  # fmt: skip
 
-    return {name: contender(kind) for name, kind in kinds.items()}
+    return {name: contender(kind, kind.of(size)) for name, kind in kinds.items()}
 
 
 def on_gpu(
