@@ -39,7 +39,7 @@ _WORDS = {
     "A stream's chunk": "Time of a chunk over that of the same stream without memory, in percent. The line is what the "
     f"paper pays against a frame sink, {PAPER_OVERHEAD} %.",
     "Overhead against the bank": "Attention with memory, and what one would otherwise do with as many frames, over "
-    "attention to the local window alone, in percent.",
+    "attention to the local window alone, in percent. Where the whole history leaves the picture, the table has it.",
     "Where the time goes": "The parts of attention with memory, each measured by itself: selecting blocks, the dense "
     "local window, the selected blocks of the bank, and writing the chunk's keys, values and descriptors to the cache.",
     "Against the ceilings": "Products of the attention per second, in percent of what a large matrix product reaches "
@@ -77,13 +77,14 @@ def percent(ratio: Mapping[str, float]) -> tuple[float, float, float]:
 
 def streams(rows: Sequence[Row]) -> str:
     shown = [row for row in rows if row["level"] == "stream" and row["contender"] not in (row["baseline"], "full")]
-    found = {
-        f"{'memflow' if row['contender'] == OURS else row['contender']}, {row['dtype']}, "
-        f"history {row['settings']['history']}": {"overhead": max(0.0, percent(row["over_baseline"])[0])}
-        for row in shown
-    }
+    found = {}
+    for row in shown:
+        name = "memflow" if row["contender"] == OURS else row["contender"]
+        kind = name.split(",")[0]
+        over = max(0.0, percent(row["over_baseline"])[0])
+        found[f"{name}, {row['dtype']}, history {row['settings']['history']}"] = {kind: over}
     return svg.bars(found, "overhead of a stream's chunk", "% more time per chunk than without memory",
-                    edge=PAPER_OVERHEAD, left=380, legend=False) if found else ""  # fmt: skip
+                    edge=PAPER_OVERHEAD) if found else ""  # fmt: skip
 
 
 def bank_sizes(rows: Sequence[Row]) -> str:
@@ -131,7 +132,7 @@ def against_ceilings(rows: Sequence[Row]) -> str:
         ):
             name = "memory_attention" if row["contender"] == OURS else row["contender"]
             found[f"{name}, {row['size']}, {row['dtype']}"] = {"products": 100 * row["of_product_ceiling"]}
-    return svg.bars(found, "TFLOP/s over the measured ceiling", "% of the product ceiling", edge=100, left=400,
+    return svg.bars(found, "TFLOP/s over the measured ceiling", "% of the product ceiling", edge=100,
                     legend=False) if found else ""  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from html import escape
 
 _WIDTH = 760
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 200, 16, 44
+_LETTER = 7  # at the most, of the font below
 COLOURS = 6
 """Series colours of the page: var(--c0) to var(--c5)."""
 
@@ -105,10 +106,10 @@ def lines(
 
 
 def bars(
-    rows: Mapping[str, Mapping[str, float]], label: str, x_label: str, *, edge: float | None = None, left: int = 250,
-    legend: bool = True,
-) -> str:  # fmt: skip
+    rows: Mapping[str, Mapping[str, float]], label: str, x_label: str, *, edge: float | None = None, legend: bool = True
+) -> str:
     """A horizontal bar per row, made of parts one behind the other."""
+    left = 24 + _LETTER * max(len(name) for name in rows)
     parts = list(dict.fromkeys(name for of in rows.values() for name in of))
     top = 34 if legend else 12
     height = top + 28 * len(rows) + _BOTTOM
