@@ -100,23 +100,26 @@ def describe(size: Size, dtype: torch.dtype, device: torch.device, seed: int) ->
 
 
 def backward(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Contender]:
-    """Forward and backward; against those of dense attention to the window."""
+    """Forward and backward; against those of dense attention to the window, and beside the forward alone."""
     given = Inputs.make(size, size.bank_frames, dtype, device, seed)
     above = inputs.random_tokens(1, size.queries, size.heads, size.head_dim, dtype, seed + 1, str(device))
     leaves = [x.detach().clone().requires_grad_() for x in (given.q, *given.window, *given.bank)]
     q, k, v, *bank = leaves
 
-    def grad(out: object, of: list[Tensor]) -> Tensor:
-        assert isinstance(out, Tensor)
+    def grad(out: Tensor, of: list[Tensor]) -> Tensor:
         return torch.autograd.grad(out, of, above)[0]
 
-    @torch.enable_grad()
-    def ours() -> Tensor:
+    def attended() -> Tensor:
         out = memory_attention(
             q, k, v, *bank, memory_descriptors=given.descriptors, top_k=size.top_k, block_size=size.block_size,
             frame_tokens=size.frame_tokens, query_group=size.query_group,
         )  # fmt: skip
-        return grad(out, leaves)
+        assert isinstance(out, Tensor)
+        return out
+
+    @torch.enable_grad()
+    def ours() -> Tensor:
+        return grad(attended(), leaves)
 
     @torch.enable_grad()
     def window() -> Tensor:
@@ -146,7 +149,11 @@ def backward(size: Size, dtype: torch.dtype, device: torch.device, seed: int) ->
         )
 
     keys = size.window_keys + given.selected_keys
-    return {OURS: contender(ours, keys, True), "window": contender(window, size.window_keys, False)}
+    return {
+        OURS: contender(ours, keys, True),
+        "window": contender(window, size.window_keys, False),
+        "ours, forward alone": attention_contender(given, attended, keys, given.keys_of_ours, graph=False),
+    }
 
 
 def relevance(size: Size, dtype: torch.dtype, device: torch.device, seed: int, history: int) -> dict[str, Contender]:

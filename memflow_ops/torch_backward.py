@@ -63,7 +63,7 @@ def attend_backward(
     if dense and not fused:
         above = _Upstream(q.transpose(1, 2), grad_out.transpose(1, 2), lse, delta)
         _dense_backward(above, *dense, softmax_scale, *grads[:3])
-    if memory_k is not None and memory_v is not None and indices.shape[-1] and (wanted[0] or any(wanted[3:])):
+    if memory_k is not None and memory_v is not None and indices.numel() and (wanted[0] or any(wanted[3:])):
         bank = Bank(memory_k, memory_v, indices, block_size, frame_tokens, memory_slots)
         for rows, groups, n in equal_groups(queries, query_group):
             lse_tiles, delta_tiles = (x[:, :, rows].flatten(0, 1).unflatten(1, (-1, n)) for x in (lse, delta))

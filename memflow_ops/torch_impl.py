@@ -174,7 +174,7 @@ def attend(
     else:
         out = q.new_zeros(q.shape)
         lse = q.new_full((batch, heads, queries), -torch.inf, dtype=wide_dtype(q.dtype))
-    if memory_k is None or memory_v is None or not indices.shape[-1]:
+    if memory_k is None or memory_v is None or not indices.numel():
         return out, lse
     bank = Bank(memory_k, memory_v, indices, block_size, frame_tokens, memory_slots)
     for rows, groups, n in equal_groups(queries, query_group):
