@@ -193,28 +193,15 @@ def _add_bank(q: Tensor, bank: Bank, scale: float, out: Tensor, lse: Tensor) -> 
     for planned in walk(q.shape, max(count, PLANNED_KEYS // keys)):
         tokens, masked = bank.tokens(planned)
         tiles_q, tiles_out, tiles_lse = q[planned], out[planned], lse[planned]
+        bias = None if masked is None else torch.zeros_like(masked, dtype=q.dtype).masked_fill_(masked, -torch.inf)
         empty = None if bank.empty is None else bank.empty[planned]
         for tiles, k, v in bank.gather(tokens, planned, count):
-            mask = None if masked is None else masked[tiles].unsqueeze(2)
-            none = None if empty is None else empty[tiles]
-            _merge(tiles_q[tiles], tiles_out[tiles], tiles_lse[tiles], k, v, scale, mask, none)
-
-
-def _merge(
-    q: Tensor, out: Tensor, lse: Tensor, k: Tensor, v: Tensor, scale: float, masked: Tensor | None, empty: Tensor | None
-) -> None:
-    """Merge attention of tiles q [r, g, n, D] over keys [r, g, S, D] into out and lse, in place.
-
-    masked: [r, g, 1, S]. empty: tiles [r, g] that have no key at all.
-    """
-    bias = None
-    if masked is not None:
-        bias = torch.zeros(masked.shape, dtype=q.dtype, device=q.device).masked_fill_(masked, -torch.inf)
-    part, part_lse = _attention(q, k, v, scale, bias)
-    if empty is not None:
-        part.masked_fill_(empty[..., None, None], 0.0)
-        part_lse.masked_fill_(empty.unsqueeze(-1), -torch.inf)
-    # the part's share of the softmax; 0 / 0 where neither has a key
-    weight = torch.sigmoid(part_lse - lse).nan_to_num_(0.0)
-    out.lerp_(part, weight.to(out.dtype).unsqueeze(-1))
-    lse.copy_(torch.logaddexp(lse, part_lse))
+            part, part_lse = _attention(tiles_q[tiles], k, v, scale, None if bias is None else bias[tiles].unsqueeze(2))
+            if empty is not None:
+                part.masked_fill_(empty[tiles][..., None, None], 0.0)
+                part_lse.masked_fill_(empty[tiles].unsqueeze(-1), -torch.inf)
+            before = tiles_lse[tiles]
+            # the part's share of the softmax; 0 / 0 where neither has a key
+            weight = (part_lse - before).sigmoid_().nan_to_num_(0.0)
+            tiles_out[tiles].lerp_(part, weight.to(out.dtype).unsqueeze(-1))
+            torch.logaddexp(before, part_lse, out=before)
