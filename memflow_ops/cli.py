@@ -10,11 +10,39 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from memflow_ops.cli_common import fail, mistakes
+from memflow_ops.cli_measure import bench, profile_selection
+from memflow_ops.cli_options import (
+    BankFrames,
+    Compile,
+    CudaGraphs,
+    Device,
+    Dtype,
+    FramesPerPrompt,
+    Height,
+    HistoryFrames,
+    LoraAlpha,
+    LoraFile,
+    NumHeads,
+    Out,
+    QueryGroup,
+    RecacheOrNot,
+    Seed,
+    Steps,
+    Story,
+    TextEncoder,
+    TopK,
+    Vae,
+    Weights,
+    Width,
+    given,
+    named,
+    sources_of,
+)
 
 app = typer.Typer(
     help="Long memory for streaming video: make a video from a story, chunk by chunk, and see what it remembered.",
@@ -22,102 +50,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Story = Annotated[Path, typer.Argument(help='JSON lines, a story each: {"prompts": ["a ball in the meadow", ...]}')]
-Out = Annotated[Path, typer.Option(help="Folder to write to.", metavar="DIR")]
-Seed = Annotated[int, typer.Option(help="Of the noise. The same seed makes the same video.", min=0, metavar="N")]
-Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.", metavar="NAME")]
-Weights = Annotated[
-    Path | None,
-    typer.Option(help="A checkpoint of `memflow train`. Default: the toy weights that come with the package."),
-]
-# What both worlds have; without a value each has its own default.
-BankFrames = Annotated[
-    int | None,
-    typer.Option(help="Past frames retrieved for a chunk. Default: 3; with a checkpoint 64.", min=0, metavar="N"),
-]
-TopK = Annotated[
-    int | None,
-    typer.Option(
-        help="Memory blocks that each query group attends to. Default: 8; with a checkpoint 24.", min=1, metavar="N"
-    ),
-]
-QueryGroup = Annotated[
-    int | None,
-    typer.Option(
-        help="Queries that share a selection; 0: the whole chunk. Default: 16; with a checkpoint 128.",
-        min=0,
-        metavar="N",
-    ),
-]
-FramesPerPrompt = Annotated[
-    int | None,
-    typer.Option(
-        help="How long each prompt lasts, in latent frames. Default: 12; with a checkpoint 40 (10 seconds).",
-        min=1,
-        metavar="N",
-    ),
-]
-Steps = Annotated[
-    int | None,
-    typer.Option(help="Denoising passes per chunk. Default: 16; with a checkpoint 4.", min=1, metavar="N"),
-]
-RecacheOrNot = Annotated[
-    bool | None,
-    typer.Option(
-        "--recache/--no-recache",
-        help="At a prompt switch pass the local window again under the new prompt. Default: no; with a checkpoint yes.",
-    ),
-]
-
-# What real checkpoints need.
-TextEncoder = Annotated[
-    Path | None,
-    typer.Option(help="Folder of its UMT5 and tokenizer, or of a whole diffusers pipeline.", metavar="PATH"),
-]
-Vae = Annotated[
-    Path | None,
-    typer.Option(help="Folder of its AutoencoderKLWan, or of a whole diffusers pipeline.", metavar="PATH"),
-]
-LoraFile = Annotated[Path | None, typer.Option("--lora", help="A LoRA to merge into it, peft's form.", metavar="PATH")]
-LoraAlpha = Annotated[
-    float | None, typer.Option(help="The LoRA's alpha, where its file does not say. Default: its rank.", metavar="X")
-]
-NumHeads = Annotated[
-    int | None,
-    typer.Option(help="Attention heads, where no config.json says. Default: width / 128.", min=1, metavar="N"),
-]
-Dtype = Annotated[
-    str, typer.Option(help="auto (bfloat16 on CUDA, float32 on a CPU), float32, bfloat16 or float16.", metavar="NAME")
-]
-Height = Annotated[
-    int | None,
-    typer.Option(help="Of the video, in pixels; a multiple of 16. Default: 480.", min=16, metavar="N"),
-]
-Width = Annotated[int | None, typer.Option(help="Likewise. Default: 832.", min=16, metavar="N")]
-HistoryFrames = Annotated[
-    int | None,
-    typer.Option(
-        help="Past frames remembered at most, on the device or in host memory; the oldest beyond are forgotten. "
-        "Default: all.",
-        min=1,
-        metavar="N",
-    ),
-]
-CudaGraphs = Annotated[
-    bool | None,
-    typer.Option(
-        "--cuda-graphs/--no-cuda-graphs",
-        help="Record the passes that come again as CUDA graphs. Changes no result. Default: on CUDA yes.",
-    ),
-]
-Compile = Annotated[
-    bool,
-    typer.Option(
-        "--compile",
-        help="Compile the transformer's blocks, which takes a while once; results move by rounding.",
-    ),
-]
 
 
 @app.callback(invoke_without_command=True)
@@ -194,11 +126,11 @@ def generate(
     A real checkpoint comes with --text-encoder and --vae. Before it starts, it says what memory the stream will take,
     and refuses one that cannot fit.
     """
-    options = _given(
+    options = given(
         seed=seed, bank_frames=bank_frames, top_k=top_k, query_group=query_group, frames_per_prompt=frames_per_prompt,
         steps=steps, recache=recache, device=device,
     )  # fmt: skip
-    real = _given(
+    real = given(
         text_encoder=text_encoder, vae=vae, lora=lora, lora_alpha=lora_alpha, num_heads=num_heads, height=height,
         width=width, history_frames=history_frames, cuda_graphs=cuda_graphs, compile=compile or None,
     )  # fmt: skip
@@ -206,11 +138,11 @@ def generate(
         from memflow_ops import cli_wan
 
         with mistakes():
-            toy = _given(weights=weights, baseline=baseline)
+            toy = given(weights=weights, baseline=baseline)
             if toy:
-                raise ValueError(f"{_named(toy)} belong to the toy world, not to a --checkpoint; see `memflow verify`")
+                raise ValueError(f"{named(toy)} belong to the toy world, not to a --checkpoint; see `memflow verify`")
             memories = None if memory is None else [memory]
-            sources, rest = _sources(checkpoint, dtype, real)
+            sources, rest = sources_of(checkpoint, dtype, real)
             parts, real_plans = cli_wan.prepare(story, out, sources, memories=memories, **rest, **options)
         for real_run in cli_wan.stream_stories(parts, real_plans, sources):
             typer.echo(cli_wan.made(real_run))
@@ -220,8 +152,8 @@ def generate(
 
     with mistakes():
         if real:
-            raise ValueError(f"{_named(real)} need a --checkpoint; without one this is the toy world")
-        options |= _given(memory=memory, weights=weights, baseline=baseline)
+            raise ValueError(f"{named(real)} need a --checkpoint; without one this is the toy world")
+        options |= given(memory=memory, weights=weights, baseline=baseline)
         model, plans = cli_toy.prepare(story, out, **options)
     for run in cli_toy.stream_stories(model, plans):
         typer.echo(cli_toy.made(run))
@@ -337,15 +269,15 @@ def verify(
     from memflow_ops.model import verify as verifying
 
     with mistakes():
-        options = _given(
+        options = given(
             seed=seed, bank_frames=bank_frames, top_k=top_k, query_group=query_group, steps=steps, recache=recache,
             frames_per_prompt=frames_per_prompt, device=device,
         )  # fmt: skip
-        real = _given(
+        real = given(
             text_encoder=text_encoder, vae=vae, lora=lora, lora_alpha=lora_alpha, num_heads=num_heads, height=height,
             width=width, history_frames=history_frames, cuda_graphs=cuda_graphs, compile=compile or None,
         )  # fmt: skip
-        sources, rest = _sources(checkpoint, dtype, real)
+        sources, rest = sources_of(checkpoint, dtype, real)
         parts, plans = cli_wan.prepare(
             story or verifying.STORY, out, sources, most=1, memories=memory or verifying.MEMORIES, **rest, **options
         )
@@ -461,146 +393,8 @@ def evaluate(
     cli_toy.evaluate(weights, stories, seed, memory, top_k, steps, out)
 
 
-@app.command()
-def bench(
-    size: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="tiny (seconds; its times mean nothing), wan-1.3b or long (banks of 4 to 1000 frames); may be "
-            "repeated. Default: the last two.",
-            metavar="NAME",
-        ),
-    ] = None,
-    case: Annotated[str, typer.Option(help="Part of a case's name, such as stream/ or float32.", metavar="NAME")] = "",
-    rounds: Annotated[
-        int | None, typer.Option(help="Of timing. Default: each case has its own.", min=1, metavar="N")
-    ] = None,
-    device: Device = "auto",
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder of the results. Default: bench/results in a checkout, else out/bench.", metavar="DIR"
-        ),
-    ] = None,
-    stored: Annotated[bool, typer.Option("--stored", help="Measure nothing, show what is stored.")] = False,
-) -> None:
-    """Measure what memory costs against no memory and every alternative; print a table and write report.html.
-
-    Ctrl-C keeps the cases that are finished.
-    """
-    from memflow_ops import cli_bench
-
-    cli_bench.bench(size or [], case, rounds, device, out, stored)
-
-
-@app.command("profile-selection")
-def profile_selection(
-    story: Annotated[
-        Path | None,
-        typer.Argument(help="JSON lines, of which the first story is streamed. Default: held-out or shipped ones."),
-    ] = None,
-    out: Annotated[Path, typer.Option(help="The .json file to write; a picture beside it.")] = Path(
-        "out/selection.json"
-    ),
-    block_size: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Tokens of a block; may be repeated. Default: 8, 16, 32, 64; with a checkpoint 16, 32, 64, 128.",
-            metavar="N",
-        ),
-    ] = None,
-    query_group: Annotated[
-        list[int] | None,
-        typer.Option(
-            help="Queries that share a selection, 0: the whole chunk; may be repeated. Default: 1, 16, 0; with a "
-            "checkpoint 1, 128, 0.",
-            min=0,
-            metavar="N",
-        ),
-    ] = None,
-    chunks: Annotated[int, typer.Option(help="Chunks measured, drawn.", min=1, metavar="N")] = 12,
-    calls: Annotated[
-        int, typer.Option(help="Calls of attention (a layer in a pass) measured in each, drawn.", min=1, metavar="N")
-    ] = 12,
-    heads: Annotated[int, typer.Option(help="Heads measured in each call, drawn.", min=1, metavar="N")] = 3,
-    queries: Annotated[int, typer.Option(help="Queries measured in each call, drawn.", min=1, metavar="N")] = 512,
-    rounds: Annotated[int, typer.Option(help="How often each setting is timed; 0: not.", min=0, metavar="N")] = 9,
-    seed: Annotated[int, typer.Option(help="Of the noise and of all that is drawn.", min=0, metavar="N")] = 0,
-    stories: Annotated[
-        int | None, typer.Option(help="Held-out stories of the toy world. Default: 2.", min=1, metavar="N")
-    ] = None,
-    bank_frames: BankFrames = None,
-    top_k: TopK = None,
-    frames_per_prompt: FramesPerPrompt = None,
-    steps: Steps = None,
-    device: Device = "auto",
-    weights: Weights = None,
-    checkpoint: Annotated[Path | None, typer.Option(help="As for generate.", metavar="PATH")] = None,
-    text_encoder: TextEncoder = None,
-    lora: LoraFile = None,
-    lora_alpha: LoraAlpha = None,
-    num_heads: NumHeads = None,
-    dtype: Dtype = "auto",
-    height: Height = None,
-    width: Width = None,
-    history_frames: HistoryFrames = None,
-) -> None:
-    """Measure what top_k, block_size and query_group keep of a model's attention, and what they cost: how to choose
-    them.
-
-    Streams a story and compares, at calls drawn at random, every setting with dense attention over the whole bank: the
-    share of its mass that the chosen blocks hold, the error of the output, and the time of the op on these tensors;
-    beside them frames chosen once for a chunk, as the released MemFlow does, blocks at random, and an oracle. Defaults
-    that suit one model do not suit another. Ctrl-C keeps what has been measured.
-    """
-    from memflow_ops import cli_profile
-
-    options = _given(bank_frames=bank_frames, top_k=top_k, steps=steps, frames_per_prompt=frames_per_prompt)
-    real = _given(
-        text_encoder=text_encoder, lora=lora, lora_alpha=lora_alpha, num_heads=num_heads, height=height, width=width,
-        history_frames=history_frames,
-    )  # fmt: skip
-    with mistakes():
-        watched: Any
-        if checkpoint is None:
-            if real:
-                raise ValueError(f"{_named(real)} need a --checkpoint; without one this is the toy world")
-            watched = cli_profile.toy(story, out, stories or 2, weights, device, block_size, query_group, options)
-        else:
-            toy = _given(weights=weights, stories=stories)
-            if toy:
-                raise ValueError(f"{_named(toy)} belong to the toy world, not to a --checkpoint")
-            sources, rest = _sources(checkpoint, dtype, real, ["text_encoder"])
-            options |= {**rest, "device": device, "seed": seed}
-            watched = cli_profile.real(story, out, sources, block_size, query_group, options)
-    drawn = {"chunks": chunks, "calls": calls, "heads": heads, "queries": queries, "rounds": rounds, "seed": seed}
-    cli_profile.profile(watched, out, drawn)
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """The options that have a value; a query group of 0 is the whole chunk."""
-    given = {name: value for name, value in options.items() if value is not None}
-    if "query_group" in given:
-        given["query_group"] = given["query_group"] or None
-    return given
-
-
-def _named(given: dict[str, Any]) -> str:
-    return ", ".join(f"--{name.replace('_', '-')}" for name in given)
-
-
-def _sources(
-    checkpoint: Path, dtype: str, real: dict[str, Any], needed: Sequence[str] = ("text_encoder", "vae")
-) -> tuple[Any, dict[str, Any]]:
-    """The paths of a real pipeline, and the options that are none."""
-    from memflow_ops.model.wan import Sources
-
-    missing = set(needed) - real.keys()
-    if missing:
-        raise ValueError(f"a --checkpoint also needs {_named(dict.fromkeys(sorted(missing)))}")
-    names = Sources.__dataclass_fields__.keys() & real.keys()
-    sources = Sources(checkpoint, dtype=dtype, **{"vae": None} | {name: real[name] for name in names})
-    return sources, {name: value for name, value in real.items() if name not in names}
+app.command()(bench)
+app.command("profile-selection")(profile_selection)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
