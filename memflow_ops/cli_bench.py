@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from memflow_ops.cli_common import fail, mistakes
+from memflow_ops.cli_options import given, named
 
 if TYPE_CHECKING:
     from memflow_ops.bench.cases import Case
@@ -27,6 +28,10 @@ def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out:
     folder = out or (run.RESULTS if (ROOT / "setup.py").is_file() else Path("out") / "bench")
     interrupted = False
     failed: dict[str, str] = {}
+    unused = given(size=sizes or None, case=case or None, rounds=rounds) if stored else {}
+    with mistakes():
+        if unused:
+            raise ValueError(f"{named(unused)} would change nothing with --stored, which measures nothing")
     if not stored:
         with mistakes():
             if folder.exists() and not folder.is_dir():

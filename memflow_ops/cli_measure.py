@@ -131,6 +131,8 @@ def profile_selection(
         if checkpoint is None:
             if real:
                 raise ValueError(f"{named(real)} need a --checkpoint; without one this is the toy world")
+            if story and stories:
+                raise ValueError("--stories would change nothing: the story is that of the file")
             watched = cli_profile.toy(story, out, stories or 2, weights, device, block_size, query_group, options)
         else:
             toy = given(weights=weights, stories=stories)

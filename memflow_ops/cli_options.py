@@ -113,6 +113,19 @@ def given(**options: Any) -> dict[str, Any]:
     return values
 
 
+def check_used(options: dict[str, Any], memories: Sequence[str], why: str = "") -> None:
+    """A ValueError that names the options which none of these kinds of memory looks at: who gives one expects that it
+    changes something. why: one kind was not asked for by name, in words."""
+    from memflow_ops.model.settings import USED_BY
+
+    users = {**USED_BY, "history_frames": ("memflow", "full"), "baseline": ("sink", "full", "memflow", "released")}
+    unused = {name: users[name] for name in options if not set(memories) & set(users.get(name, memories))}
+    if unused:
+        kinds = " and ".join(dict.fromkeys(memories))
+        others = "; ".join(f"{named({name: None})} is for {', '.join(users)}" for name, users in unused.items())
+        raise ValueError(f"{named(unused)} would change nothing with --memory {kinds}{why}: {others}")
+
+
 def named(options: dict[str, Any]) -> str:
     return ", ".join(f"--{name.replace('_', '-')}" for name in options)
 

@@ -24,13 +24,15 @@ def prepare(
     frames_per_prompt: int = 12,
     device: str = "auto",
     weights: Path | None = None,
-    baseline: bool = True,
+    baseline: bool | None = None,
     **settings: Any,
 ) -> tuple[CausalVideoModel, list[Plan]]:
     """Checks everything that can be wrong, before anything is generated or written; folders come last.
 
-    settings: what differs from `TOY_SETTINGS`.
+    baseline: None where nobody asked for it; then the story is streamed without memory too, if it has one. settings:
+    what differs from `TOY_SETTINGS`.
     """
+    from memflow_ops.cli_options import check_used
     from memflow_ops.environment import pick_device
     from memflow_ops.model.checkpoints import TOY_WEIGHTS
     from memflow_ops.model.generate import load_model, make_plans, read_stories
@@ -40,10 +42,12 @@ def prepare(
     bank_frames = settings.get("bank_frames", TOY_SETTINGS.bank_frames)
     room = max(StreamSettings.device_frames, bank_frames + StreamSettings.window_frames)
     chosen = replace(TOY_SETTINGS, **settings, device_frames=room)
+    check_used({**settings, **({"baseline": True} if baseline else {})}, [chosen.memory])
     model = load_model(weights or TOY_WEIGHTS, pick_device(device))
     name = str(weights) if weights else f"memflow_ops/model/weights/{TOY_WEIGHTS.name}"
+    measured = baseline is not False
     plans = make_plans(
-        stories, out, chosen, seed=seed, frames_per_prompt=frames_per_prompt, baseline=baseline, weights=name
+        stories, out, chosen, seed=seed, frames_per_prompt=frames_per_prompt, baseline=measured, weights=name
     )
     return model, plans
 
@@ -140,7 +144,7 @@ def evaluate(
     with mistakes():
         settings = replace(TOY_SETTINGS, top_k=top_k or TOY_SETTINGS.top_k, steps=steps or TOY_SETTINGS.steps)
         model = load_model(used, pick_device("cpu"))
-        judging.check(kinds, stories, seed)
+        judging.check(kinds, stories, seed, top_k)
         for path in (so_far, target):  # rather now than after the evaluation
             check_target(path, ".json")
             check_target(path.with_suffix(".png"), ".png")

@@ -40,6 +40,7 @@ def prepare(
     memories: a plan for each of them and each story (None: the one that the checkpoint was tuned for). most: stories
     to take. settings: what differs from `WAN_SETTINGS`. What cannot fit is refused before anything is on the device.
     """
+    from memflow_ops.cli_options import check_used
     from memflow_ops.environment import pick_device
     from memflow_ops.model import wan
     from memflow_ops.model.generate import read_stories
@@ -49,8 +50,13 @@ def prepare(
     size = dict(zip(("height", "width"), wan.latent_size(sources.vae, height, width), strict=True))
     for memory in memories or ():
         _settings(memory, **settings, **size)  # refuses what cannot be before the weights are read
+    asked = settings if history_frames is None else {**settings, "history_frames": history_frames}
+    if memories:
+        check_used(asked, memories)
     free = wan.Free.now(pick_device(device))
     pretrained = sources.read()
+    if not memories:
+        check_used(asked, [pretrained.memory], ", which this checkpoint was tuned for")
     typer.echo(described(pretrained))
     plans = []
     for memory in dict.fromkeys(memories or (pretrained.memory,)):

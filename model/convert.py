@@ -82,7 +82,7 @@ def read_pretrained(
     path = Path(path)
     file = read_weights(path)
     if "config" in file.metadata:
-        pretrained = _ours(file, str(path), memory)
+        pretrained = _ours(file, str(path), num_heads, text_len, memory)
         own_lora: dict[str, Tensor] = {}
     else:
         pretrained, own_lora = _foreign(file, str(path), num_heads, text_len, memory)
@@ -91,6 +91,10 @@ def read_pretrained(
         merged.append(parse_lora(own_lora, read_lora_config(file.path), str(path), lora_alpha))
     if lora is not None:
         merged.append(read_lora(lora, lora_alpha))
+    if lora_alpha is not None and not merged:
+        raise ValueError(
+            f"lora_alpha={lora_alpha:g} is given (--lora-alpha), but {path} holds no LoRA and none is given"
+        )
     for one in merged:
         merge_lora(pretrained.weights, one, str(path))
     return replace(pretrained, lora="; ".join(f"{Path(one.source).name}: {one}" for one in merged))
@@ -133,8 +137,11 @@ def empty_model(config: ModelConfig) -> CausalVideoModel:
         return CausalVideoModel(config)
 
 
-def _ours(file: WeightFile, source: str, memory: str | None) -> Pretrained:
+def _ours(file: WeightFile, source: str, num_heads: int | None, text_len: int | None, memory: str | None) -> Pretrained:
     config = checkpoints.config_of(file.metadata, source)
+    for name, value in (("num_heads", num_heads), ("text_len", text_len)):
+        if value not in (None, getattr(config, name)):
+            raise ValueError(f"{source} says itself that {name} is {getattr(config, name)}, got {value}; leave it out")
     checkpoints.check_state_dict(empty_model(config), file.tensors, source)
     origin = json.loads(file.metadata.get("origin", "{}"))
     return Pretrained(dict(file.tensors), config, source, "our", memory=memory or origin.get("memory", "memflow"))

@@ -22,7 +22,7 @@ from memflow_ops.environment import ROOT, environment
 from memflow_ops.model import judge
 from memflow_ops.model.checkpoints import sha256, write_atomically
 from memflow_ops.model.held_out import FRAMES_PER_PROMPT, JUDGED_SEED, Appearance, appearances, is_return, make_stories
-from memflow_ops.model.settings import TOY_SETTINGS, StreamSettings
+from memflow_ops.model.settings import TOY_SETTINGS, USED_BY, StreamSettings
 from memflow_ops.model.stream import Chunk, Streamer, chunk_prompts
 from memflow_ops.model.text import parse_prompt
 from memflow_ops.model.train import HELD_OUT_SEED
@@ -322,11 +322,14 @@ def _median(values: Sequence[float]) -> float:
 # ------------------------------------------------------------------------------------------------------------ the whole
 
 
-def check(kinds: Sequence[str], stories: int, seed: int) -> None:
-    """A ValueError for arguments that `evaluate` cannot work with."""
+def check(kinds: Sequence[str], stories: int, seed: int, top_k: int | None = None) -> None:
+    """A ValueError for arguments that `evaluate` cannot work with. top_k: None where it was not given."""
     unknown = [name for name in kinds if name not in KINDS]
     if unknown:
         raise ValueError(f"unknown kind of memory {', '.join(map(repr, unknown))}; there are {', '.join(KINDS)}")
+    changed = [KINDS[name].change(replace(TOY_SETTINGS, top_k=top_k or TOY_SETTINGS.top_k)) for name in kinds]
+    if top_k and not any(s.memory in USED_BY["top_k"] and s.top_k == top_k for s in changed):
+        raise ValueError(f"--top-k would change nothing with --memory {' and '.join(kinds)}: no blocks are selected")
     make_stories(stories, seed)
 
 

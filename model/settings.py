@@ -14,6 +14,13 @@ MemoryMode = Literal["none", "sink", "memflow", "full", "released"]
 RelevanceKind = Literal["linear", "softmax", "coverage", "random"]
 SelectionKind = Literal["top", "random"]
 
+USED_BY: dict[str, tuple[MemoryMode, ...]] = {
+    "bank_frames": ("memflow", "released"),
+    "top_k": ("memflow",),
+    "query_group": ("memflow",),
+}
+"""Settings that only some kinds of memory look at, of those that a command offers."""
+
 
 @dataclass(frozen=True)
 class StreamSettings:

@@ -4,6 +4,7 @@ import inspect
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,10 +12,11 @@ import torch
 
 from memflow_ops import cli, cli_toy, environment
 from memflow_ops.model import evaluate, train, world
+from memflow_ops.model.checkpoints import load_checkpoint
 from memflow_ops.model.generate import DEMO_STORY, read_stories, to_pixels
 from memflow_ops.model.returns import Return, find_returns, judge_return
-from memflow_ops.model.settings import TOY_SETTINGS
-from memflow_ops.model.stream import chunk_prompts
+from memflow_ops.model.settings import TOY_SETTINGS, USED_BY
+from memflow_ops.model.stream import chunk_prompts, stream
 from memflow_ops.model.wan import FRAMES_PER_PROMPT, WAN_SETTINGS
 
 
@@ -184,6 +186,36 @@ def test_an_evaluation_that_is_stopped_keeps_what_was_judged(tmp_path, monkeypat
     written = json.loads((tmp_path / "e.json").read_text())
     assert [row["memory"] for row in written["rows"]] == ["none"] and not written["held_out"]
     assert "not held out" in capfd.readouterr().err
+
+
+UNUSED = {
+    "evaluate": (
+        ("evaluate", "--top-k", 3, "--memory", "none", "--memory", "dense bank"),
+        "--top-k would change nothing",
+    ),
+    "bench": (("bench", "--stored", "--rounds", 3), "--rounds would change nothing with --stored"),
+    "profile": (("profile-selection", DEMO_STORY, "--stories", 3), "--stories would change nothing"),
+}
+
+
+@pytest.mark.parametrize("words, expected", UNUSED.values(), ids=UNUSED.keys())
+def test_options_that_would_change_nothing_are_refused(tmp_path, monkeypatch, capfd, words, expected):
+    monkeypatch.chdir(tmp_path)
+    assert memflow(*words) == 2
+    said = capfd.readouterr().err
+    assert expected in said and said.count("\n") == 1 and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("memory", ["none", "sink", "full", "memflow", "released"])
+@pytest.mark.parametrize("option, values", [("bank_frames", (1, 2)), ("top_k", (1, 3)), ("query_group", (16, None))])
+def test_who_uses_an_option(memory, option, values, weights):
+    """The table by which commands refuse them says what changes the frames, and what takes memory."""
+    model = load_checkpoint(weights)
+    changed = [replace(TOY_SETTINGS, memory=memory, steps=1, **{option: value}) for value in values]
+    frames = [[c.frames for c in stream(model, [("a ball at night",)] * 5, settings)] for settings in changed]
+    sizes = [settings.cache_layout(model, 1).device_bytes for settings in changed]
+    used = memory in USED_BY[option]
+    assert all(map(torch.equal, *frames)) is (sizes[0] == sizes[1] and not used)
 
 
 def test_an_evaluation_that_cannot_be_written_does_not_begin(tmp_path, capfd):

@@ -250,3 +250,22 @@ def test_frames_of_the_wrong_shape_are_refused(tmp_path):
             writer.write(np.zeros((1, 8, 8, 3), np.float32))
         writer.discard()
     assert not list(tmp_path.iterdir())
+
+
+UNUSED = {
+    "none": (("none", "--top-k", 8, "--bank-frames", 4), "--bank-frames, --top-k would change nothing"),
+    "sink": (("sink", "--query-group", 0), "--query-group would change nothing with --memory sink"),
+    "full": (("full", "--bank-frames", 3), "--bank-frames is for memflow, released"),
+    "released": (("released", "--top-k", 8), "--top-k is for memflow"),
+    "baseline": (("none", "--baseline"), "--baseline would change nothing with --memory none"),
+}
+
+
+@pytest.mark.parametrize("options, expected", UNUSED.values(), ids=UNUSED.keys())
+def test_options_that_would_change_nothing_are_refused(tmp_path, weights, capfd, options, expected):
+    """Even where they have the value that they have by default: who gives one expects something of it."""
+    story, out = write_story(tmp_path / "story.jsonl", STORY), tmp_path / "out"
+    assert memflow("generate", story, "--out", out, "--weights", weights, "--memory", *options) == 2
+    said = capfd.readouterr().err
+    assert expected in said and said.startswith("memflow: ") and said.count("\n") == 1
+    assert not out.exists()

@@ -205,6 +205,33 @@ BAD = {
 }
 
 
+def test_options_that_would_change_nothing_are_refused(tmp_path, checkpoint, parts, pipeline, story, capfd):
+    """By the kind of memory that is asked for, or else by the one that the checkpoint was tuned for."""
+    out = tmp_path / "out"
+
+    def refused(command, *options) -> str:
+        assert memflow(command, story, "--out", out, *parts, *SMALL, *options) == 2
+        said = capfd.readouterr().err
+        assert said.count("\n") == 1 and not out.exists()
+        return said
+
+    assert "--history-frames would change nothing with --memory sink:" in refused(
+        "generate", "--memory", "sink", "--history-frames", 9
+    )
+    verified = refused("verify", "--memory", "none", "--memory", "released", "--top-k", 5)
+    assert "--top-k would change nothing with --memory none and released: --top-k is for memflow" in verified
+    assert "lora_alpha=4 is given (--lora-alpha)" in refused("generate", "--lora-alpha", 4)
+
+    released = tmp_path / "released.safetensors"
+    assert memflow("convert", checkpoint, released, "--num-heads", 2, "--memory", "released") == 0
+    capfd.readouterr()
+    parts = ("--checkpoint", released, "--text-encoder", pipeline, "--vae", pipeline)
+    assert "with --memory released, which this checkpoint was tuned for: --top-k is for memflow" in refused(
+        "generate", "--top-k", 8
+    )
+    assert "says itself that num_heads is 2, got 4" in refused("generate", "--num-heads", 4)
+
+
 @pytest.mark.parametrize("options, expected", BAD.values(), ids=BAD.keys())
 def test_bad_options_are_refused_before_anything_is_written(tmp_path, parts, story, capfd, options, expected):
     out = tmp_path / "out"
