@@ -18,6 +18,7 @@ from memflow_ops.cli_common import fail, mistakes
 from memflow_ops.cli_measure import bench, profile_selection
 from memflow_ops.cli_options import (
     BankFrames,
+    Batch,
     Compile,
     CudaGraphs,
     Device,
@@ -111,6 +112,7 @@ def generate(
     height: Height = None,
     width: Width = None,
     history_frames: HistoryFrames = None,
+    batch: Batch = None,
     cuda_graphs: CudaGraphs = None,
     compile: Compile = False,
 ) -> None:
@@ -124,7 +126,7 @@ def generate(
     The toy world's prompts say who is where: ball, box, star, ring or empty; meadow, desert, sea or night.
 
     A real checkpoint comes with --text-encoder and --vae. Before it starts, it says what memory the stream will take,
-    and refuses one that cannot fit.
+    and refuses one that cannot fit. --batch streams several stories together.
     """
     options = given(
         seed=seed, bank_frames=bank_frames, top_k=top_k, query_group=query_group, frames_per_prompt=frames_per_prompt,
@@ -132,7 +134,7 @@ def generate(
     )  # fmt: skip
     real = given(
         text_encoder=text_encoder, vae=vae, lora=lora, lora_alpha=lora_alpha, num_heads=num_heads, height=height,
-        width=width, history_frames=history_frames, cuda_graphs=cuda_graphs, compile=compile or None,
+        width=width, history_frames=history_frames, batch=batch, cuda_graphs=cuda_graphs, compile=compile or None,
     )  # fmt: skip
     if checkpoint is not None:
         from memflow_ops import cli_wan
@@ -143,10 +145,11 @@ def generate(
                 raise ValueError(f"{named(toy)} belong to the toy world, not to a --checkpoint; see `memflow verify`")
             memories = None if memory is None else [memory]
             sources, rest = sources_of(checkpoint, dtype, real)
-            parts, real_plans = cli_wan.prepare(story, out, sources, memories=memories, **rest, **options)
-        for real_run in cli_wan.stream_stories(parts, real_plans, sources):
-            typer.echo(cli_wan.made(real_run))
-            typer.echo(cli_wan.speed(real_run))
+            parts, streams = cli_wan.prepare(story, out, sources, memories=memories, **rest, **options)
+        for real_runs in cli_wan.stream_stories(parts, streams, sources):
+            for real_run in real_runs:
+                typer.echo(cli_wan.made(real_run))
+            typer.echo(cli_wan.speed(real_runs[0]))
         return
     from memflow_ops import cli_toy
 
@@ -278,10 +281,10 @@ def verify(
             width=width, history_frames=history_frames, cuda_graphs=cuda_graphs, compile=compile or None,
         )  # fmt: skip
         sources, rest = sources_of(checkpoint, dtype, real)
-        parts, plans = cli_wan.prepare(
+        parts, streams = cli_wan.prepare(
             story or verifying.STORY, out, sources, most=1, memories=memory or verifying.MEMORIES, **rest, **options
         )
-    outcomes = cli_wan.verify(parts, plans)
+    outcomes = cli_wan.verify(parts, [plan for (plan,) in streams])
     said = verifying.write_report(outcomes, sources, parts.device, out)
     typer.echo(cli_wan.compared(outcomes, said, out))
     problems: list[str] = said["problems"]  # type: ignore[assignment]

@@ -47,24 +47,27 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def run_stories(
-    plans: Sequence[PlanType],
-    generate: Callable[[PlanType, Callable[[RunType], None]], RunType],
+    streams: Sequence[Sequence[PlanType]],
+    generate: Callable[[Sequence[PlanType], Callable[[RunType], None]], Sequence[RunType]],
     speed: Callable[[RunType], str],
     made: Callable[[RunType], str],
-) -> Iterator[RunType]:
-    """Makes one story after another behind a progress bar; yields each when its files are written.
+) -> Iterator[Sequence[RunType]]:
+    """Makes one stream of stories after another behind a progress bar; yields each when its files are written.
 
-    generate: streams a plan and calls back after every chunk. speed, made: words for the bar and for what was written.
+    generate: streams plans together and calls back after every chunk. speed, made: words for the bar and for what was
+    written.
     """
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     text, fast = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[speed]}")
     columns = (text, TextColumn("chunk"), MofNCompleteColumn(), BarColumn(bar_width=24), fast, TimeRemainingColumn())
-    for i, plan in enumerate(plans):
-        spoken = plan.spoken
+    stories = sum(map(len, streams))
+    for plans in streams:
+        spoken = plans[0].spoken
         with Progress(*columns, console=Console(stderr=True)) as bar:
-            which = f"story {i + 1}/{len(plans)}, " if len(plans) > 1 else ""
+            more = f" and {len(plans) - 1} more" if len(plans) > 1 else ""
+            which = f"{plans[0].folder.name}{more}: " if stories > 1 else ""
             task = bar.add_task(which + spoken[0], total=len(spoken), speed="")
 
             def report(run: RunType) -> None:
@@ -73,12 +76,15 @@ def run_stories(
                 bar.update(task, completed=done, description=which + prompt, speed=speed(run))  # noqa: B023
 
             try:
-                run = generate(plan, report)
+                runs = generate(plans, report)
             except OSError as error:
-                fail(f"{error}; what was made is in {plan.folder}", code=1)
-        if run.interrupted and not run.chunks:
+                folders = " and ".join(str(plan.folder) for plan in plans)
+                fail(f"{error}; what was made is in {folders}", code=1)
+        done = len(runs[0].chunks)
+        if runs[0].interrupted and not done:
             fail("interrupted before the first chunk was made; nothing was written", code=130)
-        if run.interrupted:
-            typer.echo(made(run))
-            fail(f"interrupted after chunk {len(run.chunks)} of {len(spoken)}; what was made is kept", code=130)
-        yield run
+        if runs[0].interrupted:
+            for run in runs:
+                typer.echo(made(run))
+            fail(f"interrupted after chunk {done} of {len(spoken)}; what was made is kept", code=130)
+        yield runs

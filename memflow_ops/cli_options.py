@@ -89,6 +89,15 @@ HistoryFrames = Annotated[
         metavar="N",
     ),
 ]
+Batch = Annotated[
+    int | None,
+    typer.Option(
+        help="Stories streamed together at most, where they have equally many prompts; each as if alone, but for "
+        "rounding. Default: 1.",
+        min=1,
+        metavar="N",
+    ),
+]
 CudaGraphs = Annotated[
     bool | None,
     typer.Option(

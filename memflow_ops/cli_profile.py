@@ -106,7 +106,7 @@ def real(
         replace(wan.WAN_SETTINGS, bank_frames=options["bank_frames"]), chunks, height * width // 4, *sizes
     )  # before the weights are read
     _check_target(out)
-    parts, (plan,) = cli_wan.prepare(
+    parts, ((plan,),) = cli_wan.prepare(
         story, out.parent, sources, memories=["memflow"], most=1, cuda_graphs=False, **options
     )
     about = {"sources": sources.described(), "stories": [plan.prompts], "frames_per_prompt": frames}

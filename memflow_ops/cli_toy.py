@@ -60,7 +60,9 @@ def stream_stories(model: CausalVideoModel, plans: Sequence[Plan]) -> Iterator[R
         # With memory; the baseline's share of the time is not counted.
         return f"{sum(map(len, run.frames)) / sum(chunk.seconds for chunk in run.chunks):.1f} frames/s"
 
-    return run_stories(plans, lambda plan, report: generate(model, plan, report), speed, made)
+    streams = [[plan] for plan in plans]
+    for (run,) in run_stories(streams, lambda plans, report: [generate(model, plans[0], report)], speed, made):
+        yield run
 
 
 def made(run: Run) -> str:

@@ -33,12 +33,14 @@ def prepare(
     width: int = 832,
     cuda_graphs: bool | None = None,
     compile: bool = False,
+    batch: int = 1,
     **settings: Any,
-) -> tuple[Parts, list[Plan]]:
+) -> tuple[Parts, list[list[Plan]]]:
     """Checks everything that can be wrong, says what memory the streams will take, and loads all parts.
 
-    memories: a plan for each of them and each story (None: the one that the checkpoint was tuned for). most: stories
-    to take. settings: what differs from `WAN_SETTINGS`. What cannot fit is refused before anything is on the device.
+    memories: plans for each of them and each story (None: the one that the checkpoint was tuned for), in streams of up
+    to `batch` stories. most: stories to take. settings: what differs from `WAN_SETTINGS`. What cannot fit is refused
+    before anything is on the device.
     """
     from memflow_ops.cli_options import check_used
     from memflow_ops.environment import pick_device
@@ -58,18 +60,21 @@ def prepare(
     if not memories:
         check_used(asked, [pretrained.memory], ", which this checkpoint was tuned for")
     typer.echo(described(pretrained))
-    plans = []
+    streams = []
     for memory in dict.fromkeys(memories or (pretrained.memory,)):
-        plans += wan.make_plans(
+        streams += wan.make_plans(
             stories, out, _settings(memory, **settings, **size), sources, pretrained, free, seed=seed,
             frames_per_prompt=frames_per_prompt or wan.FRAMES_PER_PROMPT, history_frames=history_frames,
-            cuda_graphs=cuda_graphs, compiled=compile,
+            cuda_graphs=cuda_graphs, compiled=compile, batch=batch,
         )  # fmt: skip
+    plans = [plan for stream in streams for plan in stream]
     largest = max(plans, key=lambda plan: plan.budget.device_bytes + plan.budget.host_bytes)
     typer.echo("\n".join(largest.budget.lines()))
+    if batch > 1:
+        typer.echo(f"{len(plans)} stories in {len(streams)} streams; those with equally many prompts run together")
     wan.make_folders([plan.folder for plan in plans])
     prompts = [prompt for story in stories for prompt in story]
-    return wan.load_parts(sources, pretrained, prompts, free.device, compile), plans
+    return wan.load_parts(sources, pretrained, prompts, free.device, compile), streams
 
 
 def _settings(memory: str, **changes: Any) -> StreamSettings:
@@ -88,15 +93,15 @@ def any_prompt(prompt: str) -> None:
         raise ValueError("a prompt is empty")
 
 
-def stream_stories(parts: Parts, plans: Sequence[Plan], sources: Sources) -> Iterator[Run]:
-    """Makes one story after another; yields each when its files are written."""
+def stream_stories(parts: Parts, streams: Sequence[Sequence[Plan]], sources: Sources) -> Iterator[Sequence[Run]]:
+    """Makes one stream of stories after another; yields each when its files are written."""
     from memflow_ops.model.wan import generate
 
     def so_far(run: Run) -> str:
         seconds = sum(chunk.seconds for chunk in run.chunks) + sum(run.decode_seconds)
-        return f"{run.frames / seconds:.1f} frames/s"
+        return f"{run.frames * run.plan.together / seconds:.1f} frames/s"
 
-    return run_stories(plans, lambda plan, report: generate(parts, plan, sources, report), so_far, made)
+    return run_stories(streams, lambda plans, report: generate(parts, plans, sources, report), so_far, made)
 
 
 def verify(parts: Parts, plans: Sequence[Plan]) -> list[Outcome]:
@@ -124,9 +129,10 @@ def speed(run: Run) -> str:
     measured: dict[str, Any] | None = run.speed()
     if measured is None:
         return "It was too short to tell its speed."
+    of_stories = f" of {run.plan.together} stories" if run.plan.together > 1 else ""
     return (
-        f"A chunk took {measured['seconds_per_chunk']:.2f} s, {measured['frames_per_second']:.1f} frames/s (the "
-        f"transformer alone; with the VAE {measured['frames_per_second_decoded']:.1f}), median of "
+        f"A chunk{of_stories} took {measured['seconds_per_chunk']:.2f} s, {measured['frames_per_second']:.1f} frames/s "
+        f"(the transformer alone; with the VAE {measured['frames_per_second_decoded']:.1f}), median of "
         f"{measured['chunks']} chunks."
     )
 

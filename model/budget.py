@@ -15,9 +15,11 @@ from memflow_ops.model.transformer import ModelConfig
 PASS_UNITS = 8
 """Working memory of a pass in units of chunk tokens x (dim + ffn_dim) numbers. Measured on a CPU (dim 1536, ffn 8960,
 1170 tokens, float32) by the resident size: 8."""
-DECODER_UNITS = 20
-"""Working memory and state of the VAE's decoder in units of base_dim x 4 frames x height x width numbers. Measured on a
-CPU (base_dim 96, 120 x 208 pixels, float32) by the resident size: 18.5, of which 6.2 are the state."""
+DECODER_UNITS = 13
+"""Working memory of the VAE's decoder in units of base_dim x 4 frames x height x width numbers. Measured on a CPU
+(base_dim 96, 120 x 208 pixels, float32) by the resident size, state included: 18.5."""
+DECODER_STATE_UNITS = 7
+"""What it keeps of each story from chunk to chunk, likewise: 6.2."""
 
 
 @dataclass(frozen=True)
@@ -198,9 +200,9 @@ def model_items(
 
 
 def vae_items(vae: dict, parameters: int, batch: int, height: int, width: int, dtype: torch.dtype) -> list[Item]:
-    """Weights and working memory of the VAE; height and width in pixels."""
+    """Weights and working memory of the VAE, which decodes one story after another; height and width in pixels."""
     numbers = vae.get("decoder_base_dim") or vae.get("base_dim", 96)
-    working = DECODER_UNITS * batch * numbers * 4 * height * width
+    working = (DECODER_UNITS + DECODER_STATE_UNITS * batch) * numbers * 4 * height * width
     return [
         Item("VAE's weights", parameters * dtype.itemsize, f"{parameters:,} x {dtype.itemsize} bytes"),
         Item("working memory of the VAE", working * dtype.itemsize, "estimated"),

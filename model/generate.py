@@ -19,7 +19,7 @@ from memflow_ops.environment import environment
 from memflow_ops.model.checkpoints import load_checkpoint
 from memflow_ops.model.returns import find_returns, judge_return
 from memflow_ops.model.settings import StreamSettings
-from memflow_ops.model.story import Interrupts, make_story
+from memflow_ops.model.story import Interrupts, make_stories
 from memflow_ops.model.stream import Chunk, chunk_prompts, stream
 from memflow_ops.model.text import TEXT_DIM, parse_prompt
 from memflow_ops.model.transformer import CausalVideoModel
@@ -234,13 +234,15 @@ class Run:
 
 
 def generate(model: CausalVideoModel, plan: Plan, report: Callable[[Run], None] | None = None) -> Run:
-    """Streams one story into its folder; `make_story` says how that may end. `report` is called after every chunk."""
+    """Streams one story into its folder; `make_stories` says how that may end. `report` is called after every
+    chunk."""
     settings = plan.settings
     run = Run(plan, model.patch_embedding.weight.device)
     writer = VideoWriter(
         plan.folder / "video.mp4", settings.height, settings.width, fragment_frames=settings.chunk_frames
     )
-    return make_story(run, writer, lambda interrupts: _rounds(model, run, writer, interrupts), _files, report)
+    make_stories([run], [writer], lambda interrupts: _rounds(model, run, writer, interrupts), _files, report)
+    return run
 
 
 def _rounds(model: CausalVideoModel, run: Run, writer: VideoWriter, interrupts: Interrupts) -> Iterator[None]:

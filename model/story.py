@@ -1,9 +1,9 @@
-"""A story's run from its first chunk to its files, whatever ends it."""
+"""The run of stories that are streamed together, from the first chunk to their files, whatever ends it."""
 
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Protocol, TypeVar
@@ -32,47 +32,60 @@ class StoryRun(Protocol):
 RunType = TypeVar("RunType", bound=StoryRun)
 
 
-def make_story(
-    run: RunType,
-    writer: VideoWriter,
+def make_stories(
+    runs: Sequence[RunType],
+    writers: Sequence[VideoWriter],
     rounds: "Callable[[Interrupts], Iterator[None]]",
     files: Callable[[RunType], dict[str, bytes]],
     report: Callable[[RunType], None] | None = None,
-) -> RunType:
-    """Makes a story chunk by chunk and writes its files; returns the run.
+) -> None:
+    """Makes stories that are streamed together, chunk by chunk, and writes the files of each.
 
-    rounds: makes a chunk, its video frames and its part of the run, each time it is asked. files: the content of every
-    file beside the video, by name. report: is called after every chunk.
+    rounds: makes a chunk, its video frames and its part of every run, each time it is asked. files: the content of
+    every file of a story beside its video, by name. report: is told the first of the runs after every chunk.
 
-    Files appear under their names when all are complete; until then the video grows under a name of its own. Ctrl-C,
-    SIGTERM or an error ends the story early: what was made until then is written all the same (nothing before the first
-    chunk), and the run says `interrupted`; an error is raised afterwards.
+    A story's files appear under their names when all are complete; until then its video grows under a name of its own.
+    Ctrl-C, SIGTERM or an error ends all of them early: what was made until then is written all the same (nothing before
+    the first chunk), and the runs say `interrupted`; an error is raised afterwards.
     """
-    with Interrupts() as interrupts, writer:
+    with Interrupts() as interrupts, ExitStack() as opened:
+        for writer in writers:
+            opened.enter_context(writer)
         try:
             for _ in rounds(interrupts):
                 if report is not None:
-                    report(run)
+                    report(runs[0])
         except KeyboardInterrupt:
-            run.interrupted = True
+            for run in runs:
+                run.interrupted = True
         except BaseException as error:
-            run.interrupted, run.error = True, f"{type(error).__name__}: {error}"
-            _publish(run, writer, files)
+            for run in runs:
+                run.interrupted, run.error = True, f"{type(error).__name__}: {error}"
+            _publish(runs, writers, files)
             raise
-        _publish(run, writer, files)
-    if interrupts.waiting and not run.interrupted:
+        _publish(runs, writers, files)
+    if interrupts.waiting and not runs[0].interrupted:
         raise KeyboardInterrupt  # it came after the last chunk
-    return run
 
 
-def _publish(run: RunType, writer: VideoWriter, files: Callable[[RunType], dict[str, bytes]]) -> None:
-    """Makes the content of every file first, and then gives each its name."""
-    if not run.chunks:
-        writer.discard()
-        return
-    for name, content in files(run).items():
-        write_atomically(run.plan.folder / name, content)
-    writer.publish()
+def _publish(
+    runs: Sequence[RunType], writers: Sequence[VideoWriter], files: Callable[[RunType], dict[str, bytes]]
+) -> None:
+    """Makes the content of every file of a story first, and then gives each its name. A story whose files cannot be
+    written does not cost the others theirs: the first such error is raised at the end."""
+    errors = []
+    for run, writer in zip(runs, writers, strict=True):
+        try:
+            if run.chunks:
+                for name, content in files(run).items():
+                    write_atomically(run.plan.folder / name, content)
+                writer.publish()
+            else:
+                writer.discard()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
 
 
 class Interrupts:

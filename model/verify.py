@@ -76,7 +76,7 @@ def _stream(parts: Parts, plan: Plan, report: Callable[[str, int, int], None] | 
     moments = np.linspace(0, len(plan.spoken) - 1, COLUMNS).round().astype(int)
     with Interrupts() as interrupts, video_writer(plan.folder / f"{memory}.mp4", plan.settings, parts.vae) as writer:
         try:
-            for chunk, frames, seconds in streamed(parts, plan, interrupts):
+            for chunk, (frames,), seconds in streamed(parts, [plan], interrupts):
                 writer.write(frames)
                 outcome.latents.append(chunk.frames[0].float().cpu())
                 outcome.chunks.append(replace(chunk, frames=chunk.frames.new_empty(0)))

@@ -16,7 +16,7 @@ from memflow_ops.model import budget, graphs
 from memflow_ops.model.convert import DTYPES, Pretrained, empty_model, read_pretrained
 from memflow_ops.model.generate import to_pixels
 from memflow_ops.model.settings import StreamSettings
-from memflow_ops.model.story import Interrupts, make_story
+from memflow_ops.model.story import Interrupts, make_stories
 from memflow_ops.model.stream import Chunk, Streamer, chunk_prompts
 from memflow_ops.model.text_encoder import EncodedPrompts, UMT5TextEncoder, find_text_encoder
 from memflow_ops.model.transformer import CausalVideoModel
@@ -27,8 +27,8 @@ FRAMES_PER_SECOND = 16
 FRAMES_PER_PROMPT = 40
 """Latent frames, 10 seconds, as MemFlow and LongLive train."""
 HOW_MEASURED = (
-    "Video frames over a chunk's wall time: retrieval, re-caching and all passes of the transformer; decoded: and of "
-    "the VAE. Medians over the chunks that have a past beyond the local window."
+    "Video frames, of all stories that are streamed together, over a chunk's wall time: retrieval, re-caching and all "
+    "passes of the transformer; decoded: and of the VAE. Medians over chunks that have a past beyond the local window."
 )
 WAN_SETTINGS = StreamSettings(
     height=60, width=104, window_frames=9, bank_frames=64, device_frames=128, top_k=24, block_size=64, query_group=128,
@@ -101,6 +101,11 @@ class Plan:
         return self.budget.settings
 
     @property
+    def together(self) -> int:
+        """How many stories its stream has."""
+        return self.budget.layout.batch
+
+    @property
     def spoken(self) -> list[str]:
         """The prompt of every chunk."""
         chunks = chunk_prompts([self.prompts], self.frames_per_prompt, self.settings.chunk_frames)
@@ -134,8 +139,12 @@ def make_plans(
     history_frames: int | None = None,
     cuda_graphs: bool | None = None,
     compiled: bool = False,
-) -> list[Plan]:
-    """One story goes to `out` itself, several to out/story-000, ... with seeds seed, seed + 1, ...
+    batch: int = 1,
+) -> list[list[Plan]]:
+    """The streams, each of up to `batch` stories with equally many prompts; see `group_stories`.
+
+    One story goes to `out` itself, several to out/story-000, ... with seeds seed, seed + 1, ..., in the order of
+    `stories` whoever is streamed with whom.
 
     A ValueError where a story's stream cannot fit into memory, or CUDA graphs or compiling are asked for and cannot be.
     """
@@ -145,13 +154,47 @@ def make_plans(
     if cuda_graphs and reason:
         raise ValueError(f"no CUDA graphs for this stream: {reason}")
     pools = 1 if reason or cuda_graphs is False else 2
-    plans = []
-    for i, prompts in enumerate(stories):
-        chunks = len(chunk_prompts([prompts], frames_per_prompt, settings.chunk_frames))
-        planned = plan_story(settings, sources, pretrained, free, chunks, history_frames, pools)
-        folder = out if len(stories) == 1 else out / f"story-{i:03d}"
-        plans.append(Plan(list(prompts), folder, planned, seed + i, frames_per_prompt, cuda_graphs, compiled))
-    return plans
+    streams = []
+    for numbers in group_stories(stories, batch):
+        chunks = len(chunk_prompts([stories[numbers[0]]], frames_per_prompt, settings.chunk_frames))
+
+        def plan(count: int) -> budget.Budget:
+            return plan_stream(settings, sources, pretrained, free, chunks, history_frames, pools, count)  # noqa: B023
+
+        planned = _planned(plan, len(numbers))
+        streams.append(
+            [
+                Plan(
+                    list(stories[i]), out if len(stories) == 1 else out / f"story-{i:03d}", planned, seed + i,
+                    frames_per_prompt, cuda_graphs, compiled,
+                )
+                for i in numbers
+            ]
+        )  # fmt: skip
+    return streams
+
+
+def group_stories(stories: Sequence[Sequence[str]], batch: int) -> list[list[int]]:
+    """The numbers of the stories of every stream: up to `batch` in each, with equally many prompts, so that none has
+    to wait for another; in the order of their first ones."""
+    by_length: dict[int, list[int]] = {}
+    for number, prompts in enumerate(stories):
+        by_length.setdefault(len(prompts), []).append(number)
+    return sorted(alike[i : i + batch] for alike in by_length.values() for i in range(0, len(alike), batch))
+
+
+def _planned(plan: Callable[[int], budget.Budget], count: int) -> budget.Budget:
+    """The plan of so many stories together; where it does not fit, the error says how many would."""
+    try:
+        return plan(count)
+    except ValueError as error:
+        for fewer in range(count - 1, 0, -1):
+            try:
+                plan(fewer)
+            except ValueError:
+                continue
+            raise ValueError(f"{error}; or lower --batch to {fewer}") from error
+        raise
 
 
 def latent_size(vae: Path | None, height: int, width: int) -> tuple[int, int]:
@@ -171,7 +214,7 @@ def make_folders(folders: Sequence[Path]) -> None:
             raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error
 
 
-def plan_story(
+def plan_stream(
     settings: StreamSettings,
     sources: Sources,
     pretrained: Pretrained,
@@ -179,22 +222,24 @@ def plan_story(
     chunks: int,
     history_frames: int | None,
     pools: int,
+    batch: int,
 ) -> budget.Budget:
-    """The memory of a stream of `chunks` chunks; a ValueError where it does not fit, or the parts not one another.
+    """The memory of a stream of `batch` stories and `chunks` chunks; a ValueError where it does not fit, or the parts
+    not one another.
 
     pools: of working memory; 2 where CUDA graphs keep one of their own.
     """
     dtype, config = sources.torch_dtype(free.device), pretrained.config
     model = empty_model(config).to(dtype)
     tokens = model.tokens(settings.height, settings.width)
-    items = budget.model_items(config, settings, pretrained.parameters, 1, tokens, dtype, pools)
+    items = budget.model_items(config, settings, pretrained.parameters, batch, tokens, dtype, pools)
     if sources.vae is not None:
         folder, vae = find_vae(sources.vae)
         channels, scale = vae.get("z_dim", 16), vae.get("scale_factor_spatial", 8)
         if channels != config.out_dim:
             raise ValueError(f"{folder} decodes latents of {channels} channels, the transformer makes {config.out_dim}")
         decoder = budget.count_numbers(folder, ("decoder.", "post_quant_conv."))
-        items += budget.vae_items(vae, decoder, 1, settings.height * scale, settings.width * scale, dtype)
+        items += budget.vae_items(vae, decoder, batch, settings.height * scale, settings.width * scale, dtype)
     items.append(
         budget.Item("kept free", free.bytes // RESERVE, f"one part in {RESERVE}: what is estimated may be more")
     )
@@ -206,7 +251,7 @@ def plan_story(
         )
     need = budget.Need(tuple(items), free.bytes, free.host_bytes, f"{free.device} ({device_name(free.device)})")
     prototypes = sum(chunk * settings.chunk_frames >= settings.sink_frames for chunk in range(chunks))
-    return budget.plan_memory(settings, lambda s: s.cache_layout(model, 1), prototypes, need, history_frames)
+    return budget.plan_memory(settings, lambda s: s.cache_layout(model, batch), prototypes, need, history_frames)
 
 
 @dataclass(frozen=True)
@@ -255,15 +300,16 @@ class Run:
     sources: Sources
     device: torch.device
     chunks: list[Chunk] = field(default_factory=list)
-    """without their frames"""
+    """its part of them, without frames; their seconds are those of all stories together"""
     decode_seconds: list[float] = field(default_factory=list)
+    """per chunk, of all stories together"""
     frames: int = 0
     """of the video"""
     interrupted: bool = False
     error: str | None = None
 
     def speed(self) -> dict[str, object] | None:
-        return speed(self.chunks, self.decode_seconds, self.plan.settings)
+        return speed(self.chunks, self.decode_seconds, self.plan.settings, self.plan.together)
 
     def record(self) -> dict[str, object]:
         """What run.json says."""
@@ -277,6 +323,7 @@ class Run:
             "settings": asdict(plan.settings),
             "memory": plan.budget.lines(),
             "compiled": plan.compiled,
+            "stories_together": plan.together,
             "frames": self.frames,
             "fps": FRAMES_PER_SECOND,
             "interrupted": self.interrupted,
@@ -301,7 +348,7 @@ class Run:
 
 
 def speed(
-    chunks: Sequence[Chunk], decode_seconds: Sequence[float], settings: StreamSettings
+    chunks: Sequence[Chunk], decode_seconds: Sequence[float], settings: StreamSettings, together: int = 1
 ) -> dict[str, object] | None:
     """Medians over the chunks that have a past beyond the local window; None before there is one."""
     steady = [i for i, chunk in enumerate(chunks) if chunk.first_frame + settings.chunk_frames > settings.window_frames]
@@ -309,7 +356,7 @@ def speed(
         return None
     seconds = statistics.median(chunks[i].seconds for i in steady)
     decoding = statistics.median(decode_seconds[i] for i in steady)
-    frames = 4 * settings.chunk_frames
+    frames = 4 * settings.chunk_frames * together
     return {
         "seconds_per_chunk": seconds,
         "decode_seconds_per_chunk": decoding,
@@ -320,24 +367,45 @@ def speed(
     }
 
 
-def generate(parts: Parts, plan: Plan, sources: Sources, report: Callable[[Run], None] | None = None) -> Run:
-    """Streams one story into video.mp4 and run.json in its folder; `make_story` says how that may end. `report` is
-    called after every chunk."""
-    run = Run(plan, sources, parts.device)
-    writer = video_writer(plan.folder / "video.mp4", plan.settings, parts.vae)
+def generate(
+    parts: Parts, plans: Sequence[Plan], sources: Sources, report: Callable[[Run], None] | None = None
+) -> list[Run]:
+    """Streams stories together, each into video.mp4 and run.json in its folder; `make_stories` says how that may end.
+    `report` is told the first of the runs after every chunk."""
+    runs = [Run(plan, sources, parts.device) for plan in plans]
+    writers = [video_writer(plan.folder / "video.mp4", plan.settings, parts.vae) for plan in plans]
 
     def rounds(interrupts: Interrupts) -> Iterator[None]:
-        for chunk, frames, seconds in streamed(parts, plan, interrupts):
-            writer.write(frames)
-            run.chunks.append(replace(chunk, frames=chunk.frames.new_empty(0)))  # the pixels are in the video
-            run.decode_seconds.append(seconds)
-            run.frames += len(frames)
+        for chunk, videos, seconds in streamed(parts, plans, interrupts):
+            for number, (run, writer, frames) in enumerate(zip(runs, writers, videos, strict=True)):
+                writer.write(frames)
+                run.chunks.append(of_story(chunk, number))
+                run.decode_seconds.append(seconds)
+                run.frames += len(frames)
             yield
 
     def files(run: Run) -> dict[str, bytes]:
         return {"run.json": (json.dumps(run.record(), indent=1) + "\n").encode()}
 
-    return make_story(run, writer, rounds, files, report)
+    make_stories(runs, writers, rounds, files, report)
+    return runs
+
+
+def of_story(chunk: Chunk, number: int) -> Chunk:
+    """One story's part of a chunk, without its frames: the pixels are in the video."""
+
+    def own(of_each: list[Any]) -> list[Any]:
+        return [of_each[number]]
+
+    return replace(
+        chunk,
+        prompts=own(chunk.prompts),
+        frames=chunk.frames.new_empty(0),
+        retrieved=own(chunk.retrieved),
+        relevance=own(chunk.relevance),
+        candidates=own(chunk.candidates),
+        activation=own(chunk.activation),
+    )
 
 
 def video_writer(path: Path, settings: StreamSettings, vae: Any) -> VideoWriter:
@@ -353,14 +421,22 @@ def video_writer(path: Path, settings: StreamSettings, vae: Any) -> VideoWriter:
     )
 
 
-def streamed(parts: Parts, plan: Plan, interrupts: Interrupts) -> Iterator[tuple[Chunk, np.ndarray, float]]:
-    """Chunk after chunk, its video frames (F, H, W, 3) uint8, and the seconds that decoding took."""
-    streamer = Streamer(parts.model, 1, plan.settings, plan.seed, encode=parts.encode, cuda_graphs=plan.cuda_graphs)
-    decoder = StreamingDecoder(parts.vae)
-    for prompt in plan.spoken:
+def streamed(
+    parts: Parts, plans: Sequence[Plan], interrupts: Interrupts
+) -> Iterator[tuple[Chunk, list[np.ndarray], float]]:
+    """Chunk after chunk of stories that are streamed together, the video frames of each (F, H, W, 3) uint8, and the
+    seconds that decoding took."""
+    first = plans[0]
+    streamer = Streamer(
+        parts.model, len(plans), first.settings, [plan.seed for plan in plans], encode=parts.encode,
+        cuda_graphs=first.cuda_graphs,
+    )  # fmt: skip
+    decoders = [StreamingDecoder(parts.vae) for _ in plans]
+    for prompts in zip(*(plan.spoken for plan in plans), strict=True):
         with interrupts.allowed():
-            chunk = streamer.next_chunk((prompt,))
+            chunk = streamer.next_chunk(prompts)
             started = time.perf_counter()
-            frames = to_pixels(decoder.decode(chunk.frames)[0])
+            latents = chunk.frames.split(1)
+            videos = [to_pixels(decoder.decode(x)[0]) for decoder, x in zip(decoders, latents, strict=True)]
             seconds = time.perf_counter() - started
-        yield chunk, frames, seconds
+        yield chunk, videos, seconds

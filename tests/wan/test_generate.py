@@ -10,7 +10,7 @@ import torch._inductor.config
 from matplotlib.image import imread
 
 from memflow_ops import cli
-from memflow_ops.model import budget
+from memflow_ops.model import budget, wan
 from memflow_ops.model.convert import read_pretrained
 from memflow_ops.model.generate import to_pixels
 from memflow_ops.model.settings import StreamSettings
@@ -91,9 +91,78 @@ def test_generate_streams_an_mp4(tmp_path, checkpoint, pipeline, parts, story, c
     assert "local window, 9 frames" in said and "2 of them as the bank" in said and "in all" in said
 
 
+@pytest.mark.parametrize("memory", ["sink", "memflow", "released"])
+def test_stories_streamed_together_are_as_alone(tmp_path, parts, story, capfd, monkeypatch, memory):
+    """The second of three has another length, and is streamed on its own."""
+    stories = [STORY, STORY[1:2], STORY[::-1]]
+    story.write_text("".join(json.dumps({"prompts": prompts}) + "\n" for prompts in stories))
+    decode, latents = wan.StreamingDecoder.decode, {}
+
+    def watched(decoder, x):
+        latents.setdefault(str(out), {}).setdefault(decoder, []).append(x.clone())
+        return decode(decoder, x)
+
+    monkeypatch.setattr(wan.StreamingDecoder, "decode", watched)
+    made, records = {}, {}
+    bank = ("--bank-frames", 2) if memory in ("memflow", "released") else ()
+    for name, options in (("alone", ()), ("together", ("--batch", 8))):
+        out = tmp_path / name
+        assert (
+            memflow("generate", story, "--out", out, "--memory", memory, "--seed", 5, *parts, *SMALL, *bank, *options)
+            == 0
+        )
+        folders = [out / f"story-{i:03d}" for i in range(3)]
+        made[name] = [read_video(folder / "video.mp4").astype(int) for folder in folders]
+        records[name] = [json.loads((folder / "run.json").read_text()) for folder in folders]
+    said = capfd.readouterr().out
+    assert "3 stories in 2 streams" in said and "A chunk of 2 stories took" in said and "2 layers x 2 stories x" in said
+    assert [r["stories_together"] for r in records["together"]] == [2, 1, 2]
+    for one, other in zip(*records.values(), strict=True):
+        for same in ("prompts", "seed", "frames", "settings"):
+            assert one[same] == other[same]
+        for a, b in zip(one["chunks"], other["chunks"], strict=True):
+            assert all(a[same] == b[same] for same in ("prompt", "first_frame", "retrieved", "candidates"))
+            assert b["activation"] == pytest.approx(a["activation"])
+    for one, other in zip(*made.values(), strict=True):
+        assert one.shape == other.shape and np.abs(one - other).mean() < 0.01
+
+    # By streams, in the order in which they are made: story 0 and 2 together, then 1.
+    alone, together = ([torch.cat(list(x), 2) for x in of.values()] for of in latents.values())
+    assert len(alone) == len(together) == 3
+    for x, y in zip(alone, [together[0], together[2], together[1]], strict=True):
+        torch.testing.assert_close(y, x, rtol=0, atol=1e-4)
+    assert torch.equal(alone[1], together[2])
+    assert (alone[0] - alone[2]).abs().max() > 0.1
+
+
+def test_too_many_stories_together_are_refused(tmp_path, parts, story, capfd, monkeypatch):
+    line = json.dumps({"prompts": STORY}) + "\n"
+    story.write_text(3 * line)
+    sizes = []
+
+    def noted(*arguments):
+        sizes.append(plan_stream(*arguments).device_bytes)
+        raise ValueError("that is enough")
+
+    plan_stream, out = wan.plan_stream, tmp_path / "out"
+    monkeypatch.setattr(wan, "plan_stream", noted)
+    monkeypatch.setattr(budget, "free_bytes", lambda device: 10**9)
+    assert memflow("generate", story, "--out", out, *parts, *SMALL, "--memory", "sink", "--batch", 3) == 2
+    monkeypatch.setattr(wan, "plan_stream", plan_stream)
+    capfd.readouterr()
+    kept = 10**9 // wan.RESERVE
+    three, two, one = (size - kept for size in sizes)
+    assert three - two == two - one > 0
+    monkeypatch.setattr(budget, "free_bytes", lambda device: int((two + three) / 2 / (1 - 1 / wan.RESERVE)))
+    assert memflow("generate", story, "--out", out, *parts, *SMALL, "--memory", "sink", "--batch", 3) == 2
+    said = capfd.readouterr().err
+    assert said.count("\n") == 1 and "Lower --height and --width; or lower --batch to 2" in said and not out.exists()
+
+
+@pytest.mark.parametrize("batch", [1, 2])
 @pytest.mark.parametrize("error", [RuntimeError("out of everything"), KeyboardInterrupt()], ids=["error", "Ctrl-C"])
-def test_an_end_on_the_way_keeps_what_was_made(tmp_path, parts, story, capfd, monkeypatch, error):
-    from memflow_ops.model import wan
+def test_an_end_on_the_way_keeps_what_was_made(tmp_path, parts, story, capfd, monkeypatch, error, batch):
+    story.write_text(batch * (json.dumps({"prompts": STORY}) + "\n"))
 
     def ending(*arguments):
         for number, item in enumerate(whole(*arguments)):
@@ -104,14 +173,15 @@ def test_an_end_on_the_way_keeps_what_was_made(tmp_path, parts, story, capfd, mo
     whole, out = wan.streamed, tmp_path / "out"
     monkeypatch.setattr(wan, "streamed", ending)
     with pytest.raises((RuntimeError, SystemExit)) as end:
-        cli.main([str(word) for word in ("generate", story, "--out", out, *parts, *SMALL)])
-    record = json.loads((out / "run.json").read_text())
-    assert record["interrupted"] and record["frames"] == 9 + 12 == len(read_video(out / "video.mp4"))
-    if isinstance(error, RuntimeError):
-        assert "everything" in str(end.value) and "everything" in record["error"]
-    else:
+        cli.main([str(word) for word in ("generate", story, "--out", out, "--batch", batch, *parts, *SMALL)])
+    for folder in [out] if batch == 1 else [out / f"story-{i:03d}" for i in range(batch)]:
+        record = json.loads((folder / "run.json").read_text())
+        assert record["interrupted"] and record["frames"] == 9 + 12 == len(read_video(folder / "video.mp4"))
+        assert sorted(path.name for path in folder.iterdir()) == ["run.json", "video.mp4"]
+        if isinstance(error, RuntimeError):
+            assert "everything" in str(end.value) and "everything" in record["error"]
+    if isinstance(error, KeyboardInterrupt):
         assert end.value.code == 130 and "after chunk 2 of 6" in capfd.readouterr().err
-    assert sorted(path.name for path in out.iterdir()) == ["run.json", "video.mp4"]
 
 
 def test_what_cannot_fit_is_refused_with_the_arithmetic(tmp_path, parts, story, capfd, monkeypatch):
@@ -180,7 +250,7 @@ def test_verify_says_what_must_not_be(tmp_path, parts, story, capfd, monkeypatch
 
     def broken(*arguments):
         for chunk, frames, seconds in whole(*arguments):
-            if arguments[1].settings.memory == "sink" and chunk.index == 1:
+            if arguments[1][0].settings.memory == "sink" and chunk.index == 1:
                 chunk.frames[0, 0, 0, 0, 0] = torch.nan
             yield chunk, frames, seconds
 
