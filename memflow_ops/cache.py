@@ -16,43 +16,20 @@ each has its own slots and its own share of host memory: a story is remembered a
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from memflow_ops import ops
+from memflow_ops.cache_bank import Bank, Candidates, Memory
 from memflow_ops.cache_history import Prototype, Story
 from memflow_ops.cache_layout import CacheLayout, on_device
 from memflow_ops.cache_state import check_layout, check_places, load_places, save_layout, save_places
 from memflow_ops.cache_write import QKNorm, write_projections
 from memflow_ops.selection import describe_blocks
 
-
-class Memory(NamedTuple):
-    """One layer's memory, as `memory_attention` takes it. Everything is a view or a persistent tensor."""
-
-    keys: Tensor  # (B, P * T, Hkv, D), the whole pool
-    values: Tensor  # (B, P * T, Hkv, D)
-    descriptors: Tensor  # (B, P * blocks_per_frame, Hkv, D)
-    slots: Tensor  # (B, sink_frames + bank_frames) int32: the frame place of each bank frame
-    frames: Tensor  # (B,) int32: valid bank frames
-
-
-class Candidates(NamedTuple):
-    """What retrieval may choose from: the prototypes that have left the window."""
-
-    frames: list[list[int]]  # per story F absolute frame indices, ascending
-    stored: Tensor  # (layers, B, R, n, Hkv, D) means of keys before RoPE
-    lengths: tuple[int, ...]  # (n,) tokens behind each mean
-    rows: Tensor | None = None  # (B, F) int32, where in `stored` the means of each frame are; None: in its place
-
-    @property
-    def means(self) -> Tensor:
-        """(layers, B, F, n, Hkv, D), as the frames are listed."""
-        if self.rows is None:
-            return self.stored
-        return self.stored[:, torch.arange(len(self.rows), device=self.rows.device)[:, None], self.rows.long()]
+__all__ = ["Candidates", "FrameCache", "Memory"]
 
 
 class FrameCache:
@@ -82,18 +59,12 @@ class FrameCache:
         self._means = allocate(rows, len(layout.relevance_lengths))
         self._staged_means = allocate(len(layout.relevance_lengths))
 
-        # Read by kernels, so they stay where they are and are overwritten; entries past the valid frames are place 0.
-        bank_places = (layout.batch, layout.sink_frames + layout.bank_frames)
-        self._slot_table = torch.zeros(bank_places, dtype=torch.int32, device=self.device)
-        self._bank_lengths = torch.zeros(layout.batch, dtype=torch.int32, device=self.device)
-        # The place of each frame of the open chunk, per story; none where re-caching leaves a story alone.
+        # Read by kernels, so it stays where it is. The place of each frame of the open chunk, per story; none where
+        # re-caching leaves a story alone.
         self._chunk_places = torch.zeros((layout.batch, layout.chunk_frames), dtype=torch.int32, device=self.device)
 
         self._stories = [self._new_story(number) for number in range(layout.batch)]
-        # Choices of the bank that the device alone knows: number of the chunk, candidates, indices into these.
-        self._unread: list[tuple[int, list[list[int]], Tensor]] = []
-        self._bank_unread = False  # the last of them is the bank
-        self._retrieved = [0] * layout.batch  # how many frames, which the host knows in any case
+        self._bank = Bank(layout, self._stories, self.device)
         self._batch_index = torch.arange(layout.batch, device=self.device)
         self._frame_of_chunk = torch.arange(layout.chunk_frames, dtype=torch.int32, device=self.device)
 
@@ -258,7 +229,7 @@ class FrameCache:
         if self._leaves_prototype(chunk):
             self._store_prototype(chunk)
         self._open = None
-        self._write_bank([[] for _ in range(layout.batch)])
+        self._bank.clear(self.visible_sink())
         self._closing = None
 
     def abort(self) -> None:
@@ -267,7 +238,7 @@ class FrameCache:
         if self._to_recache or self._open == self._committed:
             self._ring = self._ring_before.copy()
             self._to_recache, self._closing = [], None
-            self._write_bank([[] for _ in range(self.layout.batch)])
+            self._bank.clear(self.visible_sink())
         elif self._closing is not None:
             self._close(self._closing)
         self._open = None
@@ -342,7 +313,7 @@ class FrameCache:
         """The sink and the bank, for `memory_attention` beside the dense `window`."""
         self._check_open("memory")
         pools = self._keys[layer], self._values[layer], self._descriptors[layer]
-        return Memory(*pools, self._slot_table, self._bank_lengths)
+        return Memory(*pools, self._bank.slots, self._bank.lengths)
 
     # --------------------------------------------------------------------------------------------------------- the bank
 
@@ -372,12 +343,12 @@ class FrameCache:
     def bank(self) -> list[list[int]]:
         """Per story the absolute indices of the bank frames in bank order: visible sink, then retrieved, ascending.
         Waits for the device where `set_bank_on_device` has set it."""
-        self._read_choices()
+        self._bank.read()
         return [[*range(self.visible_sink()), *story.bank] for story in self._stories]
 
     def bank_sizes(self) -> list[int]:
         """Per story how many frames `bank` has; waits for nothing."""
-        return [self.visible_sink() + count for count in self._retrieved]
+        return [self.visible_sink() + count for count in self._bank.retrieved]
 
     def moves_nothing(self) -> bool:
         """Whether the device has a slot for every candidate and for the prototype of the coming chunk: then the host
@@ -393,28 +364,11 @@ class FrameCache:
         """
         if self._open is not None:
             raise RuntimeError("set_bank: the bank is chosen before begin_chunk")
-        if len(chosen) != self.layout.batch:
-            raise ValueError(f"set_bank takes one list of frames per story, {self.layout.batch}, got {len(chosen)}")
-        for number, (frames, possible) in enumerate(zip(chosen, self.candidate_frames(), strict=True)):
-            if len(frames) > self.layout.bank_frames or len(set(frames)) < len(frames):
-                raise ValueError(
-                    f"story {number}: the bank takes up to {self.layout.bank_frames} different frames, "
-                    f"got {list(frames)}"
-                )
-            if not set(possible).issuperset(frames):
-                raise ValueError(
-                    f"story {number}: frames {sorted(set(frames) - set(possible))} are not among the {len(possible)} "
-                    f"candidates, the prototypes that have left the window and are still remembered"
-                )
-        self._read_choices()
-        for number, frames in enumerate(chosen):
-            story, history = self._stories[number], self._stories[number].history
-            for frame in frames:
-                history[frame].last_used = self._committed
-            for frame in frames:
-                if history[frame].slot is None:
-                    story.bring_back(history[frame], self._first_in_window(), keep=frames)
-        self._write_bank([sorted(frames) for frames in chosen])
+        self._bank.check(chosen, self.candidate_frames())
+        self._bank.read()
+        for story, frames in zip(self._stories, chosen, strict=True):
+            story.retrieve(frames, self._committed, self._first_in_window())
+        self._bank.write(self.visible_sink(), [sorted(frames) for frames in chosen])
 
     def set_bank_on_device(self, indices: Tensor) -> None:
         """As `set_bank`, with a choice that stays on the device: indices (B, K) int32 into `candidate_frames`, K up to
@@ -424,28 +378,7 @@ class FrameCache:
             raise RuntimeError("set_bank_on_device: the bank is chosen before begin_chunk")
         if not self.moves_nothing():
             raise RuntimeError("set_bank_on_device: the device has no room for all of the history, use set_bank")
-        frames, most = self.candidate_frames(), min(self.layout.bank_frames, len(self.candidate_frames()[0]))
-        if indices.dtype != torch.int32 or indices.dim() != 2 or indices.shape[0] != self.layout.batch:
-            raise ValueError(f"indices must be (batch, K) int32, got {tuple(indices.shape)} {indices.dtype}")
-        if indices.shape[1] > most or indices.device.type != self.device.type:
-            raise ValueError(
-                f"indices must be of up to {most} frames, on {self.device}; got {indices.shape[1]} on {indices.device}"
-            )
-        self._write_bank([[] for _ in self._stories])
-        places = [
-            [story.place_of(story.history[frame]) for frame in of]
-            for story, of in zip(self._stories, frames, strict=True)
-        ]
-        count, sink = indices.shape[1], self.visible_sink()
-        if not count:
-            return
-        table = on_device(places, torch.int32, self.device)
-        order = indices.clamp(0, table.shape[1] - 1).sort(1).values  # bank order is that of the frames
-        self._unread.append((self._committed, frames, order))
-        self._slot_table[:, sink : sink + count] = table.gather(1, order.long())
-        self._bank_lengths.fill_(sink + count)
-        self._retrieved = [count] * self.layout.batch
-        self._bank_unread = True
+        self._bank.write_on_device(self.visible_sink(), self._committed, self.candidate_frames(), indices)
 
     # -------------------------------------------------------------------------------------------------------- the state
 
@@ -458,7 +391,7 @@ class FrameCache:
         ring = range(layout.sink_frames, layout.sink_frames + len(self._ring) * layout.chunk_frames)
         stored = min(layout.sink_frames, self._committed * layout.chunk_frames)
         sink = range(layout.sink_frames - stored, layout.sink_frames)
-        self._read_choices()
+        self._bank.read()
         kept = [(story, prototype) for story in self._stories for prototype in story.history.values()]
         places = sorted({*sink, *ring, *(story.place_of(p) for story, p in kept if p.slot is not None)})
         rows = sorted({p.row for _, p in kept})
@@ -471,11 +404,8 @@ class FrameCache:
             "pools": save_places(self._places, places),
             "rows": rows,
             "means": save_places([self._means], rows),
-            "history": [
-                [(p.frame, p.row, p.last_used, p.slot) for p in story.history.values()] for story in self._stories
-            ],
-            # pinned memory is no more when it is loaded, and a frame that comes back must not change what was saved
-            "host": [[tuple(t.clone() for t in p.host) for p in s.history.values()] for s in self._stories],
+            "history": [story.saved_history() for story in self._stories],
+            "host": [story.saved_host() for story in self._stories],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -484,25 +414,18 @@ class FrameCache:
         check_layout(self.layout, state.get("layout"))
         check_places("pools", self._places, state["places"], state["pools"])
         check_places("means", [self._means], state["rows"], state["means"])
-        stories = []
-        for number, (history, host) in enumerate(zip(state["history"], state["host"], strict=True)):
-            story = self._new_story(number)
+        stories = [self._new_story(number) for number in range(self.layout.batch)]
+        for story, history, host in zip(stories, state["history"], state["host"], strict=True):
+            story.load(history, host)
             story.evicted = state["ever_evicted"]
-            for (frame, row, last_used, slot), tensors in zip(history, host, strict=True):
-                prototype = Prototype(frame, row, last_used, slot)
-                if slot is None:
-                    prototype.host = story.host_frame()
-                    for target, source in zip(prototype.host, tensors, strict=True):
-                        target.copy_(source)
-                story.history[frame] = prototype
-            stories.append(story)
         load_places(self._places, state["places"], state["pools"])
         load_places([self._means], state["rows"], state["means"])
-        self._unread = []
-        self._stories, self._ring, self._ring_before = stories, list(state["ring"]), list(state["ring"])
+        self._bank.forget_unread()
+        self._stories[:] = stories  # in place: the bank looks at them
+        self._ring, self._ring_before = list(state["ring"]), list(state["ring"])
         self._committed = state["committed"]
         self._to_recache, self._rewritten, self._open, self._closing = [], None, None, None
-        self._write_bank([[] for _ in range(self.layout.batch)])
+        self._bank.clear(self.visible_sink())
 
     # ---------------------------------------------------------------------------------------------------------- details
 
@@ -539,7 +462,7 @@ class FrameCache:
         """Gives the finished chunk's first frame a history slot and a row of means in every story."""
         frame, first = chunk * self.layout.chunk_frames, self._first_in_window(chunk)
         if any(len(story.history) >= self.layout.device_frames for story in self._stories):
-            self._read_choices()  # who leaves the device goes by them
+            self._bank.read()  # who leaves the device goes by them
         slots, rows = [], []
         for story in self._stories:
             known = story.history.get(frame)  # where an interrupted commit is completed
@@ -553,36 +476,6 @@ class FrameCache:
         last_used = chunk + self.layout.window_chunks
         for story, slot, row in zip(self._stories, slots, rows, strict=True):
             story.history[frame] = Prototype(frame, row, last_used, slot)
-
-    def _write_bank(self, chosen: list[list[int]]) -> None:
-        """Fills the slot table: the visible sink, then each story's chosen frames, all of them on the device."""
-        self._bank_unread = False
-        self._retrieved = [len(frames) for frames in chosen]
-        sink = [self.layout.sink_frames - 1 - frame for frame in range(self.visible_sink())]
-        rows, width = [], self._slot_table.shape[1]
-        for story, frames in zip(self._stories, chosen, strict=True):
-            story.bank = frames
-            row = sink + [story.place_of(story.history[frame]) for frame in frames]
-            rows.append(row + [0] * (width - len(row)))
-        self._slot_table.copy_(on_device(rows, torch.int32, self.device))
-        lengths = [len(sink) + len(frames) for frames in chosen]
-        self._bank_lengths.copy_(on_device(lengths, torch.int32, self.device))
-
-    def _read_choices(self) -> None:
-        """Books the choices that the device alone knew, in one read."""
-        if not self._unread:
-            return
-        read = torch.cat([order for _, _, order in self._unread], 1).tolist()
-        start = 0
-        for chunk, candidates, order in self._unread:
-            for story, of, row in zip(self._stories, candidates, read, strict=True):
-                chosen = [of[i] for i in row[start : start + order.shape[1]]]
-                for frame in chosen:
-                    story.history[frame].last_used = max(story.history[frame].last_used, chunk)
-                if self._bank_unread:
-                    story.bank = chosen  # the last one stays
-            start += order.shape[1]
-        self._unread, self._bank_unread = [], False
 
     def _order_ring(self) -> None:
         """Sorts the kept chunks of the ring by age, oldest first, as `begin_chunk` will hand out their places again.

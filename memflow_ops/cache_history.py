@@ -51,6 +51,14 @@ class Story:
         assert slot is not None, "there is room for every frame that may be remembered"
         return slot
 
+    def retrieve(self, frames: Sequence[int], chunk: int, first: int) -> None:
+        """Uses these frames, all before `first`, for a chunk: those in host memory are brought back."""
+        for frame in frames:
+            self.history[frame].last_used = chunk
+        for frame in frames:
+            if self.history[frame].slot is None:
+                self.bring_back(self.history[frame], first, keep=frames)
+
     def bring_back(self, prototype: Prototype, first: int, keep: Sequence[int]) -> None:
         """Copies a prototype from host memory into a slot. Copies are queued on one stream, so reuse is in order."""
         slot = self.free_slot(first, keep)
@@ -74,6 +82,25 @@ class Story:
         pinned = self._pools[0].device.type == "cuda"  # so that the copies need not wait for the host
         shapes = [(pool.shape[0], *pool.shape[2:]) for pool in self._pools]
         return tuple(torch.empty(shape, dtype=self.layout.dtype, pin_memory=pinned) for shape in shapes)
+
+    def saved_history(self) -> list[tuple[int, int, int, int | None]]:
+        """Frame, row, last use and slot of every prototype."""
+        return [(p.frame, p.row, p.last_used, p.slot) for p in self.history.values()]
+
+    def saved_host(self) -> list[tuple[Tensor, ...]]:
+        """What every prototype has in host memory; a copy, because pinned memory is no more when it is loaded, and a
+        frame that comes back must not change what was saved."""
+        return [tuple(tensor.clone() for tensor in p.host) for p in self.history.values()]
+
+    def load(self, history: Iterable[tuple[int, int, int, int | None]], host: Iterable[tuple[Tensor, ...]]) -> None:
+        """Into a story without history: what `saved_history` and `saved_host` gave."""
+        for (frame, row, last_used, slot), tensors in zip(history, host, strict=True):
+            prototype = Prototype(frame, row, last_used, slot)
+            if slot is None:
+                prototype.host = self.host_frame()
+                for target, source in zip(prototype.host, tensors, strict=True):
+                    target.copy_(source)
+            self.history[frame] = prototype
 
     def _unused_slot(self) -> int | None:
         return _first_free((p.slot for p in self.history.values()), self.layout.device_frames)

@@ -224,7 +224,8 @@ def test_an_interruption_at_any_line_leaves_the_stream_usable(model, name, done)
     chunks_of(streamer, done)
     state = streamer.state_dict()
     whole = chunks_of(streamer, 2)
-    places = ("/stream.py", "/cache.py", "/cache_history.py", "/cache_released.py", "/retrieval.py", "/graphs.py")
+    caches = ("/cache.py", "/cache_bank.py", "/cache_history.py", "/cache_released.py")
+    places = ("/stream.py", *caches, "/retrieval.py", "/graphs.py")
 
     def run_until(line: int) -> bool:
         """One chunk, interrupted after so many lines; False if it has not so many."""
