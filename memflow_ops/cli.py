@@ -10,9 +10,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+import typer.core
 
 from memflow_ops.cli_common import fail, mistakes
 from memflow_ops.cli_measure import bench, profile_selection
@@ -45,7 +46,19 @@ from memflow_ops.cli_options import (
     sources_of,
 )
 
+
+class Commands(typer.core.TyperGroup):
+    """Says so when a command is interrupted, where typer only ends with the exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            fail("interrupted", code=130)
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Long memory for streaming video: make a video from a story, chunk by chunk, and see what it remembered.",
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -220,9 +233,10 @@ def convert(
     with mistakes():
         from memflow_ops import cli_wan
         from memflow_ops.model import convert as converting
+        from memflow_ops.model.budget import size
+        from memflow_ops.model.checkpoints import check_target
 
-        if out.suffix != ".safetensors":
-            raise ValueError(f"the converted file is a .safetensors, got {out}")
+        check_target(out, ".safetensors")  # rather now than after the reading
         if dtype is not None and dtype not in converting.DTYPES:
             raise ValueError(f"dtype must be {', '.join(converting.DTYPES)}, got {dtype!r}")
         pretrained = converting.read_pretrained(
@@ -230,7 +244,7 @@ def convert(
         )
         typer.echo(cli_wan.described(pretrained))
         converting.convert(pretrained, out, None if dtype is None else converting.DTYPES[dtype])
-    typer.echo(f"Written: {out}, {out.stat().st_size / 1e9:.2f} GB")
+    typer.echo(f"Written: {out}, {size(out.stat().st_size)}")
 
 
 @app.command()
@@ -281,15 +295,28 @@ def verify(
             width=width, history_frames=history_frames, cuda_graphs=cuda_graphs, compile=compile or None,
         )  # fmt: skip
         sources, rest = sources_of(checkpoint, dtype, real)
+        kinds = list(dict.fromkeys(memory or verifying.MEMORIES))
+        names = ("frames.png", "report.json", *(f"{kind}.mp4" for kind in kinds))
         parts, streams = cli_wan.prepare(
-            story or verifying.STORY, out, sources, most=1, memories=memory or verifying.MEMORIES, **rest, **options
+            story or verifying.STORY, out, sources, most=1, memories=kinds, names=names, **rest, **options
         )
-    outcomes = cli_wan.verify(parts, [plan for (plan,) in streams])
-    said = verifying.write_report(outcomes, sources, parts.device, out)
-    typer.echo(cli_wan.compared(outcomes, said, out))
-    problems: list[str] = said["problems"]  # type: ignore[assignment]
-    if problems:
-        fail("; ".join(problems), code=1)
+    outcomes: list[verifying.Outcome] = []
+    ended: BaseException | None = None
+    try:
+        for outcome in cli_wan.verify(parts, [plan for (plan,) in streams]):
+            outcomes.append(outcome)
+    except (KeyboardInterrupt, OSError) as error:
+        ended = error
+    problems: list[str] = []
+    if outcomes:  # also of those that were complete before the end
+        with mistakes(code=1):
+            said = verifying.write_report(outcomes, sources, parts.device, out)
+        typer.echo(cli_wan.compared(outcomes, said, out))
+        problems = said["problems"]  # type: ignore[assignment]
+    if isinstance(ended, KeyboardInterrupt):
+        fail(f"interrupted after {len(outcomes)} of {len(kinds)} kinds of memory; they are kept", code=130)
+    if ended or problems:
+        fail("; ".join([*([str(ended)] if ended else []), *problems]), code=1)
 
 
 @app.command()

@@ -32,12 +32,12 @@ RunType = TypeVar("RunType", bound=StoryRun)
 
 
 @contextmanager
-def mistakes() -> Iterator[None]:
-    """What the user can mend becomes one line and exit code 2."""
+def mistakes(code: int = 2) -> Iterator[None]:
+    """What the user can mend becomes one line and an exit code."""
     try:
         yield
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        fail(str(error), code=2)
+        fail(str(error), code=code)
 
 
 def fail(message: str, code: int) -> NoReturn:

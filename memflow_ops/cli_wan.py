@@ -34,18 +34,20 @@ def prepare(
     cuda_graphs: bool | None = None,
     compile: bool = False,
     batch: int = 1,
+    names: Sequence[str] = ("video.mp4", "run.json"),
     **settings: Any,
 ) -> tuple[Parts, list[list[Plan]]]:
     """Checks everything that can be wrong, says what memory the streams will take, and loads all parts.
 
     memories: plans for each of them and each story (None: the one that the checkpoint was tuned for), in streams of up
-    to `batch` stories. most: stories to take. settings: what differs from `WAN_SETTINGS`. What cannot fit is refused
-    before anything is on the device.
+    to `batch` stories. most: stories to take. names: of the files that will be written into each folder. settings: what
+    differs from `WAN_SETTINGS`. What cannot fit is refused before anything is on the device.
     """
     from memflow_ops.cli_options import check_used
     from memflow_ops.environment import pick_device
     from memflow_ops.model import wan
     from memflow_ops.model.generate import read_stories
+    from memflow_ops.model.story import make_folders
 
     stories = read_stories(story, any_prompt)[:most]
     sources.check()
@@ -72,7 +74,7 @@ def prepare(
     typer.echo("\n".join(largest.budget.lines()))
     if batch > 1:
         typer.echo(f"{len(plans)} stories in {len(streams)} streams; those with equally many prompts run together")
-    wan.make_folders([plan.folder for plan in plans])
+    make_folders([plan.folder for plan in plans], names)
     prompts = [prompt for story in stories for prompt in story]
     return wan.load_parts(sources, pretrained, prompts, free.device, compile), streams
 
@@ -104,8 +106,8 @@ def stream_stories(parts: Parts, streams: Sequence[Sequence[Plan]], sources: Sou
     return run_stories(streams, lambda plans, report: generate(parts, plans, sources, report), so_far, made)
 
 
-def verify(parts: Parts, plans: Sequence[Plan]) -> list[Outcome]:
-    """Streams every plan behind progress bars."""
+def verify(parts: Parts, plans: Sequence[Plan]) -> Iterator[Outcome]:
+    """Streams every plan behind progress bars; yields each kind of memory when its video is written."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -113,7 +115,7 @@ def verify(parts: Parts, plans: Sequence[Plan]) -> list[Outcome]:
 
     with Progress(console=Console(stderr=True)) as bar:
         tasks = {str(plan.settings.memory): bar.add_task(plan.settings.memory, total=None) for plan in plans}
-        return verify(parts, plans, lambda kind, done, total: bar.update(tasks[kind], completed=done, total=total))
+        yield from verify(parts, plans, lambda kind, done, total: bar.update(tasks[kind], completed=done, total=total))
 
 
 def made(run: Run) -> str:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -45,7 +46,7 @@ def _umask() -> int:
 def check_target(path: Path, suffix: str) -> None:
     """A ValueError where no file of that name and suffix can be written; makes its folder."""
     if path.suffix != suffix or path.is_dir():
-        raise ValueError(f"--out takes the name of a {suffix} file, got {path}")
+        raise ValueError(f"what is written takes the name of a {suffix} file, got {path}")
     in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
     if in_the_way is not None:
         raise ValueError(f"cannot write to the folder {path.parent}: {in_the_way} is a file")
@@ -79,7 +80,10 @@ def save_checkpoint(
     entries = {**(metadata or {}), "config": json.dumps(dataclasses.asdict(config))}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, entries)
+        try:
+            save_file(tensors, temporary, entries)
+        except SafetensorError as error:  # the disk is full, for one
+            raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load_checkpoint(path: Path = TOY_WEIGHTS, device: str | torch.device = "cpu") -> CausalVideoModel:
@@ -142,6 +146,16 @@ def check_state_dict(
     problems = [some(kind) for kind in (missing, unexpected, wrong) if kind]
     if problems:
         raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}")
+
+
+def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
+    """A ValueError that names every tensor which holds infinities or NaN: one of them spoils every frame."""
+    flags = [torch.stack(tensor.aminmax()).isfinite().all() for tensor in weights.values() if tensor.numel()]
+    names = [name for name, tensor in weights.items() if tensor.numel()]
+    finite = torch.stack(flags).tolist() if flags else []
+    broken = [name for name, good in zip(names, finite, strict=True) if not good]
+    if broken:
+        raise ValueError(f"{source} has weights that are not finite numbers: {some(broken)}")
 
 
 def some(words: Sequence[str], most: int = 20) -> str:

@@ -43,9 +43,10 @@ class Pretrained:
 
     def build(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CausalVideoModel:
         """The model in eval mode; dtype None: that of most of its numbers. It does not depend on the file any more."""
-        return checkpoints.fill_model(
-            empty_model(self.config), self.weights, dtype or self.dtype, device, copy=self.mapped
-        )
+        dtype = dtype or self.dtype
+        model = checkpoints.fill_model(empty_model(self.config), self.weights, dtype, device, copy=self.mapped)
+        checkpoints.check_finite(model.state_dict(), f"{self.source} in {dtype}")
+        return model
 
     @property
     def dtype(self) -> torch.dtype:
@@ -116,9 +117,10 @@ def read_lora(path: Path | str, alpha: float | None = None) -> Lora:
 def convert(pretrained: Pretrained, out: Path, dtype: torch.dtype | None = None) -> None:
     """Writes a checkpoint of ours: safetensors, with config, origin and the memory it was tuned for in its metadata.
 
-    dtype: of every tensor in the file (None: as they come).
+    dtype: of every tensor in the file (None: as they come). A ValueError names what it cannot hold.
     """
     weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in pretrained.weights.items()}
+    checkpoints.check_finite(weights, f"{pretrained.source} in {dtype or pretrained.dtype}")
     origin = {name: getattr(pretrained, name) for name in ("layout", "part", "lora", "memory")}
     origin["source"] = Path(pretrained.source).name  # not the whole path, which is the converter's own business
     checkpoints.save_checkpoint(out, weights, pretrained.config, {"origin": json.dumps(origin)})

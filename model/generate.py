@@ -19,7 +19,7 @@ from memflow_ops.environment import environment
 from memflow_ops.model.checkpoints import load_checkpoint
 from memflow_ops.model.returns import find_returns, judge_return
 from memflow_ops.model.settings import StreamSettings
-from memflow_ops.model.story import Interrupts, make_stories
+from memflow_ops.model.story import Interrupts, make_folders, make_stories
 from memflow_ops.model.stream import Chunk, chunk_prompts, stream
 from memflow_ops.model.text import TEXT_DIM, parse_prompt
 from memflow_ops.model.transformer import CausalVideoModel
@@ -41,7 +41,7 @@ def read_stories(path: Path, check: Callable[[str], object] = parse_prompt) -> l
     check: raises a ValueError for a prompt that cannot be understood.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the story {path}: {getattr(error, 'strerror', None) or error}") from error
     stories = []
@@ -59,8 +59,8 @@ def read_stories(path: Path, check: Callable[[str], object] = parse_prompt) -> l
 def _prompts(line: str, check: Callable[[str], object]) -> list[str]:
     try:
         story = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON: {error}") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}; a story is a line of its own") from error
     prompts = story.get("prompts") if isinstance(story, dict) else None
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError('expected {"prompts": [...]} with at least one prompt, each a string')
@@ -106,7 +106,7 @@ def make_plans(
 ) -> list[Plan]:
     """One story goes to `out` itself, several to out/story-000, out/story-001, ... with seeds seed, seed + 1, ...
 
-    The history is given room for the whole story. Creates the folders; a ValueError where that cannot be.
+    The history is given room for the whole story. Creates the folders; a ValueError where they cannot be written to.
     """
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
@@ -119,11 +119,7 @@ def make_plans(
             room = replace(settings, host_frames=max(settings.host_frames, chunks - settings.device_frames))
         folder = out if len(stories) == 1 else out / f"story-{i:03d}"
         plans.append(Plan(list(prompts), folder, room, seed + i, frames_per_prompt, baseline, weights))
-    for one in plans:
-        try:
-            one.folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write to the folder {one.folder}: {error.strerror}") from error
+    make_folders([plan.folder for plan in plans], ("video.mp4", "frames.npz", "timeline.png", "run.json"))
     return plans
 
 

@@ -29,15 +29,26 @@ class LoraConfig:
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any], source: str) -> "LoraConfig":
-        """A ValueError for a variant whose weights are not W + scale B A."""
+        """A ValueError for a variant whose weights are not W + scale B A, and for what does not have the right form."""
+        if not isinstance(said, Mapping):
+            raise ValueError(f"{source} must hold a JSON object, got {type(said).__name__}")
         for name in ("use_dora", "fan_in_fan_out", "alora_invocation_tokens"):
             if said.get(name):
                 raise ValueError(f"{source}: {name} is set, which merging does not support; only plain LoRA is")
         if said.get("bias", "none") != "none":
             raise ValueError(f"{source}: the LoRA trains biases (bias={said['bias']!r}); only bias='none' is supported")
+        numbers = {name: said.get(name) for name in ("lora_alpha", "r")}
+        for name in ("alpha_pattern", "rank_pattern"):
+            pattern = said.get(name) or {}
+            if not isinstance(pattern, Mapping) or not all(map(_is_pattern, pattern)):
+                raise ValueError(f"{source}: {name} must map patterns of names to numbers, got {pattern!r}")
+            numbers |= {f"{name}[{module!r}]": value for module, value in pattern.items()}
+        for name, value in numbers.items():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise ValueError(f"{source}: {name} must be a number, got {value!r}")
         return cls(
-            said.get("lora_alpha"),
-            said.get("r"),
+            numbers["lora_alpha"],
+            numbers["r"],
             said.get("alpha_pattern") or {},
             said.get("rank_pattern") or {},
             bool(said.get("use_rslora")),
@@ -48,6 +59,14 @@ class LoraConfig:
 
     def rank_of(self, module: str) -> int | None:
         return _of_module(self.rank_pattern, module, self.rank)
+
+
+def _is_pattern(name: str) -> bool:
+    try:
+        re.compile(name)
+    except re.error:
+        return False
+    return True
 
 
 def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
@@ -149,6 +168,8 @@ def parse_lora(tensors: Mapping[str, Tensor], config: LoraConfig, source: str, a
         value, origin = next(
             ((x, words) for x, words in stated if x is not None), (rank, "not stated, taken as the rank")
         )
+        if not math.isfinite(value):
+            raise ValueError(f"{source}: the alpha of {module} must be a finite number, got {value} ({origin})")
         origins.add(origin)
         scale = value / (math.sqrt(rank) if config.rank_stabilised else rank)
         name = original_name(bare[module]) if diffusers else bare[module]

@@ -1,5 +1,6 @@
 """The run of stories that are streamed together, from the first chunk to their files, whatever ends it."""
 
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -86,6 +87,21 @@ def _publish(
             errors.append(error)
     if errors:
         raise errors[0]
+
+
+def make_folders(folders: Sequence[Path], names: Sequence[str]) -> None:
+    """A ValueError where there can be no such folder, or no files of these names in it: rather now than at the end."""
+    for folder in folders:
+        trial = folder / f".{os.getpid()}.tmp"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            trial.touch()
+            trial.unlink()
+        except OSError as error:
+            raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error
+        for name in names:
+            if (folder / name).is_dir():
+                raise ValueError(f"cannot write {folder / name}: a folder is in its place")
 
 
 class Interrupts:

@@ -7,7 +7,7 @@ What must hold is checked: latents are finite, and until the local window has be
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -59,13 +59,16 @@ class Outcome:
         return [((a - b).square().mean() / b.square().mean()).sqrt().item() for a, b in pairs]
 
 
-def verify(parts: Parts, plans: Sequence[Plan], report: Callable[[str, int, int], None] | None = None) -> list[Outcome]:
+def verify(
+    parts: Parts, plans: Sequence[Plan], report: Callable[[str, int, int], None] | None = None
+) -> Iterator[Outcome]:
     """Streams every plan, one after another, the same prompts and seed under different memory.
 
-    Each writes <memory>.mp4 into its folder. report: is told the memory, the chunks made and the chunks to come.
-    Ctrl-C and SIGTERM end it as a KeyboardInterrupt, with the videos that are complete.
+    Each writes <memory>.mp4 into its folder and is then yielded. report: is told the memory, the chunks made and the
+    chunks to come. Ctrl-C and SIGTERM end it as a KeyboardInterrupt, with the videos that are complete.
     """
-    return [_stream(parts, plan, report) for plan in plans]
+    for plan in plans:
+        yield _stream(parts, plan, report)
 
 
 def _stream(parts: Parts, plan: Plan, report: Callable[[str, int, int], None] | None) -> Outcome:

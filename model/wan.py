@@ -205,15 +205,6 @@ def latent_size(vae: Path | None, height: int, width: int) -> tuple[int, int]:
     return height // scale, width // scale
 
 
-def make_folders(folders: Sequence[Path]) -> None:
-    """A ValueError where that cannot be."""
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error
-
-
 def plan_stream(
     settings: StreamSettings,
     sources: Sources,

@@ -135,7 +135,9 @@ def _read_pt(path: Path) -> WeightFile:
             f"code; save its state dict alone {what}".strip()
         ) from error
     except Exception as error:  # what is no pickle makes the unpickler raise anything
-        raise ValueError(f"{path} cannot be read by torch.load: {type(error).__name__} {error}") from error
+        raise ValueError(
+            f"{path} is not a file of torch.save, or not all of one: {type(error).__name__} {error}"
+        ) from error
     if not isinstance(loaded, Mapping):
         raise ValueError(f"{path} must hold a state dict, got {type(loaded).__name__}")
     lora = loaded.get(_LORA_PART) or {}

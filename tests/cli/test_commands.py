@@ -175,7 +175,8 @@ def test_an_evaluation_that_is_stopped_keeps_what_was_judged(tmp_path, monkeypat
     assert calls == ["none", "sink", "full"]
     written = json.loads((tmp_path / "e.json").read_text())
     assert [row["memory"] for row in written["rows"]] == ["none", "sink"] and written["timings"] == {}
-    assert "what was judged is in" in capfd.readouterr().err
+    said = capfd.readouterr().err
+    assert "what was judged is in" in said and said.endswith("memflow: interrupted\n")
 
     def interrupted(*_):
         raise KeyboardInterrupt

@@ -13,6 +13,7 @@ import pytest
 from matplotlib.image import imread
 
 from memflow_ops import cli
+from memflow_ops.model.generate import read_stories
 from memflow_ops.model.settings import TOY_SETTINGS
 from memflow_ops.model.video import SCALE, VideoWriter, read_video
 
@@ -182,6 +183,7 @@ BAD_STORIES = {
     "no such key": ('{"story": ["a ball in the meadow"]}', "prompts"),
     "prompts are numbers": ('{"prompts": [1]}', "string"),
     "unknown word": ('{"prompts": ["a dragon in the meadow"]}', "'dragon'"),
+    "deep": ("[" * 100_000, "a story is a line of its own"),
     "no place": ('{"prompts": ["a ball"]}', "one place"),
     "empty file": ("\n", "no story"),
 }
@@ -242,6 +244,20 @@ def test_files_that_are_in_the_way(tmp_path, weights, capfd):
     (tmp_path / "text.safetensors").write_text("mine")
     assert memflow("generate", story, "--out", tmp_path / "out", "--weights", tmp_path / "text.safetensors") == 2
     assert (tmp_path / "taken").read_text() == "mine" and not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["video.mp4", "run.json", "timeline.png"])
+def test_a_folder_in_the_place_of_a_file(tmp_path, weights, capfd, name):
+    story, out = write_story(tmp_path / "story.jsonl", STORY), tmp_path / "out"
+    (out / name).mkdir(parents=True)
+    assert memflow("generate", story, "--out", out, "--weights", weights) == 2
+    assert f"cannot write {out / name}: a folder is in its place" in capfd.readouterr().err
+    assert [path.name for path in out.iterdir()] == [name]
+
+
+def test_a_story_that_begins_with_a_byte_order_mark(tmp_path):
+    (tmp_path / "story.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n")
+    assert read_stories(tmp_path / "story.jsonl") == [["a ball in the meadow"]]
 
 
 def test_frames_of_the_wrong_shape_are_refused(tmp_path):

@@ -262,6 +262,33 @@ def test_verify_says_what_must_not_be(tmp_path, parts, story, capfd, monkeypatch
     assert "sink: latents of chunks [1, 2, 3, 4, 5] are not finite" in said and "nothing to remember" in said
 
 
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left")], ids=["Ctrl-C", "disk full"])
+@pytest.mark.parametrize("complete", [0, 2])
+def test_verify_that_is_ended_reports_what_is_complete(tmp_path, parts, story, capfd, monkeypatch, error, complete):
+    from memflow_ops.model import verify
+
+    def ending(parts, plans, interrupts):
+        if plans[0].settings.memory == MEMORIES[complete]:
+            raise error
+        yield from whole(parts, plans, interrupts)
+
+    whole, out = verify.streamed, tmp_path / "out"
+    monkeypatch.setattr(verify, "streamed", ending)
+    assert memflow("verify", story, "--out", out, *parts, *SMALL) == (
+        130 if isinstance(error, KeyboardInterrupt) else 1
+    )
+    said = capfd.readouterr()
+    assert ("interrupted" if isinstance(error, KeyboardInterrupt) else "No space left") in said.err
+    assert "Traceback" not in said.err
+    videos = [f"{memory}.mp4" for memory in MEMORIES[:complete]]
+    assert sorted(path.name for path in out.iterdir()) == sorted(
+        [*videos, *(["frames.png", "report.json"] if complete else [])]
+    )
+    if complete:
+        report = json.loads((out / "report.json").read_text())
+        assert [kind["memory"] for kind in report["kinds"]] == list(MEMORIES[:complete]) and "none.mp4" in said.out
+
+
 BAD = {
     "no VAE": (("--vae", "/no/such/place"), "no VAE at /no/such/place"),
     "no encoder": (("--text-encoder", "/no/such/place"), "no text encoder at /no/such/place"),
@@ -309,6 +336,16 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path, parts, sto
     said = capfd.readouterr().err
     assert expected in said and said.count("\n") == 1 and said.startswith("memflow: ")
     assert not out.exists()
+
+
+def test_a_folder_in_the_place_of_a_file(tmp_path, parts, story, capfd):
+    out = tmp_path / "out"
+    for command, name in (("generate", "run.json"), ("verify", "sink.mp4")):
+        (out / name).mkdir(parents=True)
+        assert memflow(command, story, "--out", out, *parts, *SMALL) == 2
+        assert f"cannot write {out / name}: a folder is in its place" in capfd.readouterr().err
+        (out / name).rmdir()
+        assert not list(out.iterdir())
 
 
 def test_parts_that_do_not_belong_together(tmp_path, parts, pipeline, story, capfd):
