@@ -1,6 +1,7 @@
 """Wan 2.1's decoder, AutoencoderKLWan from diffusers (extra [wan]), chunk by chunk and bit-identical to all at once."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,9 @@ def load_vae(path: Path | str, dtype: torch.dtype = torch.float32, device: torch
     return vae.to(device).eval()
 
 
+STATE_FORMAT = "memflow-ops decoder 1"
+
+
 class StreamingDecoder:
     """The decoder's state for one video: what its causal convolutions remember of the frames before.
 
@@ -76,6 +80,21 @@ class StreamingDecoder:
             )
             self._started = True
         return torch.cat(frames, dim=2)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What it remembers, in host memory, as `torch.save` takes it: with this and `Streamer.state_dict` a video that
+        is stopped between two chunks goes on to the same pixels, bit for bit."""
+        memory = [x.cpu() if isinstance(x, Tensor) else x for x in self._memory]
+        return {"format": STATE_FORMAT, "started": self._started, "memory": memory}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where the decoder of another process was; the VAE must have the same weights. A ValueError, before
+        anything is changed, for what is no state of such a decoder."""
+        memory = state.get("memory") if isinstance(state, Mapping) and state.get("format") == STATE_FORMAT else None
+        if not isinstance(memory, list) or len(memory) != len(self._memory):
+            raise ValueError(f"this is no state of a decoder with {len(self._memory)} causal convolutions")
+        self._memory = [x.to(self._mean.device, self._mean.dtype) if isinstance(x, Tensor) else x for x in memory]
+        self._started = bool(state["started"])
 
     @property
     def state_bytes(self) -> int:

@@ -2,15 +2,18 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
 from memflow_ops.model.convert import convert, read_pretrained
+from memflow_ops.model.stream import Streamer
 from memflow_ops.model.text_encoder import EncodedPrompts, UMT5TextEncoder, clean_prompt
 from memflow_ops.model.transformer import CausalVideoModel
 from memflow_ops.model.vae import StreamingDecoder, load_vae
+from memflow_ops.model.wan import WAN_SETTINGS
 
 TEXT_LEN = 12
 
@@ -172,6 +175,40 @@ def test_decoder_streams_bit_identically(pipeline):
         assert torch.equal(torch.cat(frames, 2), whole), sizes
         assert streams[sizes].state_bytes > 0
     assert [x.shape[2] for x in parts[3, 3, 1]] == [9, 12, 4]
+
+
+@pytest.mark.parametrize("memory", ["memflow", "released"])
+def test_a_video_that_is_stopped_goes_on_to_the_same_pixels(tmp_path, pipeline, memory):
+    """Two stories, from files on disk, with a switch after the stop; all of it by what torch.load reads safely."""
+    sizes = {"height": 4, "width": 6, "bank_frames": 2, "top_k": 3, "query_group": 4, "block_size": 4}
+    settings = replace(WAN_SETTINGS, memory=memory, **sizes)
+    prompts = [("a ball", "the sea")] * 4 + [("a ball", "the ball returns")] * 3
+
+    def parts():
+        encode, vae = UMT5TextEncoder.from_folder(pipeline), load_vae(pipeline)
+        streamer = Streamer(CausalVideoModel.from_pretrained(pipeline), 2, settings, [3, 8], encode=encode)
+        return streamer, [StreamingDecoder(vae) for _ in range(2)]
+
+    def watch(streamer, decoders, coming):
+        latents = [streamer.next_chunk(spoken).frames for spoken in coming]
+        return [[d.decode(x[i : i + 1]) for x in latents] for i, d in enumerate(decoders)]
+
+    whole = watch(*parts(), prompts)
+    streamer, decoders = parts()
+    watch(streamer, decoders, prompts[:3])
+    state = {"stream": streamer.state_dict(), "decoders": [decoder.state_dict() for decoder in decoders]}
+    torch.save(state, tmp_path / "state.pt")
+    watch(streamer, decoders, prompts[3:])  # what was saved does not move with it
+    streamer, decoders = parts()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    streamer.load_state_dict(state["stream"])
+    for decoder, saved in zip(decoders, state["decoders"], strict=True):
+        decoder.load_state_dict(saved)
+    for got, want in zip(watch(streamer, decoders, prompts[3:]), whole, strict=True):
+        assert all(map(torch.equal, got, want[3:])) and got[0].std() > 0.01
+    for bad in ({}, [], {**state["decoders"][0], "memory": []}):
+        with pytest.raises(ValueError, match=r"no state of a decoder with \d+ causal"):
+            decoders[0].load_state_dict(bad)
 
 
 # ---------------------------------------------------------------------------------------------------- what is not there
