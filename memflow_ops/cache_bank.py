@@ -47,8 +47,9 @@ class Bank:
         self.slots = torch.zeros(places, dtype=torch.int32, device=device)
         self.lengths = torch.zeros(layout.batch, dtype=torch.int32, device=device)
         self.retrieved = [0] * layout.batch  # how many frames, which the host knows in any case
-        # Choices that the device alone knows: number of the chunk, candidates, indices into these.
-        self._unread: list[tuple[int, list[list[int]], Tensor]] = []
+        # Choices that the device alone knows: number of the chunk, indices into the history, which is read before any
+        # frame of it is forgotten. The frames themselves are not kept: there may be very many chunks.
+        self._unread: list[tuple[int, Tensor]] = []
         self._last_unread = False  # the last of them is the bank
 
     def check(self, chosen: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> None:
@@ -105,7 +106,7 @@ class Bank:
             return
         table = on_device(places, torch.int32, self.device)
         order = indices.clamp(0, table.shape[1] - 1).sort(1).values  # bank order is that of the frames
-        self._unread.append((chunk, candidates, order))
+        self._unread.append((chunk, order))
         self.slots[:, sink : sink + count] = table.gather(1, order.long())
         self.lengths.fill_(sink + count)
         self.retrieved = [count] * self.layout.batch
@@ -115,10 +116,11 @@ class Bank:
         """Books the choices that the device alone knew, in one read."""
         if not self._unread:
             return
-        read = torch.cat([order for _, _, order in self._unread], 1).tolist()
+        read = torch.cat([order for _, order in self._unread], 1).tolist()
+        frames = [list(story.history) for story in self._stories]
         start = 0
-        for chunk, candidates, order in self._unread:
-            for story, of, row in zip(self._stories, candidates, read, strict=True):
+        for chunk, order in self._unread:
+            for story, of, row in zip(self._stories, frames, read, strict=True):
                 chosen = [of[i] for i in row[start : start + order.shape[1]]]
                 for frame in chosen:
                     story.history[frame].last_used = max(story.history[frame].last_used, chunk)

@@ -72,8 +72,9 @@ def prepare(
     plans = [plan for stream in streams for plan in stream]
     largest = max(plans, key=lambda plan: plan.budget.device_bytes + plan.budget.host_bytes)
     typer.echo("\n".join(largest.budget.lines()))
-    if batch > 1:
-        typer.echo(f"{len(plans)} stories in {len(streams)} streams; those with equally many prompts run together")
+    if batch > 1 and len(plans) > 1:
+        several = "stream" if len(streams) == 1 else "streams"
+        typer.echo(f"{len(plans)} stories in {len(streams)} {several}: those with equally many prompts run together")
     make_folders([plan.folder for plan in plans], names)
     prompts = [prompt for story in stories for prompt in story]
     return wan.load_parts(sources, pretrained, prompts, free.device, compile), streams
