@@ -79,8 +79,10 @@ class VideoWriter:
         self.growing.replace(self.path)
 
     def discard(self) -> None:
-        self.close()
-        self.growing.unlink(missing_ok=True)
+        try:
+            self.close()
+        finally:  # on a full disk the file cannot be ended
+            self.growing.unlink(missing_ok=True)
 
     def _mux(self, packets: Iterable[av.Packet]) -> None:
         for packet in packets:

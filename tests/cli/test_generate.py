@@ -260,6 +260,18 @@ def test_a_story_that_begins_with_a_byte_order_mark(tmp_path):
     assert read_stories(tmp_path / "story.jsonl") == [["a ball in the meadow"]]
 
 
+def test_a_video_that_cannot_be_ended_is_discarded(tmp_path, monkeypatch):
+    def full(packets):
+        raise OSError(28, "No space left")
+
+    with VideoWriter(tmp_path / "v.mp4", 8, 8, fragment_frames=3) as writer:
+        writer.write(np.zeros((1, 8, 8, 3), np.uint8))
+        monkeypatch.setattr(writer, "_mux", full)
+        with pytest.raises(OSError, match="No space left"):
+            writer.discard()
+    assert not list(tmp_path.iterdir())
+
+
 def test_frames_of_the_wrong_shape_are_refused(tmp_path):
     with VideoWriter(tmp_path / "v.mp4", 8, 8, fragment_frames=3) as writer:
         with pytest.raises(ValueError, match="uint8"):
