@@ -175,14 +175,18 @@ def pass_work(size: Size, keys: int, dtype: torch.dtype) -> tuple[int, int]:
 def stream_contenders(
     size: Size, dtype: torch.dtype, device: torch.device, kinds: dict[str, Kind], history: int, rounds: int
 ) -> dict[str, Contender]:
-    """`Streamer.next_chunk` over a history of so many prototypes, which grows with every round: a model with random
-    weights, the transformer alone, without VAE and text encoder, nothing reported."""
+    """`Streamer.next_chunk` over a history of so many prototypes: a model with random weights, the transformer alone,
+    without VAE and text encoder, nothing reported.
+
+    The oldest prototype makes room for the newest, as in a long stream; under `full`, which forgets nothing, they grow.
+    """
     model = random_model(size, dtype, device)
     window = size.window_frames // size.chunk_frames
     embedding = torch.randn(1, _TEXT_TOKENS, size.text_dim, generator=torch.Generator().manual_seed(0)).to(device)
 
     def contender(kind: Kind, size: Size) -> Contender:
-        settings = stream_settings(size, kind, history + window + 4 * rounds + 8)
+        room = 4 * rounds + 8 if kind.memory == "full" else 0
+        settings = stream_settings(size, kind, history + window + room)
         streamer = Streamer(model, 1, settings, encode=lambda prompts: embedding, report=False)
         cache = cast(FrameCache, streamer.cache)
         fill(cache, history + window)
