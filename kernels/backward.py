@@ -12,7 +12,7 @@ import torch
 import triton
 
 from .backward_keys import plan_backward_keys
-from .backward_queries import plan_backward_queries, plan_delta
+from .backward_queries import plan_backward_queries, plan_row_terms
 from .inverse import Sort, plan_inverse
 from .launch import Launch
 
@@ -42,8 +42,7 @@ def plan_attend_backward(
     capability: of the device, 90 for sm_90 (None: that of q's).
     """
     grad_out, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, indices))
-    lse = lse.contiguous()  # as delta is
-    launch, delta = plan_delta(grad_out, out, grad_lse)
+    launch, terms = plan_row_terms(grad_out, out, lse, grad_lse)
     steps: list[Launch | Sort] = [launch]
     sizes = dict(
         block_size=block_size, frame_tokens=frame_tokens, query_group=query_group, softmax_scale=softmax_scale,
@@ -62,13 +61,13 @@ def plan_attend_backward(
     ]
     if wanted[0]:
         launches, gradients[0] = plan_backward_queries(
-            grad_out, delta, q, *(window or (None, None)), *(bank or (None, None)), None if bank is None else indices,
-            lse, memory_slots=None if bank is None else memory_slots, **sizes,
+            grad_out, terms, q, *(window or (None, None)), *(bank or (None, None)), None if bank is None else indices,
+            memory_slots=None if bank is None else memory_slots, **sizes,
         )  # fmt: skip
         steps += launches
     if window is not None and (wanted[1] or wanted[2]):
         launch, *gradients[1:3] = plan_backward_keys(
-            grad_out, delta, q, *window, lse, None, wanted=(wanted[1], wanted[2]), **sizes
+            grad_out, terms, q, *window, None, wanted=(wanted[1], wanted[2]), **sizes
         )
         steps.append(launch)
     if bank is not None and (wanted[3] or wanted[4]):
@@ -77,7 +76,7 @@ def plan_attend_backward(
             physical_frames=bank[0].shape[1] // frame_tokens, blocks_per_frame=triton.cdiv(frame_tokens, block_size),
         )  # fmt: skip
         launch, *gradients[3:5] = plan_backward_keys(
-            grad_out, delta, q, *bank, lse, inverse, wanted=(wanted[3], wanted[4]), **sizes
+            grad_out, terms, q, *bank, inverse, wanted=(wanted[3], wanted[4]), **sizes
         )
         steps += [*inverting, launch]
     return steps, gradients

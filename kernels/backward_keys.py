@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from .attend import strides_of
-from .backward_queries import load_lse
+from .backward_queries import load_terms
 from .bank import bank_place
 from .configs import backward_keys_config, capability_of
 from .inverse import Inverse
@@ -28,27 +28,30 @@ def query_places(
     BLOCK_M: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Heads and numbers of the queries [BLOCK_M] of a tile, and which of them there are.
+    """Where the queries [BLOCK_M] of a tile are: head, first row, offset from that, and which of them there are.
 
-    PACKED: the groups of the members lie one behind the other, and each query has a head of its own; else each group
-    begins with a tile of its own, which has one.
+    PACKED: the groups of the members lie one behind the other, and each query has a head and a first row of its own;
+    else each group begins with a tile of its own, and head and first row are scalars.
     """
+    lanes = tl.arange(0, BLOCK_M)
     if PACKED:
-        places = tile * BLOCK_M + tl.arange(0, BLOCK_M)
+        places = tile * BLOCK_M + lanes
         entry = places // query_group
         offset = places - entry * query_group
         there = entry < count
         member = tl.load(members + entry, mask=there, other=0)
+        first = (member & 0xFFFFFFFF).to(tl.int32)
     else:
         tiles_per_member = tl.cdiv(query_group, BLOCK_M)
         entry = tile // tiles_per_member
-        offset = (tile - entry * tiles_per_member) * BLOCK_M + tl.arange(0, BLOCK_M)
-        there = offset < query_group
+        start = (tile - entry * tiles_per_member) * BLOCK_M
+        offset = lanes
+        there = start + offset < query_group
         member = entry.to(tl.int64) << 32
         if members is not None:
             member = tl.load(members + entry)
-    rows = (member & 0xFFFFFFFF).to(tl.int32) + offset
-    return member >> 32, rows, there & (rows < queries)
+        first = (member & 0xFFFFFFFF).to(tl.int32) + start
+    return member >> 32, first.to(tl.int64), offset.to(tl.int64), there & (first + offset < queries)
 
 
 # FLOPs: 8 * D for every query and key that attend to each other. Bytes: q and the gradient of out once per block that
@@ -61,15 +64,13 @@ def backward_keys_kernel(
     v,
     members,  # int64, see Inverse; or None: every query attended to every block
     starts,  # (B * Hkv * blocks + 1,) int32
-    lse,  # (B, H, Lq) float32, natural logarithm, over all keys
-    delta,  # (B, H, Lq) float32 of delta_kernel
+    terms,  # (B, H, Lq) int64 of row_terms_kernel
     grad_k,  # like k, or None: not wanted
     grad_v,
     grad_out_strides,  # (B, L, H) of each tensor, in elements; their last dimension is contiguous. None: those of q
     q_strides,
     k_strides,
     v_strides,  # None: those of k
-    lse_strides,  # (B, H, L), of delta too
     grad_k_strides,
     grad_v_strides,
     queries,
@@ -105,9 +106,9 @@ def backward_keys_kernel(
     count = HEADS_PER_KV_HEAD
     if members is not None:
         number = (batch * tl.num_programs(1) + kv_head) * blocks + block
-        first = tl.load(starts + number)
-        count = tl.load(starts + number + 1) - first
-        members += first
+        begin = tl.load(starts + number)
+        count = tl.load(starts + number + 1) - begin
+        members += begin
     tiles = tl.cdiv(count * query_group, BLOCK_M) if PACKED else count * tl.cdiv(query_group, BLOCK_M)
     read = present & (tiles > 0)  # what nobody attended to is not read
     key_rows = k + batch * k_strides[0] + tokens * k_strides[1] + kv_head * k_strides[2]
@@ -121,21 +122,20 @@ def backward_keys_kernel(
     zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
     q += batch * q_strides[0]
     grad_out += batch * grad_out_strides[0]
-    lse += batch * lse_strides[0]
-    delta += batch * lse_strides[0]
+    terms += batch * tl.num_programs(1) * HEADS_PER_KV_HEAD * queries
     for tile in range(tiles):
-        head, rows, there = query_places(tile, count, members, query_group, queries, BLOCK_M, PACKED)
+        # added up in this order: what all lanes share needs no registers
+        head, first, offset, there = query_places(tile, count, members, query_group, queries, BLOCK_M, PACKED)
         head += first_head
-        rows = rows.to(tl.int64)
-        query = load_rows(q + head * q_strides[2] + rows * q_strides[1], there, columns, HEAD_DIM)  # [BLOCK_M, DIM]
-        grad_rows = grad_out + head * grad_out_strides[2] + rows * grad_out_strides[1]
+        query_rows = q + head * q_strides[2] + first * q_strides[1] + offset * q_strides[1]
+        query = load_rows(query_rows, there, columns, HEAD_DIM)  # [BLOCK_M, DIM]
+        grad_rows = grad_out + head * grad_out_strides[2] + first * grad_out_strides[1] + offset * grad_out_strides[1]
         grad = load_rows(grad_rows, there, columns, HEAD_DIM)
-        of_row = head * lse_strides[1] + rows * lse_strides[2]
-        scores = matmul(key, tl.trans(query), zeros) * scale_log2  # [BLOCK_N, BLOCK_M]
+        row_lse, row_delta = load_terms(terms + head * queries + first + offset, there)
         if grad_k is not None:  # both products before the rest: fewer registers
-            row_delta = tl.load(delta + of_row, mask=there, other=0.0)
-            slopes = matmul(value, tl.trans(grad), zeros) - row_delta[None, :]
-        weights = tl.math.exp2(scores - load_lse(lse + of_row, there)[None, :])
+            slopes = matmul(value, tl.trans(grad), zeros - row_delta[None, :])
+        scores = matmul(key, tl.trans(query), zeros) * scale_log2  # [BLOCK_N, BLOCK_M]
+        weights = tl.math.exp2(scores - row_lse[None, :])
         if grad_v is not None:
             grad_value = matmul(cast(weights, grad.dtype), grad, grad_value)
         if grad_k is not None:
@@ -153,11 +153,10 @@ def backward_keys_kernel(
 
 def plan_backward_keys(
     grad_out: torch.Tensor,
-    delta: torch.Tensor,
+    terms: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    lse: torch.Tensor,
     inverse: Inverse | None,
     *,
     wanted: tuple[bool, bool],
@@ -192,15 +191,13 @@ def plan_backward_keys(
         v=v,
         members=None if inverse is None else inverse.members,
         starts=None if inverse is None else inverse.starts,
-        lse=lse,
-        delta=delta,
+        terms=terms,
         grad_k=grad_k,
         grad_v=grad_v,
         grad_out_strides=strides_of(grad_out, q),
         q_strides=strides_of(q),
         k_strides=strides_of(k),
         v_strides=strides_of(v, k),
-        lse_strides=strides_of(lse),
         grad_k_strides=strides_of(grad_k),
         grad_v_strides=strides_of(grad_v),
         queries=queries,

@@ -13,19 +13,25 @@ from .primitives import LOG2_E, cast, load_rows, matmul
 
 # Bytes: out and its gradient once; bound by memory.
 @triton.jit
-def delta_kernel(
+def row_terms_kernel(
     grad_out,  # (B, Lq, H, D)
     out,  # (B, Lq, H, D)
+    lse,  # (B, H, Lq) float32, natural logarithm, over all keys
     grad_lse,  # (B, H, Lq) float32, or None: 0
-    delta,  # (B, H, Lq) float32, contiguous
+    terms,  # (B, H, Lq) int64, contiguous
     grad_strides,  # (B, L, H), in elements
     out_strides,
-    grad_lse_strides,  # (B, H, L)
+    lse_strides,  # (B, H, L)
+    grad_lse_strides,
     queries,
     HEAD_DIM: tl.constexpr,
     DIM: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Write what a row takes part with, in one integer, so that it is read at once: see load_terms.
+
+    The high half is delta, the low half the LSE in base 2, infinite for a row without a key: its weights are 0.
+    """
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < queries
     rows = rows.to(tl.int64)
@@ -35,25 +41,30 @@ def delta_kernel(
     grad_rows = grad_out + batch * grad_strides[0] + rows * grad_strides[1] + head * grad_strides[2]
     out_rows = out + batch * out_strides[0] + rows * out_strides[1] + head * out_strides[2]
     grad = load_rows(grad_rows, row_mask, columns, HEAD_DIM).to(tl.float32)
-    total = tl.sum(grad * load_rows(out_rows, row_mask, columns, HEAD_DIM).to(tl.float32), 1)
+    delta = tl.sum(grad * load_rows(out_rows, row_mask, columns, HEAD_DIM).to(tl.float32), 1)
     if grad_lse is not None:
         grad_lse += batch * grad_lse_strides[0] + head * grad_lse_strides[1]
-        total -= tl.load(grad_lse + rows * grad_lse_strides[2], mask=row_mask, other=0.0)
-    tl.store(delta + (batch * tl.num_programs(1) + head) * queries + rows, total, mask=row_mask)
+        delta -= tl.load(grad_lse + rows * grad_lse_strides[2], mask=row_mask, other=0.0)
+    lse += batch * lse_strides[0] + head * lse_strides[1]
+    row_lse = tl.load(lse + rows * lse_strides[2], mask=row_mask, other=0.0) * LOG2_E
+    row_lse = tl.where(row_lse == float("-inf"), float("inf"), row_lse)
+    low = row_lse.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    high = delta.to(tl.int32, bitcast=True).to(tl.int64) << 32
+    tl.store(terms + (batch * tl.num_programs(1) + head) * queries + rows, high | low, mask=row_mask)
 
 
 @triton.jit
-def load_lse(lse_rows, row_mask):
-    """LSEs in base 2; infinite, so that every weight is 0, for a row without a key and a masked one."""
-    lse = tl.load(lse_rows, mask=row_mask, other=float("inf")) * LOG2_E
-    return tl.where(lse == float("-inf"), float("inf"), lse)
+def load_terms(term_rows, row_mask):
+    """LSE in base 2 and delta of rows (pointers); a masked row is as one without a key."""
+    terms = tl.load(term_rows, mask=row_mask, other=0x7F800000)
+    return terms.to(tl.int32).to(tl.float32, bitcast=True), (terms >> 32).to(tl.int32).to(tl.float32, bitcast=True)
 
 
 @triton.jit
 def queries_tile(
     query,  # [BLOCK_M, DIM]
     grad,  # [BLOCK_M, DIM] of out
-    lse,  # [BLOCK_M] of load_lse
+    lse,  # [BLOCK_M] of load_terms
     delta,  # [BLOCK_M]
     key,  # [BLOCK_N, DIM], 0 where there is none
     value,
@@ -179,8 +190,7 @@ def backward_queries_kernel(
     indices,  # (B, H, G, K) int32
     unions,  # (B, H, tiles, BLOCK_M * K) int32 of union_kernel, or None: the rows of a tile share a selection
     union_sizes,  # (B, H, tiles) int32
-    lse,  # (B, H, Lq) float32, natural logarithm, over all keys
-    delta,  # (B, H, Lq) float32 of delta_kernel
+    terms,  # (B, H, Lq) int64 of row_terms_kernel
     grad_q,  # (B, Lq, H, D)
     grad_out_strides,  # (B, L, H) of each tensor, in elements; their last dimension is contiguous. None: those of q
     q_strides,
@@ -190,7 +200,6 @@ def backward_queries_kernel(
     memory_v_strides,  # None: those of memory_k
     slot_stride,
     index_strides,  # (B, H, G)
-    lse_strides,  # (B, H, L), of delta too
     grad_q_strides,
     queries,
     keys,
@@ -232,9 +241,7 @@ def backward_queries_kernel(
     query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM]
     grad_rows = grad_out + batch * grad_out_strides[0] + rows * grad_out_strides[1] + head * grad_out_strides[2]
     grad = load_rows(grad_rows, row_mask, columns, HEAD_DIM)
-    of_row = batch * lse_strides[0] + head * lse_strides[1] + rows * lse_strides[2]
-    row_lse = load_lse(lse + of_row, row_mask)
-    row_delta = tl.load(delta + of_row, mask=row_mask, other=0.0)
+    row_lse, row_delta = load_terms(terms + (batch * tl.num_programs(1) + head) * queries + rows, row_mask)
     grad_query = tl.zeros([BLOCK_M, DIM], tl.float32)
 
     if memory_k is not None:
@@ -296,19 +303,23 @@ def backward_queries_kernel(
     )
 
 
-def plan_delta(grad_out: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor | None) -> tuple[Launch, torch.Tensor]:
-    """The launch that fills delta (B, H, Lq) float32 = rowsum(grad_out * out) - grad_lse, and that tensor."""
+def plan_row_terms(
+    grad_out: torch.Tensor, out: torch.Tensor, lse: torch.Tensor, grad_lse: torch.Tensor | None
+) -> tuple[Launch, torch.Tensor]:
+    """The launch that fills the terms (B, H, Lq) int64, with delta = rowsum(grad_out * out) - grad_lse, and these."""
     batch, queries, heads, head_dim = out.shape
-    delta = torch.empty((batch, heads, queries), dtype=torch.float32, device=out.device)
+    terms = torch.empty((batch, heads, queries), dtype=torch.int64, device=out.device)
     dim = triton.next_power_of_2(head_dim)
     rows = max(4096 // dim, 1)
     arguments = dict(
         grad_out=grad_out,
         out=out,
+        lse=lse,
         grad_lse=grad_lse,
-        delta=delta,
+        terms=terms,
         grad_strides=strides_of(grad_out),
         out_strides=strides_of(out),
+        lse_strides=strides_of(lse),
         grad_lse_strides=strides_of(grad_lse),
         queries=queries,
         HEAD_DIM=head_dim,
@@ -316,19 +327,18 @@ def plan_delta(grad_out: torch.Tensor, out: torch.Tensor, grad_lse: torch.Tensor
         ROWS=rows,
     )
     options = dict(num_warps=4, num_stages=2)
-    return Launch(delta_kernel, (triton.cdiv(queries, rows), heads, batch), arguments, options), delta
+    return Launch(row_terms_kernel, (triton.cdiv(queries, rows), heads, batch), arguments, options), terms
 
 
 def plan_backward_queries(
     grad_out: torch.Tensor,
-    delta: torch.Tensor,
+    terms: torch.Tensor,
     q: torch.Tensor,
     k: torch.Tensor | None,
     v: torch.Tensor | None,
     memory_k: torch.Tensor | None,
     memory_v: torch.Tensor | None,
     indices: torch.Tensor | None,
-    lse: torch.Tensor,
     *,
     block_size: int,
     frame_tokens: int,
@@ -365,8 +375,7 @@ def plan_backward_queries(
         indices=indices,
         unions=unions,
         union_sizes=union_sizes,
-        lse=lse,
-        delta=delta,
+        terms=terms,
         grad_q=grad_q,
         grad_out_strides=strides_of(grad_out, q),
         q_strides=strides_of(q),
@@ -376,7 +385,6 @@ def plan_backward_queries(
         memory_v_strides=strides_of(memory_v, memory_k),
         slot_stride=None if memory_slots is None else memory_slots.stride(0),
         index_strides=strides_of(indices),
-        lse_strides=strides_of(lse),
         grad_q_strides=strides_of(grad_q),
         queries=queries,
         keys=0 if k is None else k.shape[1],

@@ -106,15 +106,15 @@ BACKWARD_QUERIES_TILES = {
 }
 # The backward of the keys: BLOCK_N keys, whose gradients are the state, and BLOCK_M queries at a time.
 BACKWARD_KEYS_TILES = {
-    80: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (32, 64, 8, 1)},
+    80: {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
     90: {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
     100: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
     120: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 32, 8, 1)},
 }
 # Blocks of no more than half as many: 8 warps would hold everything twice.
 BACKWARD_BLOCK_TILES = {
-    80: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 4, 1)},
-    90: {64: (64, 64, 4, 3), 128: (32, 64, 4, 2), 256: (32, 32, 4, 1)},
+    80: {64: (32, 64, 4, 3), 128: (32, 64, 4, 2), 256: (32, 32, 4, 1)},
+    90: {64: (64, 64, 4, 3), 128: (32, 64, 4, 3), 256: (32, 32, 4, 1)},
     100: {64: (64, 64, 4, 2), 128: (64, 64, 4, 2), 256: (32, 32, 4, 1)},
     120: {64: (64, 64, 4, 2), 128: (32, 64, 4, 2), 256: (32, 32, 4, 1)},
 }
@@ -140,6 +140,8 @@ def attend_config(
         tiles = _row(table, capability, head_dim)
     block_m, block_n, warps, stages = tiles
     by_row = 2 * query_group < block_m and query_group < queries
+    if by_row and capability >= 100 and head_dim > 64 and table is BACKWARD_QUERIES_TILES:
+        block_n = min(block_n, 32)  # the rows' places in their lists do not fit beside 64
     if not by_row:
         block_m = min(block_m, max(triton.next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim), dict(num_warps=warps, num_stages=stages), by_row

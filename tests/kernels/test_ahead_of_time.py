@@ -69,6 +69,15 @@ def test_what_is_around_the_attention_does_not_spill(case, kernels):
         assert bool(machine.tensor_core_products) == multiplies, launch.kernel.fn.__name__
 
 
+def test_the_backward_does_not_spill():
+    launches = {launch.kernel.fn.__name__: launch for launch in table.shipped()["backward, window too"](90)}
+    assert list(launches) == ["row_terms_kernel", "backward_queries_kernel", "backward_keys_kernel"]
+    for name, launch in launches.items():
+        machine = compiled(launch)
+        assert machine.spills == 0, name
+        assert bool(machine.loop_opcodes["HGMMA"]) == (name != "row_terms_kernel"), name
+
+
 def test_float32_stays_off_the_tensor_cores():
     for launch in table.memory_attention(90, dtype=torch.float32, query_group=1):
         assert compiled(launch).tensor_core_products == 0
