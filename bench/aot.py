@@ -61,8 +61,12 @@ def memory_attention(
     top_k: int = 24,
     dense: bool = False,
     loads: Loads | None = None,
+    multiprocessors: int = 0,
 ) -> list[Launch]:
-    """The launches of a layer's bank part, resuming; with `dense` of the window too, starting afresh."""
+    """The launches of a layer's bank part, resuming; with `dense` of the window too, starting afresh.
+
+    multiprocessors: of the device, so that the last wave is split; 0: it is not.
+    """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
     k = meta(1, WINDOW, heads[1], head_dim, dtype=dtype) if dense else None
     memory = meta(1, frames * FRAME_TOKENS, heads[1], head_dim, dtype=dtype)
@@ -72,7 +76,7 @@ def memory_attention(
         memory_frames=meta(1, dtype=torch.int32), memory_slots=meta(1, frames, dtype=torch.int32),
         block_size=block_size, frame_tokens=FRAME_TOKENS, query_group=query_group, softmax_scale=head_dim**-0.5,
         resume_out=None if dense else q, resume_lse=None if dense else meta(1, heads[0], QUERIES, dtype=torch.float32),
-        capability=capability, loads=loads,
+        capability=capability, loads=loads, multiprocessors=multiprocessors,
     )  # fmt: skip
     return launches
 
@@ -143,6 +147,7 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
     def since_90(launches: Callable[[int], list[Launch]]) -> Callable[[int], list[Launch]]:
         return lambda capability: launches(capability) if capability >= 90 else []
 
+    split = dict(multiprocessors=132)  # of an H100: two programs for each of the last 48 tiles
     half, single = dict(dtype=torch.float16), dict(dtype=torch.float32)
     sizes: dict[str, dict] = {
         "one launch": dict(frames=4),
@@ -166,6 +171,15 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
         "two launches, blocks of 128": dict(block_size=128),
         "per query, blocks of 128": dict(query_group=1, block_size=128),
         "per query, top 100": dict(query_group=1, top_k=100),
+        "one launch, last wave split": dict(frames=4, **split),
+        "two launches, last wave split": split,
+        "whole chunk, last wave split": dict(query_group=QUERIES, **split),
+        "two launches, float16, last wave split": half | split,
+        "one launch, 64 dims, last wave split": dict(frames=4, head_dim=64, **split),
+        "one launch, 96 dims, last wave split": dict(frames=4, head_dim=96, **split),
+        "two launches, 12 heads on 4, last wave split": dict(heads=(12, 4), **split),
+        "two launches, blocks of 16, last wave split": dict(block_size=16, top_k=96, **split),
+        "two launches, blocks of 128, last wave split": dict(block_size=128, **split),
         "two launches, float32": single,
         "per query, float32": dict(query_group=1, **single),
     }
@@ -174,6 +188,7 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
     described, specialized = Loads(descriptors=True), Loads(descriptors=True, warp_specialize=True)
     launches |= {
         "two launches, descriptors": since_90(case(loads=described)),
+        "two launches, descriptors, last wave split": since_90(case(loads=described, **split)),
         "per query, descriptors": since_90(case(loads=described, query_group=1)),
         "two launches, warps specialized": since_90(case(loads=specialized)),
     }

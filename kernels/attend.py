@@ -13,32 +13,21 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .bank import attend_list, attend_tile, attend_union, plan_union, used_entries
-from .configs import ONE_LAUNCH_BYTES, Loads, attend_config, capability_of, loads_config, merge_config
+from .configs import (
+    ONE_LAUNCH_BYTES,
+    Loads,
+    attend_config,
+    capability_of,
+    loads_config,
+    merge_config,
+    multiprocessors_of,
+    splits_config,
+)
 from .launch import Launch
-from .primitives import LN_2, LOG2_E, cast, load_rows
+from .primitives import LN_2, LOG2_E, cast, initial_state, load_rows
 from .scores import count_valid_blocks
 from .select import plan_select, plan_shortlist, select_one
-
-
-@triton.jit
-def initial_state(
-    resume_rows,  # [BLOCK_M] pointers to the rows of an output, or None: start afresh
-    resume_lse_rows,  # [BLOCK_M] pointers, natural logarithm
-    row_mask,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    DIM: tl.constexpr,
-):
-    """The softmax state before the first key, or that of the attention to continue: an output is a sum of weight 1."""
-    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    accumulator = tl.zeros([BLOCK_M, DIM], tl.float32)
-    if resume_rows is not None:
-        row_max = tl.load(resume_lse_rows, mask=row_mask, other=float("-inf")) * LOG2_E
-        started = row_max != float("-inf")
-        row_sum = tl.where(started, 1.0, 0.0)
-        accumulator = load_rows(resume_rows, row_mask & started, tl.arange(0, DIM), HEAD_DIM).to(tl.float32)
-    return row_max, row_sum, accumulator
+from .split import plan_merge_splits, rows_of_tile, tile_and_split
 
 
 # FLOPs: 4 * D * H * (Lq * Lk + the sum over query tiles of the keys that they walk over). Bytes: q, out and k, v of
@@ -64,6 +53,8 @@ def attend_kernel(
     resume_lse,  # (B, H, Lq) float32, natural logarithm
     out,  # (B, Lq, H, D)
     lse,  # (B, H, Lq) float32, natural logarithm
+    partial_out,  # (split tiles * SPLITS, BLOCK_M, HEAD_DIM) float32, contiguous, or None: one program per tile
+    partial_lse,  # (split tiles * SPLITS, BLOCK_M) float32, contiguous
     q_strides,  # (B, L, H) of each tensor, in elements; their last dimension is contiguous. Of values None: the keys'
     k_strides,
     v_strides,
@@ -86,6 +77,9 @@ def attend_kernel(
     query_group,
     entries,  # K
     candidate_count,  # C
+    whole_tiles,  # the tiles before those that are split, see tile_and_split
+    tiles,
+    heads,
     softmax_scale,
     NEGATIVE_SCALE: tl.constexpr,
     HEADS_PER_KV_HEAD: tl.constexpr,
@@ -96,24 +90,23 @@ def attend_kernel(
     DIM: tl.constexpr,  # HEAD_DIM rounded up to a power of two
     CHUNKS: tl.constexpr,  # of candidates, see select_one
     COLUMNS: tl.constexpr,
+    SPLITS: tl.constexpr,  # programs per tile of the last wave
     WARP_SPECIALIZE: tl.constexpr,
 ):
     tile = tl.program_id(0)
+    if partial_out is not None:
+        tile, head, batch, split, splits = tile_and_split(whole_tiles, tiles, heads, SPLITS)
     if unions is None:
-        # A tile of queries belongs to one group, because a group shares its selection.
-        tiles_per_group = tl.cdiv(query_group, BLOCK_M)
-        group = tile // tiles_per_group
-        offset = (tile - group * tiles_per_group) * BLOCK_M + tl.arange(0, BLOCK_M)
-        rows = group * query_group + offset
-        row_mask = (offset < query_group) & (rows < queries)
+        group, rows, row_mask = rows_of_tile(tile, 0, queries, query_group, BLOCK_M, BLOCK_M)
     else:
         rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         row_mask = rows < queries
         group = rows // query_group
     rows = rows.to(tl.int64)
-    head = tl.program_id(1).to(tl.int64)
+    if partial_out is None:
+        head = tl.program_id(1).to(tl.int64)
+        batch = tl.program_id(2).to(tl.int64)
     kv_head = head // HEADS_PER_KV_HEAD
-    batch = tl.program_id(2).to(tl.int64)
     columns = tl.arange(0, DIM)
 
     query_rows = q + batch * q_strides[0] + rows * q_strides[1] + head * q_strides[2]
@@ -139,7 +132,7 @@ def attend_kernel(
                 count = count_valid_blocks(memory_frames, batch * frame_stride, frames, blocks_per_frame)
             else:
                 groups = tl.cdiv(queries, query_group)
-                candidates += ((batch * tl.num_programs(1) + head) * groups + group) * candidate_count
+                candidates += ((batch * heads + head) * groups + group) * candidate_count
                 count = candidate_count
             select_one(
                 mean, descriptors, descriptor_strides[1], memory_slots, candidates, count, indices, entries,
@@ -164,12 +157,19 @@ def attend_kernel(
         lse_rows += rows * resume_lse_strides[2]
         out_rows = resume_out + batch * resume_out_strides[0] + rows * resume_out_strides[1]
         out_rows += head * resume_out_strides[2]
-    row_max, row_sum, accumulator = initial_state(out_rows, lse_rows, row_mask, HEAD_DIM, BLOCK_M, DIM)
+    continues = row_mask
+    if partial_out is not None:
+        continues = row_mask & (split == 0)  # once
+    row_max, row_sum, accumulator = initial_state(out_rows, lse_rows, continues, HEAD_DIM, BLOCK_M, DIM)
 
     if memory_k is not None:
         place = (batch.to(tl.int32), kv_head.to(tl.int32))
         if unions is None:
             used = used_entries(indices, entries, blocks, 32)
+            if partial_out is not None:
+                first_entry = used * split // splits
+                indices += first_entry
+                used = used * (split + 1) // splits - first_entry
             row_max, row_sum, accumulator = attend_list(
                 query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], memory_k_tiles, memory_v_tiles,
                 place, indices, used, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2,
@@ -214,12 +214,22 @@ def attend_kernel(
 
     # A row without any key: out 0, lse -inf.
     row_sum_or_one = tl.where(row_sum == 0.0, 1.0, row_sum)
+    final = row_mask
+    if partial_out is not None:
+        final = row_mask & (splits == 1)
     out_rows = out + batch * out_strides[0] + rows * out_strides[1] + head * out_strides[2]
-    out_mask = row_mask[:, None] & (columns < HEAD_DIM)[None, :]
-    normalised = cast(accumulator / row_sum_or_one[:, None], out.dtype.element_ty)
-    tl.store(out_rows[:, None] + columns[None, :], normalised, mask=out_mask)
+    out_mask = final[:, None] & (columns < HEAD_DIM)[None, :]
+    normalised = accumulator / row_sum_or_one[:, None]
+    tl.store(out_rows[:, None] + columns[None, :], cast(normalised, out.dtype.element_ty), mask=out_mask)
     lse_rows = lse + batch * lse_strides[0] + head * lse_strides[1] + rows * lse_strides[2]
-    tl.store(lse_rows, (row_max + tl.math.log2(row_sum_or_one)) * LN_2, mask=row_mask)
+    row_lse = (row_max + tl.math.log2(row_sum_or_one)) * LN_2
+    tl.store(lse_rows, row_lse, mask=final)
+    if partial_out is not None:
+        part = row_mask & (splits > 1)
+        partial_rows = (tl.program_id(0) - whole_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+        partial_tile = partial_out + partial_rows[:, None] * HEAD_DIM + columns[None, :]
+        tl.store(partial_tile, normalised, mask=part[:, None] & (columns < HEAD_DIM)[None, :])
+        tl.store(partial_lse + partial_rows, row_lse, mask=part)
 
 
 @dataclass(frozen=True)
@@ -263,10 +273,12 @@ def plan_attend(
     resume_lse: torch.Tensor | None = None,
     capability: int | None = None,
     loads: Loads | None = None,
+    multiprocessors: int | None = None,
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
     """The launches that fill out and lse, in order, and these two tensors. See `attend`.
 
     capability: of the device, 90 for sm_90 (None: that of q's). loads: as configs.py has it for that (None).
+    multiprocessors: that the last wave of tiles is to fill (None: those of q's device, 0 without a GPU: as it comes).
     """
     batch, queries, heads, head_dim = q.shape
     if k is None or v is None or k.shape[1] == 0:
@@ -352,6 +364,7 @@ def plan_attend(
         query_group=query_group,
         entries=entries,
         candidate_count=candidates,
+        heads=heads,
         softmax_scale=float(softmax_scale),
         NEGATIVE_SCALE=softmax_scale < 0,
         HEADS_PER_KV_HEAD=heads // kv_heads,
@@ -362,9 +375,18 @@ def plan_attend(
         **rounds,
     )
     groups = 1 if by_row else triton.cdiv(queries, query_group)
-    tiles_of_group = triton.cdiv(queries if by_row else query_group, tiles["BLOCK_M"])
-    launches.append(Launch(attend_kernel, (groups * tiles_of_group, heads, batch), arguments, options))
-    return launches, out, lse
+    row_tiles = groups * triton.cdiv(queries if by_row else query_group, tiles["BLOCK_M"])
+    whole, splits = row_tiles * heads * batch, 1
+    if k is None and not by_row and not specialize:
+        multiprocessors = multiprocessors_of(q) if multiprocessors is None else multiprocessors
+        whole, splits = splits_config(whole, entries * block_size, tiles["BLOCK_M"], multiprocessors)
+    arguments |= dict.fromkeys(("partial_out", "partial_lse", "whole_tiles", "tiles", "SPLITS"))
+    if splits == 1:
+        return [*launches, Launch(attend_kernel, (row_tiles, heads, batch), arguments, options)], out, lse
+    merge = plan_merge_splits(out, lse, whole, row_tiles, splits, query_group, tiles)
+    arguments |= {name: value for name, value in merge.arguments.items() if name in arguments}
+    programs = whole + merge.arguments["partial_lse"].shape[0]
+    return [*launches, Launch(attend_kernel, (programs, 1, 1), arguments, options), merge], out, lse
 
 
 def attend(
@@ -424,6 +446,7 @@ def plan_select_and_attend(
     launches: int | None = None,
     capability: int | None = None,
     loads: Loads | None = None,
+    multiprocessors: int | None = None,
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor, torch.Tensor]:
     """The launches that fill out, lse and indices, in order, and these tensors. See `select_and_attend`.
 
@@ -458,7 +481,7 @@ def plan_select_and_attend(
     attending, out, lse = plan_attend(
         q, k, v, memory_k, memory_v, chosen, block_size=block_size, frame_tokens=frame_tokens,
         query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots, resume_out=resume_out,
-        resume_lse=resume_lse, capability=capability, loads=loads,
+        resume_lse=resume_lse, capability=capability, loads=loads, multiprocessors=multiprocessors,
     )  # fmt: skip
     return [*before, *attending], out, lse, chosen.indices
 

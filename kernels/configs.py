@@ -147,6 +147,36 @@ def attend_config(
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim), dict(num_warps=warps, num_stages=stages), by_row
 
 
+SPLIT_ROWS = 128
+"""Queries of the tiles that fill a multiprocessor, one program at a time."""
+
+SPLIT_SAVES_KEYS = 512
+"""Keys of which the last wave has to get rid for a split to pay: the time of 64 for 128 queries is 0.6 us and more on
+sm_90, that of merging about 4 us. An estimate; `make gpu-bench` times the launch with and without."""
+
+MAX_SPLITS = 8
+"""Programs per tile of the last wave; 1 turns the splitting off."""
+
+
+def splits_config(tiles: int, keys: int, block_m: int, multiprocessors: int) -> tuple[int, int]:
+    """How many of the tiles (of `keys` keys each) are not split, and the programs for each of the others.
+
+    The tiles of a last, incomplete wave are split if two programs for each still are one wave.
+    """
+    last = tiles % multiprocessors if multiprocessors else 0
+    splits = min(multiprocessors // last, MAX_SPLITS) if last else 1
+    if block_m < SPLIT_ROWS or keys - triton.cdiv(keys, splits) < SPLIT_SAVES_KEYS:
+        return tiles, 1
+    return tiles - last, splits
+
+
+def multiprocessors_of(tensor: torch.Tensor) -> int:
+    """Of the tensor's device; 0 where there is no GPU."""
+    if tensor.device.type != "cuda":
+        return 0
+    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+
+
 def dim_of(dtype: torch.dtype, head_dim: int) -> int:
     """DIM of a head; a ValueError for a dtype or a head that the kernels do not take."""
     dim = max(triton.next_power_of_2(head_dim), 16)

@@ -36,6 +36,27 @@ def matmul(a, b, accumulator):
 
 
 @triton.jit
+def initial_state(
+    resume_rows,  # [BLOCK_M] pointers to the rows of an output, or None: start afresh
+    resume_lse_rows,  # [BLOCK_M] pointers, natural logarithm
+    row_mask,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    DIM: tl.constexpr,
+):
+    """The softmax state before the first key, or that of the attention to continue: an output is a sum of weight 1."""
+    row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    accumulator = tl.zeros([BLOCK_M, DIM], tl.float32)
+    if resume_rows is not None:
+        row_max = tl.load(resume_lse_rows, mask=row_mask, other=float("-inf")) * LOG2_E
+        started = row_max != float("-inf")
+        row_sum = tl.where(started, 1.0, 0.0)
+        accumulator = load_rows(resume_rows, row_mask & started, tl.arange(0, DIM), HEAD_DIM).to(tl.float32)
+    return row_max, row_sum, accumulator
+
+
+@triton.jit
 def online_softmax_update(scores, scale_log2, wanted, row_max, row_sum):
     """One step of the softmax over a row whose scores arrive in tiles, in base 2.
 

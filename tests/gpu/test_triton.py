@@ -169,6 +169,39 @@ def test_one_launch_selects_as_two_do(launches):
     torch.testing.assert_close(lse, state[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("multiprocessors", [132, 108], ids="{}processors".format)
+def test_a_split_last_wave_agrees_with_an_unsplit_one(multiprocessors):
+    """As an H100 (2 programs per tile) and an A100 (8) split it, whatever the device; in a graph too."""
+    from memflow_ops.kernels.attend import Chosen, plan_attend
+
+    q, _, _, memory_k, memory_v = wan_layer(8)
+    indices = ops.select_blocks(q, ops.describe_blocks(memory_k, 64, 1560), 24, query_group=128, blocks_per_frame=25)
+    indices[:, ::5, 3:] = -1  # fewer blocks than programs
+    options = dict(block_size=64, frame_tokens=1560, query_group=128, softmax_scale=0.1)
+    state = dict(resume_out=torch.randn_like(q), resume_lse=torch.randn(1, 12, 4680, device="cuda"))
+
+    def run(count):
+        planned, *result = plan_attend(
+            q, None, None, memory_k, memory_v, Chosen(indices), multiprocessors=count, **state, **options
+        )
+        for launch in planned:
+            launch.run()
+        return len(planned), result
+
+    assert run(0)[0] == 1
+    launches, got = run(multiprocessors)
+    assert launches == 2
+    torch.testing.assert_close(got[0], run(0)[1][0], rtol=2e-2, atol=2e-3)
+    torch.testing.assert_close(got[1], run(0)[1][1], rtol=1e-4, atol=1e-4)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        _, captured = run(multiprocessors)
+    for _ in range(3):
+        graph.replay()
+        assert torch.equal(captured[0], got[0]) and torch.equal(captured[1], got[1])
+
+
 @pytest.mark.parametrize("warp_specialize", [False, True])
 @pytest.mark.parametrize("group", [1, 128], ids="group{}".format)
 def test_descriptors_and_specialized_warps_agree_with_pointers(group, warp_specialize):

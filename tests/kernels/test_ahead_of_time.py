@@ -31,7 +31,7 @@ def compiled(launch):
     return machine
 
 
-@pytest.mark.parametrize("case", ["one launch", "two launches", "per query"])
+@pytest.mark.parametrize("case", ["one launch", "two launches", "two launches, last wave split", "per query"])
 def test_shipped_configurations(case):
     launches = {launch.kernel.fn.__name__: launch for launch in table.shipped()[case](90)}
     assert (
@@ -39,6 +39,12 @@ def test_shipped_configurations(case):
         == {
             "one launch": ["attend_kernel"],
             "two launches": ["block_means_kernel", "span_kernel", "attend_kernel"],
+            "two launches, last wave split": [
+                "block_means_kernel",
+                "span_kernel",
+                "attend_kernel",
+                "merge_splits_kernel",
+            ],
             "per query": ["select_rows_kernel", "union_kernel", "attend_kernel"],
         }[case]
     )

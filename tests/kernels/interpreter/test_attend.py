@@ -275,3 +275,168 @@ def test_any_strides_and_the_same_bits_twice():
     moved["memory_slots"] = arguments["memory_slots"].repeat(1, 2)[:, :3]
     got = launch({**arguments, **moved})
     assert torch.equal(got[0], plain[0]) and torch.equal(got[1], plain[1])
+
+
+# The last wave of tiles split along their keys (kernels/split.py).
+
+
+@pytest.fixture
+def small_tiles_split_too(monkeypatch):
+    """A handful of tiles has a last wave to split, if few multiprocessors are asked for."""
+    monkeypatch.setitem(configs.ATTEND_TILES, 90, {256: (16, 16, 8, 2)})
+    monkeypatch.setattr(configs, "SPLIT_ROWS", 16)
+    monkeypatch.setattr(configs, "SPLIT_SAVES_KEYS", 1)
+
+
+splitting = pytest.mark.usefixtures("small_tiles_split_too")
+
+
+def planned(arguments, multiprocessors):
+    named = dict(arguments)
+    chosen = Chosen(named.pop("indices"))
+    tensors = [named.pop(name) for name in ("q", "k", "v", "memory_k", "memory_v")]
+    return plan_attend(*tensors, chosen, **named, multiprocessors=multiprocessors)
+
+
+def run(launches):
+    for launch in launches:
+        launch.run()
+
+
+def splits_of(launches):
+    """Programs per tile of the last wave, 1 if nothing is split."""
+    names = [launch.kernel.fn.__name__ for launch in launches]
+    assert names in (["attend_kernel"], ["attend_kernel", "merge_splits_kernel"])
+    return launches[-1].arguments["SPLITS"] if len(names) == 2 else 1
+
+
+@splitting
+@settings(max_examples=12)
+@given(
+    st.sampled_from(DTYPES),
+    st.integers(1, 2),
+    st.sampled_from([(1, 1), (4, 2), (3, 1)]),
+    st.sampled_from([16, 40, 128]),
+    st.sampled_from([(16, 33), (20, 50), (63, 63), (40, 40)]),
+    st.sampled_from([(3, 37, 16), (4, 10, 3), (2, 100, 64), (2, 7, 100), (1, 130, 65)]),
+    st.integers(2, 6),
+    st.booleans(),
+    st.integers(5, 40),
+    st.booleans(),
+    st.integers(0, 99),
+)
+def test_odd_shapes_split(dtype, batch, heads, head_dim, queries, bank, top_k, slots, multiprocessors, resume, seed):
+    torch.manual_seed(seed)
+    arguments = case(dtype, batch=batch, heads=heads, head_dim=head_dim, queries=queries, bank=bank, top_k=top_k,
+                     slots=slots)  # fmt: skip
+    if resume:
+        arguments["resume_out"] = torch.randn(arguments["q"].shape).to(dtype)
+        arguments["resume_lse"] = torch.randn(batch, heads[0], queries[1])
+        arguments["resume_lse"][..., ::3] = -torch.inf
+    launches, *got = planned(arguments, multiprocessors)
+    attending = launches[0]
+    tiles = attending.grid[1] * attending.grid[2] * attending.grid[0]
+    if splits_of(launches) > 1:
+        whole, splits = attending.arguments["whole_tiles"], attending.arguments["SPLITS"]
+        tiles = (attending.grid[0] - whole) // splits + whole
+        assert whole % multiprocessors == 0 and 2 <= splits <= configs.MAX_SPLITS
+        assert (tiles - whole) * splits <= multiprocessors, "the last wave is one"
+    else:
+        keys = top_k * arguments["block_size"]
+        assert 2 * (tiles % multiprocessors) > multiprocessors or not tiles % multiprocessors or keys < 2
+    run(launches)
+    check(arguments, got)
+
+
+@splitting
+@pytest.mark.parametrize(("multiprocessors", "splits"), [(0, 1), (6, 1), (7, 2), (9, 8), (10, 1), (32, 3)])
+def test_how_often_the_last_wave_of_ten_tiles_is_split(multiprocessors, splits):
+    torch.manual_seed(1)
+    arguments = case(torch.bfloat16, heads=(2, 2), queries=(16, 80), bank=(3, 37, 16), top_k=8, slots=True)
+    launches, *got = planned(arguments, multiprocessors)
+    assert splits_of(launches) == splits
+    run(launches)
+    check(arguments, got)
+
+
+def test_no_split_where_it_does_not_pay(monkeypatch):
+    monkeypatch.setattr(configs, "SPLIT_SAVES_KEYS", 512)
+    monkeypatch.setattr(configs, "SPLIT_ROWS", 128)
+    assert configs.splits_config(444, 1536, 128, 132) == (396, 2)
+    assert configs.splits_config(444, 1536, 128, 108) == (432, 8)
+    for tiles, keys, rows, multiprocessors in [
+        (444, 1536, 128, 148),  # three whole waves
+        (444, 1023, 128, 132),  # short lists
+        (444, 1536, 64, 132),  # two programs to a multiprocessor
+        (470, 1536, 128, 132),  # 74 in the last wave
+        (444, 1536, 128, 0),  # no GPU
+        (0, 1536, 128, 132),
+        (444, 0, 128, 132),
+    ]:
+        assert configs.splits_config(tiles, keys, rows, multiprocessors) == (tiles, 1)
+    monkeypatch.setattr(configs, "MAX_SPLITS", 1)
+    assert configs.splits_config(444, 1536, 128, 132) == (444, 1)
+
+
+@splitting
+def test_what_cannot_be_split_is_not():
+    torch.manual_seed(2)
+    window = case(torch.bfloat16, dense=20, queries=(16, 80), top_k=8)
+    rows = case(torch.bfloat16, queries=(2, 80), top_k=8)
+    for arguments in (window, rows, {**window, "memory_k": None, "memory_v": None}):
+        launches, *got = planned(arguments, 100)
+        assert "merge_splits_kernel" not in [launch.kernel.fn.__name__ for launch in launches]
+        run(launches)
+        check(arguments, got)
+
+
+@splitting
+def test_fewer_blocks_than_splits_and_rows_without_a_key():
+    """Programs that find nothing to do leave no trace, whether they have the state to continue or not."""
+    torch.manual_seed(3)
+    arguments = case(torch.float32, heads=(2, 2), queries=(16, 80), bank=(3, 37, 16), top_k=8)
+    arguments["indices"][0, 0] = -1
+    arguments["indices"][0, 1, 1, 1:] = -1
+    arguments["indices"][0, 1, 2, :-1] = -1
+    launches, out, lse = planned(arguments, 100)
+    assert splits_of(launches) == 8
+    run(launches)
+    assert (out[:, :, 0] == 0).all() and (lse[:, 0] == -torch.inf).all()
+    check(arguments, (out, lse))
+    state = dict(resume_out=torch.randn(1, 80, 2, 16), resume_lse=torch.randn(1, 2, 80))
+    launches, out, lse = planned({**arguments, **state}, 100)
+    run(launches)
+    torch.testing.assert_close(out[:, :, 0], state["resume_out"][:, :, 0], atol=1e-6, rtol=1e-6)
+    check({**arguments, **state}, (out, lse))
+
+
+@splitting
+def test_splits_give_the_same_bits_twice_and_from_any_strides():
+    torch.manual_seed(4)
+    arguments = case(torch.bfloat16, batch=2, queries=(16, 20), top_k=6, slots=True)
+    results = []
+    for memory in ("memory_k", "memory_v", None):
+        launches, *got = planned(arguments, 26)
+        assert splits_of(launches) == 3
+        for _ in range(2):  # as a graph replays them
+            run(launches)
+        results.append([x.clone() for x in got])
+        if memory is not None:
+            x = arguments[memory]
+            arguments[memory] = torch.stack([torch.full_like(x, torch.nan), x], 2)[:, :, 1]
+    for out, lse in results[1:]:
+        assert torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1])
+
+
+@splitting
+@pytest.mark.parametrize("block_size", [8, 48], ids="blocks{}".format)
+def test_blocks_shorter_and_longer_than_a_tile_of_keys_by_descriptors(block_size):
+    torch.manual_seed(6)
+    arguments = case(torch.bfloat16, queries=(16, 40), head_dim=40, bank=(3, 136, block_size), top_k=7)
+    arguments["loads"] = configs.Loads(descriptors=True)
+    launches, *got = planned(arguments, 15)
+    assert splits_of(launches) == 2
+    assert (launches[0].arguments["memory_k_tiles"] is not None) == (block_size == 48)
+    run(launches)
+    del arguments["loads"]
+    check(arguments, got)

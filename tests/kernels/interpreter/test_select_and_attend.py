@@ -66,8 +66,8 @@ def call(run, arguments, **more):
     return run(*[named.pop(name) for name in ("q", "k", "v", "memory_k", "memory_v", "descriptors")], **named)
 
 
-def check(arguments, **more):
-    out, lse, indices = call(select_and_attend, arguments, **more)
+def check(arguments, got=None, **more):
+    out, lse, indices = call(select_and_attend, arguments, **more) if got is None else got
     wide = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()}
     expected_out, expected_lse, expected_indices = call(partial(select_then_attend, reference), wide)
     assert torch.equal(indices, expected_indices)
@@ -112,6 +112,24 @@ def test_one_launch_and_two_agree(dtype, launches):
     names = [launch.kernel.fn.__name__ for launch in planned]
     assert names == (["attend_kernel"] if launches == 1 else ["block_means_kernel", "span_kernel", "attend_kernel"])
     check(arguments, launches=launches)
+
+
+@pytest.mark.parametrize("launches", [1, 2])
+def test_every_split_of_a_tile_selects_the_same_blocks(monkeypatch, launches):
+    """The programs of a tile each select, and write the same; ties and an empty bank are among them."""
+    monkeypatch.setattr(configs, "SPLIT_ROWS", 64)
+    monkeypatch.setattr(configs, "SPLIT_SAVES_KEYS", 1)
+    torch.manual_seed(2)
+    arguments = arguments_of(
+        torch.bfloat16, batch=2, heads=(1, 1), queries=(64, 150), bank=(5, 37, 8), top_k=9, partly=True, slots=True,
+        resume=True,
+    )  # fmt: skip
+    assert arguments["memory_frames"].clamp(min=0).tolist() == [0, 4]
+    planned, *got = call(plan_select_and_attend, arguments, launches=launches, multiprocessors=20)
+    assert planned[-1].kernel.fn.__name__ == "merge_splits_kernel" and planned[-1].arguments["SPLITS"] == 3
+    for launch in planned:
+        launch.run()
+    check(arguments, got)
 
 
 def test_one_launch_is_refused_where_it_cannot_be():
