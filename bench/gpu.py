@@ -56,7 +56,7 @@ class Sizes:
         return 4 * self.queries * keys * self.heads * self.head_dim
 
 
-TINY = Sizes(queries=70, heads=2, head_dim=16, frame_tokens=80, window_frames=2, bank_frames=3, many_frames=5,
+TINY = Sizes(queries=70, heads=2, head_dim=16, frame_tokens=70, window_frames=2, bank_frames=3, many_frames=5,
              block_size=64, top_k=3, query_group=64)  # fmt: skip
 
 
