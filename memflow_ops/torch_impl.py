@@ -22,8 +22,8 @@ from memflow_ops.torch_bank import (
 
 __all__ = ["attend", "attend_backward", "describe_blocks", "select_blocks"]
 
-# Bytes of gathered keys and values at a time and thread: with less, half precisions are slower; more gains nothing.
-_GATHER_BYTES = 4 << 20
+# Bytes of gathered keys and values at a time and thread: what a core.s L2 cache holds.
+_GATHER_BYTES = 2 << 20
 
 
 def describe_blocks(k: Tensor, block_size: int, frame_tokens: int) -> Tensor:
