@@ -22,7 +22,7 @@ from memflow_ops.torch_bank import (
 
 __all__ = ["attend", "attend_backward", "describe_blocks", "select_blocks"]
 
-# Bytes of gathered keys and values at a time and thread: what a core.s L2 cache holds.
+# Bytes of gathered keys and values at a time and thread: what its L2 cache holds.
 _GATHER_BYTES = 2 << 20
 
 
