@@ -148,7 +148,7 @@ def attend_kernel(
         query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM], not held above
     # The softmax takes the maximum first, so its scale is above 0: the least for 0, and a sign goes to the query.
     if NEGATIVE_SCALE:
-        query = -query
+        query = cast(-query.to(tl.float32), query.dtype)  # the interpreter holds bfloat16 as bits
     scale_log2 = tl.maximum(tl.abs(softmax_scale), 1.2e-38) * LOG2_E
     lse_rows = None
     out_rows = None

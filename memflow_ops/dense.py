@@ -13,6 +13,8 @@ from torch import Tensor
 # With fewer keys than this the window costs less inside our own launch than a backend's launch and the state it hands
 # over (out and LSE, written and read once). An estimate for sm_90: no GPU has measured it.
 OWN_BELOW_KEYS = 512
+# Queries whose scores are looked at again at a time.
+_ROWS = 256
 
 FLASH_ATTENTION = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 """Where flash-attn 4, 3 and 2 have their `flash_attn_func`; the first that can be imported is used."""
@@ -28,8 +30,21 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
     return out, lse
 
 
-def _cpu(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, scale=scale)
+def cpu_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Torch's fused attention for CPUs: out (B, H, Lq, D), LSE (B, H, Lq); bias (B, H, 1 or Lq, Lk) of 0 and -inf."""
+    if any(s == 1 and n > 1 for s, n in zip(q.stride()[:3], q.shape[:3], strict=True)):
+        q = q.contiguous()  # the kernel lays its output out like q, and takes another stride of 1 for the last
+    if bias is not None:
+        bias = bias.expand(-1, -1, q.shape[2], -1)
+    out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+    # it gives 0 as the LSE of a query whose scores are all -inf
+    for b, h in (lse == 0).any(-1).nonzero().tolist():
+        for rows in (lse[b, h] == 0).nonzero()[:, 0].split(_ROWS):
+            scores = q[b, h, rows].to(lse.dtype) @ k[b, h].to(lse.dtype).T * scale
+            if bias is not None:
+                scores += bias[b, h, rows]
+            lse[b, h, rows] = lse[b, h, rows].masked_fill(scores.amax(-1) == -torch.inf, -torch.inf)
+    return out, lse
 
 
 def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -59,7 +74,7 @@ def flash_attn_module() -> str:
 
 # Each takes q (B, H, Lq, D) and k, v (B, H, Lk, D) -> out like q, and the natural-log LSE (B, H, Lq or more); cuDNN's
 # has a last dimension of 1 in some versions of torch, and some of flash-attn round the length up.
-_BACKENDS = {"cudnn": _cudnn, "flash": _flash, "flash_attn": _flash_attn, "cpu": _cpu}
+_BACKENDS = {"cudnn": _cudnn, "flash": _flash, "flash_attn": _flash_attn, "cpu": cpu_attention}
 NAMES = ("auto", "own", *_BACKENDS)
 
 
@@ -138,8 +153,6 @@ def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple
     """Dense attention from q (B, Lq, H, D) to k, v (B, Lk, Hkv, D): out (B, Lq, H, D), LSE (B, H, Lq) float32."""
     batch, queries, heads, size = q.shape
     q, k, v = _folded(q, k, v)
-    if backend == "cpu" and not q.is_contiguous():
-        q = q.contiguous()  # the kernel lays its output out like q, and takes another stride of 1 for the last
     out, lse = _BACKENDS[backend](q, k, v, scale)
     out = out.reshape(batch, heads, queries, size).transpose(1, 2)
     lse = lse.reshape(batch, q.shape[1], -1)[..., : q.shape[2]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memflow_ops.dense import cpu_attention
 from memflow_ops.torch_backward import attend_backward
 from memflow_ops.torch_bank import (
     PLANNED_KEYS,
@@ -117,11 +118,7 @@ def _best(scores: Tensor, count: int, invalid: Tensor | None) -> Tensor:
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Plain attention with its LSE: q [b, h, n, D], k and v [b, h, S, D], bias [b, h, 1, S] of 0 and -inf."""
     if q.device.type == "cpu":
-        if any(s == 1 and n > 1 for s, n in zip(q.stride()[:3], q.shape[:3], strict=True)):
-            q = q.contiguous()  # the kernel lays its output out like q, and takes another stride of 1 for the last
-        if bias is not None:
-            bias = bias.expand(-1, -1, q.shape[2], -1)
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
+        return cpu_attention(q, k, v, scale, bias)
     wide = wide_dtype(q.dtype)
     k, v = k.to(wide), v.to(wide)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
@@ -202,6 +199,10 @@ def _add_bank(q: Tensor, bank: Bank, scale: float, out: Tensor, lse: Tensor) -> 
                 part_lse.masked_fill_(empty[tiles].unsqueeze(-1), -torch.inf)
             before = tiles_lse[tiles]
             # the part's share of the softmax; 0 / 0 where neither has a key
-            weight = (part_lse - before).sigmoid_().nan_to_num_(0.0)
-            tiles_out[tiles].lerp_(part, weight.to(out.dtype).unsqueeze(-1))
+            weight = (part_lse - before).sigmoid_().nan_to_num_(0.0).unsqueeze(-1)
+            merged = tiles_out[tiles]
+            if merged.dtype == weight.dtype:
+                merged.lerp_(part, weight)
+            else:  # rounded once: half a weight's rounding is too much where the values beside it are large
+                merged.copy_(merged.to(weight.dtype).lerp_(part.to(weight.dtype), weight))
             torch.logaddexp(before, part_lse, out=before)

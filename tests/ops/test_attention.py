@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from attention_cases import Case, assert_within_tolerance, cases, dense_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -35,6 +36,37 @@ def test_torch_is_as_exact_as_dense_attention(case, dtype):
     exact, exact_lse = dense_attention(low.to(torch.float64), indices)
     assert_within_tolerance(out, dense_attention(low, indices)[0], exact, repr(low))
     compare_lse(lse, exact_lse)
+
+
+@pytest.mark.parametrize("size", [1.0, 100.0])
+@pytest.mark.parametrize("dtype", LOW[1:])
+def test_a_short_window_beside_a_large_bank(dtype, size):
+    """Whose share is small, and whose values may be large: the merge must not round its weight."""
+    for seed in range(20):
+        torch.manual_seed(seed)
+        q, k, v, memory_k, memory_v = (torch.randn(1, n, 1, 64).to(dtype) for n in (4, 1, 1, 192, 192))
+        v *= size
+        out = ops.memory_attention(q, k, v, memory_k, memory_v, top_k=99, block_size=8, frame_tokens=8, impl="torch")
+        keys = (q, torch.cat([k, memory_k], 1), torch.cat([v, memory_v], 1))
+
+        def dense(of, keys=keys):
+            return F.scaled_dot_product_attention(*(x.to(of).transpose(1, 2) for x in keys)).transpose(1, 2)
+
+        assert_within_tolerance(out, dense(dtype), dense(torch.float64), f"seed {seed}")
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float64, *LOW])
+def test_keys_whose_scores_are_minus_infinity(impl, dtype):
+    """A query that sees nothing else has no keys: out 0 and LSE -inf; with a bank, only that counts."""
+    q, bank = torch.rand(1, 5, 2, 8).to(dtype) + 0.1, torch.randn(1, 8, 1, 8).to(dtype)
+    k, v = torch.full((1, 3, 1, 8), -torch.inf, dtype=dtype), torch.randn(1, 3, 1, 8).to(dtype)
+    out, lse = ops.memory_attention(q, k, v, return_lse=True, impl=impl)
+    assert (out == 0).all() and (lse == -torch.inf).all()
+    found = ops.memory_attention(q, k, v, bank, bank, top_k=2, block_size=4, return_lse=True, impl=impl)
+    alone = ops.memory_attention(q, bank, bank, return_lse=True, impl=impl)
+    for ours, theirs in zip(found, alone, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
 @given(cases())

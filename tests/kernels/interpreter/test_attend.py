@@ -253,9 +253,10 @@ def test_memory_that_descriptors_cannot_describe_is_loaded_by_pointers(monkeypat
 
 
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
-def test_scales_that_are_not_positive(scale):
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_scales_that_are_not_positive(dtype, scale):
     torch.manual_seed(7)
-    check({**case(torch.float32, dense=20), "softmax_scale": scale})
+    check({**case(dtype, dense=20), "softmax_scale": scale})
 
 
 def test_any_strides_and_the_same_bits_twice():
