@@ -267,6 +267,8 @@ def released(given: Inputs) -> Contender:
     means = bank_k.float().mean(2).to(bank_k.dtype)
     window_k, window_v = (x.transpose(1, 2) for x in given.window)
     heads = torch.arange(size.heads, device=given.q.device)[:, None]
+    shape = (1, size.heads, window_k.shape[2] + frames * size.frame_tokens, size.head_dim)
+    kept = given.q.new_empty(shape), given.q.new_empty(shape)  # fresh memory would cost as much as the copy
 
     def best() -> Tensor:
         """(H, frames): each head's frames."""
@@ -276,7 +278,8 @@ def released(given: Inputs) -> Contender:
     def call() -> Tensor:
         chosen = best()
         gathered = (x[0].movedim(2, 0)[heads, chosen].flatten(1, 2)[None] for x in (bank_k, bank_v))
-        k, v = (torch.cat(pair, 2) for pair in zip((window_k, window_v), gathered, strict=True))
+        pairs = zip((window_k, window_v), gathered, strict=True)
+        k, v = (torch.cat(pair, 2, out=out) for pair, out in zip(pairs, kept, strict=True))
         return F.scaled_dot_product_attention(given.q.transpose(1, 2), k, v).transpose(1, 2)
 
     def keys_of(head: int, group: int) -> tuple[Tensor, Tensor]:

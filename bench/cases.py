@@ -16,6 +16,7 @@ from memflow_ops.bench import baselines, parts
 from memflow_ops.bench.contest import OURS, Built, Contender
 from memflow_ops.bench.sizes import LONG_BANKS, QUARTER, TINY, WAN, WAN_FRAME, Size
 from memflow_ops.bench.streams import Kind, layer_contenders, stream_contenders
+from memflow_ops.environment import why_not_compile
 
 Build = Callable[[torch.device, int], Built]
 """build(device, seed): the contenders over inputs of their own."""
@@ -68,7 +69,10 @@ def attention(size: Size, dtype: str, bank_frames: int, everything: bool) -> Bui
             contenders["ours, one selection per chunk"] = baselines.ours(given.per_chunk())
         contenders["released way"] = baselines.released(given)
         if everything and size is not TINY:  # which takes seconds to compile
-            contenders["FlexAttention"] = baselines.flex(given)
+            if why := why_not_compile(device):
+                left_out["FlexAttention"] = why
+            else:
+                contenders["FlexAttention"] = baselines.flex(given)
         if bank_frames <= _DENSE_FRAMES[device.type]:
             every = max(1, bank_frames // 16) if device.type == "cpu" else 1
             contenders["whole history, dense"] = baselines.whole_history(given, every)

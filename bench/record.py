@@ -52,11 +52,24 @@ def bench_file(folder: Path, about: Mapping[str, object]) -> Path:
     return folder / f"bench-{slug(str(about['device']))}.json"
 
 
+def load(target: Path) -> dict[str, Any]:
+    """The results in a file; nothing where there is no file, a ValueError where it is damaged."""
+    if not target.exists():
+        return {"rows": [], "history": [], "ceilings": {}}
+    try:
+        found = json.loads(target.read_text())
+        if found["rows"] and found["history"]:
+            return dict(found)
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise ValueError(f"{target} is damaged: delete it, or restore it from git")
+
+
 def keep(target: Path, rows: Sequence[Row], ceilings: Mapping[str, float], about: Mapping[str, object]) -> None:
     """Put rows in the place of those of the same cases, and their ratios behind the history of their commit."""
-    kept = json.loads(target.read_text()) if target.is_file() else {}
+    kept = load(target)
     cases = {row["case"] for row in rows}
-    history = list(kept.get("history", []))
+    history = list(kept["history"])
     if not history or history[-1]["commit"] != about["commit"]:
         history.append({"commit": about["commit"], "date": about["date"], "ratios": {}})
     history[-1]["ratios"] |= {row["case"]: row["over_baseline"] for row in rows if row["contender"] == "ours"}
@@ -64,8 +77,8 @@ def keep(target: Path, rows: Sequence[Row], ceilings: Mapping[str, float], about
         target,
         {
             "device": about["device"],
-            "ceilings": {**kept.get("ceilings", {}), **ceilings},
-            "rows": [*(row for row in kept.get("rows", []) if row["case"] not in cases), *rows],
+            "ceilings": {**kept["ceilings"], **ceilings},
+            "rows": [*(row for row in kept["rows"] if row["case"] not in cases), *rows],
             "history": history,
         },
     )
@@ -73,10 +86,10 @@ def keep(target: Path, rows: Sequence[Row], ceilings: Mapping[str, float], about
 
 def compared(rows: Sequence[Row], target: Path) -> list[str]:
     """Where ours takes more than `WORSE` times the stored ratio over the baseline, in words. A ValueError for
-    a case that has no stored result, or one with other settings: that is not to pass for "no worse"."""
+    a case that has no stored result, or one with other settings or baseline: that is not to pass for "no worse"."""
     if not target.is_file():
         raise ValueError(f"nothing to compare with: {target} does not exist; run `make bench` first")
-    stored = {row["case"]: row for row in json.loads(target.read_text())["rows"] if row["contender"] == "ours"}
+    stored = {row["case"]: row for row in load(target)["rows"] if row["contender"] == "ours"}
     found = []
     for row in rows:
         if row["contender"] != "ours":
@@ -86,12 +99,15 @@ def compared(rows: Sequence[Row], target: Path) -> list[str]:
             raise ValueError(f"{row['case']} has no stored result in {target.name}: run `make bench` first")
         if before["settings"] != json.loads(json.dumps(row["settings"])):
             raise ValueError(f"{row['case']} was stored with other settings in {target.name}: run `make bench` again")
+        if before["baseline"] != row["baseline"]:
+            raise ValueError(f"{row['case']} was stored over {before['baseline']}, this is over {row['baseline']}")
         old, new = before["over_baseline"], row["over_baseline"]
         if new["p50"] > WORSE * old["p50"]:
+            doubt = " (within the spread)" if new["p20"] <= old["p80"] else ""
             found.append(
                 f"{row['case']}: ours takes {new['p50']:.3f} times {row['baseline']} "
                 f"({new['p20']:.3f} to {new['p80']:.3f}), stored {old['p50']:.3f} ({old['p20']:.3f} to "
                 f"{old['p80']:.3f}) of {before['date']}, commit {before['commit']}: "
-                f"{100 * (new['p50'] / old['p50'] - 1):+.0f} %"
+                f"{100 * (new['p50'] / old['p50'] - 1):+.0f} %{doubt}"
             )
     return found

@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import argparse
-import json
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ import torch
 
 from memflow_ops.bench.cases import GROUPS, Case, chosen
 from memflow_ops.bench.contest import OURS, Contest, ceilings
-from memflow_ops.bench.record import bench_file, compared, keep
+from memflow_ops.bench.record import bench_file, compared, keep, load
 from memflow_ops.environment import environment, pick_device, version
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -36,9 +36,15 @@ class Session:
         room = min((2 * case.rounds for case in self.cases if case.level == "stream"), default=rounds or 0)
         if rounds and rounds > room:
             raise ValueError(f"the history of a stream has room for {room} rounds, got {rounds}; see --case for others")
+        if rounds is not None and rounds < 1:
+            raise ValueError(f"rounds must be positive, got {rounds}")
         self.rounds = rounds
         self.about = {**environment(self.device), "triton": version("triton")}
         self.target = bench_file(out, self.about)
+        load(self.target)  # damaged results and places that cannot be written to show before anything is measured
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
         self._ceilings: dict[str, float] = {}
 
     def rounds_of(self, case: Case) -> int:
@@ -90,8 +96,7 @@ def stored(out: Path, device: str = "auto") -> dict[str, Any]:
         raise ValueError(
             f"no results of {about['device']} in {out}: run `memflow bench`, or `make bench` in a checkout"
         )
-    found: dict[str, Any] = json.loads(target.read_text())
-    return found
+    return load(target)
 
 
 def main() -> int:
@@ -102,21 +107,25 @@ def main() -> int:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS)
     arguments = parser.parse_args()
-    session = Session(arguments.device, arguments.size, arguments.case, arguments.rounds, arguments.out)
+    try:
+        session = Session(arguments.device, arguments.size, arguments.case, arguments.rounds, arguments.out)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
     started = time.perf_counter()
 
     def report(case: Case, done: int, total: int) -> None:
         print(f"[{done + 1}/{total}, {time.perf_counter() - started:.0f} s] {case.name}", flush=True)
 
-    rows, failed = measure(session, report)
+    rows, failures = measure(session, report)
     for row in rows:
         if row["contender"] == OURS:
             ratio = row["over_baseline"]
             print(f"{row['case']}: {ratio['p50']:.3f} ({ratio['p20']:.3f} to {ratio['p80']:.3f}) of {row['baseline']}")
-    for case, error in failed.items():
-        print(f"{case} failed: {error}", file=sys.stderr)
-    print(f"written to {session.target} after {time.perf_counter() - started:.0f} s")
-    return 1 if failed else 0
+    for name, why in failures.items():
+        print(f"{name} failed: {why}", file=sys.stderr)
+    where = f"written to {session.target}" if rows else "nothing was measured"
+    print(f"{where} after {time.perf_counter() - started:.0f} s")
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

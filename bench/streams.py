@@ -82,6 +82,8 @@ def keys_of_cache(cache: FrameCache, layer: int, q: Tensor, size: Size, kind: Ki
         keys, values = cache.dense(layer)
         return lambda head, group: (keys[0, :, head], values[0, :, head])
     memory, window = cache.memory(layer), cache.window(layer)
+    expected = cache.visible_sink() + min(kind.bank_frames, len(cache.candidate_frames()[0]))
+    assert memory.frames.tolist() == [expected], f"{memory.frames.tolist()} frames in the bank, expected {expected}"
     indices = select_blocks(
         q, memory.descriptors, size.top_k, query_group=size.query_group, memory_frames=memory.frames,
         memory_slots=memory.slots, blocks_per_frame=size.blocks_per_frame,

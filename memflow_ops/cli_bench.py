@@ -49,6 +49,8 @@ def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out:
                 _, failed = run.measure(session, report)
             except KeyboardInterrupt:
                 interrupted = True
+        if not session.target.is_file():  # not a case was finished
+            _tell(failed, interrupted)
     with mistakes():
         results = run.stored(folder, device)
     show(results)
@@ -57,6 +59,11 @@ def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out:
     if write_plot(results, folder / "overhead.svg"):
         made.append("overhead.svg")
     typer.echo(f"written to {folder}: {', '.join(made)}")
+    _tell(failed, interrupted)
+
+
+def _tell(failed: dict[str, str], interrupted: bool) -> None:
+    """Ends the command where not everything was measured."""
     if interrupted:
         raise KeyboardInterrupt
     if failed:
