@@ -50,8 +50,7 @@ class FrameCache:
         def allocate(*shape: int) -> Tensor:
             return torch.empty(*sizes, *shape, *vectors, dtype=layout.dtype, device=self.device)
 
-        self._keys = allocate(layout.pool_frames * layout.frame_tokens)
-        self._values = allocate(layout.pool_frames * layout.frame_tokens)
+        self._keys, self._values = layout.allocate_tokens(self.device), layout.allocate_tokens(self.device)
         self._descriptors = allocate(layout.pool_frames * layout.blocks_per_frame)
         # The same memory with one index per frame place: (layers, B, P, tokens or blocks, Hkv, D).
         self._places = [t.unflatten(2, (layout.pool_frames, -1)) for t in (self._keys, self._values, self._descriptors)]

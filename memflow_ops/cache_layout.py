@@ -123,6 +123,12 @@ class CacheLayout:
         """What the cache allocates on the device, all of it at construction: pool and means."""
         return self.pool_bytes + self.means_bytes
 
+    def allocate_tokens(self, device: torch.device) -> Tensor:
+        """Room for keys or values: (layers, B, pool_frames * frame_tokens, Hkv, D), of which a head's tokens lie behind
+        one another, because attention reads them head by head: with many heads, tokens would lie a page apart."""
+        shape = (self.layers, self.batch, self.kv_heads, self.pool_frames * self.frame_tokens, self.head_dim)
+        return torch.empty(shape, dtype=self.dtype, device=device).transpose(2, 3)
+
     @property
     def host_bytes(self) -> int:
         """The most that host memory will hold; allocated frame by frame, with one spare frame to swap through."""

@@ -47,12 +47,9 @@ class ReleasedCache:
     def __init__(self, layout: ReleasedLayout, device: torch.device | str = "cpu"):
         self.layout, self.device = layout, torch.device(device)
 
-        def allocate(per_frame: int) -> Tensor:
-            shape = (layout.layers, layout.batch, layout.pool_frames * per_frame, layout.kv_heads, layout.head_dim)
-            return torch.empty(shape, dtype=layout.dtype, device=self.device)
-
-        self._keys, self._values = allocate(layout.frame_tokens), allocate(layout.frame_tokens)
-        self._descriptors = allocate(1)
+        self._keys, self._values = layout.allocate_tokens(self.device), layout.allocate_tokens(self.device)
+        frames = (layout.layers, layout.batch, layout.pool_frames, layout.kv_heads, layout.head_dim)
+        self._descriptors = torch.empty(frames, dtype=layout.dtype, device=self.device)
         # The same memory with one index per frame place: (layers, B, P, tokens, Hkv, D); a frame has one descriptor.
         self._places = [t.unflatten(2, (layout.pool_frames, -1)) for t in (self._keys, self._values, self._descriptors)]
         bank = (layout.layers, layout.batch, layout.bank_frames)
