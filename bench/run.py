@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from memflow_ops.allocator import keep_freed_memory
 from memflow_ops.bench.cases import GROUPS, Case, chosen
 from memflow_ops.bench.contest import OURS, Contest, ceilings
 from memflow_ops.bench.record import bench_file, compared, keep, load
@@ -39,7 +40,8 @@ class Session:
         if rounds is not None and rounds < 1:
             raise ValueError(f"rounds must be positive, got {rounds}")
         self.rounds = rounds
-        self.about = {**environment(self.device), "triton": version("triton")}
+        kept = keep_freed_memory()  # for all contenders: page faults would be half of the spread
+        self.about = {**environment(self.device), "triton": version("triton"), "keeps_freed_memory": kept}
         self.target = bench_file(out, self.about)
         load(self.target)  # damaged results and places that cannot be written to show before anything is measured
         out.mkdir(parents=True, exist_ok=True)

@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 
+from memflow_ops.allocator import keep_freed_memory
 from memflow_ops.bench.record import write
 from memflow_ops.environment import environment
 from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint, sha256, write_atomically
@@ -235,6 +236,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 f"{given.out} has results with other {', '.join(changed)}: say --restart to replace them, or --out "
                 f"another file"
             )
+    keep_freed_memory()
     model = load_checkpoint()
     tokens = model.tokens(TOY_SETTINGS.height, TOY_SETTINGS.width)
     settings = settings_of(given.banks, given.top_k, -(-tokens // TOY_SETTINGS.block_size))

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 import typer.core
 
+from memflow_ops.allocator import keep_freed_memory
 from memflow_ops.cli_common import fail, mistakes
 from memflow_ops.cli_measure import bench, profile_selection
 from memflow_ops.cli_options import (
@@ -76,6 +77,7 @@ def start(
         typer.echo(f"memflow-ops {memflow_ops.__version__}")
     elif context.invoked_subcommand is None:
         typer.echo(context.get_help())
+    keep_freed_memory()
 
 
 @app.command()

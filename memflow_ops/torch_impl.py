@@ -16,6 +16,7 @@ from memflow_ops.torch_bank import (
     SCORE_ELEMENTS,
     Bank,
     equal_groups,
+    on_host,
     tiles_of,
     walk,
     wide_dtype,
@@ -51,7 +52,7 @@ def select_blocks(
     batch, _, heads, _ = q.shape
     if memory_slots is not None:
         frames = descriptors.unflatten(1, (-1, blocks_per_frame))
-        slots = memory_slots.clamp(0, frames.shape[1] - 1).long()
+        slots = memory_slots.clamp(0, frames.shape[1] - 1)
         descriptors = frames[torch.arange(batch, device=q.device).unsqueeze(1), slots].flatten(1, 2)
     blocks = descriptors.shape[1]
     chosen = min(top_k, blocks)
@@ -59,20 +60,20 @@ def select_blocks(
     table = descriptors.to(wide).permute(0, 2, 3, 1)  # [B, Hkv, D, N]
     means = _group_means(q, query_group).transpose(1, 2).unflatten(1, (table.shape[1], -1))  # [B, Hkv, rep, G, D]
     repeats, groups = means.shape[2:4]
-    indices = q.new_empty((batch, heads, groups, chosen), dtype=torch.int32)
     if not chosen:
-        return indices
-    invalid = None
-    if memory_frames is not None:
-        valid = memory_frames.clamp(0).unsqueeze(1) * blocks_per_frame
-        invalid = (torch.arange(blocks, device=q.device) >= valid)[:, None, None, None, :]
-    step = max(1, SCORE_ELEMENTS // (batch * heads * blocks))
-    for start in range(0, groups, step):
-        part = means[:, :, :, start : start + step]
+        return q.new_empty((batch, heads, groups, 0), dtype=torch.int32)
+    valid = None  # [B, 1, 1, 1, 1] leading blocks; None: all
+    bank_frames = blocks // blocks_per_frame
+    if memory_frames is not None and not (on_host(memory_frames) and int(memory_frames.min()) >= bank_frames):
+        valid = (memory_frames.clamp(0, bank_frames) * blocks_per_frame).view(-1, 1, 1, 1, 1)
+    found = []
+    for part in means.split(max(1, SCORE_ELEMENTS // (batch * heads * blocks)), 3):
         scores = _ieee_product(part.flatten(2, 3), table).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
-        order = _best(scores, chosen, invalid).sort(-1).values
-        indices[:, :, start : start + step] = order.masked_fill_(order == blocks, -1).flatten(1, 2)
-    return indices
+        order = _best(scores, chosen, valid).sort(-1).values
+        if valid is not None:
+            order.masked_fill_(order >= valid, -1)
+        found.append(order.to(torch.int32).flatten(1, 2))
+    return found[0] if len(found) == 1 else torch.cat(found, 2)
 
 
 def _group_means(q: Tensor, group: int) -> Tensor:
@@ -84,7 +85,7 @@ def _group_means(q: Tensor, group: int) -> Tensor:
     parts = [q[:, :whole].unflatten(1, (-1, group)).mean(2, dtype=wide)] if whole else []
     if whole < q.shape[1]:
         parts.append(q[:, whole:].mean(1, keepdim=True, dtype=wide))
-    return torch.cat(parts, 1)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
 def _ieee_product(a: Tensor, b: Tensor) -> Tensor:
@@ -97,22 +98,21 @@ def _ieee_product(a: Tensor, b: Tensor) -> Tensor:
         torch.set_float32_matmul_precision(allowed)
 
 
-def _best(scores: Tensor, count: int, invalid: Tensor | None) -> Tensor:
-    """Indices [..., count] of the best scores [..., N] in no order; ties to the lower index, N for an invalid one."""
-    # integers in the order of the scores: -0 equals +0, NaN is the lowest but one, the lowest is for invalid ones
+def _best(scores: Tensor, count: int, valid: Tensor | None) -> Tensor:
+    """The best of scores [..., N]: indices [..., count] in no order. Ties to the lower, what is past `valid` last."""
+    # integers in the order of the scores: -0 equals +0, NaN is the lowest but one, the lowest is for what is not valid
     integer = {torch.float32: torch.int32, torch.float64: torch.int64}[scores.dtype]
-    lowest = torch.iinfo(integer).min
+    largest, lowest = torch.iinfo(integer).max, torch.iinfo(integer).min
     bits = (scores + 0.0).view(integer)  # adding +0 turns -0 into +0
-    ranks = torch.where(bits < 0, bits ^ ~lowest, bits).masked_fill_(scores.isnan(), lowest + 1)
-    if invalid is not None:
-        ranks.masked_fill_(invalid, lowest)
-    if integer is torch.int32:
-        # rank and index in one integer: a partial selection without ties, six times faster than a stable sort
-        keys = ranks.long().mul_(2**32).add_(torch.arange(scores.shape[-1], device=scores.device).flip(0))
-        order = keys.topk(count, -1, sorted=False).indices
-    else:
-        order = torch.sort(ranks, dim=-1, descending=True, stable=True).indices[..., :count]
-    return order.masked_fill_(ranks.gather(-1, order) == lowest, scores.shape[-1])
+    ranks = (bits >> torch.iinfo(integer).bits - 1).bitwise_and_(largest).bitwise_xor_(bits)
+    ranks.masked_fill_(scores.isnan(), lowest + 1)
+    if valid is not None:
+        ranks.masked_fill_(torch.arange(scores.shape[-1], device=scores.device) >= valid, lowest)
+    if integer is torch.int64:
+        return torch.sort(ranks, dim=-1, descending=True, stable=True).indices[..., :count]
+    # rank and index in one integer: a partial selection without ties, six times faster than a stable sort
+    backwards = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    return torch.add(backwards, ranks, alpha=2**32).topk(count, -1, sorted=False).indices
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
