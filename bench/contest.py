@@ -1,7 +1,8 @@
 """How things are compared: every contender checked first, then all timed in turn, ratios taken pair by pair.
 
 Within a round each contender runs once; the ratio of two is the median over the rounds of one's time over the
-other's, so that what slows the machine down for a while slows both. On CUDA a contender is replayed as a graph where it
+other's, so that what slows the machine down for a while slows both. Every round has an order of its own, because what
+ran before leaves caches and clocks behind. On CUDA a contender is replayed as a graph where it
 can be captured, timed by events, over copies of its inputs that together are larger than the L2 cache.
 """
 
@@ -60,7 +61,7 @@ class Built:
 
 
 class Contest:
-    """A case on a device, built and checked; `others` and `ours` together are a round."""
+    """A case on a device, built and checked. `before`, `ours` and `after` together are a round."""
 
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device = case, device
@@ -79,7 +80,11 @@ class Contest:
             copies = min(8, -(-_CACHES * cache // moved)) if graphs else 1
             runs += [case.build(device, seed).contenders for seed in range(1, copies)]
         self.runs = {name: [self._captured(of[name]) for of in runs] for name in first.contenders}
-        self.samples: dict[str, list[float | None]] = {name: [] for name in first.contenders}
+        self.start_over()
+
+    def start_over(self) -> None:
+        """Forgets what has been timed."""
+        self.samples: dict[str, list[float | None]] = {name: [] for name in self.runs}
         self.round = 0
 
     def _captured(self, contender: Contender) -> Call:
@@ -97,17 +102,30 @@ class Contest:
         graph.replay()
         return graph.replay
 
-    def others(self) -> None:
-        """Everyone but ours, once."""
-        for name, contender in self.built.contenders.items():
-            if name != OURS:
-                due = self.round % contender.every == 0
-                self.samples[name].append(self._seconds(name) if due else None)
+    def run_round(self) -> None:
+        """Everyone once."""
+        self.before()
+        self.ours()
+        self.after()
+
+    def before(self) -> None:
+        """Those whose turn in this round comes before ours."""
+        order = in_turn(list(self.runs), self.round)
+        self._time(order[: order.index(OURS)])
 
     def ours(self) -> None:
-        """Ours, once; ends the round."""
-        self.samples[OURS].append(self._seconds(OURS))
+        self._time([OURS])
+
+    def after(self) -> None:
+        """The others; ends the round."""
+        order = in_turn(list(self.runs), self.round)
+        self._time(order[order.index(OURS) + 1 :])
         self.round += 1
+
+    def _time(self, names: Sequence[str]) -> None:
+        for name in names:
+            due = self.round % self.built.contenders[name].every == 0
+            self.samples[name].append(self._seconds(name) if due else None)
 
     def _seconds(self, name: str) -> float:
         run = self.runs[name][self.round % len(self.runs[name])]
@@ -152,6 +170,15 @@ class Contest:
         return rows
 
 
+def in_turn(names: Sequence[str], number: int) -> list[str]:
+    """The order of a round: in as many rounds as there are names (twice as many for an odd count) each is in every
+    place, and next after every other, equally often (the Latin squares of Williams, 1949)."""
+    count = len(names)
+    zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]  # 0, 1, -1, 2, -2, ...
+    order = [names[(step + number) % count] for step in zigzag]
+    return order[::-1] if count % 2 and number // count % 2 else order
+
+
 def quantiles(values: Sequence[float]) -> dict[str, float]:
     """20th, 50th and 80th percentile."""
     ordered = sorted(values)
@@ -169,17 +196,19 @@ def decided(ratio: dict[str, float]) -> bool:
     return ratio["p20"] > 1 or ratio["p80"] < 1
 
 
-def ceilings(device: torch.device, dtypes: Sequence[str]) -> dict[str, float]:
-    """The most that this device reaches: TFLOP/s of a large square product per dtype, GB/s moved by a copy."""
-    found, rows = {}, _PRODUCT_ROWS[device.type]
-    for dtype in dtypes:
-        a, b = (torch.randn(rows, rows, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
-        out = torch.empty_like(a)
-        found[f"tflops_{dtype}"] = 2 * rows**3 / _shortest(lambda: torch.mm(a, b, out=out), device) / 1e12  # noqa: B023
+def product_ceiling(device: torch.device, dtype: str) -> float:
+    """The most that this device reaches: TFLOP/s of a large square product."""
+    rows = _PRODUCT_ROWS[device.type]
+    a, b = (torch.randn(rows, rows, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
+    out = torch.empty_like(a)
+    return 2 * rows**3 / _shortest(lambda: torch.mm(a, b, out=out), device) / 1e12
+
+
+def copy_ceiling(device: torch.device) -> float:
+    """GB/s, read and written, of a large copy."""
     source = torch.zeros(_COPY_BYTES[device.type], dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
-    found["gbs"] = 2 * source.numel() / _shortest(lambda: target.copy_(source), device) / 1e9
-    return found
+    return 2 * source.numel() / _shortest(lambda: target.copy_(source), device) / 1e9
 
 
 def _shortest(call: Call, device: torch.device, rounds: int = 7) -> float:

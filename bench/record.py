@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,23 @@ def write(target: Path, result: object) -> None:
     temporary.replace(target)
 
 
+def load(target: Path, empty: Mapping[str, Any]) -> dict[str, Any]:
+    """The results in a file; `empty` where there is no file, a ValueError where it is damaged: no rows, or nothing of
+    the kind of an entry of `empty`."""
+    if not target.exists():
+        return dict(copy.deepcopy(empty))
+    try:
+        found = json.loads(target.read_text())
+        if found["rows"] and all(isinstance(found[name], type(value)) for name, value in empty.items()):
+            return dict(found)
+    except (OSError, ValueError, LookupError, TypeError):
+        pass
+    raise ValueError(f"{target} is damaged: delete it, or restore it from git")
+
+
 # ---------------------------------------------------------------------------------------------- the registry's results
+
+REGISTRY: Mapping[str, Any] = {"rows": [], "history": [], "ceilings": {}}
 
 
 def bench_file(folder: Path, about: Mapping[str, object]) -> Path:
@@ -52,22 +70,9 @@ def bench_file(folder: Path, about: Mapping[str, object]) -> Path:
     return folder / f"bench-{slug(str(about['device']))}.json"
 
 
-def load(target: Path) -> dict[str, Any]:
-    """The results in a file; nothing where there is no file, a ValueError where it is damaged."""
-    if not target.exists():
-        return {"rows": [], "history": [], "ceilings": {}}
-    try:
-        found = json.loads(target.read_text())
-        if found["rows"] and found["history"]:
-            return dict(found)
-    except (OSError, ValueError, LookupError, TypeError):
-        pass
-    raise ValueError(f"{target} is damaged: delete it, or restore it from git")
-
-
 def keep(target: Path, rows: Sequence[Row], ceilings: Mapping[str, float], about: Mapping[str, object]) -> None:
     """Put rows in the place of those of the same cases, and their ratios behind the history of their commit."""
-    kept = load(target)
+    kept = load(target, REGISTRY)
     cases = {row["case"] for row in rows}
     history = list(kept["history"])
     if not history or history[-1]["commit"] != about["commit"]:
@@ -84,30 +89,36 @@ def keep(target: Path, rows: Sequence[Row], ceilings: Mapping[str, float], about
     )
 
 
-def compared(rows: Sequence[Row], target: Path) -> list[str]:
-    """Where ours takes more than `WORSE` times the stored ratio over the baseline, in words. A ValueError for
-    a case that has no stored result, or one with other settings or baseline: that is not to pass for "no worse"."""
+@dataclass(frozen=True)
+class Worse:
+    """A case in which ours takes more than `WORSE` times the stored ratio over the baseline."""
+
+    words: str
+    in_doubt: bool
+    """The spreads of the two ratios overlap."""
+
+
+def compared(ours: Row, target: Path) -> Worse | None:
+    """A case's row of ours beside the stored one. A ValueError for a case that has no stored result, or one with other
+    settings or baseline: that is not to pass for "no worse"."""
     if not target.is_file():
         raise ValueError(f"nothing to compare with: {target} does not exist; run `make bench` first")
-    stored = {row["case"]: row for row in load(target)["rows"] if row["contender"] == "ours"}
-    found = []
-    for row in rows:
-        if row["contender"] != "ours":
-            continue
-        before = stored.get(row["case"])
-        if before is None:
-            raise ValueError(f"{row['case']} has no stored result in {target.name}: run `make bench` first")
-        if before["settings"] != json.loads(json.dumps(row["settings"])):
-            raise ValueError(f"{row['case']} was stored with other settings in {target.name}: run `make bench` again")
-        if before["baseline"] != row["baseline"]:
-            raise ValueError(f"{row['case']} was stored over {before['baseline']}, this is over {row['baseline']}")
-        old, new = before["over_baseline"], row["over_baseline"]
-        if new["p50"] > WORSE * old["p50"]:
-            doubt = " (within the spread)" if new["p20"] <= old["p80"] else ""
-            found.append(
-                f"{row['case']}: ours takes {new['p50']:.3f} times {row['baseline']} "
-                f"({new['p20']:.3f} to {new['p80']:.3f}), stored {old['p50']:.3f} ({old['p20']:.3f} to "
-                f"{old['p80']:.3f}) of {before['date']}, commit {before['commit']}: "
-                f"{100 * (new['p50'] / old['p50'] - 1):+.0f} %{doubt}"
-            )
-    return found
+    case, baseline = ours["case"], ours["baseline"]
+    stored = {row["case"]: row for row in load(target, REGISTRY)["rows"] if row["contender"] == "ours"}
+    before = stored.get(case)
+    if before is None:
+        raise ValueError(f"{case} has no stored result in {target.name}: run `make bench` first")
+    if before["settings"] != json.loads(json.dumps(ours["settings"])):
+        raise ValueError(f"{case} was stored with other settings in {target.name}: run `make bench` again")
+    if before["baseline"] != baseline:
+        raise ValueError(f"{case} was stored over {before['baseline']}, this is over {baseline}")
+    old, new = before["over_baseline"], ours["over_baseline"]
+    if new["p50"] <= WORSE * old["p50"]:
+        return None
+    in_doubt = new["p20"] <= old["p80"]
+    return Worse(
+        f"{case}: ours takes {new['p50']:.3f} times {baseline} ({new['p20']:.3f} to {new['p80']:.3f}), stored "
+        f"{old['p50']:.3f} ({old['p20']:.3f} to {old['p80']:.3f}) of {before['date']}, commit {before['commit']}: "
+        f"{100 * (new['p50'] / old['p50'] - 1):+.0f} %{' (within the spread)' if in_doubt else ''}",
+        in_doubt,
+    )

@@ -22,6 +22,9 @@ from memflow_ops.model.transformer import Attend, CausalVideoModel, ModelConfig,
 
 _VIDEO_FRAMES = 4  # that Wan's VAE makes of a latent frame
 _TEXT_TOKENS = 512
+_CHECKED = 2  # calls of a stream before the first that is timed
+ROOM = 4
+"""Times a stream's rounds that its history under `full` has room for."""
 
 
 @dataclass(frozen=True)
@@ -180,18 +183,20 @@ def stream_contenders(
     """`Streamer.next_chunk` over a history of so many prototypes: a model with random weights, the transformer alone,
     without VAE and text encoder, nothing reported.
 
-    The oldest prototype makes room for the newest, as in a long stream; under `full`, which forgets nothing, they grow.
+    The oldest prototype makes room for the newest, as in a long stream. Under `full`, which forgets nothing, every call
+    finds one more: it starts with so many fewer that the middle one of the rounds finds `history` of them.
     """
     model = random_model(size, dtype, device)
     window = size.window_frames // size.chunk_frames
     embedding = torch.randn(1, _TEXT_TOKENS, size.text_dim, generator=torch.Generator().manual_seed(0)).to(device)
 
     def contender(kind: Kind, size: Size) -> Contender:
-        room = 4 * rounds + 8 if kind.memory == "full" else 0
-        settings = stream_settings(size, kind, history + window + room)
+        room = ROOM * rounds + 8 if kind.memory == "full" else 0
+        settings = stream_settings(size, kind, history + window - 1 + room)
         streamer = Streamer(model, 1, settings, encode=lambda prompts: embedding, report=False)
         cache = cast(FrameCache, streamer.cache)
-        fill(cache, history + window)
+        early = _CHECKED + rounds // 2 if kind.memory == "full" else 0
+        fill(cache, history + window - early)
 
         def call() -> Tensor:
             return streamer.next_chunk(["a prompt"]).frames
@@ -215,11 +220,16 @@ def stream_contenders(
             assert frames.isfinite().all(), "the frames are not finite"
             call()  # CUDA graphs are recorded when a pass comes again: not while the clock runs
 
-        flops, moved = pass_work(size, attended_keys(size, cache, kind), dtype)
+        def notes() -> dict[str, object]:
+            last = len(cache.candidate_frames()[0]) - 1
+            seen: dict[str, object] = {"history_timed": [history - early + _CHECKED, last]} if early else {}
+            return seen | (on_gpu(call, model, cache, device) if device.type == "cuda" else {})
+
+        keys = attended_keys(size, cache, kind) + early * size.frame_tokens
+        flops, moved = pass_work(size, keys, dtype)
         return Contender(
             call, check, flops=(size.steps + 1) * flops, bytes=(size.steps + 1) * moved, graph=False,
-            video_frames=_VIDEO_FRAMES * size.chunk_frames,
-            notes=(lambda: on_gpu(call, model, cache, device)) if device.type == "cuda" else None,
+            video_frames=_VIDEO_FRAMES * size.chunk_frames, notes=notes,
         )  # fmt: skip
 
     return {name: contender(kind, kind.of(size)) for name, kind in kinds.items()}

@@ -24,6 +24,7 @@ def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out:
     from memflow_ops.bench.report import write_plot, write_report
     from memflow_ops.bench.table import show
     from memflow_ops.environment import ROOT
+    from memflow_ops.model.checkpoints import check_folder
 
     folder = out or (run.RESULTS if (ROOT / "setup.py").is_file() else Path("out") / "bench")
     interrupted = False
@@ -34,8 +35,6 @@ def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out:
             raise ValueError(f"{named(unused)} would change nothing with --stored, which measures nothing")
     if not stored:
         with mistakes():
-            if folder.exists() and not folder.is_dir():
-                raise ValueError(f"--out takes a folder, {folder} is a file")
             session = run.Session(device, sizes, case, rounds, folder)
         with Progress(console=Console(stderr=True)) as bar:
             task = bar.add_task("", total=len(session.cases))
@@ -53,6 +52,7 @@ def bench(sizes: Sequence[str], case: str, rounds: int | None, device: str, out:
             _tell(failed, interrupted)
     with mistakes():
         results = run.stored(folder, device)
+        check_folder(folder)
     show(results)
     write_report(results, folder / "report.html")
     made = ["report.html"]

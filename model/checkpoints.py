@@ -43,20 +43,24 @@ def _umask() -> int:
     return mask
 
 
-def check_target(path: Path, suffix: str) -> None:
-    """A ValueError where no file of that name and suffix can be written; makes its folder."""
-    if path.suffix != suffix or path.is_dir():
-        raise ValueError(f"what is written takes the name of a {suffix} file, got {path}")
-    in_the_way = next((parent for parent in path.parents if parent.exists() and not parent.is_dir()), None)
-    if in_the_way is not None:
-        raise ValueError(f"cannot write to the folder {path.parent}: {in_the_way} is a file")
-    trial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def check_folder(folder: Path) -> None:
+    """A ValueError where no files can be written to a folder, or it cannot be made; makes nothing."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir():
+        raise ValueError(f"cannot write to the folder {folder}: {there} is a file")
+    trial = there / f".{os.getpid()}.tmp"
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         trial.touch()
         trial.unlink()
     except OSError as error:
-        raise ValueError(f"cannot write to the folder {path.parent}: {error.strerror}") from error
+        raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error
+
+
+def check_target(path: Path, suffix: str) -> None:
+    """A ValueError where no file of that name and suffix can be written; makes nothing."""
+    if path.suffix != suffix or path.is_dir():
+        raise ValueError(f"what is written takes the name of a {suffix} file, got {path}")
+    check_folder(path.parent)
 
 
 def sha256(path: Path) -> str:

@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise, permutations
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -13,7 +15,7 @@ import pytest
 import torch
 
 from memflow_ops import cli
-from memflow_ops.bench import baselines, cases, contest, record, report, run, table
+from memflow_ops.bench import baselines, cases, contest, record, report, run, streams, table
 from memflow_ops.bench.contest import OURS, Built, Contender
 from memflow_ops.bench.sizes import TINY
 from memflow_ops.environment import environment
@@ -32,8 +34,7 @@ def tiny(name: str) -> cases.Case:
 def test_every_contender_is_right_and_timed(case):
     found = contest.Contest(case, CPU)  # which checks
     for _ in range(2):
-        found.others()
-        found.ours()
+        found.run_round()
     rows = found.rows({"tflops_float32": 1.0, "gbs": 1.0}, {"device": "here"})
     assert rows[0]["contender"] == OURS and len(rows) >= 2
     for row in rows:
@@ -82,6 +83,35 @@ def test_ratios_are_taken_pair_by_pair():
     assert "within the spread" in table.overhead(contest.paired([1.0, 1.1, 0.9], [1.0, 1.0, 1.0]))
 
 
+@pytest.mark.parametrize("count", range(1, 9))
+def test_every_contender_is_in_every_place_and_after_every_other(count):
+    names = [str(number) for number in range(count)]
+    orders = [contest.in_turn(names, number) for number in range(count * (1 + count % 2))]
+    assert all(sorted(order) == names for order in orders)
+    for place in range(count):
+        assert Counter(order[place] for order in orders) == dict.fromkeys(names, len(orders) // count)
+    pairs = Counter(pair for order in orders for pair in pairwise(order))
+    assert pairs == dict.fromkeys(permutations(names, 2), 1 + count % 2)
+
+
+def test_rounds_have_different_orders_and_ratios_stay_within_a_round():
+    ran = []
+
+    def contender(name: str, **more) -> Contender:
+        return Contender(lambda: ran.append(name), lambda: None, **more)
+
+    built = Built({OURS: contender(OURS), "window": contender("window"), "slow": contender("slow", every=2)})
+    found = contest.Contest(replace(tiny("op/select"), build=lambda *_: built), CPU)
+    timed = iter(range(1, 99))
+    seconds = found._seconds
+    found._seconds = lambda name: seconds(name) * 0 + next(timed)
+    for _ in range(3):
+        found.run_round()
+    assert ran == [OURS, "window", "slow", "window", OURS, "slow", OURS, "window"]
+    assert found.samples == {OURS: [1, 5, 7], "window": [2, 4, 8], "slow": [3, None, 6]}
+    assert contest.paired(found.samples[OURS], found.samples["slow"])["p50"] == (1 / 3 + 7 / 6) / 2
+
+
 def row(ratio: float, **more) -> dict:
     spread = {"p20": ratio, "p50": ratio, "p80": ratio}
     return {"case": "a/case", "contender": OURS, "baseline": "none", "over_baseline": spread, "settings": {"top_k": 4},
@@ -92,15 +122,17 @@ def test_more_than_a_tenth_is_worse(tmp_path):
     target = tmp_path / "bench.json"
     about = {"device": "here", "commit": "c", "date": "2026-01-01"}
     with pytest.raises(ValueError, match="run `make bench` first"):
-        record.compared([row(1.0)], target)
+        record.compared(row(1.0), target)
     record.keep(target, [row(1.2)], {"gbs": 1.0}, about)
-    assert record.compared([row(1.31)], target) == []
-    (words,) = record.compared([row(1.33)], target)
-    assert "a/case: ours takes 1.330 times none" in words and "+11 %" in words
+    assert record.compared(row(1.31), target) is None
+    worse = record.compared(row(1.33), target)
+    assert "a/case: ours takes 1.330 times none" in worse.words and "+11 %" in worse.words and not worse.in_doubt
+    worse = record.compared(row(1.33, over_baseline={"p20": 1.19, "p50": 1.33, "p80": 1.4}), target)
+    assert "(within the spread)" in worse.words and worse.in_doubt
     with pytest.raises(ValueError, match="other settings"):
-        record.compared([row(1.0, settings={"top_k": 5})], target)
+        record.compared(row(1.0, settings={"top_k": 5}), target)
     with pytest.raises(ValueError, match="another/case has no stored result"):
-        record.compared([row(1.0, case="another/case")], target)
+        record.compared(row(1.0, case="another/case"), target)
 
 
 def test_results_are_replaced_by_case_and_history_by_commit(tmp_path):
@@ -118,6 +150,74 @@ def test_results_are_replaced_by_case_and_history_by_commit(tmp_path):
     ]
 
 
+TIMED = {"p20": 0.9, "p50": 1.0, "p80": 1.3}, {"p20": 0.9, "p50": 1.0, "p80": 1.1}
+
+
+@pytest.mark.parametrize(
+    "name, rounds, before, ratios, measured, said",
+    [
+        ("op/select", 3, TIMED[0], [1.2] * 3 + [1.05] * 6, 9, ""),
+        ("op/select", 3, TIMED[0], [1.2] * 3 + [1.11] * 6, 9, "+11 % (within the spread)"),
+        ("op/select", 3, TIMED[1], [1.2] * 3, 3, "+20 %"),  # no doubt
+        ("op/select", 3, TIMED[1], [1.09] * 3, 3, ""),
+        ("stream/chunk", 10, TIMED[0], [1.2] * 10 + [1.11] * 10, 20, "+11 %"),  # as the history has room
+    ],
+)
+def test_what_is_in_doubt_is_measured_once_more(tmp_path, name, rounds, before, ratios, measured, said):
+    session = run.Session("cpu", ["tiny"], name, rounds, tmp_path)
+    session._ceilings = {"tflops_float32": 1.0, "gbs": 1.0}
+    ways = {"ours": Contender(lambda: None, lambda: None), "none": Contender(lambda: None, lambda: None)}
+    found = session.contest(replace(session.cases[0], build=lambda *_: Built(ways)))
+    left = list(ratios)
+    found._seconds = lambda name: left.pop(0) if name == OURS else 1.0
+    for _ in range(rounds):
+        found.run_round()
+    (ours, *_) = session.rows(found)
+    record.keep(session.target, [{**ours, "over_baseline": before}], {}, session.about)
+    words = session.worse(found)
+    assert len(ratios) - len(left) == measured and not left
+    assert said in words and bool(said) is bool(words)
+
+
+def test_the_whole_history_grows_around_what_the_case_says(monkeypatch):
+    seen = {}
+
+    class Noted(streams.Streamer):
+        def next_chunk(self, prompts):
+            seen.setdefault(self.settings.memory, []).append(len(self.cache.candidate_frames()[0]))
+            return super().next_chunk(prompts)
+
+    monkeypatch.setattr(streams, "Streamer", Noted)
+    case = tiny("stream/chunk")
+    found = contest.Contest(case, CPU)
+    for _ in range(case.rounds):
+        found.run_round()
+    assert seen["full"] == [2, 3, 4, 5, 6, 7, 8] and set(seen["memflow"]) == {6}
+    rows = {row["contender"]: row for row in found.rows({"tflops_float32": 1.0, "gbs": 1.0}, {})}
+    assert rows["full"]["history_timed"] == [4, 8] and rows["full"]["settings"]["history"] == 6
+    size = case.size
+    flops, _ = streams.pass_work(size, size.window_keys + (size.sink_frames + 6) * size.frame_tokens, torch.float32)
+    assert rows["full"]["flops"] == (size.steps + 1) * flops
+
+
+def test_dense_attention_to_a_long_history_is_timed_more_than_once():
+    built = cases.attention(TINY, "float32", 256, False)(CPU, 0)
+    rounds = cases.long_case(TINY, "float32", 256, "cpu").rounds
+    assert sum(number % built.contenders["whole history, dense"].every == 0 for number in range(rounds)) >= 3
+
+
+def test_ceilings_are_measured_once(tmp_path, monkeypatch):
+    measured = []
+    monkeypatch.setattr(run, "copy_ceiling", lambda device: measured.append("copy") or 1.0)
+    monkeypatch.setattr(run, "product_ceiling", lambda device, dtype: measured.append(dtype) or 2.0)
+    session = run.Session("cpu", ["tiny"], "op/select", 2, tmp_path)
+    (case,) = session.cases
+    for dtype in ("float32", "bfloat16", "float32"):
+        session.contest(replace(case, dtype=dtype))
+    assert measured == ["copy", "float32", "bfloat16"]
+    assert session._ceilings == {"gbs": 1.0, "tflops_float32": 2.0, "tflops_bfloat16": 2.0}
+
+
 SLOWER = """
     import time
     from memflow_ops import torch_impl
@@ -132,9 +232,26 @@ SLOWER = """
 """
 
 
+# Who is timed when.
+NOTED = """
+    import pathlib
+    from memflow_ops.bench.contest import Contest
+
+    seconds = Contest._seconds
+
+    def noted(self, name):
+        with (pathlib.Path(__file__).parent / "order").open("a") as order:
+            print(name, file=order)
+        return seconds(self, name)
+
+    Contest._seconds = noted
+"""
+
+
 def test_a_slowdown_is_caught(tmp_path):
     """What `make bench` and `make bench-compare` run, on one case; the second time selection is slowed down."""
     (tmp_path / "slower.py").write_text(textwrap.dedent(SLOWER))
+    (tmp_path / "noted.py").write_text(textwrap.dedent(NOTED))
     makefile = (ROOT / "Makefile").read_text()
     words = re.search(r"^CASES := (.*?)\n\n", makefile, re.M | re.S)[1].replace("\\\n", " ").split()
     words += ["--size", "tiny", "--case", "op/select", "--device", "cpu", "--out", str(tmp_path)]
@@ -143,8 +260,10 @@ def test_a_slowdown_is_caught(tmp_path):
         code = f"import sys, pytest; sys.path.insert(0, {str(tmp_path)!r}); sys.exit(pytest.main(sys.argv[3:]))"
         return subprocess.run([sys.executable, "-c", code, *words, *more], cwd=ROOT, capture_output=True, text=True)
 
-    done = make()
+    done = make("-p", "noted")
     assert done.returncode == 0, done.stdout + done.stderr
+    order = (tmp_path / "order").read_text().split()
+    assert order == ["ours", "topk", "topk", "ours", "ours", "topk", "topk", "ours", "ours", "topk"]
     (stored,) = tmp_path.glob("bench-*.json")
     before = stored.read_text()
     done = make("--compare", "-p", "slower")
@@ -204,6 +323,8 @@ def test_the_report_stands_alone(results):
         (["--case", "nothing"], "no case of the sizes wan-1.3b, long with 'nothing' in its name runs on cpu"),
         (["--case", "stream/", "--rounds", "99"], "has room for 10 rounds, got 99"),
         (["--stored", "--out", "nowhere"], "run `memflow bench`"),
+        (["--out", "/proc/nowhere"], "cannot write to the folder /proc/nowhere"),
+        (["--out", __file__], "test_bench.py is a file"),
     ],
 )
 def test_mistakes_are_one_line(words, said, capfd, tmp_path, monkeypatch):
@@ -242,6 +363,6 @@ def test_names_are_unique_and_say_what_they_are():
 def test_contenders_may_say_nothing_of_their_work():
     case = replace(tiny("op/select"), build=lambda *_: Built({OURS: Contender(lambda: None, lambda: None)}))
     found = contest.Contest(case, CPU)
-    found.ours()
+    found.run_round()
     (alone,) = found.rows({"tflops_float32": 1.0, "gbs": 1.0}, {})
     assert "tflops" not in alone and alone["over_baseline"]["p50"] == 1
