@@ -9,7 +9,7 @@ from typing import Any
 
 from memflow_ops.bench import svg
 from memflow_ops.bench.contest import OURS
-from memflow_ops.bench.table import HEADINGS, cases_of, ceilings_line, cells
+from memflow_ops.bench.table import HEADINGS, cases_of, ceilings_line, cells, measured_at, named
 
 Row = Mapping[str, Any]
 
@@ -28,6 +28,7 @@ svg {{ width: 100%; max-width: 760px; height: auto; }}
 table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: 4px 10px; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap; }}
 th:first-child, td:first-child {{ text-align: left; }} tr.case td {{ background: var(--panel); font-weight: 600; }}
+tr.case span {{ font-weight: 400; margin-left: 12px; }}
 tr.ours td {{ color: var(--c0); }}
 </style></head><body>
 {body}
@@ -36,25 +37,26 @@ tr.ours td {{ color: var(--c0); }}
 
 
 _WORDS = {
-    "A stream's chunk": "Time of a chunk over that of the same stream without memory, in percent. The line is what the "
-    f"paper pays against a frame sink, {PAPER_OVERHEAD} %.",
+    "A stream's chunk": "Time of a chunk over that of the same stream without memory, in percent. The dashed line is "
+    f"what the paper pays against a frame sink, {PAPER_OVERHEAD} %.",
     "Overhead against the bank": "Attention with memory, and what one would otherwise do with as many frames, over "
     "attention to the local window alone, in percent. Where the whole history leaves the picture, the table has it.",
-    "Where the time goes": "The parts of attention with memory, each measured by itself: selecting blocks, the dense "
-    "local window, the selected blocks of the bank, and writing the chunk's keys, values and descriptors to the cache.",
+    "Where the time goes": "The parts of attention with memory in one layer, each measured by itself. Every pass "
+    "selects blocks, attends to the local window and to the selected blocks, and writes its keys and values to the "
+    "cache; the cache's bar is one such write and what a chunk needs once: means, and the prototype's copy and "
+    "descriptors.",
     "Against the ceilings": "Products of the attention per second, in percent of what a large matrix product reaches "
     "here in the same dtype. What attends to more keys may show a longer bar and still take longer.",
-    "By commit": "The same ratios as they were at earlier commits on this device.",
+    "By commit": "The same ratios as they were at earlier commits on this device, side by side.",
 }
 
 
 def page(results: Mapping[str, Any]) -> str:
     rows: Sequence[Row] = results["rows"]
-    newest = rows[-1]  # as they were kept
     about = (
-        f"{results['device']}, torch {newest['torch']}, {newest['date']}, commit {newest['commit']}; "
-        f"{ceilings_line(results['ceilings'])}. All of it is measured: medians, 20th and 80th percentile. What "
-        "is compared ran in turn, and ratios are taken pair by pair."
+        f"{results['device']}, {measured_at(rows)}; {ceilings_line(results['ceilings'])}. All of it is measured: "
+        "medians, in charts with a bar from the 20th to the 80th percentile. What is compared ran in turn, and ratios "
+        "are taken pair by pair."
     )
     charts = (streams(rows), bank_sizes(rows), parts(rows), against_ceilings(rows), history(results))
     sections = [
@@ -69,8 +71,8 @@ def page(results: Mapping[str, Any]) -> str:
     return _PAGE.format(device=escape(results["device"]), style=svg.STYLE, body="\n".join(sections))
 
 
-def percent(ratio: Mapping[str, float]) -> tuple[float, float, float]:
-    """Middle, low and high."""
+def percent(ratio: Mapping[str, float]) -> svg.Spread:
+    """What a ratio is over 1."""
     middle, low, high = (100 * (ratio[name] - 1) for name in ("p50", "p20", "p80"))
     return middle, low, high
 
@@ -81,8 +83,7 @@ def streams(rows: Sequence[Row]) -> str:
     for row in shown:
         name = "memflow" if row["contender"] == OURS else row["contender"]
         kind = name.split(",")[0]
-        over = max(0.0, percent(row["over_baseline"])[0])
-        found[f"{name}, {row['dtype']}, history {row['settings']['history']}"] = {kind: over}
+        found[f"{name}, {row['dtype']}, history {row['settings']['history']}"] = {kind: percent(row["over_baseline"])}
     return svg.bars(found, "overhead of a stream's chunk", "% more time per chunk than without memory",
                     edge=PAPER_OVERHEAD) if found else ""  # fmt: skip
 
@@ -112,18 +113,19 @@ def bank_sizes(rows: Sequence[Row]) -> str:
 
 def parts(rows: Sequence[Row]) -> str:
     """Milliseconds of each part, by size."""
-    of = {"select": ("select", OURS), "dense": ("attend", "window, dense"), "bank": ("attend", OURS),
-          "write": ("frame_write", OURS)}  # fmt: skip
-    found: dict[str, dict[str, float]] = {}
+    of = {"select": ("select", OURS), "window": ("attend", "window, dense"), "selected blocks": ("attend", OURS),
+          "cache, a write and the commit": ("frame_write", OURS)}  # fmt: skip
+    found: dict[str, dict[str, svg.Spread]] = {}
     for name, (case, contender) in of.items():
         for row in rows:
             if row["case"].startswith(f"op/{case}/") and row["contender"] == contender:
-                found.setdefault(f"{row['size']}, {row['dtype']}", {})[name] = 1e3 * row["seconds"]["p50"]
-    return svg.bars(found, "time by part", "milliseconds in one layer and pass") if found else ""
+                middle, low, high = (1e3 * row["seconds"][q] for q in ("p50", "p20", "p80"))
+                found.setdefault(f"{row['size']}, {row['dtype']}", {})[name] = middle, low, high
+    return svg.bars(found, "time by part", "milliseconds in one layer") if found else ""
 
 
 def against_ceilings(rows: Sequence[Row]) -> str:
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, svg.Spread]] = {}
     for row in rows:
         if (
             row["case"].startswith("op/memory_attention/")
@@ -131,7 +133,9 @@ def against_ceilings(rows: Sequence[Row]) -> str:
             and "math" not in row["contender"]
         ):
             name = "memory_attention" if row["contender"] == OURS else row["contender"]
-            found[f"{name}, {row['size']}, {row['dtype']}"] = {"products": 100 * row["of_product_ceiling"]}
+            work = 100 * row["of_product_ceiling"] * row["seconds"]["p50"]
+            middle, low, high = (work / row["seconds"][q] for q in ("p50", "p80", "p20"))
+            found[f"{name}, {row['size']}, {row['dtype']}"] = {"products": (middle, low, high)}
     return svg.bars(found, "TFLOP/s over the measured ceiling", "% of the product ceiling", edge=100,
                     legend=False) if found else ""  # fmt: skip
 
@@ -147,18 +151,19 @@ def history(results: Mapping[str, Any]) -> str:
                 found.setdefault(name, []).append((number, *percent(ratio)))
     if not found:
         return ""
-    names = [str(entry["commit"])[:12] for entry in past]
+    names = [str(entry["commit"])[:13] for entry in past]
     return svg.lines(found, "overhead by commit", "commit", "% over the baseline", x_names=names, right=330)
 
 
 def table(rows: Sequence[Row]) -> str:
     lines = [f"<table><tr><th>case, contender</th>{''.join(f'<th>{h}</th>' for h in HEADINGS)}</tr>"]
     for case, of in cases_of(rows).items():
-        lines.append(f"<tr class=case><td colspan={1 + len(HEADINGS)}>{escape(case)}</td></tr>")
+        when = f"<span class=faint>{escape(of[0]['date'])}, commit {escape(str(of[0]['commit']))}</span>"
+        lines.append(f"<tr class=case><td colspan={1 + len(HEADINGS)}>{escape(case)} {when}</td></tr>")
         for row in of:
             kind = " class=ours" if row["contender"] == OURS else ""
-            name = escape(row["contender"]) + (f", {row['fps']:.3g} frames/s" if "fps" in row else "")
-            lines.append(f"<tr{kind}><td>{name}</td>{''.join(f'<td>{escape(cell)}</td>' for cell in cells(row))}</tr>")
+            figures = "".join(f"<td>{escape(cell)}</td>" for cell in cells(row))
+            lines.append(f"<tr{kind}><td>{escape(named(row))}</td>{figures}</tr>")
         for name, why in of[0].get("left_out", {}).items():
             lines.append(f"<tr class=faint><td colspan={1 + len(HEADINGS)}>{escape(name)}: {escape(why)}</td></tr>")
     return "\n".join([*lines, "</table>"])

@@ -9,20 +9,26 @@ from html import escape
 _WIDTH = 760
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 200, 16, 44
 _LETTER = 7  # at the most, of the font below
-COLOURS = 6
-"""Series colours of the page: var(--c0) to var(--c5)."""
+_ASIDE = 4.0  # at the most, from one series to the next at the same place
+COLOURS = 8
+"""Series colours of the page: var(--c0) to var(--c7)."""
+_DASHES = ("", "7 4", "2 3")
+"""Of further lines in the same colours."""
 
 STYLE = """
 :root { --paper: #ffffff; --ink: #1b1f24; --faint: #59636e; --rule: #d8dee4; --panel: #f6f8fa;
-  --c0: #0969da; --c1: #bc4c00; --c2: #1a7f37; --c3: #8250df; --c4: #bf3989; --c5: #7d4e00; }
+  --c0: #0969da; --c1: #bc4c00; --c2: #1a7f37; --c3: #8250df; --c4: #bf3989; --c5: #8a6100;
+  --c6: #08808f; --c7: #6e7781; }
 @media (prefers-color-scheme: dark) {
   :root { --paper: #0d1117; --ink: #e6edf3; --faint: #9198a1; --rule: #3d444d; --panel: #151b23;
-    --c0: #58a6ff; --c1: #f0883e; --c2: #3fb950; --c3: #bc8cff; --c4: #ff7bc2; --c5: #d4a72c; } }
+    --c0: #58a6ff; --c1: #f0883e; --c2: #3fb950; --c3: #bc8cff; --c4: #ff7bc2; --c5: #d4a72c;
+    --c6: #56d4dd; --c7: #9da7b3; } }
 svg text { fill: var(--ink); font: 13px system-ui, sans-serif; }
 svg .faint { fill: var(--faint); }
 svg .value { stroke: var(--paper); stroke-width: 4; paint-order: stroke; }
 svg .rule { stroke: var(--rule); stroke-width: 1; }
 svg .edge { stroke: var(--ink); stroke-width: 1.5; stroke-dasharray: 5 4; }
+svg .spread { stroke: var(--ink); stroke-width: 1.3; fill: none; }
 """
 
 
@@ -36,6 +42,10 @@ def ticks(low: float, high: float, most: int = 6) -> list[float]:
 
 def number(value: float) -> str:
     return f"{value:.3g}" if abs(value) < 1000 else f"{value:,.0f}"
+
+
+def spread(middle: float, low: float, high: float) -> str:
+    return f"{number(middle)} ({number(low)} to {number(high)})"
 
 
 def _frame(height: int, label: str, body: Sequence[str]) -> str:
@@ -53,16 +63,18 @@ def _line(x0: float, y0: float, x1: float, y1: float, kind: str = "rule") -> str
     return f'<line x1="{x0:.1f}" y1="{y0:.1f}" x2="{x1:.1f}" y2="{y1:.1f}" class="{kind}"/>'
 
 
+Spread = tuple[float, float, float]
+"""A value, and the low and high end of its spread."""
 Point = tuple[float, float, float, float]
-"""x, y and the ends of y's spread."""
+"""x, and y with its spread."""
 
 
 def lines(
     series: Mapping[str, Sequence[Point]], label: str, x_label: str, y_label: str, *, x_names: Sequence[str] = (),
     log_x: bool = False, edge: float | None = None, edge_label: str = "", right: int = _RIGHT,
 ) -> str:  # fmt: skip
-    """A line per series with a bar for each point's spread. x_names: names of x = 0, 1, 2, ...; edge: a line to stay
-    below. right: room for the names of the series."""
+    """A line per series with a bar for each point's spread. x_names: names of x = 0, 1, 2, ..., where series stand side
+    by side; edge: a line to stay below. right: room for the names of the series."""
     height = 340
     points = [point for of in series.values() for point in of]
     place = (lambda x: math.log10(x)) if log_x else float
@@ -76,69 +88,85 @@ def lines(
 
     def at(x: float, y: float) -> tuple[float, float]:
         across = (place(x) - x_low) / (x_high - x_low)
-        return _LEFT + 12 + across * (right - _LEFT - 24), bottom - (y - y_low) / (y_high - y_low) * (bottom - _TOP)
+        return _LEFT + 20 + across * (right - _LEFT - 40), bottom - (y - y_low) / (y_high - y_low) * (bottom - _TOP)
 
     body = []
     for tick in ticks(y_low, y_high):
         _, y = at(xs[0], tick)
         body += [_line(_LEFT, y, right, y), _text(_LEFT - 8, y + 4, number(tick), "end", "faint")]
-    for number_of, x in enumerate(xs):
-        name = x_names[number_of] if x_names else number(x)
+    names = [str(x_names[round(x)]) if x_names else number(x) for x in xs]
+    room = _LETTER * max(map(len, names)) + 10
+    every = math.ceil(len(xs) * room / (right - _LEFT)) if x_names else 1
+    for x, name in list(zip(xs, names, strict=True))[::-every]:  # the newest has its name
         body.append(_text(at(x, y_low)[0], bottom + 18, name, "middle", "faint"))
     body += [_text((_LEFT + right) / 2, height - 6, x_label, "middle"), _text(4, 12, y_label)]
     if edge is not None:
         _, y = at(xs[0], edge)
         body += [_line(_LEFT, y, right, y, "edge"), _text(right + 10, y + 4, edge_label)]
+    aside = min(_ASIDE, 0.7 * (right - _LEFT) / len(xs) / len(series)) if x_names else 0.0
     for number_of, (name, of) in enumerate(series.items()):
         colour = f"var(--c{number_of % COLOURS})"
-        path = " ".join(f"{'L' if i else 'M'}{at(p[0], p[1])[0]:.1f} {at(p[0], p[1])[1]:.1f}" for i, p in enumerate(of))
-        body.append(f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        for x, y, low, high in of:
-            (px, py), top, end = at(x, y), at(x, high)[1], at(x, low)[1]
-            body.append(
-                f'<g stroke="{colour}" fill="{colour}"><path d="M{px:.1f} {top:.1f} V{end:.1f}"/>'
-                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5"><title>{escape(name)}: {number(y)}</title></circle></g>'
-            )
+        line = f'stroke-width="2" stroke-dasharray="{_DASHES[number_of // COLOURS % len(_DASHES)]}"'
+        shift = aside * (number_of - (len(series) - 1) / 2)
+        places = [(at(x, y)[0] + shift, at(x, y)[1]) for x, y, *_ in of]
+        path = " ".join(f"{'L' if i else 'M'}{px:.1f} {py:.1f}" for i, (px, py) in enumerate(places))
+        body.append(f'<g stroke="{colour}" fill="{colour}"><path d="{path}" fill="none" {line}/>')
+        for (px, py), (x, y, low, high) in zip(places, of, strict=True):
+            top, end, said = at(x, high)[1], at(x, low)[1], f"{name}: {spread(y, low, high)}"
+            body += [
+                f'<path d="M{px - 3:.1f} {top:.1f} h6 m-3 0 V{end:.1f} m-3 0 h6"/>',
+                f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5"><title>{escape(said)}</title></circle>',
+            ]
         y = _TOP + 14 + 20 * number_of
-        body += [f'<rect x="{right + 10}" y="{y - 10}" width="12" height="12" fill="{colour}"/>',
-                 _text(right + 28, y + 1, name)]  # fmt: skip
+        body += [f'<path d="M{right + 8} {y - 4} h20" {line}/><circle cx="{right + 18}" cy="{y - 4}" r="3.5"/></g>',
+                 _text(right + 34, y + 1, name)]  # fmt: skip
     return _frame(height, label, body)
 
 
 def bars(
-    rows: Mapping[str, Mapping[str, float]], label: str, x_label: str, *, edge: float | None = None, legend: bool = True
-) -> str:
-    """A horizontal bar per row, made of parts one behind the other."""
+    rows: Mapping[str, Mapping[str, Spread]], label: str, x_label: str, *, edge: float | None = None,
+    legend: bool = True,
+) -> str:  # fmt: skip
+    """Per row a horizontal bar for each of its parts, one beneath the other, with its spread."""
     left = 24 + _LETTER * max(len(name) for name in rows)
     parts = list(dict.fromkeys(name for of in rows.values() for name in of))
+    thick, pitch, gap = (20, 20, 8) if max(map(len, rows.values())) == 1 else (13, 17, 8)
     top = 34 if legend else 12
-    height = top + 28 * len(rows) + _BOTTOM
-    high = max(*(sum(of.values()) for of in rows.values()), edge or 0.0) * 1.02
+    height = top + sum(pitch * len(of) + gap for of in rows.values()) + _BOTTOM
+    spreads = [value for of in rows.values() for value in of.values()]
+    low, high = min(0.0, *(x for _, x, _ in spreads)) * 1.02, max(edge or 0.0, *(x for _, _, x in spreads)) * 1.02
     right, bottom = _WIDTH - 70, height - _BOTTOM
-    at = lambda value: left + value / high * (right - left)  # noqa: E731
+    at = lambda value: left + (value - low) / (high - low) * (right - left)  # noqa: E731
     body = []
-    for tick in ticks(0, high):
+    for tick in ticks(low, high):
         body += [
             _line(at(tick), top - 4, at(tick), bottom),
             _text(at(tick), bottom + 16, number(tick), "middle", "faint"),
         ]
     body.append(_text((left + right) / 2, height - 6, x_label, "middle"))
+    y, values = float(top), []
+    for name, of in rows.items():
+        body.append(_text(left - 8, y + pitch * len(of) / 2 + thick / 4, name, "end"))
+        for part, (value, least, most) in of.items():
+            middle = y + thick / 2
+            said = f"{name}, {part}: {spread(value, least, most)}"
+            body += [
+                f'<rect x="{min(at(0), at(value)):.1f}" y="{y:.1f}" width="{max(abs(at(value) - at(0)), 0.5):.1f}" '
+                f'height="{thick}" fill="var(--c{parts.index(part) % COLOURS})"><title>{escape(said)}</title></rect>',
+                f'<path class="spread" d="M{at(least):.1f} {middle - 4:.1f} v8 m0 -4 H{at(most):.1f} m0 -4 v8"/>',
+            ]
+            values.append(_text(max(at(most), at(0)) + 6, middle + 5, number(value), "start", "faint value"))
+            y += pitch
+        y += gap
     if edge is not None:
         body.append(_line(at(edge), top - 8, at(edge), bottom, "edge"))
-    for number_of, (name, of) in enumerate(rows.items()):
-        y, start = top + 28 * number_of, 0.0
-        body.append(_text(left - 8, y + 15, name, "end"))
-        for part, value in of.items():
-            colour = f"var(--c{parts.index(part) % COLOURS})"
-            body.append(
-                f'<rect x="{at(start):.1f}" y="{y}" width="{max(at(start + value) - at(start), 0.5):.1f}" height="20" '
-                f'fill="{colour}"><title>{escape(name)}, {escape(part)}: {number(value)}</title></rect>'
-            )
-            start += value
-        body.append(_text(at(start) + 6, y + 15, number(start), "start", "faint value"))
+    if low:
+        body.append(_line(at(0), top - 4, at(0), bottom, "spread"))
+    body += values
     if legend:
+        x = left
         for number_of, part in enumerate(parts):
-            x = left + 130 * number_of
             body += [f'<rect x="{x}" y="6" width="12" height="12" fill="var(--c{number_of % COLOURS})"/>',
                      _text(x + 18, 17, part)]  # fmt: skip
+            x += 42 + _LETTER * len(part)
     return _frame(height, label, body)

@@ -41,6 +41,13 @@ def of_ceiling(row: Row, figure: str, share: str) -> str:
     return f"{row[figure]:.3g} ({100 * row[share]:.0f} %)"
 
 
+def named(row: Row) -> str:
+    """A contender, the frames of video that it makes, and the histories that it was timed over where they grow."""
+    speed = f", {row['fps']:.3g} frames/s" if "fps" in row else ""
+    first, last = row.get("history_timed", (0, 0))
+    return f"{row['contender']}{speed}" + (f", history {first} to {last}" if last else "")
+
+
 def cells(row: Row) -> list[str]:
     """One contender: time, over the baseline, ours against it, TFLOP/s, GB/s."""
     is_baseline = row["contender"] == row["baseline"]
@@ -64,7 +71,8 @@ HEADINGS = (
 
 def show(results: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints it."""
-    table = Table(title=f"memflow bench, {results['device']}", caption=ceilings_line(results["ceilings"]))
+    caption = f"{measured_at(results['rows'])}; {ceilings_line(results['ceilings'])}"
+    table = Table(title=f"memflow bench, {results['device']}", caption=caption)
     table.add_column("case, contender")
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
@@ -72,11 +80,15 @@ def show(results: Mapping[str, Any], console: Console | None = None) -> None:
         table.add_section()
         table.add_row(case, *[""] * len(HEADINGS), style="bold")
         for row in rows:
-            extra = f", {row['fps']:.3g} frames/s" if "fps" in row else ""
-            table.add_row(f"  {row['contender']}{extra}", *cells(row))
+            table.add_row(f"  {named(row)}", *cells(row))
         for name, why in rows[0].get("left_out", {}).items():
             table.add_row(f"  {name}: {why}", style="dim")
     (console or Console(width=160)).print(table)
+
+
+def measured_at(rows: Sequence[Row]) -> str:
+    """Versions, days and commits of the rows, each once, in the order in which they were kept."""
+    return "; ".join(dict.fromkeys(f"torch {row['torch']}, {row['date']}, commit {row['commit']}" for row in rows))
 
 
 def ceilings_line(ceilings: Mapping[str, float]) -> str:

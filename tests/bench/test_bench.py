@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from memflow_ops import cli
-from memflow_ops.bench import baselines, cases, contest, record, report, run, streams, table
+from memflow_ops.bench import baselines, cases, contest, record, report, run, streams, svg, table
 from memflow_ops.bench.contest import OURS, Built, Contender
 from memflow_ops.bench.sizes import TINY
 from memflow_ops.environment import environment
@@ -195,6 +195,7 @@ def test_the_whole_history_grows_around_what_the_case_says(monkeypatch):
     assert seen["full"] == [2, 3, 4, 5, 6, 7, 8] and set(seen["memflow"]) == {6}
     rows = {row["contender"]: row for row in found.rows({"tflops_float32": 1.0, "gbs": 1.0}, {})}
     assert rows["full"]["history_timed"] == [4, 8] and rows["full"]["settings"]["history"] == 6
+    assert "history 4 to 8" in table.named(rows["full"]) and "history" not in table.named(rows[OURS])
     size = case.size
     flops, _ = streams.pass_work(size, size.window_keys + (size.sink_frames + 6) * size.frame_tokens, torch.float32)
     assert rows["full"]["flops"] == (size.steps + 1) * flops
@@ -314,6 +315,43 @@ def test_the_report_stands_alone(results):
     assert not report.write_plot(run.stored(results, "cpu"), results / "plot.svg")  # no long cases
     assert report.write_plot(stored, results / "plot.svg")
     ElementTree.parse(results / "plot.svg")
+
+
+def test_the_report_names_every_commit(results):
+    stored = run.stored(results, "cpu")
+    stored["rows"] = [{**row, "commit": "abc" if "select" in row["case"] else "def"} for row in stored["rows"]]
+    page = report.page(stored)
+    head = page[: page.index("</p>")]
+    assert head.count("commit abc") == head.count("commit def") == 1
+    of_case = re.findall(r"<tr class=case><td colspan=6>(\S+) <span class=faint>\S+, commit (\w+)", page)
+    assert dict(of_case) == {row["case"]: row["commit"] for row in stored["rows"]}
+
+
+def test_bars_show_what_is_negative_and_spreads():
+    chart = svg.bars({"a": {"x": (10.0, 5.0, 20.0)}, "b": {"x": (-5.0, -10.0, 5.0)}}, "label", "x")
+    shapes = [(e.tag.split("}")[1], e.attrib) for e in ElementTree.fromstring(chart).iter()]
+    bars = [(float(a["x"]), float(a["width"])) for tag, a in shapes if tag == "rect" and float(a["height"]) > 12]
+    ends = [re.match(r"M(\S+) .*H(\S+) ", a["d"]).groups() for tag, a in shapes if tag == "path"]
+    (zero, width), (start, other) = bars
+    expected = [(zero + width * low / 10, zero + width * high / 10) for low, high in ((5, 20), (-10, 5))]
+    assert [tuple(map(float, end)) for end in ends] == [pytest.approx(end, abs=0.3) for end in expected]
+    assert start + other == pytest.approx(zero, abs=0.3) and other == pytest.approx(width / 2, abs=0.3)
+    assert "<title>b, x: -5 (-10 to 5)</title>" in chart and ">-5</text>" in chart
+
+
+def test_overheads_below_zero_are_shown(results):
+    below = {"p20": 0.9, "p50": 0.95, "p80": 1.05}
+    stored = [{**row, "over_baseline": below} for row in run.stored(results, "cpu")["rows"]]
+    assert "sink: -5 (-10 to 5)" in report.streams(stored)
+
+
+def test_every_line_looks_its_own():
+    many = {f"line {number}": [(0, 2.0, 1.0, 3.0), (1, 2.0, 1.0, 3.0)] for number in range(20)}
+    chart = svg.lines(many, "label", "x", "y", x_names=["a", "b"])
+    looks = re.findall(r'<g stroke="var\(--(c\d)\)".*?stroke-dasharray="([^"]*)"', chart)
+    assert len(set(looks)) == len(looks) == 20
+    colours = {colour for colour, _ in looks}
+    assert len(colours) == svg.COLOURS and all(svg.STYLE.count(f"--{colour}:") == 2 for colour in colours)
 
 
 @pytest.mark.parametrize(
