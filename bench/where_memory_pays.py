@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -26,9 +25,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from memflow_ops.allocator import keep_freed_memory
-from memflow_ops.bench.record import write
+from memflow_ops.bench.record import load, write
 from memflow_ops.environment import environment
-from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint, sha256, write_atomically
+from memflow_ops.model.checkpoints import TOY_WEIGHTS, check_target, load_checkpoint, sha256, write_atomically
 from memflow_ops.model.evaluate import KINDS, Kind, evaluate, time_kinds, without_nan
 from memflow_ops.model.evaluation_plot import INK, PALE
 from memflow_ops.model.settings import TOY_SETTINGS, StreamSettings
@@ -228,14 +227,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "settings": asdict(TOY_SETTINGS),
     }
     told: dict[str, Any] = {"rows": {}, "timings": {}}
-    if given.out.is_file() and not given.restart:
-        told = json.loads(given.out.read_text())
-        changed = [name for name, value in identity.items() if told.get(name) != value]
-        if changed:
-            parser.error(
-                f"{given.out} has results with other {', '.join(changed)}: say --restart to replace them, or --out "
-                f"another file"
-            )
+    try:
+        check_target(given.out, ".json")
+        check_target(given.out.with_suffix(".png"), ".png")
+        if not given.restart:
+            told = load(given.out, told)
+    except ValueError as error:
+        parser.exit(2, f"where_memory_pays: {error}\n")
+    changed = [name for name, value in identity.items() if told["rows"] and told.get(name) != value]
+    if changed:
+        parser.error(
+            f"{given.out} has results with other {', '.join(changed)}: say --restart to replace them, or --out "
+            f"another file"
+        )
     keep_freed_memory()
     model = load_checkpoint()
     tokens = model.tokens(TOY_SETTINGS.height, TOY_SETTINGS.width)

@@ -53,7 +53,7 @@ def toy(
 ) -> Watched:
     """The toy world: held-out stories, or the first of a file. options: what differs from `TOY_SETTINGS`."""
     from memflow_ops.environment import pick_device
-    from memflow_ops.model.checkpoints import TOY_WEIGHTS, sha256
+    from memflow_ops.model.checkpoints import TOY_WEIGHTS, check_target, sha256
     from memflow_ops.model.generate import load_model, read_stories
     from memflow_ops.model.held_out import FRAMES_PER_PROMPT, make_stories
     from memflow_ops.model.selection_profile import check
@@ -62,6 +62,8 @@ def toy(
     from memflow_ops.model.text import embed_prompts
     from memflow_ops.model.train import HELD_OUT_SEED
 
+    check_target(out, ".json")
+    check_target(out.with_suffix(".png"), ".png")
     frames = options.pop("frames_per_prompt", FRAMES_PER_PROMPT)
     told = read_stories(story)[:1] if story else make_stories(stories, HELD_OUT_SEED)[STORY_LENGTH]
     spoken = chunk_prompts(told, frames, TOY_SETTINGS.chunk_frames)
@@ -71,7 +73,6 @@ def toy(
     model = load_model(weights or TOY_WEIGHTS, pick_device(device))
     sizes = _sizes(block_sizes, query_groups, TOY_SIZES)
     check(settings, len(spoken), model.tokens(settings.height, settings.width), *sizes)
-    _check_target(out)
     file = weights or TOY_WEIGHTS
     about = {"weights": {"name": file.name, "sha256": sha256(file)}, "stories": told, "frames_per_prompt": frames}
     return Watched(model, spoken, settings, embed_prompts, *sizes, "The toy world", about)
@@ -88,9 +89,12 @@ def real(
     """A real checkpoint. options: as for `cli_wan.prepare`."""
     from memflow_ops import cli_wan
     from memflow_ops.model import verify, wan
+    from memflow_ops.model.checkpoints import check_target
     from memflow_ops.model.generate import read_stories
     from memflow_ops.model.selection_profile import check, first_full
 
+    check_target(out, ".json")
+    check_target(out.with_suffix(".png"), ".png")
     story = story or verify.STORY
     (told,) = read_stories(story, cli_wan.any_prompt)[:1]
     frames = options.get("frames_per_prompt", wan.FRAMES_PER_PROMPT)
@@ -105,7 +109,6 @@ def real(
     check(
         replace(wan.WAN_SETTINGS, bank_frames=options["bank_frames"]), chunks, height * width // 4, *sizes
     )  # before the weights are read
-    _check_target(out)
     parts, ((plan,),) = cli_wan.prepare(
         story, out.parent, sources, memories=["memflow"], most=1, cuda_graphs=False, **options
     )
@@ -191,12 +194,3 @@ def _sizes(
     """Without repetitions; a query group of 0 is the whole chunk."""
     groups = [group or None for group in query_groups or defaults[1]]
     return list(dict.fromkeys(block_sizes or defaults[0])), list(dict.fromkeys(groups))
-
-
-def _check_target(out: Path) -> None:
-    if out.suffix != ".json" or out.is_dir():
-        raise ValueError(f"--out takes the name of a .json file, got {out}")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ValueError(f"cannot write to the folder {out.parent}: {error.strerror}") from error

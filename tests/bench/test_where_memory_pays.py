@@ -102,6 +102,43 @@ def test_bad_options_are_refused(tmp_path, judge, options):
     assert end.value.code == 2 and not judge.asked and not list(tmp_path.iterdir())
 
 
+DAMAGED = ("no JSON", "[]", '{"rows": {}, "timings": {}}', '{"rows": {"none": {}}}', '{"rows": [1], "timings": {}}')
+
+
+@pytest.mark.parametrize("content", DAMAGED)
+def test_damaged_results_are_named_before_anything_is_loaded(tmp_path, judge, capsys, monkeypatch, content):
+    monkeypatch.setattr(pays, "load_checkpoint", None)
+    out = tmp_path / "pays.json"
+    out.write_text(content)
+    with pytest.raises(SystemExit) as end:
+        main([*SMALL, "--out", str(out)])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1
+    assert f"{out} is damaged: delete it, or restore it from git" in said
+    assert out.read_text() == content
+
+
+@pytest.mark.parametrize(
+    "out, expected",
+    [
+        ("", "takes the name of a .json file"),
+        ("pays.txt", "takes the name of a .json file"),
+        ("/proc/deep/pays.json", "cannot write to the folder /proc/deep"),
+        ("file/deep/pays.json", "file is a file"),
+    ],
+)
+def test_places_that_cannot_be_written_to_are_named_before_anything_is_loaded(
+    tmp_path, judge, capsys, monkeypatch, out, expected
+):
+    monkeypatch.setattr(pays, "load_checkpoint", None)
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as end:
+        main([*SMALL, "--out", str(tmp_path / out), "--restart"])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and expected in said and said.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
 def test_overlapping_intervals_are_said():
     top, drawn = Setting("memflow", 3, 2, 24, "top"), Setting("memflow", 3, 2, 24, "random")
 

@@ -135,6 +135,28 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path, story, cap
     assert not out.exists()
 
 
+@pytest.mark.parametrize("more", [(), ("--checkpoint", "/there", "--text-encoder", "/there")], ids=["toy", "real"])
+@pytest.mark.parametrize(
+    "out, expected",
+    [
+        (".", "takes the name of a .json file"),
+        ("p.json", "takes the name of a .png file"),
+        ("/proc/deep/p.json", "cannot write to the folder /proc/deep"),
+        ("story.jsonl/deep/p.json", "story.jsonl is a file"),
+    ],
+)
+def test_places_that_cannot_be_written_to_are_named_before_anything_is_loaded(
+    tmp_path, story, capfd, monkeypatch, more, out, expected
+):
+    monkeypatch.setattr("memflow_ops.model.generate.load_model", None)
+    monkeypatch.setattr("memflow_ops.model.generate.read_stories", None)
+    (tmp_path / "p.png").mkdir()
+    assert memflow("profile-selection", story, "--out", tmp_path / out, *QUICK, *more) == 2
+    said = capfd.readouterr().err
+    assert expected in said and said.count("\n") == 1 and said.startswith("memflow: ")
+    assert {path.name for path in tmp_path.iterdir()} == {"story.jsonl", "p.png"}
+
+
 def test_defaults_are_those_of_the_library():
     parameters = inspect.signature(cli.profile_selection).parameters
     defaults = vars(Sampling())
