@@ -88,11 +88,12 @@ def part(size: Size, dtype: str, make: Callable[..., dict[str, Contender]], **op
 
 # --------------------------------------------------------------------------------------------------- layers and streams
 
-LAYER_KINDS = {OURS: Kind("memflow"), "none": Kind("none"), "sink": Kind("sink")}
+KINDS = {OURS: Kind("memflow"), "none": Kind("none"), "sink": Kind("sink")}
+PER_CHUNK = {"memflow, one selection per chunk": Kind("memflow", per_chunk=True)}
 
 
 def layer(size: Size, dtype: str) -> Build:
-    kinds = {**LAYER_KINDS, f"memflow, bank of {size.bank_frames}": Kind("memflow", size.bank_frames)}
+    kinds = {**KINDS, **PER_CHUNK, f"memflow, bank of {size.bank_frames}": Kind("memflow", size.bank_frames)}
     return lambda device, seed: Built(layer_contenders(size, torch_dtype(dtype), device, kinds, seed))
 
 
@@ -148,12 +149,10 @@ def long_case(size: Size, dtype: str, frames: int, device: str) -> Case:
 
 def registry() -> list[Case]:
     """All cases, those of the stream first."""
-    kinds = {OURS: Kind("memflow"), "none": Kind("none"), "sink": Kind("sink")}
-    per_chunk = {"memflow, one selection per chunk": Kind("memflow", per_chunk=True)}
-    some = {**kinds, **per_chunk, "full": Kind("full")}
+    some = {**KINDS, **PER_CHUNK, "full": Kind("full")}
     budgets = {
-        **kinds,
-        **per_chunk,
+        **KINDS,
+        **PER_CHUNK,
         "memflow, the whole history as bank": Kind("memflow", 240),
         "memflow, 24 blocks": Kind("memflow", top_k=24),
     }
@@ -164,7 +163,7 @@ def registry() -> list[Case]:
         *of_size(TINY, "float32", "tiny", both, 5),
         *(stream_case(QUARTER, dtype, "wan-1.3b", some, 24, cpu, 5) for dtype in ("float32", "bfloat16")),
         *(stream_case(QUARTER, dtype, "wan-1.3b", budgets, 240, cpu, 9) for dtype in ("float32", "bfloat16")),
-        *(stream_case(WAN, "bfloat16", "wan-1.3b", of, 80, cuda, 5) for of in (kinds, large)),
+        *(stream_case(WAN, "bfloat16", "wan-1.3b", of, 80, cuda, 5) for of in (KINDS, large)),
         *of_size(WAN_FRAME, "float32", "wan-1.3b", cpu, 7, ["backward"]),
         *of_size(WAN_FRAME, "bfloat16", "wan-1.3b", cpu, 7, ["backward"]),
         *of_size(QUARTER, "float32", "wan-1.3b", cpu, 15),
