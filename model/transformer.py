@@ -121,8 +121,8 @@ def rope_rotation(head_dim: int, frames: Tensor, rows: Tensor, columns: Tensor) 
 
 def apply_rotation(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotates the interleaved pairs of x (B, tokens, heads, head_dim) in float32; the result has x's dtype."""
-    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cosines - odd * sines, even * sines + odd * cosines], dim=-1).flatten(-2).to(x.dtype)
+    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * torch.complex(cosines, sines)).flatten(-2).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers
