@@ -7,7 +7,7 @@ history" are views, and no baseline pays for putting them together.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
@@ -20,10 +20,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from memflow_ops import dense, describe_blocks, memory_attention, select_blocks
 from memflow_ops.bench import inputs
 from memflow_ops.bench.contest import Contender
+from memflow_ops.bench.correctness import (
+    KeysOf,
+    check_attention,
+    check_means,
+    check_selection,
+    rows_of,
+    sampled,
+    selected_tokens,
+)
 from memflow_ops.bench.sizes import Size
-
-KeysOf = Callable[[int, int], tuple[Tensor, Tensor]]
-"""keys_of(head, group) -> keys and values (S, D) that this query group attends to."""
 
 # Scores that torch's unfused attention may hold at a time, bytes.
 _UNFUSED_BYTES = 512 << 20
@@ -101,10 +107,23 @@ class Inputs:
 
     def keys_of_ours(self, head: int, group: int) -> tuple[Tensor, Tensor]:
         """The window, then what is selected."""
-        tokens = selected_tokens(self.size, self.indices[0, head, group])
+        tokens = selected_tokens(self.size, self.selection(head, group))
         pairs = zip(self.window, self.bank, strict=True)
         near, far = ((window[0, :, head], bank[0, tokens, head]) for window, bank in pairs)
         return torch.cat(near), torch.cat(far)
+
+    def selection(self, head: int, group: int) -> Tensor:
+        """The blocks of a query group, checked."""
+        tile, table, chosen = self.q[0, rows_of(self.size, group), head], self.descriptors[0, :, head], self.indices
+        check_selection(tile, table, chosen[0, head, group], self.size.top_k, f"selection, head {head}, group {group}")
+        return chosen[0, head, group]
+
+    def check_descriptors(self) -> None:
+        """All of them, of the sampled heads."""
+        size, (bank_k, _) = self.size, self.bank
+        for head, _ in sampled(size.heads, 1):
+            table, keys = self.descriptors[0, :, head], bank_k[0, :, head]
+            check_means(table, keys, size.block_size, size.frame_tokens, f"descriptors of head {head}")
 
     @property
     def selected_keys(self) -> int:
@@ -112,57 +131,27 @@ class Inputs:
         return self.indices.shape[-1] * self.size.block_size
 
 
-def selected_tokens(size: Size, blocks: Tensor, slots: Tensor | None = None) -> Tensor:
-    """Tokens of the bank in a query group's selected blocks; slots: the frame of the pool that each bank frame is."""
-    blocks = blocks[blocks >= 0].long()
-    frame, start = blocks // size.blocks_per_frame, blocks % size.blocks_per_frame * size.block_size
-    frame = frame if slots is None else slots[frame].long()
-    within = start[:, None] + torch.arange(size.block_size, device=blocks.device)
-    return (frame[:, None] * size.frame_tokens + within)[within < size.frame_tokens]
-
-
-# ---------------------------------------------------------------------------------------------------------- correctness
-
-
-def sampled(heads: int, groups: int) -> Iterator[tuple[int, int]]:
-    """The heads and query groups that are checked."""
-    for head in sorted({0, heads - 1}):
-        for group in sorted({0, groups // 2, groups - 1}):
-            yield head, group
-
-
-def check_attention(size: Size, q: Tensor, out: Tensor, keys_of: KeysOf) -> None:
-    """out (1, Lq, H, D) against float64 on a sample of heads and query groups; an AssertionError where it is off.
-
-    float32 to 1e-5; half precisions to twice the error of torch's own attention in that dtype over the same keys, and
-    two roundings of the largest output.
-    """
-    assert out.shape == q.shape, f"shape {tuple(out.shape)}, expected {tuple(q.shape)}"
-    for head, group in sampled(q.shape[2], -(-q.shape[1] // size.query_group)):
-        rows = slice(group * size.query_group, (group + 1) * size.query_group)
-        tile, (keys, values) = q[0, rows, head], keys_of(head, group)
-        exact = _attend(tile.double(), keys.double(), values.double())
-        limit = 1e-5
-        if q.dtype != torch.float32:
-            off = float((_attend(tile, keys, values).double() - exact).abs().max())
-            limit = 2 * off + 2 * torch.finfo(q.dtype).eps * float(exact.abs().max())
-        error = float((out[0, rows, head].double() - exact).abs().max())
-        assert error <= limit, f"head {head}, group {group}: error {error:.2e}, at most {limit:.2e} is allowed"
-
-
-def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """One head: (n, D) over (S, D)."""
-    return F.scaled_dot_product_attention(q[None], k[None], v[None])[0]
+# ---------------------------------------------------------------------------------------------------------- contenders
 
 
 def attention_contender(
-    given: Inputs, call: Callable[[], Tensor], keys: int, keys_of: KeysOf, **more: Any
+    given: Inputs,
+    call: Callable[[], Tensor],
+    keys: int,
+    keys_of: KeysOf,
+    check_kept: Callable[[], None] = lambda: None,
+    **more: Any,
 ) -> Contender:
-    """A way to attend, with the work of attending to `keys` keys per query."""
+    """A way to attend, with the work of attending to `keys` keys per query. check_kept: of what it has beforehand."""
     size = given.size
+
+    def check() -> None:
+        check_kept()
+        check_attention(size, given.q, call(), keys_of)
+
     return Contender(
         call,
-        lambda: check_attention(size, given.q, call(), keys_of),
+        check,
         flops=size.attention_flops(keys),
         bytes=size.attention_bytes(keys, given.q.element_size()),
         **more,
@@ -185,7 +174,7 @@ def ours(given: Inputs, **options: Any) -> Contender:
         return out
 
     keys = size.window_keys + given.selected_keys
-    return attention_contender(given, call, keys, given.keys_of_ours)
+    return attention_contender(given, call, keys, given.keys_of_ours, given.check_descriptors)
 
 
 # --------------------------------------------------------------------------------------------------- dense attention
@@ -284,11 +273,18 @@ def released(given: Inputs) -> Contender:
 
     def keys_of(head: int, group: int) -> tuple[Tensor, Tensor]:
         chosen = best()[head]
+        alike = 2 * torch.finfo(means.dtype).eps  # means and scores are rounded to the inputs' dtype
+        check_selection(given.q[0, :, head], means[0, :, head], chosen, frames, f"frames of head {head}", alike)
         pairs = zip(given.window, (bank_k, bank_v), strict=True)
         near, far = ((window[0, :, head], bank[0, chosen, :, head].flatten(0, 1)) for window, bank in pairs)
         return torch.cat(near), torch.cat(far)
 
-    return attention_contender(given, call, size.window_keys + frames * size.frame_tokens, keys_of)
+    def check_kept() -> None:
+        for head, _ in sampled(size.heads, 1):
+            keys = given.bank[0][0, :, head]
+            check_means(means[0, :, head], keys, size.frame_tokens, size.frame_tokens, f"frame means of head {head}")
+
+    return attention_contender(given, call, size.window_keys + frames * size.frame_tokens, keys_of, check_kept)
 
 
 # -------------------------------------------------------------------------------------------------------- FlexAttention

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -10,8 +10,17 @@ from torch import Tensor
 
 from memflow_ops import attend_selected, describe_blocks, frame_relevance, memory_attention, select_blocks
 from memflow_ops.bench import inputs
-from memflow_ops.bench.baselines import Inputs, attention_contender, sampled
+from memflow_ops.bench.baselines import Inputs, attention_contender
 from memflow_ops.bench.contest import OURS, Contender
+from memflow_ops.bench.correctness import (
+    attend_one_head,
+    check_copy,
+    check_means,
+    check_selection,
+    rows_of,
+    sampled,
+    selected_tokens,
+)
 from memflow_ops.bench.sizes import Size
 from memflow_ops.cache import FrameCache
 from memflow_ops.cache_layout import CacheLayout
@@ -36,12 +45,8 @@ def select(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> d
 
     def check(indices: Tensor) -> None:
         for head, group in sampled(size.heads, groups):
-            rows = slice(group * size.query_group, (group + 1) * size.query_group)
-            scores = given.descriptors[0, :, head].double() @ given.q[0, rows, head].double().mean(0)
-            best, found = scores.sort(descending=True).values, scores[indices[0, head, group].long()]
-            off = (found.sort(descending=True).values - best[: len(found)]).abs().max()
-            assert len(set(indices[0, head, group].tolist())) == len(found), "a block is listed twice"
-            assert off <= 1e-4 * scores.abs().max(), f"head {head}, group {group}: not the best blocks"
+            tile, table = given.q[0, rows_of(size, group), head], given.descriptors[0, :, head]
+            check_selection(tile, table, indices[0, head, group], size.top_k, f"head {head}, group {group}")
 
     flops = (size.queries + 2 * groups * blocks) * size.dim
     moved = (size.queries + blocks) * size.dim * dtype.itemsize
@@ -86,16 +91,16 @@ def describe(size: Size, dtype: torch.dtype, device: torch.device, seed: int) ->
     def ours() -> Tensor:
         return describe_blocks(k, size.block_size, size.frame_tokens)
 
+    def copy() -> Tensor:
+        return kept.copy_(k)
+
     def check() -> None:
-        last = (size.blocks_per_frame - 1) * size.block_size
-        for block, tokens in ((0, slice(0, size.block_size)), (-1, slice(last, size.frame_tokens))):
-            off = (ours()[0, block].double() - k[0, tokens].double().mean(0)).abs().max()
-            assert off <= max(1e-5, 2 * torch.finfo(dtype).eps), f"block {block}: off by {off:.2e}"
+        check_means(ours()[0], k[0], size.block_size, size.frame_tokens, "descriptors")
 
     moved = k.numel() * dtype.itemsize
     return {
         OURS: Contender(ours, check, flops=k.numel(), bytes=moved + moved // size.block_size),
-        "copy": Contender(lambda: kept.copy_(k), lambda: None, bytes=2 * moved),
+        "copy": Contender(copy, lambda: check_copy(copy, [kept], [k]), bytes=2 * moved),
     }
 
 
@@ -106,8 +111,8 @@ def backward(size: Size, dtype: torch.dtype, device: torch.device, seed: int) ->
     leaves = [x.detach().clone().requires_grad_() for x in (given.q, *given.window, *given.bank)]
     q, k, v, *bank = leaves
 
-    def grad(out: Tensor, of: list[Tensor]) -> Tensor:
-        return torch.autograd.grad(out, of, above)[0]
+    def gradients(out: Tensor, of: list[Tensor]) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(out, of, above)
 
     def attended() -> Tensor:
         out = memory_attention(
@@ -118,28 +123,42 @@ def backward(size: Size, dtype: torch.dtype, device: torch.device, seed: int) ->
         return out
 
     @torch.enable_grad()
-    def ours() -> Tensor:
-        return grad(attended(), leaves)
+    def ours() -> tuple[Tensor, ...]:
+        return gradients(attended(), leaves)
 
     @torch.enable_grad()
-    def window() -> Tensor:
+    def window() -> tuple[Tensor, ...]:
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
-        return grad(out, leaves[:3])
+        return gradients(out, leaves[:3])
 
     @torch.enable_grad()
-    def check(found: Tensor, selected: bool) -> None:
-        for head, group in sampled(size.heads, size.groups):
-            rows = slice(group * size.query_group, (group + 1) * size.query_group)
-            window_k, window_v = (x[0, :, head] for x in given.window)
-            keys, values = given.keys_of_ours(head, group) if selected else (window_k, window_v)
-            few = q[0, rows, head].detach().double().requires_grad_()
-            out = F.scaled_dot_product_attention(few[None], keys[None].double(), values[None].double())[0]
-            (exact,) = torch.autograd.grad(out, few, above[0, rows, head].double())
-            off = float((found[0, rows, head].double() - exact).abs().max() / exact.abs().max())
-            allowed = 1e-4 if dtype == torch.float32 else 0.05
-            assert off <= allowed, f"head {head}, group {group}: dq off by {off:.2e} of its largest value"
+    def exact(head: int, selected: bool) -> list[Tensor]:
+        """Those of one head's queries, keys and values, and of its bank's, every query group for itself."""
+        of = [x.detach()[0, :, head].double().requires_grad_() for x in leaves[: 5 if selected else 3]]
+        total = [torch.zeros_like(x) for x in of]
+        for group in range(size.groups):
+            rows, keys, values = rows_of(size, group), of[1], of[2]
+            if selected:
+                tokens = selected_tokens(size, given.selection(head, group))
+                keys, values = (torch.cat([near, far[tokens]]) for near, far in zip(of[1:3], of[3:], strict=True))
+            out = attend_one_head(of[0][rows], keys, values)
+            for sum_, part in zip(total, torch.autograd.grad(out, of, above[0, rows, head].double()), strict=True):
+                sum_ += part
+        return total
 
-    def contender(call: Callable[[], Tensor], keys: int, selected: bool) -> Contender:
+    def check(found: tuple[Tensor, ...], selected: bool) -> None:
+        if selected:
+            given.check_descriptors()
+        allowed = 5e-5 if dtype == torch.float32 else 0.02
+        names = ("dq", "dk", "dv", "the bank's dk", "the bank's dv")
+        for head, _ in sampled(size.heads, 1):
+            for name, gradient, right in zip(names, found, exact(head, selected), strict=False):
+                off = gradient[0, :, head].double() - right
+                errors = {"largest": off.abs().max() / right.abs().max(), "mean": off.norm() / right.norm()}
+                for of, error in errors.items():
+                    assert error <= allowed, f"head {head}: {name} off by {error:.2e} of its {of} size"
+
+    def contender(call: Callable[[], tuple[Tensor, ...]], keys: int, selected: bool) -> Contender:
         return Contender(
             call,
             lambda: check(call(), selected),
@@ -170,7 +189,8 @@ def relevance(size: Size, dtype: torch.dtype, device: torch.device, seed: int, h
     def check(found: Tensor) -> None:
         exact = torch.einsum("hd,fhd->f", text[0].double().mean(0), frames[0, :, 0].double()) / size.heads
         off = (found[0].double() - exact).abs().max()
-        assert off <= 1e-2 * exact.abs().max(), f"off by {off:.2e}"
+        allowed = (1e-5 if dtype == torch.float32 else 1e-2) * exact.abs().max()
+        assert off <= allowed, f"off by {off:.2e}, at most {allowed:.2e} is allowed"
 
     moved = (512 + history) * size.dim * dtype.itemsize
     return {
@@ -204,18 +224,48 @@ def frame_write(size: Size, dtype: torch.dtype, device: torch.device, seed: int)
             target.copy_(source)
 
     def check() -> None:
-        assert not cache.committed  # before anything else, so that the window is this chunk
+        """The timed call on chunk after chunk, all different, until a bank of prototypes has left the window."""
+        assert not cache.committed
+        without = -(-layout.sink_frames // layout.chunk_frames)  # chunks that leave no prototype
+        chunks = without + layout.bank_frames + layout.window_chunks - 1
+        written: list[tuple[Tensor, ...]] = []
+        for _ in range(chunks):
+            for x in (k, v):
+                x.copy_(x.roll(7, 1))
+            ours()
+            frames = (x[0].clone().unflatten(0, (layout.chunk_frames, -1)) for x in (k, v))
+            written += zip(*frames, strict=True)
+        candidates = cache.candidates()
+        past = [chunk * layout.chunk_frames for chunk in range(without, without + layout.bank_frames)]
+        assert candidates.frames == [past], f"candidates are {candidates.frames}, expected {past}"
+        cache.set_bank([past])
+        (bank,) = cache.bank()
         cache.begin_chunk()
-        cache.write(0, k, v)
-        found = cache.window(0)
+        memory, window, ring = cache.memory(0), cache.window(0), cache.window_frames()
+        assert bank == [*range(layout.sink_frames), *past], f"the bank is {bank}"
+        begun = (chunks + 1) * layout.chunk_frames
+        assert sorted(ring) == [*range(begun - layout.window_frames, begun)], f"the window is {ring}"
+        for frame, mean in zip(past, candidates.means[0, 0], strict=True):
+            check_means(mean, written[frame][0], size.frame_tokens, size.frame_tokens, f"mean of frame {frame}")
+        pools = [pool[0].unflatten(0, (layout.pool_frames, -1)) for pool in memory[:3]]
+        for frame, place in zip(bank, memory.slots[0].tolist(), strict=True):
+            *kept, descriptors = (pool[place] for pool in pools)
+            check_kept(f"the slot of frame {frame}", kept, written[frame])
+            check_means(descriptors, written[frame][0], size.block_size, size.frame_tokens, f"descriptors of {frame}")
+        for place, frame in enumerate(ring):
+            if frame < len(written):  # not of the chunk that has been begun
+                kept = [x[0].unflatten(0, (len(ring), -1))[place] for x in window]
+                check_kept(f"the window's frame {frame}", kept, written[frame])
         cache.abort()
-        for name, x, given in zip("kv", found, (k, v), strict=True):
-            assert torch.equal(x, given), f"the window does not hold the chunk's {name}"
+
+    def check_kept(where: str, kept: Sequence[Tensor], frame: Sequence[Tensor]) -> None:
+        for name, x, of in zip(("keys", "values"), kept, frame, strict=True):
+            assert torch.equal(x, of), f"{where} does not hold the {name} that were written"
 
     moved = 4 * k.numel() * dtype.itemsize
     # the prototype is read and written once more
     more = 4 * (size.frame_tokens + size.blocks_per_frame) * size.dim * dtype.itemsize
     return {
         OURS: Contender(ours, check, bytes=moved + more, graph=False),
-        "copy": Contender(plain, lambda: None, bytes=moved, graph=False),
+        "copy": Contender(plain, lambda: check_copy(plain, kept, [k, v]), bytes=moved, graph=False),
     }

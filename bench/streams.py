@@ -10,15 +10,25 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from memflow_ops import select_blocks
+from memflow_ops import QKNorm, select_blocks
 from memflow_ops.bench import inputs
-from memflow_ops.bench.baselines import KeysOf, check_attention, selected_tokens
 from memflow_ops.bench.contest import Contender
+from memflow_ops.bench.correctness import (
+    KeysOf,
+    check_attention,
+    check_means,
+    check_rounded,
+    check_selection,
+    exact_projection,
+    rows_of,
+    sampled,
+    selected_tokens,
+)
 from memflow_ops.bench.sizes import Size
 from memflow_ops.cache import FrameCache
 from memflow_ops.model.attend import attend_to_memory
 from memflow_ops.model.stream import Streamer, StreamSettings
-from memflow_ops.model.transformer import Attend, CausalVideoModel, ModelConfig, apply_rotation, rope_rotation
+from memflow_ops.model.transformer import Attend, AttendProjections, CausalVideoModel, ModelConfig, rope_rotation
 
 _VIDEO_FRAMES = 4  # that Wan's VAE makes of a latent frame
 _TEXT_TOKENS = 512
@@ -83,17 +93,24 @@ def keys_of_cache(cache: FrameCache, layer: int, q: Tensor, size: Size, kind: Ki
     """What a layer's rotated queries attend to by the definition of the kind of memory."""
     if kind.memory != "memflow":
         keys, values = cache.dense(layer)
+        expected = attended_keys(size, cache, kind)
+        assert keys.shape[1] == expected, f"{keys.shape[1]} keys, expected {expected}"
         return lambda head, group: (keys[0, :, head], values[0, :, head])
     memory, window = cache.memory(layer), cache.window(layer)
     expected = cache.visible_sink() + min(kind.bank_frames, len(cache.candidate_frames()[0]))
     assert memory.frames.tolist() == [expected], f"{memory.frames.tolist()} frames in the bank, expected {expected}"
+    slots = memory.slots[0, :expected].long()
+    assert len(slots.unique()) == expected, f"a frame is twice in the bank: {slots.tolist()}"
+    descriptors = memory.descriptors[0].unflatten(0, (-1, size.blocks_per_frame))[slots].flatten(0, 1)
     indices = select_blocks(
         q, memory.descriptors, size.top_k, query_group=size.query_group, memory_frames=memory.frames,
         memory_slots=memory.slots, blocks_per_frame=size.blocks_per_frame,
     )  # fmt: skip
 
     def keys_of(head: int, group: int) -> tuple[Tensor, Tensor]:
-        tokens = selected_tokens(size, indices[0, head, group], memory.slots[0])
+        tile, chosen, where = q[0, rows_of(size, group), head], indices[0, head, group], f"head {head}, group {group}"
+        check_selection(tile, descriptors[:, head], chosen, size.top_k, f"layer {layer}, selection, {where}")
+        tokens = selected_tokens(size, chosen, slots)
         pairs = zip(window, (memory.keys, memory.values), strict=True)
         near, far = ((ring[0, :, head], pool[0, tokens, head]) for ring, pool in pairs)
         return torch.cat(near), torch.cat(far)
@@ -102,16 +119,44 @@ def keys_of_cache(cache: FrameCache, layer: int, q: Tensor, size: Size, kind: Ki
 
 
 def checked(attend: Attend, cache: FrameCache, size: Size, kind: Kind, rotation: tuple[Tensor, Tensor]) -> Attend:
-    """The same `attend`, whose results are compared with float64 in the first and the last layer."""
+    """The same `attend`, held against float64 in the first and the last layer: the keys and values that it writes, and
+    its results."""
+    projections = cast(AttendProjections, attend).projections
 
-    def attend_and_check(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = attend(layer, q, k, v)
+    def attend_and_check(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None) -> Tensor:
+        out = projections(layer, q, k, v, norm)
         if layer in (0, cache.layout.layers - 1):
-            rotated = apply_rotation(q, *rotation)
+            weight_q, weight_k, eps = norm or (None, None, 0.0)
+            chunk = [
+                n for n, frame in enumerate(cache.window_frames()) if frame // size.chunk_frames == cache.committed
+            ]
+            keys, values = (
+                x.unflatten(1, (-1, size.frame_tokens))[:, chunk].flatten(1, 2) for x in cache.window(layer)
+            )
+            check_rounded(keys, exact_projection(k, rotation, weight_k, eps), f"layer {layer}, keys in the window")
+            assert torch.equal(values, v), f"layer {layer}: the window does not hold the chunk's values"
+            rotated = exact_projection(q, rotation, weight_q, eps).to(q.dtype)
             check_attention(size, rotated, out, keys_of_cache(cache, layer, rotated, size, kind))
         return out
 
-    return attend_and_check
+    return AttendProjections(attend_and_check)
+
+
+def check_descriptors(cache: FrameCache, size: Size) -> None:
+    """Those of the sink and of every prototype, in the first and the last layer, of the sampled heads, against the keys
+    beside them; while a chunk is open."""
+    layout = cache.layout
+    prototypes = cache.committed - -(-layout.sink_frames // layout.chunk_frames)
+    history = layout.sink_frames + layout.window_frames  # its slots are filled one after the other
+    parts = {"the sink": (0, layout.sink_frames), "prototypes": (history, min(prototypes, layout.device_frames))}
+    for layer in sorted({0, layout.layers - 1}):
+        memory = cache.memory(layer)
+        keys, descriptors = (x[0].unflatten(0, (layout.pool_frames, -1)) for x in (memory.keys, memory.descriptors))
+        for what, (first, count) in parts.items():
+            for head, _ in sampled(size.heads, 1):
+                means, of = (x[first : first + count, :, head].flatten(0, 1) for x in (descriptors, keys))
+                where = f"layer {layer}, head {head}, descriptors of {what}"
+                check_means(means, of, size.block_size, size.frame_tokens, where)
 
 
 def rotation_of(cache: FrameCache, size: Size, chunk: int) -> tuple[Tensor, Tensor]:
@@ -150,9 +195,13 @@ def layer_contenders(
             return cast(Tensor, model.blocks[0](x, time, text, 0, how))
 
         flops, moved = pass_work(size, attended_keys(size, cache, kind), dtype)
-        return Contender(
-            call, lambda: cast(None, call(checked(attend, cache, size, kind, rotation))), flops=flops, bytes=moved
-        )
+
+        def check() -> None:
+            if kind.memory == "memflow":
+                check_descriptors(cache, size)
+            call(checked(attend, cache, size, kind, rotation))
+
+        return Contender(call, check, flops=flops, bytes=moved)
 
     return {name: contender(kind, kind.of(size)) for name, kind in kinds.items()}
 
@@ -218,6 +267,10 @@ def stream_contenders(
                 handle.remove()
             assert seen, "no pass was checked"
             assert frames.isfinite().all(), "the frames are not finite"
+            if kind.memory == "memflow":  # of the chunk that was streamed too
+                cache.begin_chunk()
+                check_descriptors(cache, size)
+                cache.abort()
             call()  # CUDA graphs are recorded when a pass comes again: not while the clock runs
 
         def notes() -> dict[str, object]:
