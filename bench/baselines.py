@@ -1,7 +1,8 @@
 """Attention with memory and what one would otherwise use, over the same inputs, each checked the same way.
 
 Layout of the inputs: sink, window and bank lie behind one another in one pool, so that "sink and window" and "the whole
-history" are views, and no baseline pays for putting them together.
+history" are views, and no baseline pays for putting them together. As in the frame cache, a head's tokens lie behind
+one another, which all of them gain from.
 """
 
 from __future__ import annotations
@@ -58,10 +59,10 @@ class Inputs:
             return inputs.correlated_tokens(1, count, size.heads, size.head_dim, dtype, number, str(device))
 
         frames, seed = size.sink_frames + size.window_frames + bank_frames, 100_000 * seed
-        shape = (1, frames * size.frame_tokens, size.heads, size.head_dim)
+        shape = (1, size.heads, frames * size.frame_tokens, size.head_dim)
         pools = pool_k, pool_v = (
-            torch.empty(shape, dtype=dtype, device=device),
-            torch.empty(shape, dtype=dtype, device=device),
+            torch.empty(shape, dtype=dtype, device=device).transpose(1, 2),
+            torch.empty(shape, dtype=dtype, device=device).transpose(1, 2),
         )
         for first in range(0, frames, _MADE_FRAMES):
             rows = slice(first * size.frame_tokens, min(first + _MADE_FRAMES, frames) * size.frame_tokens)
