@@ -355,6 +355,14 @@ def test_views_and_tables_stay_where_they_are():
     assert len(addresses) == 1
 
 
+def test_attention_reads_the_tokens_of_a_head_one_after_the_other():
+    cache = FrameCache(layout_of(batch=2, device_frames=4))
+    cache.begin_chunk()
+    memory = cache.memory(1)
+    for x in (*cache.window(1), *cache.dense(0), memory.keys, memory.values):
+        assert x.stride()[1:] == (HEAD_DIM, cache.layout.pool_frames * TOKENS * HEAD_DIM, 1)
+
+
 def test_gradients_do_not_enter_the_cache():
     layout = layout_of()
     cache = FrameCache(layout)
