@@ -32,9 +32,14 @@ def slug(name: str) -> str:
 
 
 def record(folder: Path, device: torch.device, section: str, result: object) -> Path:
-    """Put `result` under `section` of the device's file of today, whose other sections stay."""
+    """Put `result` under `section` of the device's file of today, whose other sections stay. A damaged file goes to
+    `*.damaged`: what has just been measured is not lost for it."""
     target = result_file(folder, device)
-    kept = json.loads(target.read_text()) if target.is_file() else {}
+    kept: dict[str, object] = {}
+    try:
+        kept |= json.loads(target.read_text()) if target.is_file() else {}
+    except (ValueError, TypeError):
+        target.replace(target.with_suffix(".damaged"))
     write(target, {**kept, **environment(device), "triton": version("triton"), section: result})
     return target
 

@@ -153,6 +153,18 @@ def test_results_are_replaced_by_case_and_history_by_commit(tmp_path):
 TIMED = {"p20": 0.9, "p50": 1.0, "p80": 1.3}, {"p20": 0.9, "p50": 1.0, "p80": 1.1}
 
 
+def test_a_damaged_file_does_not_cost_what_was_just_measured(tmp_path):
+    device = torch.device("cpu")
+    target = record.record(tmp_path, device, "gpu_test", {"passed": 1})
+    for damage in ("{", "[1, 2]"):
+        target.write_text(damage)
+        record.record(tmp_path, device, "gpu_bench", {"rounds": 3})
+        assert target.with_suffix(".damaged").read_text() == damage
+    record.record(tmp_path, device, "gpu_test", {"passed": 2})
+    found = json.loads(target.read_text())
+    assert (found["gpu_bench"], found["gpu_test"]) == ({"rounds": 3}, {"passed": 2})
+
+
 @pytest.mark.parametrize(
     "name, rounds, before, ratios, measured, said",
     [
