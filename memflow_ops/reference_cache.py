@@ -46,7 +46,7 @@ def write_projections(
             if descriptors is not None:
                 described = describe_blocks(rotated_k[story : story + 1, source], block_size, frame_tokens)[0]
                 descriptors[story, place * len(described) : (place + 1) * len(described)] = described
-    return rotated(plain_q, cosines, sines).to(q.dtype)
+    return rotated(plain_q, cosines, sines).to(q.dtype).contiguous()
 
 
 def normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

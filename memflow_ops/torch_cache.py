@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memflow_ops.ops import frame_relevance, write_frames
+from memflow_ops.rotation import turn_pairs
 from memflow_ops.torch_impl import describe_blocks
 
 
@@ -29,6 +30,7 @@ def write_projections(
     mean_size: int,
     eps: float,
 ) -> Tensor:
+    rotated_q = _rotated(_normalised(q, weight_q, eps), cosines, sines, q.dtype)
     plain_k = _normalised(k, weight_k, eps)
     rotated_k = _rotated(plain_k, cosines, sines, k.dtype)
     if means is not None:
@@ -41,7 +43,7 @@ def write_projections(
     pool_frames = memory_k.shape[1] // frame_tokens
     for pool, new in pools:
         write_frames(pool.unflatten(1, (pool_frames, -1)), places, new.unflatten(1, (places.shape[1], -1)))
-    return _rotated(_normalised(q, weight_q, eps), cosines, sines, q.dtype)
+    return rotated_q
 
 
 def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
@@ -54,10 +56,7 @@ def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
 
 
 def _rotated(x: Tensor, cosines: Tensor, sines: Tensor, dtype: torch.dtype) -> Tensor:
-    """Pairs as complex numbers: one pass over memory, six times faster than products of their halves."""
-    angles = torch.complex(cosines.to(x.dtype), sines.to(x.dtype))[:, :, None]
-    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * angles).flatten(-2).to(dtype)
+    return turn_pairs(x, torch.complex(cosines.to(x.dtype), sines.to(x.dtype))[:, :, None]).to(dtype)
 
 
 def retrieve_frames(

@@ -21,6 +21,7 @@ from torch import Tensor
 from memflow_ops.model.text import NOBODY
 from memflow_ops.model.transformer import TextKeysValues, rope_rotation
 from memflow_ops.model.world import FRAME_SIZE
+from memflow_ops.rotation import turn_pairs
 
 CHUNK_FRAMES = 3
 BANK_FRAMES = 3
@@ -107,14 +108,6 @@ def plan_memory(shows: Tensor, generator: torch.Generator) -> MemoryPlan:
     return MemoryPlan(torch.cat([sink_frame, bank_chunk * CHUNK_FRAMES], dim=1), distance, valid)
 
 
-def turned(x: Tensor, turn: Tensor) -> Tensor:
-    """RoPE as one complex product, faster to train through than `transformer.apply_rotation`, and the same numbers.
-
-    x (B, tokens, heads, head_dim) float32 · turn (B or 1, tokens, 1, head_dim / 2) complex.
-    """
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
-
-
 class TeacherForcedAttention:
     """The `attend` of one training step; it also collects what the relevance loss needs.
 
@@ -156,15 +149,15 @@ class TeacherForcedAttention:
         clean_k, clean_v = k[:rows], v[:rows]
         self.frame_means.append(clean_k[:, : self.tokens].mean(1))
 
-        q, own_k = turned(q, self.own_turn), turned(k, self.own_turn)
-        local_k = turned(clean_k.roll(1, 0), self.local_turn)
+        q, own_k = turn_pairs(q, self.own_turn), turn_pairs(k, self.own_turn)
+        local_k = turn_pairs(clean_k.roll(1, 0), self.local_turn)
         local_v = clean_v.roll(1, 0)
         index = self.plan.frame.flatten()
         memory_k, memory_v = (
             x.reshape(rows * CHUNK_FRAMES, -1).index_select(0, index).view(rows, -1, *x.shape[2:])
             for x in (clean_k, clean_v)
         )  # (R, M * T, heads, head_dim)
-        memory_k = turned(memory_k, self.memory_turn)
+        memory_k = turn_pairs(memory_k, self.memory_turn)
 
         q, own_k, own_v, local_k, local_v, memory_k, memory_v = (
             x.transpose(1, 2) for x in (q, own_k, v, local_k, local_v, memory_k, memory_v)

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memflow_ops import QKNorm
+from memflow_ops.rotation import turn_pairs
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q, k, v) -> out; all (B, F * T, heads, head_dim), q and k after their RMSNorm and before RoPE."""
@@ -121,8 +122,7 @@ def rope_rotation(head_dim: int, frames: Tensor, rows: Tensor, columns: Tensor) 
 
 def apply_rotation(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotates the interleaved pairs of x (B, tokens, heads, head_dim) in float32; the result has x's dtype."""
-    pairs = torch.view_as_complex(x.float().contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * torch.complex(cosines, sines)).flatten(-2).to(x.dtype)
+    return turn_pairs(x.float(), torch.complex(cosines, sines)).to(x.dtype)
 
 
 # --------------------------------------------------------------------------------------------------------------- layers

@@ -47,6 +47,34 @@ def test_reference_agrees_with_the_parts_of_the_model(case):
 
 
 @pytest.mark.parametrize("impl", ["reference", "torch"])
+@pytest.mark.parametrize("norm", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_tensors_may_lie_anywhere(impl, norm, dtype):
+    """At an odd place in memory, with rows of odd lengths, heads before tokens; what is handed in stays as it is."""
+    case = make_case(with_norm=norm).to(dtype)
+    expected = case.run(impl)
+
+    def moved(x, change):
+        memory = torch.full((x.numel() * 2 + 1,), torch.nan, dtype=x.dtype)
+        strides = list(change(x).contiguous().stride())
+        strides[0] += 1
+        view = memory[1:].as_strided(change(x).shape, strides).copy_(change(x))
+        return change(view)
+
+    for change in (lambda x: x, lambda x: x.transpose(1, 2)):
+        case.q, case.k, case.v = (moved(x, change) for x in (case.q, case.k, case.v))
+        before = case.q.clone(), case.k.clone()
+        got = case.run(impl)
+        for name in (name for name, x in expected.items() if x is not None):
+            off = 2 * torch.finfo(dtype).eps  # sums over another layout may round otherwise
+            torch.testing.assert_close(got[name], expected[name], rtol=off, atol=off, equal_nan=True)
+        assert got["q"].is_contiguous()
+        assert torch.equal(case.q, before[0]) and torch.equal(case.k, before[1])
+    if dtype == torch.float32 and not norm:
+        assert torch.equal(apply_rotation(case.q, *case.rotation), case.run("torch")["q"])
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("optional", [True, False])
 def test_opcheck(impl, optional):
     case = make_case(batch=2, options={"block_size": 5}, seed=3).to(torch.float32)
