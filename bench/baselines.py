@@ -246,30 +246,44 @@ def whole_history(given: Inputs, every: int = 1) -> Contender:
 # ----------------------------------------------------------------------------------------------------- the released way
 
 
-def released(given: Inputs) -> Contender:
+def released(given: Inputs, window_in_place: bool = False) -> Contender:
     """What the released MemFlow does in its sparse activation, without its clones of the cache: one mean over the
     chunk's queries, whole frames scored by the means of their keys (kept, as ours keeps descriptors), the best
-    gathered, concatenated with the window, dense attention. As many frames as hold the tokens that ours selects,
-    rounded up."""
+    copied behind the window, dense attention. As many frames as hold the tokens that ours selects, rounded up.
+
+    The released code puts window and frames together anew on every call. window_in_place: the window is in the kept
+    buffer already, as a cache made for that could have it.
+    """
     size = given.size
     frames = min(given.bank_frames, -(-given.selected_keys // size.frame_tokens))
     bank_k, bank_v = (x.unflatten(1, (-1, size.frame_tokens)) for x in given.bank)  # (1, F, T, H, D)
     means = bank_k.float().mean(2).to(bank_k.dtype)
-    window_k, window_v = (x.transpose(1, 2) for x in given.window)
-    heads = torch.arange(size.heads, device=given.q.device)[:, None]
-    shape = (1, size.heads, window_k.shape[2] + frames * size.frame_tokens, size.head_dim)
-    kept = given.q.new_empty(shape), given.q.new_empty(shape)  # fresh memory would cost as much as the copy
+    row = size.frame_tokens * size.head_dim  # a head's tokens of a frame lie behind one another
+    pools = [x.transpose(1, 2).view(-1, row) for x in (given.pool_k, given.pool_v)]  # (H * all frames, T * D)
+    all_frames, before = len(pools[0]) // size.heads, size.sink_frames + size.window_frames
+    starts = all_frames * torch.arange(size.heads, device=given.q.device)[:, None]
+    window_rows = starts + torch.arange(size.sink_frames, before, device=given.q.device)
+    shape = (1, size.heads, size.window_keys + frames * size.frame_tokens, size.head_dim)
+    k, v = given.q.new_empty(shape), given.q.new_empty(shape)  # fresh memory would cost as much as the copy
+    places = [x[:, :, : size.window_keys].transpose(1, 2) for x in (k, v)]
+    if window_in_place:
+        for place, window in zip(places, given.window, strict=True):
+            place.copy_(window)
 
     def best() -> Tensor:
         """(H, frames): each head's frames."""
-        scores = torch.einsum("hd,fhd->hf", given.q[0].mean(0), means[0])
-        return scores.topk(frames).indices
+        mean = given.q[0].sum(0) / size.queries  # torch's mean over bfloat16 takes up to fifteen times as long on a CPU
+        return torch.einsum("hd,fhd->hf", mean, means[0]).topk(frames).indices
 
     def call() -> Tensor:
-        chosen = best()
-        gathered = (x[0].movedim(2, 0)[heads, chosen].flatten(1, 2)[None] for x in (bank_k, bank_v))
-        pairs = zip((window_k, window_v), gathered, strict=True)
-        k, v = (torch.cat(pair, 2, out=out) for pair, out in zip(pairs, kept, strict=True))
+        rows = starts + before + best()
+        for pool, kept in zip(pools, (k, v), strict=True):
+            if window_in_place:
+                for head in range(size.heads):
+                    out = kept[0, head, size.window_keys :].view(-1, row)
+                    torch.index_select(pool, 0, rows[head], out=out)
+            else:
+                torch.index_select(pool, 0, torch.cat([window_rows, rows], 1).flatten(), out=kept.view(-1, row))
         return F.scaled_dot_product_attention(given.q.transpose(1, 2), k, v).transpose(1, 2)
 
     def keys_of(head: int, group: int) -> tuple[Tensor, Tensor]:
@@ -281,9 +295,14 @@ def released(given: Inputs) -> Contender:
         return torch.cat(near), torch.cat(far)
 
     def check_kept() -> None:
-        for head, _ in sampled(size.heads, 1):
+        for head in range(size.heads):
             keys = given.bank[0][0, :, head]
             check_means(means[0, :, head], keys, size.frame_tokens, size.frame_tokens, f"frame means of head {head}")
+        if window_in_place:
+            same = all(torch.equal(place, window) for place, window in zip(places, given.window, strict=True))
+            assert same, "the buffer does not hold the window"
+        for x in (k, v):  # what the call is to copy over
+            x[:, :, size.window_keys if window_in_place else 0 :] = torch.nan
 
     return attention_contender(given, call, size.window_keys + frames * size.frame_tokens, keys_of, check_kept)
 

@@ -68,6 +68,7 @@ def attention(size: Size, dtype: str, bank_frames: int, everything: bool) -> Bui
             contenders |= {f"sink and window, {name}": c for name, c in sink.items()}
             contenders["ours, one selection per chunk"] = baselines.ours(given.per_chunk())
         contenders["released way"] = baselines.released(given)
+        contenders["released way, window in place"] = baselines.released(given, window_in_place=True)
         if everything and size is not TINY:  # which takes seconds to compile
             if why := why_not_compile(device):
                 left_out["FlexAttention"] = why

@@ -211,18 +211,39 @@ def test_what_is_broken_is_seen(name, breakage, said, monkeypatch):
 # ------------------------------------------------------------------------------------------- what others do is seen too
 
 
-def test_the_released_way_is_held_against_float64(monkeypatch):
+@pytest.mark.parametrize("window_in_place", [False, True], ids=["copied", "in place"])
+def test_the_released_way_is_held_against_float64(window_in_place, monkeypatch):
     given = baselines.Inputs.make(TINY, 8, torch.float32, CPU)
-    released = baselines.released(given)
+    released = baselines.released(given, window_in_place)
     released.check()
     with monkeypatch.context() as patch:
         topk = torch.Tensor.topk
         patch.setattr(torch.Tensor, "topk", lambda x, count: topk(-x, count))
         with pytest.raises(AssertionError, match=r"frames of head 0: \d is left out, whose score is higher"):
             released.check()
+    with monkeypatch.context() as patch:
+        select = torch.index_select
+        patch.setattr(torch, "index_select", lambda x, at, rows, out: select(x, at, (rows + 1) % len(x), out=out))
+        with pytest.raises(AssertionError, match="head 0, group 0: error"):
+            released.check()
+    given.window[1][0, 5, 1, 3] += 1
+    if window_in_place:
+        with pytest.raises(AssertionError, match="the buffer does not hold the window"):
+            released.check()
+    else:
+        released.check()
     given.bank[0].mul_(1.01)  # the means are kept
     with pytest.raises(AssertionError, match="frame means of head 0"):
         released.check()
+
+
+@pytest.mark.parametrize("window_in_place", [False, True], ids=["copied", "in place"])
+def test_the_released_way_copies_nothing_twice(window_in_place, monkeypatch):
+    given = baselines.Inputs.make(TINY, 8, torch.float32, CPU)
+    call = baselines.released(given, window_in_place).call
+    monkeypatch.setattr(baselines.F, "scaled_dot_product_attention", lambda q, k, v: q)
+    a_frame = 4 * TINY.heads * TINY.frame_tokens * TINY.head_dim
+    assert contest.peak_bytes(call, CPU) < a_frame, "keys or values went through other memory than the kept"
 
 
 @pytest.mark.parametrize("make", [parts.describe, parts.frame_write])
