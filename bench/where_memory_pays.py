@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -30,12 +31,15 @@ from memflow_ops.environment import environment
 from memflow_ops.model.checkpoints import TOY_WEIGHTS, check_target, load_checkpoint, sha256, write_atomically
 from memflow_ops.model.evaluate import KINDS, Kind, evaluate, time_kinds, without_nan
 from memflow_ops.model.evaluation_plot import INK, PALE
+from memflow_ops.model.held_out import appearances, is_return, make_stories
 from memflow_ops.model.settings import TOY_SETTINGS, StreamSettings
 
 BANKS = (3, 1, 6, 2)
 """Frames retrieved for a chunk, what is asked first first."""
 TOP_K = (1, 2, 4, 8, 16)
 """Blocks that a query group activates; all of them come with every bank."""
+MEASURED = ("device", "date", "commit")
+"""What each row and time says of its own run."""
 COLOURS = {1: "#3d9a5f", 2: "#8a5bb5", 3: "#2f6fc4", 6: "#d9822b"}
 
 
@@ -83,12 +87,28 @@ def settings_of(banks: Sequence[int], top_k: Sequence[int], blocks_per_frame: in
     return list(dict.fromkeys([*found, Setting("none"), Setting("full")]))
 
 
-def measure(
-    told: dict[str, Any], settings: Sequence[Setting], identity: dict[str, Any], bar: Progress
-) -> Iterator[None]:
-    """Adds to what has been told the rows that are missing, and at last the times; yields after each."""
+def have_returns(stories: int, seed: int, lengths: Sequence[int]) -> bool:
+    """Whether anybody comes back in the stories that are judged."""
+    groups = make_stories(stories, seed, lengths)
+    return any(is_return(appearance) for group in groups for appearance in appearances(group))
+
+
+def load_told(target: Path) -> dict[str, Any]:
+    """What has been told so far; a ValueError where the file is damaged. Rows and times that do not say when and where
+    they were measured are of the run that the file's head names."""
+    told = load(target, {"rows": {}, "timings": {}})
+    for row in [*told["rows"].values(), *told["timings"].values()]:
+        for name in MEASURED:
+            row.setdefault(name, told.get(name))
+    return told
+
+
+def measure(told: dict[str, Any], settings: Sequence[Setting], about: dict[str, Any], bar: Progress) -> Iterator[None]:
+    """Adds to what has been told the rows that are missing, and at last the times; yields after each. about: the head
+    of the file."""
     model = load_checkpoint()
-    count = {"stories": identity["stories"], "seed": identity["seed"], "lengths": identity["lengths"]}
+    count = {name: about[name] for name in ("stories", "seed", "lengths")}
+    measured = {name: about[name] for name in MEASURED}
     task = bar.add_task("settings", total=len(settings))
     for setting in settings:
         if setting.name not in told["rows"]:
@@ -98,13 +118,15 @@ def measure(
                 report=lambda _, done, total: bar.update(chunks, completed=done, total=total),  # noqa: B023
             )  # fmt: skip
             bar.remove_task(chunks)
-            told["rows"][setting.name] = {**asdict(setting), **asdict(row), "memory": setting.memory}
+            found = {**asdict(setting), **asdict(row), "memory": setting.memory, **measured}
+            told["rows"][setting.name] = without_nan(found)
             yield
         bar.advance(task)
     kinds = {"none": KINDS["none"]} | {s.cost: Kind("", s.change) for s in settings if s.blocks != "random"}
     if kinds.keys() - told["timings"].keys():
         bar.add_task("times", total=None)
-        told["timings"] = {name: asdict(timing) for name, timing in time_kinds(model, kinds).items()}
+        timings = time_kinds(model, kinds)
+        told["timings"] = {name: {**asdict(timing), **measured} for name, timing in timings.items()}
         yield
 
 
@@ -113,7 +135,7 @@ def compared(rows: dict[str, Any]) -> list[str]:
     lines = []
     for row in rows.values():
         other = rows.get(replace(_setting(row), blocks="random").name)
-        if row["blocks"] == "top" and other is not None:
+        if row["blocks"] == "top" and other is not None and row["hue"]["count"]:
             best, drawn = row["hue"], other["hue"]
             apart = "apart" if best["low"] > drawn["high"] else "the intervals overlap"
             lines.append(
@@ -123,7 +145,9 @@ def compared(rows: dict[str, Any]) -> list[str]:
     return lines
 
 
-def _share(share: dict[str, float]) -> str:
+def _share(share: dict[str, Any]) -> str:
+    if not share["count"]:
+        return "no returns"
     return f"{100 * share['value']:.0f} % ({100 * share['low']:.0f}-{100 * share['high']:.0f})"
 
 
@@ -157,7 +181,9 @@ def draw(rows: dict[str, Any], timings: dict[str, Any]) -> bytes:
                 _line(by_time, timed, taken, COLOURS.get(bank, INK), style, label)
     for name, marker in (("none", "v"), ("full", "^")):
         if name in rows:
-            value = 100 * rows[name]["hue"]["value"]
+            value = _percent(rows[name]["hue"]["value"])
+            if math.isnan(value):
+                continue
             by_blocks.axhline(value, color=PALE, linewidth=0.9, linestyle=(0, (5, 3)))
             words = {"none": "no memory", "full": "the whole history, dense"}[name]
             by_blocks.text(1, value + 1.2, words, fontsize=8, color=PALE)
@@ -190,14 +216,19 @@ def _ratio(row: dict[str, Any], timings: dict[str, Any]) -> float | None:
     return timing["ratio"] if timing else None
 
 
+def _percent(share: float | None) -> float:
+    """NaN where nothing was judged, which is not drawn."""
+    return math.nan if share is None else 100 * share
+
+
 def _line(panel: Any, line: list[dict[str, Any]], x: list[Any], colour: str, style: Any, label: str) -> None:
-    values = [100 * row["hue"]["value"] for row in line]
+    value, low, high = ([_percent(row["hue"][name]) for row in line] for name in ("value", "low", "high"))
     spans = [
-        [max(0.0, 100 * (row["hue"]["value"] - row["hue"]["low"])) for row in line],
-        [max(0.0, 100 * (row["hue"]["high"] - row["hue"]["value"])) for row in line],
+        [max(0.0, v - bound) for v, bound in zip(value, low, strict=True)],
+        [max(0.0, bound - v) for v, bound in zip(value, high, strict=True)],
     ]
     panel.errorbar(
-        x, values, yerr=spans, color=colour, linestyle=style, linewidth=1.6, marker="o", markersize=4.5, label=label,
+        x, value, yerr=spans, color=colour, linestyle=style, linewidth=1.6, marker="o", markersize=4.5, label=label,
         elinewidth=0.7, alpha=0.9,
     )  # fmt: skip
 
@@ -219,6 +250,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {values}")
     if given.seed < 10_000:
         parser.error(f"seeds below 10000 are for training, got {given.seed}")
+    if not have_returns(given.stories, given.seed, given.lengths):
+        parser.exit(2, "where_memory_pays: nobody comes back in these stories, so there is nothing to judge; ask for "
+                    "longer --lengths, more --stories or another --seed\n")  # fmt: skip
     identity = {
         "stories": given.stories,
         "lengths": given.lengths,
@@ -231,7 +265,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         check_target(given.out, ".json")
         check_target(given.out.with_suffix(".png"), ".png")
         if not given.restart:
-            told = load(given.out, told)
+            told = load_told(given.out)
     except ValueError as error:
         parser.exit(2, f"where_memory_pays: {error}\n")
     changed = [name for name, value in identity.items() if told["rows"] and told.get(name) != value]
@@ -240,20 +274,30 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"{given.out} has results with other {', '.join(changed)}: say --restart to replace them, or --out "
             f"another file"
         )
+    about = {"command": "make where-memory-pays", **environment(torch.device("cpu")), **identity}
+    devices = {row["device"] for row in told["rows"].values()} - {about["device"]}
+    if devices:
+        parser.error(
+            f"{given.out} was measured on {', '.join(map(str, devices))}, this is {about['device']}: go on there, or "
+            f"say --restart to replace it, or --out another file"
+        )
     keep_freed_memory()
     model = load_checkpoint()
     tokens = model.tokens(TOY_SETTINGS.height, TOY_SETTINGS.width)
     settings = settings_of(given.banks, given.top_k, -(-tokens // TOY_SETTINGS.block_size))
-    about = {"command": "make where-memory-pays", **environment(torch.device("cpu")), **identity}
+    kept = bool(told["rows"])
     console = Console(stderr=True)
     try:
         with Progress(console=console) as bar:
-            for _ in measure(told, settings, identity, bar):
-                write(given.out, without_nan({**about, **told}))
+            for _ in measure(told, settings, about, bar):
+                write(given.out, without_nan({**told, **about}))
+                kept = True
                 write_atomically(given.out.with_suffix(".png"), draw(told["rows"], told["timings"]))
                 console.print(f"{list(told['rows'])[-1]}: {_share(list(told['rows'].values())[-1]['hue'])}")
     except KeyboardInterrupt:
-        print(f"interrupted; what was measured is in {given.out}, the same command continues", file=sys.stderr)
+        same = "the same command without --restart" if given.restart else "the same command"
+        found = f"what was measured is in {given.out}, {same} continues" if kept else "nothing has been measured yet"
+        print(f"interrupted; {found}", file=sys.stderr)
         raise SystemExit(130) from None
     print("\n".join(compared(told["rows"])))
     for name, timing in told["timings"].items():

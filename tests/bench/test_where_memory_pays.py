@@ -95,6 +95,68 @@ def test_results_of_other_stories_are_not_mixed(tmp_path, judge, capsys):
     assert out.read_text() == before
 
 
+def test_an_interrupt_before_the_first_row_names_no_file(tmp_path, judge, capsys):
+    judge.stop_before = 0
+    out = tmp_path / "pays.json"
+    with pytest.raises(SystemExit) as end:
+        main([*SMALL, "--out", str(out)])
+    assert end.value.code == 130 and not out.exists()
+    said = capsys.readouterr().err
+    assert "nothing has been measured yet" in said and out.name not in said
+
+
+def test_rows_say_where_and_when_they_were_measured(tmp_path, judge, monkeypatch):
+    out = tmp_path / "pays.json"
+    now = {"device": "here", "date": "2026-11-23", "commit": "new"}
+    monkeypatch.setattr(pays, "environment", lambda device: now)
+    main([*SMALL, "--out", str(out)])
+    told = json.loads(out.read_text())
+    for row in told["rows"].values():  # as files were written before
+        for name in now:
+            del row[name]
+    del told["rows"]["full"]
+    told["timings"] = {}
+    out.write_text(json.dumps({**told, "commit": "old", "date": "2026-11-20"}))
+    main([*SMALL, "--out", str(out)])
+    told = json.loads(out.read_text())
+    assert {name: (row["commit"], row["date"], row["device"]) for name, row in told["rows"].items()} == {
+        **dict.fromkeys(NAMES[:4], ("old", "2026-11-20", "here")), "full": ("new", "2026-11-23", "here")
+    }  # fmt: skip
+    assert {timing["commit"] for timing in told["timings"].values()} == {"new"} and told["commit"] == "new"
+
+
+def test_results_of_another_device_are_not_mixed(tmp_path, judge, capsys, monkeypatch):
+    out = tmp_path / "pays.json"
+    main([*SMALL, "--out", str(out)])
+    before = out.read_text()
+    monkeypatch.setattr(pays, "environment", lambda device: {"device": "there", "date": "", "commit": ""})
+    with pytest.raises(SystemExit) as end:
+        main([*SMALL, "--out", str(out)])
+    assert end.value.code == 2 and "this is there: go on there, or say --restart" in capsys.readouterr().err
+    assert out.read_text() == before and len(judge.asked) == 5
+
+
+def test_stories_without_returns_are_refused_in_a_line(tmp_path, judge, capsys):
+    with pytest.raises(SystemExit) as end:
+        main(["--stories", "1", "--lengths", "2", "--banks", "1", "--top-k", "1", "--out", str(tmp_path / "pays.json")])
+    said = capsys.readouterr().err
+    assert end.value.code == 2 and said.count("\n") == 1 and "nobody comes back in these stories" in said
+    assert not judge.asked and not list(tmp_path.iterdir())
+
+
+def test_what_nobody_could_judge_is_drawn_as_missing():
+    nothing = {"value": None, "low": None, "high": None, "count": 0}
+    settings = settings_of([1], [2, 4], 4)
+    rows = {setting.name: {**vars(setting), "hue": nothing} for setting in settings}
+    timings = {setting.cost: {"ratio": 1.5} for setting in settings}
+    assert compared(rows) == []
+    for name in (None, settings[0].name):
+        if name:
+            rows[name] = {**rows[name], "hue": vars(judged(0.9).hue)}
+        for times in ({}, timings):
+            assert draw(rows, times).startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize("options", [("--stories", "0"), ("--banks", "0"), ("--top-k", "2", "0"), ("--seed", "9999")])
 def test_bad_options_are_refused(tmp_path, judge, options):
     with pytest.raises(SystemExit) as end:
