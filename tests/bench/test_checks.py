@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -261,6 +262,27 @@ def test_half_precision_hides_no_small_error_of_all_values():
     off = baselines.attention_contender(given, lambda: ours.call() + 6e-3, 1, given.keys_of_ours)
     with pytest.raises(AssertionError, match="mean error"):
         off.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_no_head_is_left_out(dtype):
+    given = baselines.Inputs.make(replace(TINY, dim=160, heads=5), 4, dtype, CPU)
+    ours = baselines.ours(given)
+    ours.check()
+    for head in range(5):
+        zeroed = torch.arange(5)[:, None] == head
+        without = baselines.attention_contender(
+            given, lambda zeroed=zeroed: ours.call().masked_fill(zeroed, 0), 1, given.keys_of_ours
+        )
+        with pytest.raises(AssertionError, match=f"head {head}, group"):
+            without.check()
+
+
+def test_inner_heads_are_checked_in_groups_that_move_on():
+    checked = [[group for of, group in correctness.sampled(12, 37) if of == head] for head in range(12)]
+    assert checked[0] == checked[11] == [0, 18, 36]
+    assert checked[1:11] == [[3], [6], [9], [12], [15], [18], [21], [24], [27], [30]]
+    assert list(correctness.sampled(1, 1)) == [(0, 0)]
 
 
 # ----------------------------------------------------------------------------------------------------- the checks alone
