@@ -49,6 +49,11 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
+def cached(tokens: int, heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Keys or values (1, tokens, heads, D) as the frame cache has them: a head's tokens behind one another."""
+    return meta(1, heads, tokens, head_dim, dtype=dtype).transpose(1, 2)
+
+
 def memory_attention(
     capability: int,
     *,
@@ -68,8 +73,8 @@ def memory_attention(
     multiprocessors: of the device, so that the last wave is split; 0: it is not.
     """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
-    k = meta(1, WINDOW, heads[1], head_dim, dtype=dtype) if dense else None
-    memory = meta(1, frames * FRAME_TOKENS, heads[1], head_dim, dtype=dtype)
+    k = cached(WINDOW, heads[1], head_dim, dtype) if dense else None
+    memory = cached(frames * FRAME_TOKENS, heads[1], head_dim, dtype)
     blocks = frames * -(-FRAME_TOKENS // block_size)
     launches, *_ = plan_select_and_attend(
         q, k, k, memory, memory, meta(1, blocks, heads[1], head_dim, dtype=dtype), top_k=top_k,
@@ -83,7 +88,7 @@ def memory_attention(
 
 def window(capability: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """Our own dense attention to the local window."""
-    q, k = meta(1, QUERIES, 12, 128, dtype=dtype), meta(1, WINDOW, 12, 128, dtype=dtype)
+    q, k = meta(1, QUERIES, 12, 128, dtype=dtype), cached(WINDOW, 12, 128, dtype)
     launches, *_ = plan_attend(
         q, k, k, None, None, None, block_size=64, frame_tokens=FRAME_TOKENS, query_group=128, softmax_scale=0.1,
         capability=capability,
@@ -94,7 +99,7 @@ def window(capability: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]
 def cache_write(heads: int = 12, dtype: torch.dtype = torch.bfloat16, clean: bool = True) -> list[Launch]:
     """A layer's cache write, with descriptors and frame means in the clean pass."""
     q, angles = meta(1, QUERIES, heads, 128, dtype=dtype), meta(1, QUERIES, 64, dtype=torch.float32)
-    pool, weight = meta(1, 76 * FRAME_TOKENS, heads, 128, dtype=dtype), meta(heads * 128, dtype=dtype)
+    pool, weight = cached(76 * FRAME_TOKENS, heads, 128, dtype), meta(heads * 128, dtype=dtype)
     outputs = [meta(1, *n, heads, 128, dtype=dtype) if clean else None for n in ((76 * 25,), (1, 1))]
     launches, _ = plan_write_projections(
         q, q, q, angles, angles, pool, pool, meta(1, 3, dtype=torch.int32), weight, weight, *outputs,
@@ -126,8 +131,8 @@ def backward(
 ) -> list[Launch]:
     """The backward of a layer's bank part, all gradients; with `dense` of window and bank, the latter needing none."""
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
-    k = meta(1, WINDOW, heads[1], head_dim, dtype=dtype) if dense else None
-    memory = meta(1, 64 * FRAME_TOKENS, heads[1], head_dim, dtype=dtype)
+    k = cached(WINDOW, heads[1], head_dim, dtype) if dense else None
+    memory = cached(64 * FRAME_TOKENS, heads[1], head_dim, dtype)
     indices = meta(1, heads[0], -(-QUERIES // query_group), 24, dtype=torch.int32)
     lse = meta(1, heads[0], QUERIES, dtype=torch.float32)
     steps, _ = plan_attend_backward(
@@ -192,7 +197,7 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
         "per query, descriptors": since_90(case(loads=described, query_group=1)),
         "two launches, warps specialized": since_90(case(loads=specialized)),
     }
-    descriptors = lambda _: [plan_block_means(meta(1, 3120, 12, 128), 64, FRAME_TOKENS, torch.bfloat16)[0]]  # noqa: E731
+    descriptors = lambda _: [plan_block_means(cached(3120, 12, 128), 64, FRAME_TOKENS, torch.bfloat16)[0]]  # noqa: E731
     writes = {
         "cache write, clean pass": lambda _: cache_write(),
         "cache write": lambda _: cache_write(clean=False),

@@ -24,7 +24,7 @@ def cache_write(bench: Bench) -> list[dict[str, object]]:
     make = lambda *shape: torch.randn(shape, device=device).to(s.dtype)  # noqa: E731
     vectors = (s.heads, s.head_dim)
     inputs = [[make(1, tokens, *vectors) for _ in range(3)] for _ in range(WRITTEN_LAYERS)]
-    pools = [[make(1, pool_frames * s.frame_tokens, *vectors) for _ in range(2)] for _ in range(WRITTEN_LAYERS)]
+    pools = [[bench.cached(pool_frames * s.frame_tokens) for _ in range(2)] for _ in range(WRITTEN_LAYERS)]
     descriptors, means = make(1, pool_frames * blocks, *vectors), make(1, 1, 1, *vectors)
     norm = QKNorm(make(s.heads * s.head_dim), make(s.heads * s.head_dim), 1e-6)
     angles = torch.rand(1, tokens, 1, s.head_dim // 2, device=device)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from memflow_ops import torch_cache, torch_impl
-from memflow_ops.bench import baselines, cases, contest, correctness, parts, streams
+from memflow_ops.bench import baselines, cases, contest, correctness, gpu, parts, streams
 from memflow_ops.bench.sizes import TINY
 from memflow_ops.cache import FrameCache
 
@@ -283,6 +283,15 @@ def test_inner_heads_are_checked_in_groups_that_move_on():
     assert checked[0] == checked[11] == [0, 18, 36]
     assert checked[1:11] == [[3], [6], [9], [12], [15], [18], [21], [24], [27], [30]]
     assert list(correctness.sampled(1, 1)) == [(0, 0)]
+
+
+def test_inputs_on_a_gpu_lie_as_in_the_cache(monkeypatch):
+    monkeypatch.setattr(gpu, "describe_blocks", lambda k, *sizes, impl: k)
+    bench = gpu.Bench(gpu.TINY, CPU, 1)
+    bank = bench.bank(3)
+    for x, tokens in ((bank.k, 210), (bank.v, 210), (bench.k, 350), (bench.v, 350)):  # the window is behind the sink
+        assert x.stride()[1:] == (16, 16 * tokens, 1)
+    assert torch.equal(bank.k, bench.tokens(210, 4))
 
 
 # ----------------------------------------------------------------------------------------------------- the checks alone
