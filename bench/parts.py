@@ -56,7 +56,8 @@ def select(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> d
 
 def attend(size: Size, dtype: torch.dtype, device: torch.device, seed: int) -> dict[str, Contender]:
     """The selected blocks, going on from the window's state; against dense attention to as many adjacent keys, and to
-    the window, with its LSE."""
+    the window, through memory_attention without a bank: a dense backend of torch's or flash-attn, which gives the LSE
+    too, and our call around it."""
     given = Inputs.make(size, size.bank_frames, dtype, device, seed)
     state = memory_attention(given.q, *given.window, return_lse=True)
     assert isinstance(state, tuple)

@@ -172,7 +172,11 @@ def rotation_of(cache: FrameCache, size: Size, chunk: int) -> tuple[Tensor, Tens
 def layer_contenders(
     size: Size, dtype: torch.dtype, device: torch.device, kinds: dict[str, Kind], seed: int = 0
 ) -> dict[str, Contender]:
-    """A transformer block with random weights: projections, attention over a cache, text and feed-forward."""
+    """A transformer block with random weights: projections, attention over a cache, text and feed-forward.
+
+    Every kind of memory, none too, has our cache, its write, and our memory_attention, which hands dense keys to a
+    backend: what is compared is the memory alone.
+    """
     size = replace(size, layers=1)
     model = random_model(size, dtype, device)
     torch.manual_seed(seed)
@@ -231,7 +235,7 @@ def stream_contenders(
     size: Size, dtype: torch.dtype, device: torch.device, kinds: dict[str, Kind], history: int, rounds: int
 ) -> dict[str, Contender]:
     """`Streamer.next_chunk` over a history of so many prototypes: a model with random weights, the transformer alone,
-    without VAE and text encoder, nothing reported.
+    without VAE and text encoder, nothing reported. As for a layer, all kinds go through our cache and attention.
 
     The oldest prototype makes room for the newest, as in a long stream. Under `full`, which forgets nothing, every call
     finds one more: it starts with so many fewer that the middle one of the rounds finds `history` of them.
