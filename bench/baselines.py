@@ -175,7 +175,8 @@ def ours(given: Inputs, **options: Any) -> Contender:
         return out
 
     keys = size.window_keys + given.selected_keys
-    return attention_contender(given, call, keys, given.keys_of_ours, given.check_descriptors)
+    own: dict[str, object] = {"query_group": size.query_group}
+    return attention_contender(given, call, keys, given.keys_of_ours, given.check_descriptors, settings=own)
 
 
 # --------------------------------------------------------------------------------------------------- dense attention

@@ -23,6 +23,8 @@ Build = Callable[[torch.device, int], Built]
 
 # Dense attention over a longer history than this is not measured on a CPU.
 _DENSE_FRAMES = {"cpu": 256, "cuda": 1000}
+# Remembered frames that the prompt is compared with.
+_HISTORY = 240
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,7 @@ class Case:
     """Something that is measured.
 
     against: what its ratio is over, in words. group: the part of the registry that is asked for by name: tiny, wan-1.3b
-    or long. devices: where it fits. rounds: of timing, by default.
+    or long. devices: where it fits. rounds: of timing, by default. settings: of ours, where they are not the size's.
     """
 
     name: str
@@ -43,6 +45,10 @@ class Case:
     devices: tuple[str, ...]
     rounds: int = 15
     settings: dict[str, object] = field(default_factory=dict)
+
+    def all_settings(self) -> dict[str, object]:
+        """As the row of ours states them."""
+        return self.size.settings() | self.settings
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -77,14 +83,14 @@ def attention(size: Size, dtype: str, bank_frames: int, everything: bool) -> Bui
         if bank_frames <= _DENSE_FRAMES[device.type]:
             every = min(3, max(1, bank_frames // 16)) if device.type == "cpu" else 1  # at least 3 of 9 rounds
             contenders["whole history, dense"] = baselines.whole_history(given, every)
-        return Built(contenders, left_out, {"bank_frames": bank_frames})
+        return Built(contenders, left_out)
 
     return build
 
 
 def part(size: Size, dtype: str, make: Callable[..., dict[str, Contender]], **options: int) -> Build:
     """One of the parts of `parts.py`."""
-    return lambda device, seed: Built(make(size, torch_dtype(dtype), device, seed, **options), {}, dict(options))
+    return lambda device, seed: Built(make(size, torch_dtype(dtype), device, seed, **options))
 
 
 # --------------------------------------------------------------------------------------------------- layers and streams
@@ -99,16 +105,14 @@ def layer(size: Size, dtype: str) -> Build:
 
 
 def stream(size: Size, dtype: str, kinds: dict[str, Kind], history: int, rounds: int) -> Build:
-    return lambda device, seed: Built(
-        stream_contenders(size, torch_dtype(dtype), device, kinds, history, rounds), {}, {"history": history}
-    )
+    return lambda device, seed: Built(stream_contenders(size, torch_dtype(dtype), device, kinds, history, rounds))
 
 
 def stream_case(size: Size, dtype: str, group: str, kinds: dict[str, Kind], history: int, devices: tuple[str, ...],
                 rounds: int) -> Case:  # fmt: skip
     bank = kinds[OURS].bank_frames
     name = f"stream/chunk/{size.name}/{dtype}/history-{history}" + ("" if bank == 3 else f"/bank-{bank}")
-    settings: dict[str, object] = {"bank_frames": bank, "report": False, "reach": "at most 7.9 % over none"}
+    settings = kinds[OURS].settings(size) | {"history": history, "report": False, "reach": "at most 7.9 % over none"}
     return Case(
         name, "stream", group, size, dtype, "the same stream without memory",
         stream(size, dtype, kinds, history, rounds), devices, rounds, settings,
@@ -129,23 +133,31 @@ def of_size(
         "attend": (part(size, dtype, parts.attend), "dense attention to as many keys"),
         "describe": (part(size, dtype, parts.describe), "a copy of the keys"),
         "backward": (part(size, dtype, parts.backward), "forward and backward of the window alone"),
-        "relevance": (part(size, dtype, parts.relevance, history=240), "the scores of every word, then their mean"),
+        "relevance": (
+            part(size, dtype, parts.relevance, history=_HISTORY),
+            "the scores of every word, then their mean",
+        ),
         "frame_write": (part(size, dtype, parts.frame_write), "a copy of the chunk's keys and values"),
     }
     ops = [
-        Case(f"op/{name}/{size.name}/{dtype}", "op", group, size, dtype, against, build, devices, rounds)
+        Case(
+            f"op/{name}/{size.name}/{dtype}", "op", group, size, dtype, against, build, devices, rounds,
+            {"history": _HISTORY} if name == "relevance" else {},
+        )
         for name, (build, against) in builds.items()
         if name not in without
-    ]
+    ]  # fmt: skip
     alone = "the same layer without memory"
     name = f"layer/block/{size.name}/{dtype}"
-    return [*ops, Case(name, "layer", group, size, dtype, alone, layer(size, dtype), devices, rounds)]
+    settings = KINDS[OURS].settings(size)
+    return [*ops, Case(name, "layer", group, size, dtype, alone, layer(size, dtype), devices, rounds, settings)]
 
 
 def long_case(size: Size, dtype: str, frames: int, device: str) -> Case:
     name = f"op/memory_attention/{size.name}/{dtype}/bank-{frames}"
     build = attention(size, dtype, frames, False)
-    return Case(name, "op", "long", size, dtype, "the local window alone", build, (device,), 9)
+    alone = "the local window alone"
+    return Case(name, "op", "long", size, dtype, alone, build, (device,), 9, {"bank_frames": frames})
 
 
 def registry() -> list[Case]:

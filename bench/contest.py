@@ -37,7 +37,7 @@ class Contender:
     call: runs it once. check: raises an AssertionError where its result is wrong; run before anything is timed.
     flops, bytes: what one call computes and must read and write at least; 0 where nobody has counted.
     every: timed in every such round only (what takes long). graph: whether it can be captured in a CUDA graph.
-    video_frames: that one call makes. notes: measured once, after the timing.
+    video_frames: that one call makes. notes: measured once, after the timing. settings: where they are not the case's.
     """
 
     call: Call
@@ -48,6 +48,7 @@ class Contender:
     graph: bool = True
     video_frames: int = 0
     notes: Callable[[], dict[str, object]] | None = None
+    settings: dict[str, object] = field(default_factory=dict)
 
 
 @dataclass
@@ -57,7 +58,6 @@ class Built:
     contenders: dict[str, Contender]
     left_out: dict[str, str] = field(default_factory=dict)
     """Those that cannot run here, and why."""
-    notes: dict[str, object] = field(default_factory=dict)
 
 
 class Contest:
@@ -165,7 +165,7 @@ class Contest:
                 row["fps"] = contender.video_frames / seconds["p50"]
             if contender.notes is not None:
                 row |= contender.notes()
-            rows.append({**row, "settings": {**case.size.settings(), **case.settings, **self.built.notes}, **about})
+            rows.append({**row, "settings": case.all_settings() | contender.settings, **about})
         rows[0]["left_out"] = self.built.left_out
         return rows
 

@@ -53,6 +53,12 @@ class Kind:
         group = size.queries if self.per_chunk else size.query_group
         return replace(size, top_k=self.top_k or size.top_k, query_group=group)
 
+    def settings(self, size: Size) -> dict[str, object]:
+        """As a row of results states them; no budget without a bank to choose from."""
+        own = self.of(size)
+        budget = {"bank_frames": self.bank_frames, "top_k": own.top_k, "query_group": own.query_group}
+        return {"memory": self.memory, **(budget if self.memory == "memflow" else dict.fromkeys(budget))}
+
 
 def random_model(size: Size, dtype: torch.dtype, device: torch.device) -> CausalVideoModel:
     """Of Wan's architecture, seeded."""
@@ -206,7 +212,7 @@ def layer_contenders(
                 check_descriptors(cache, size)
             call(checked(attend, cache, size, kind, rotation))
 
-        return Contender(call, check, flops=flops, bytes=moved)
+        return Contender(call, check, flops=flops, bytes=moved, settings=kind.settings(size))
 
     return {name: contender(kind, kind.of(size)) for name, kind in kinds.items()}
 
@@ -288,7 +294,7 @@ def stream_contenders(
         flops, moved = pass_work(size, keys, dtype)
         return Contender(
             call, check, flops=(size.steps + 1) * flops, bytes=(size.steps + 1) * moved, graph=False,
-            video_frames=_VIDEO_FRAMES * size.chunk_frames, notes=notes,
+            video_frames=_VIDEO_FRAMES * size.chunk_frames, notes=notes, settings=kind.settings(size),
         )  # fmt: skip
 
     return {name: contender(kind, kind.of(size)) for name, kind in kinds.items()}

@@ -41,6 +41,38 @@ def test_every_contender_is_right_and_timed(case):
         assert row["seconds"]["p20"] > 0 and row["device"] == "here" and row["settings"]["block_size"] == 8
         assert row["contender"] != rows[0]["baseline"] or row["over_baseline"]["p50"] == 1
     assert rows[0].get("flops") or rows[0].get("bytes")
+    assert rows[0]["settings"] == case.all_settings()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("level", ["layer", "stream", "op"])
+def test_every_row_states_the_budget_that_was_measured(level, monkeypatch):
+    kept = {}
+    layout = streams.stream_settings
+    monkeypatch.setattr(streams, "stream_settings", lambda size, kind, n: kept.setdefault(kind, layout(size, kind, n)))
+    kinds = {OURS: streams.Kind("memflow"), "none": streams.Kind("none"), "many": streams.Kind("memflow", 4, 9, True)}
+    if level == "layer":
+        built = Built(streams.layer_contenders(TINY, torch.float32, CPU, kinds))
+        case = tiny("layer/block")
+    elif level == "stream":
+        built = Built(streams.stream_contenders(TINY, torch.float32, CPU, kinds, 6, 1))
+        case = tiny("stream/chunk")
+    else:
+        case = tiny("op/memory_attention")
+        built = case.build(CPU, 0)
+    found = contest.Contest(replace(case, build=lambda *_: built), CPU)
+    found.run_round()
+    rows = found.rows({"tflops_float32": 1.0, "gbs": 1.0}, {})
+    settings = {row["contender"]: row["settings"] for row in rows}
+    if level == "op":
+        assert (settings[OURS]["query_group"], settings[OURS]["bank_frames"]) == (16, 4)
+        assert settings["ours, one selection per chunk"]["query_group"] == TINY.queries
+        return
+    budgets = {name: [of[key] for key in ("bank_frames", "top_k", "query_group")] for name, of in settings.items()}
+    assert budgets == {OURS: [3, 4, 16], "none": [None] * 3, "many": [4, 9, TINY.queries]}
+    for name, kind in kinds.items():
+        if name != "none":
+            assert budgets[name] == [kept[kind].bank_frames, kept[kind].top_k, kept[kind].query_group]
 
 
 @torch.no_grad()
