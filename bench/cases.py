@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from memflow_ops.bench import baselines, parts
+from memflow_ops.bench import baselines, parts, write_parts
 from memflow_ops.bench.contest import OURS, Built, Contender
 from memflow_ops.bench.sizes import LONG_BANKS, QUARTER, TINY, WAN, WAN_FRAME, Size
 from memflow_ops.bench.streams import Kind, layer_contenders, stream_contenders
@@ -112,7 +112,11 @@ def stream_case(size: Size, dtype: str, group: str, kinds: dict[str, Kind], hist
                 rounds: int) -> Case:  # fmt: skip
     bank = kinds[OURS].bank_frames
     name = f"stream/chunk/{size.name}/{dtype}/history-{history}" + ("" if bank == 3 else f"/bank-{bank}")
-    settings = kinds[OURS].settings(size) | {"history": history, "report": False, "reach": "at most 7.9 % over none"}
+    settings = kinds[OURS].settings(size) | {
+        "history": history,
+        "report": False,
+        "aim": "at most 7.9 % more time than none",
+    }
     return Case(
         name, "stream", group, size, dtype, "the same stream without memory",
         stream(size, dtype, kinds, history, rounds), devices, rounds, settings,
@@ -127,6 +131,7 @@ def of_size(
 ) -> list[Case]:
     """Every op and a layer, but those `without`."""
     window = "the local window alone, through torch's attention"
+    plain = "rms_norm, products of even and odd channels, and copies"
     builds: dict[str, tuple[Build, str]] = {
         "memory_attention": (attention(size, dtype, size.bank_frames, True), window),
         "select": (part(size, dtype, parts.select), "mean, product and torch.topk"),
@@ -137,6 +142,8 @@ def of_size(
             part(size, dtype, parts.relevance, history=_HISTORY),
             "the scores of every word, then their mean",
         ),
+        "write_projections": (part(size, dtype, write_parts.write, clean=False), plain),
+        "write_projections_clean": (part(size, dtype, write_parts.write, clean=True), plain),
         "frame_write": (part(size, dtype, parts.frame_write), "a copy of the chunk's keys and values"),
     }
     ops = [

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -191,9 +191,9 @@ def paired(ours: Sequence[float | None], theirs: Sequence[float | None]) -> dict
     return quantiles([a / b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None])
 
 
-def decided(ratio: dict[str, float]) -> bool:
-    """Whether the ratio's spread leaves no doubt which of the two is faster."""
-    return ratio["p20"] > 1 or ratio["p80"] < 1
+def decided(ratio: Mapping[str, float], rounds: int) -> bool:
+    """Whether the ratio's spread leaves no doubt which of the two is faster; a single round has no spread."""
+    return rounds > 1 and (ratio["p20"] > 1 or ratio["p80"] < 1)
 
 
 def product_ceiling(device: torch.device, dtype: str) -> float:

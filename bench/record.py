@@ -100,7 +100,7 @@ class Worse:
 
     words: str
     in_doubt: bool
-    """The spreads of the two ratios overlap."""
+    """The spreads of the two ratios overlap, or one has none."""
 
 
 def compared(ours: Row, target: Path) -> Worse | None:
@@ -120,7 +120,7 @@ def compared(ours: Row, target: Path) -> Worse | None:
     old, new = before["over_baseline"], ours["over_baseline"]
     if new["p50"] <= WORSE * old["p50"]:
         return None
-    in_doubt = new["p20"] <= old["p80"]
+    in_doubt = new["p20"] <= old["p80"] or 1 in (before["rounds"], ours["rounds"])  # one round has no spread
     return Worse(
         f"{case}: ours takes {new['p50']:.3f} times {baseline} ({new['p20']:.3f} to {new['p80']:.3f}), stored "
         f"{old['p50']:.3f} ({old['p20']:.3f} to {old['p80']:.3f}) of {before['date']}, commit {before['commit']}: "

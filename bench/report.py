@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
@@ -9,12 +10,13 @@ from typing import Any
 
 from memflow_ops.bench import svg
 from memflow_ops.bench.contest import OURS
-from memflow_ops.bench.table import HEADINGS, cases_of, ceilings_line, cells, measured_at, named
+from memflow_ops.bench.table import FRAMES_PER_SECOND, HEADINGS, cases_of, ceilings_line, cells, measured_at, named
 
 Row = Mapping[str, Any]
 
-PAPER_OVERHEAD = 7.9
-"""Percent of its speed that the paper pays for memory against a frame sink; ours is to stay below against none."""
+AIM_OVERHEAD = 7.9
+"""Percent more time than without memory: what ours is to stay below. (The paper's 7.9 % is of its speed against a frame
+sink, 20.3 to 18.7 frames/s: 8.6 % more time.)"""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -38,13 +40,14 @@ tr.ours td {{ color: var(--c0); }}
 
 _WORDS = {
     "A stream's chunk": "Time of a chunk over that of the same stream without memory, in percent. The dashed line is "
-    f"what the paper pays against a frame sink, {PAPER_OVERHEAD} %.",
+    f"our aim, at most {AIM_OVERHEAD} %; what the paper reports against a frame sink, 18.7 frames/s for 20.3, is 8.6 % "
+    "more time.",
     "Overhead against the bank": "Attention with memory, and what one would otherwise do with as many frames, over "
     "attention to the local window alone, in percent. Where the whole history leaves the picture, the table has it.",
     "Where the time goes": "The parts of attention with memory in one layer, each measured by itself. Every pass "
-    "selects blocks, attends to the local window and to the selected blocks, and writes its keys and values to the "
-    "cache; the cache's bar is one such write and what a chunk needs once: means, and the prototype's copy and "
-    "descriptors.",
+    "writes (normalises and rotates queries and keys, puts keys and values into the cache), selects blocks, and "
+    "attends to the local window and to the selected blocks; without memory it writes and attends to the window. The "
+    "last pass of a chunk writes descriptors and a mean besides: the clean write.",
     "Against the ceilings": "Products of the attention per second, in percent of what a large matrix product reaches "
     "here in the same dtype. What attends to more keys may show a longer bar and still take longer.",
     "By commit": "The same ratios as they were at earlier commits on this device, side by side.",
@@ -56,7 +59,7 @@ def page(results: Mapping[str, Any]) -> str:
     about = (
         f"{results['device']}, {measured_at(rows)}; {ceilings_line(results['ceilings'])}. All of it is measured: "
         "medians, in charts with a bar from the 20th to the 80th percentile. What is compared ran in turn, and ratios "
-        "are taken pair by pair."
+        f"are taken pair by pair. {FRAMES_PER_SECOND}."
     )
     charts = (streams(rows), bank_sizes(rows), parts(rows), against_ceilings(rows), history(results))
     sections = [
@@ -79,13 +82,18 @@ def percent(ratio: Mapping[str, float]) -> svg.Spread:
 
 def streams(rows: Sequence[Row]) -> str:
     shown = [row for row in rows if row["level"] == "stream" and row["contender"] not in (row["baseline"], "full")]
-    found = {}
+    sizes, found = len({row["size"] for row in shown}), {}
     for row in shown:
         name = "memflow" if row["contender"] == OURS else row["contender"]
-        kind = name.split(",")[0]
-        found[f"{name}, {row['dtype']}, history {row['settings']['history']}"] = {kind: percent(row["over_baseline"])}
+        settings = row["settings"]
+        words = [name, row["dtype"], f"history {settings['history']}"]
+        if row["contender"] == OURS:
+            words.insert(1, f"bank {settings['bank_frames']}")
+        if sizes > 1:
+            words.insert(0, row["size"])
+        found[", ".join(words)] = {name.split(",")[0]: percent(row["over_baseline"])}
     return svg.bars(found, "overhead of a stream's chunk", "% more time per chunk than without memory",
-                    edge=PAPER_OVERHEAD) if found else ""  # fmt: skip
+                    edge=AIM_OVERHEAD, edge_label=f"aim: {AIM_OVERHEAD} %") if found else ""  # fmt: skip
 
 
 def bank_sizes(rows: Sequence[Row]) -> str:
@@ -94,27 +102,36 @@ def bank_sizes(rows: Sequence[Row]) -> str:
         "released way": "the released way",
         "whole history, dense": "dense, whole history",
     }
+    shown = [row for row in rows if re.match("op/memory_attention/.*/bank-", row["case"]) and row["contender"] in names]
+    sizes = sorted({f"{row['size']}, {row['dtype']}" for row in shown})
     found: dict[str, list[svg.Point]] = {}
-    for row in rows:
-        if "/bank-" in row["case"] and row["contender"] in names:
-            frames = float(row["settings"]["bank_frames"])
-            found.setdefault(names[row["contender"]], []).append((frames, *percent(row["over_baseline"])))
-    dense = found.get("dense, whole history")
-    if dense and len(found) > 1:  # it leaves the picture; where it still fits is enough, the table has the rest
-        limit = 4 * max(point[1] for name, of in found.items() if of is not dense for point in of)
-        found["dense, whole history"] = [point for point in dense if point[1] <= limit]
+    for row in shown:
+        name = names[row["contender"]] + (f", {row['size']}, {row['dtype']}" if len(sizes) > 1 else "")
+        frames = float(row["settings"]["bank_frames"])
+        found.setdefault(name, []).append((frames, *percent(row["over_baseline"])))
+    others = [point[1] for name, of in found.items() if not name.startswith("dense") for point in of]
+    for name, of in found.items():
+        if (
+            name.startswith("dense") and others
+        ):  # it leaves the picture; where it fits is enough, the table has the rest
+            found[name] = [point for point in of if point[1] <= 4 * max(others)]
     found = {name: sorted(of) for name, of in found.items() if of}
-    return (
-        svg.lines(found, "overhead by bank size", "frames in the bank", "% over the window alone", log_x=True)
-        if found
-        else ""
-    )
+    if not found:
+        return ""
+    x_label = f"frames in the bank ({sizes[0]})" if len(sizes) == 1 else "frames in the bank"
+    right = 200 if len(sizes) == 1 else 360
+    return svg.lines(found, "overhead by bank size", x_label, "% over the window alone", log_x=True, right=right)
 
 
 def parts(rows: Sequence[Row]) -> str:
     """Milliseconds of each part, by size."""
-    of = {"select": ("select", OURS), "window": ("attend", "window, dense"), "selected blocks": ("attend", OURS),
-          "cache, a write and the commit": ("frame_write", OURS)}  # fmt: skip
+    of = {
+        "select": ("select", OURS),
+        "window": ("attend", "window, dense"),
+        "selected blocks": ("attend", OURS),
+        "write": ("write_projections", OURS),
+        "clean write": ("write_projections_clean", OURS),
+    }
     found: dict[str, dict[str, svg.Spread]] = {}
     for name, (case, contender) in of.items():
         for row in rows:

@@ -21,6 +21,7 @@ from memflow_ops.bench.cases import GROUPS, Case, chosen
 from memflow_ops.bench.contest import OURS, Contest, copy_ceiling, product_ceiling
 from memflow_ops.bench.record import REGISTRY, bench_file, compared, keep, load
 from memflow_ops.bench.streams import ROOM
+from memflow_ops.bench.table import overhead
 from memflow_ops.environment import environment, pick_device, version
 from memflow_ops.model.checkpoints import check_folder
 
@@ -131,8 +132,7 @@ def main() -> int:
     rows, failures = measure(session, report)
     for row in rows:
         if row["contender"] == OURS:
-            ratio = row["over_baseline"]
-            print(f"{row['case']}: {ratio['p50']:.3f} ({ratio['p20']:.3f} to {ratio['p80']:.3f}) of {row['baseline']}")
+            print(f"{row['case']}: {overhead(row['over_baseline'], row['rounds'])} over {row['baseline']}")
     for name, why in failures.items():
         print(f"{name} failed: {why}", file=sys.stderr)
     where = f"written to {session.target}" if rows else "nothing was measured"

@@ -45,7 +45,7 @@ def number(value: float) -> str:
 
 
 def spread(middle: float, low: float, high: float) -> str:
-    return f"{number(middle)} ({number(low)} to {number(high)})"
+    return number(middle) + (f" ({number(low)} to {number(high)})" if low < high else "")
 
 
 def _frame(height: int, label: str, body: Sequence[str]) -> str:
@@ -125,13 +125,14 @@ def lines(
 
 def bars(
     rows: Mapping[str, Mapping[str, Spread]], label: str, x_label: str, *, edge: float | None = None,
-    legend: bool = True,
+    edge_label: str = "", legend: bool = True,
 ) -> str:  # fmt: skip
-    """Per row a horizontal bar for each of its parts, one beneath the other, with its spread."""
+    """Per row a horizontal bar for each of its parts, one beneath the other, with its spread. edge: a line to stay
+    below."""
     left = 24 + _LETTER * max(len(name) for name in rows)
     parts = list(dict.fromkeys(name for of in rows.values() for name in of))
     thick, pitch, gap = (20, 20, 8) if max(map(len, rows.values())) == 1 else (13, 17, 8)
-    top = 34 if legend else 12
+    top = (34 if legend else 12) + (18 if edge_label else 0)
     height = top + sum(pitch * len(of) + gap for of in rows.values()) + _BOTTOM
     spreads = [value for of in rows.values() for value in of.values()]
     low, high = min(0.0, *(x for _, x, _ in spreads)) * 1.02, max(edge or 0.0, *(x for _, _, x in spreads)) * 1.02
@@ -160,6 +161,8 @@ def bars(
         y += gap
     if edge is not None:
         body.append(_line(at(edge), top - 8, at(edge), bottom, "edge"))
+        if edge_label:
+            body.append(_text(at(edge), top - 12, edge_label, "middle"))
     if low:
         body.append(_line(at(0), top - 4, at(0), bottom, "spread"))
     body += values

@@ -22,17 +22,20 @@ def cases_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
     return found
 
 
-def overhead(ratio: Mapping[str, float]) -> str:
+def overhead(ratio: Mapping[str, float], rounds: int) -> str:
     """A ratio as percent more, with its spread; and where the spread leaves it open which of the two is faster."""
     middle, low, high = (100 * (ratio[name] - 1) for name in ("p50", "p20", "p80"))
-    doubt = "" if decided(dict(ratio)) else ", within the spread"
+    if rounds == 1:
+        return f"{middle:+.1f} % (one round)"
+    doubt = "" if decided(ratio, rounds) else ", within the spread"
     return f"{middle:+.1f} % ({low:+.1f} to {high:+.1f}{doubt})"
 
 
-def milliseconds(seconds: Mapping[str, float]) -> str:
+def milliseconds(seconds: Mapping[str, float], rounds: int) -> str:
     low, middle, high = (1e3 * seconds[name] for name in ("p20", "p50", "p80"))
     digits = 0 if middle >= 100 else 1 if middle >= 10 else 3
-    return f"{middle:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    spread = "one round" if rounds == 1 else f"{low:.{digits}f} to {high:.{digits}f}"
+    return f"{middle:.{digits}f} ({spread})"
 
 
 def of_ceiling(row: Row, figure: str, share: str) -> str:
@@ -43,7 +46,7 @@ def of_ceiling(row: Row, figure: str, share: str) -> str:
 
 def named(row: Row) -> str:
     """A contender, the frames of video that it makes, and the histories that it was timed over where they grow."""
-    speed = f", {row['fps']:.3g} frames/s" if "fps" in row else ""
+    speed = f", {row['fps']:.3g} frames/s of the transformer alone" if "fps" in row else ""
     first, last = row.get("history_timed", (0, 0))
     return f"{row['contender']}{speed}" + (f", history {first} to {last}" if last else "")
 
@@ -52,14 +55,15 @@ def cells(row: Row) -> list[str]:
     """One contender: time, over the baseline, ours against it, TFLOP/s, GB/s."""
     is_baseline = row["contender"] == row["baseline"]
     return [
-        milliseconds(row["seconds"]),
-        "baseline" if is_baseline else overhead(row["over_baseline"]),
+        milliseconds(row["seconds"], row["rounds"]),
+        "baseline" if is_baseline else overhead(row["over_baseline"], row["rounds"]),
         "" if row["contender"] == OURS else f"{row['ours_over_this']['p50']:.2f}",
         of_ceiling(row, "tflops", "of_product_ceiling"),
         of_ceiling(row, "gbs", "of_copy_ceiling"),
     ]
 
 
+FRAMES_PER_SECOND = "frames/s are of the transformer alone, with random weights: no VAE, no text encoder"
 HEADINGS = (
     "ms (20th to 80th percentile)",
     "over the baseline",
@@ -71,7 +75,7 @@ HEADINGS = (
 
 def show(results: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints it."""
-    caption = f"{measured_at(results['rows'])}; {ceilings_line(results['ceilings'])}"
+    caption = f"{measured_at(results['rows'])}; {ceilings_line(results['ceilings'])}. {FRAMES_PER_SECOND}."
     table = Table(title=f"memflow bench, {results['device']}", caption=caption)
     table.add_column("case, contender")
     for heading in HEADINGS:

@@ -109,10 +109,21 @@ def test_ratios_are_taken_pair_by_pair():
     theirs = [1.0, 1.0, 1.0, 10.0, 10.0]
     ours = [1.1, 1.1, 1.1, 11.0, 11.0]
     found = contest.paired(ours, theirs)
-    assert all(abs(value - 1.1) < 1e-9 for value in found.values()) and contest.decided(found)
+    assert all(abs(value - 1.1) < 1e-9 for value in found.values()) and contest.decided(found, 5)
     assert contest.paired([2.0, 3.0], [1.0, None])["p50"] == 2.0
-    assert not contest.decided(contest.paired([1.0, 1.1, 0.9], [1.0, 1.0, 1.0]))
-    assert "within the spread" in table.overhead(contest.paired([1.0, 1.1, 0.9], [1.0, 1.0, 1.0]))
+    wide = contest.paired([1.0, 1.1, 0.9], [1.0, 1.0, 1.0])
+    assert not contest.decided(wide, 3) and "within the spread" in table.overhead(wide, 3)
+
+
+def test_one_round_decides_nothing(tmp_path):
+    once = contest.paired([1.4], [1.0])
+    assert not contest.decided(once, 1) and table.overhead(once, 1) == "+40.0 % (one round)"
+    assert table.milliseconds(contest.quantiles([0.02]), 1) == "20.0 (one round)"
+    assert svg.spread(*report.percent(once)) == "40"
+    about = {"device": "here", "commit": "c", "date": "2026-01-01"}
+    for before, now, in_doubt in ((3, 3, False), (1, 3, True), (3, 1, True)):
+        record.keep(tmp_path / "bench.json", [row(1.0, rounds=before)], {}, about)
+        assert record.compared(row(1.4, rounds=now), tmp_path / "bench.json").in_doubt is in_doubt
 
 
 @pytest.mark.parametrize("count", range(1, 9))
@@ -146,8 +157,9 @@ def test_rounds_have_different_orders_and_ratios_stay_within_a_round():
 
 def row(ratio: float, **more) -> dict:
     spread = {"p20": ratio, "p50": ratio, "p80": ratio}
-    return {"case": "a/case", "contender": OURS, "baseline": "none", "over_baseline": spread, "settings": {"top_k": 4},
-            "commit": "c", "date": "2026-01-01", **more}  # fmt: skip
+    return {"case": "a/case", "level": "op", "size": "tiny", "dtype": "float32", "contender": OURS, "baseline": "none",
+            "seconds": spread, "over_baseline": spread, "ours_over_this": spread, "rounds": 5, "settings": {"top_k": 4},
+            "torch": "2", "commit": "c", "date": "2026-01-01", **more}  # fmt: skip
 
 
 def test_more_than_a_tenth_is_worse(tmp_path):
@@ -239,6 +251,7 @@ def test_the_whole_history_grows_around_what_the_case_says(monkeypatch):
     assert seen["full"] == [3, 4, 5, 6, 7, 8] and set(seen["memflow"]) == {6}
     rows = {row["contender"]: row for row in found.rows({"tflops_float32": 1.0, "gbs": 1.0}, {})}
     assert rows["full"]["history_timed"] == [4, 8] and rows["full"]["settings"]["history"] == 6
+    assert "frames/s of the transformer alone" in table.named(rows[OURS])
     assert "history 4 to 8" in table.named(rows["full"]) and "history" not in table.named(rows[OURS])
     size = case.size
     flops, _ = streams.pass_work(size, size.window_keys + (size.sink_frames + 6) * size.frame_tokens, torch.float32)
@@ -265,15 +278,15 @@ def test_ceilings_are_measured_once(tmp_path, monkeypatch):
 
 SLOWER = """
     import time
-    from memflow_ops import torch_impl
+    from memflow_ops import MODULE
 
-    select = torch_impl.select_blocks
+    right = MODULE.NAME
 
     def slow(*arguments, **options):
         time.sleep(0.05)
-        return select(*arguments, **options)
+        return right(*arguments, **options)
 
-    torch_impl.select_blocks = slow
+    MODULE.NAME = slow
 """
 
 
@@ -293,13 +306,20 @@ NOTED = """
 """
 
 
-def test_a_slowdown_is_caught(tmp_path):
-    """What `make bench` and `make bench-compare` run, on one case; the second time selection is slowed down."""
-    (tmp_path / "slower.py").write_text(textwrap.dedent(SLOWER))
+@pytest.mark.parametrize(
+    "named, found, baseline, module, name",
+    [
+        ("op/select", ["select"], "topk", "torch_impl", "select_blocks"),
+        ("op/write", ["write_projections", "write_projections_clean"], "torch", "torch_cache", "write_projections"),
+    ],
+)
+def test_a_slowdown_is_caught(tmp_path, named, found, baseline, module, name):
+    """What `make bench` and `make bench-compare` run, on some cases; the second time their op is slowed down."""
+    (tmp_path / "slower.py").write_text(textwrap.dedent(SLOWER).replace("MODULE", module).replace("NAME", name))
     (tmp_path / "noted.py").write_text(textwrap.dedent(NOTED))
     makefile = (ROOT / "Makefile").read_text()
     words = re.search(r"^CASES := (.*?)\n\n", makefile, re.M | re.S)[1].replace("\\\n", " ").split()
-    words += ["--size", "tiny", "--case", "op/select", "--device", "cpu", "--out", str(tmp_path)]
+    words += ["--size", "tiny", "--case", named, "--device", "cpu", "--out", str(tmp_path)]
 
     def make(*more: str) -> subprocess.CompletedProcess:
         code = f"import sys, pytest; sys.path.insert(0, {str(tmp_path)!r}); sys.exit(pytest.main(sys.argv[3:]))"
@@ -308,11 +328,14 @@ def test_a_slowdown_is_caught(tmp_path):
     done = make("-p", "noted")
     assert done.returncode == 0, done.stdout + done.stderr
     order = (tmp_path / "order").read_text().split()
-    assert order == ["ours", "topk", "topk", "ours", "ours", "topk", "topk", "ours", "ours", "topk"]
+    first, second = [OURS, baseline], [baseline, OURS]
+    assert order == [*first, *second, *first, *second, *first] * len(found)
     (stored,) = tmp_path.glob("bench-*.json")
     before = stored.read_text()
     done = make("--compare", "-p", "slower")
-    assert done.returncode == 1 and "op/select/tiny/float32: ours takes" in done.stdout, done.stdout + done.stderr
+    assert done.returncode == 1, done.stdout + done.stderr
+    said = re.findall(r"op/(\w+)/tiny/float32: ours takes", done.stdout)
+    assert list(dict.fromkeys(said)) == found
     assert stored.read_text() == before, "comparing must not replace what it compares with"
 
 
@@ -396,6 +419,27 @@ def test_every_line_looks_its_own():
     assert len(set(looks)) == len(looks) == 20
     colours = {colour for colour, _ in looks}
     assert len(colours) == svg.COLOURS and all(svg.STYLE.count(f"--{colour}:") == 2 for colour in colours)
+
+
+def test_charts_keep_banks_and_sizes_apart():
+    def stream(bank: int, size: str = "wan-1.3b") -> dict:
+        case = f"stream/chunk/{size}/float32/history-80" + ("" if bank == 3 else f"/bank-{bank}")
+        return row(1 + bank / 100, case=case, level="stream", size=size, settings={"bank_frames": bank, "history": 80})
+
+    def op(bank: int, size: str = "wan-1.3b") -> dict:
+        case = f"op/memory_attention/{size}/float32/bank-{bank}"
+        return row(1.5, case=case, size=size, settings={"bank_frames": bank})
+
+    chart = report.streams([stream(3), stream(64)])
+    titles = re.findall("<title>(.*?)</title>", chart)
+    assert titles == [f"memflow, bank {n}, float32, history 80, memflow: {n}" for n in (3, 64)]
+    assert "aim: 7.9 %" in chart
+    assert len(re.findall("<title>", report.streams([stream(3), stream(3, "tiny")]))) == 2
+    chart = report.bank_sizes([stream(64), op(4), op(16)])
+    assert chart.count("<circle") == 3 and "frames in the bank (wan-1.3b, float32)" in chart  # one is the legend's
+    chart = report.bank_sizes([op(4), op(16, "tiny")])
+    assert "memory_attention, tiny, float32" in chart and "memory_attention, wan-1.3b, float32" in chart
+    assert report.bank_sizes([stream(64)]) == ""
 
 
 @pytest.mark.parametrize(

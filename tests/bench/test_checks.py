@@ -163,6 +163,16 @@ def unnormalised(arguments: list) -> list:
     return arguments
 
 
+def beginning_of_pool(arguments: list) -> list:
+    arguments[7] = arguments[7] - 1
+    return arguments
+
+
+def lost_mean(arguments: list) -> list:
+    arguments[11] = arguments[11].clone()  # which nobody reads
+    return arguments
+
+
 SELECTION, DESCRIPTORS = (torch_impl, "select_blocks"), (torch_impl, "describe_blocks")
 ZEROED = changed(*DESCRIPTORS, zeroed)
 WITHOUT_A_KEY = changed(torch_impl, "attend_backward", without_a_key)
@@ -189,6 +199,20 @@ BROKEN = {
     "frame_write-descriptors": ("op/frame_write", without_descriptors, "descriptors of 0.* values are off"),
     "frame_write-means": ("op/frame_write", means_of_another, "mean of frame 3.* values are off"),
     "frame_write-window": ("op/frame_write", one_write_for_all, "does not hold the keys that were written"),
+    "write-q": (
+        "op/write_projections",
+        changed(torch_cache, "write_projections", lambda q: q * 1.001),
+        "ours: queries",
+    ),
+    "write-values": ("op/write_projections", written(turned_values), "the pool does not hold the chunk's values"),
+    "write-keys": ("op/write_projections", written(unnormalised), "ours: keys in the pool: .* values are off"),
+    "write-elsewhere": ("op/write_projections", written(beginning_of_pool), "ours: keys in the pool"),
+    "write-clean": ("op/write_projections_clean", written(lost_mean), "ours: mean of the first frame"),
+    "write-descriptors": (
+        "op/write_projections_clean",
+        changed(torch_cache, "describe_blocks", zeroed),
+        "ours: descriptors, frame 0",
+    ),
     "layer-selection": ("layer/block", other_blocks, "layer 0, selection, head 0, group 0: .* is left out"),
     "layer-selection-inside": ("layer/block", other_blocks_inside, "ours: head 0, group 0: error"),
     "layer-descriptors": ("layer/block", without_descriptors, "layer 0, head 0, descriptors of the sink"),
