@@ -23,8 +23,10 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     option = config.getoption
     try:
-        config.stash[_SESSION] = Session(*(option(name) for name in ("device", "size", "case", "rounds", "out")))
-    except ValueError as error:
+        config.stash[_SESSION] = Session(
+            *(option(name) for name in ("device", "size", "case", "rounds", "out", "compare"))
+        )
+    except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from error
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -45,10 +46,19 @@ def record(folder: Path, device: torch.device, section: str, result: object) -> 
 
 
 def write(target: Path, result: object) -> None:
+    write_text(target, json.dumps(result, indent=1) + "\n")
+
+
+def write_text(target: Path, words: str) -> None:
+    """Whole or not at all. The temporary name is this process's own; imports nothing that a machine that only measures
+    kernels may lack."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=1) + "\n")
-    temporary.replace(target)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(words, encoding="utf-8")
+        temporary.replace(target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def load(target: Path, empty: Mapping[str, Any]) -> dict[str, Any]:
@@ -62,7 +72,11 @@ def load(target: Path, empty: Mapping[str, Any]) -> dict[str, Any]:
             return dict(found)
     except (OSError, ValueError, LookupError, TypeError):
         pass
-    raise ValueError(f"{target} is damaged: delete it, or restore it from git")
+    raise damaged(target)
+
+
+def damaged(target: Path) -> ValueError:
+    return ValueError(f"{target} is damaged: delete it, or restore it from git")
 
 
 # ---------------------------------------------------------------------------------------------- the registry's results
@@ -75,9 +89,41 @@ def bench_file(folder: Path, about: Mapping[str, object]) -> Path:
     return folder / f"bench-{slug(str(about['device']))}.json"
 
 
+_SPREAD = {name: (int, float) for name in ("p20", "p50", "p80")}
+_ROW = {
+    **dict.fromkeys(("case", "level", "size", "dtype", "contender", "baseline", "torch", "date"), str),
+    **dict.fromkeys(("seconds", "over_baseline", "ours_over_this"), _SPREAD),
+    "commit": (str, type(None)), "rounds": int, "settings": dict,
+}  # fmt: skip
+_ENTRY = {"commit": (str, type(None)), "date": str, "ratios": dict}
+
+
+def load_bench(target: Path) -> dict[str, Any]:
+    """The registry's results in a file, or none; a ValueError where it is damaged, down to what is read of each row."""
+    found = load(target, REGISTRY)
+    ratios = [ratio for entry in found["history"] if _has(entry, _ENTRY) for ratio in entry["ratios"].values()]
+    whole = (
+        all(_has(row, _ROW) for row in found["rows"])
+        and all(_has(entry, _ENTRY) for entry in found["history"])
+        and all(_has(ratio, _SPREAD) for ratio in ratios)
+        and all(isinstance(value, (int, float)) for value in found["ceilings"].values())
+    )
+    if not whole:
+        raise damaged(target)
+    return found
+
+
+def _has(found: object, kinds: Mapping[str, Any]) -> bool:
+    """found is an object with entries of these kinds; a kind that is a mapping is an object's in turn."""
+    return isinstance(found, dict) and all(
+        name in found and (_has(found[name], kind) if isinstance(kind, dict) else isinstance(found[name], kind))
+        for name, kind in kinds.items()
+    )
+
+
 def keep(target: Path, rows: Sequence[Row], ceilings: Mapping[str, float], about: Mapping[str, object]) -> None:
     """Put rows in the place of those of the same cases, and their ratios behind the history of their commit."""
-    kept = load(target, REGISTRY)
+    kept = load_bench(target)
     cases = {row["case"] for row in rows}
     history = list(kept["history"])
     if not history or history[-1]["commit"] != about["commit"]:
@@ -103,18 +149,26 @@ class Worse:
     """The spreads of the two ratios overlap, or one has none."""
 
 
-def compared(ours: Row, target: Path) -> Worse | None:
-    """A case's row of ours beside the stored one. A ValueError for a case that has no stored result, or one with other
-    settings or baseline: that is not to pass for "no worse"."""
+def comparable(target: Path, settings: Mapping[str, Mapping[str, object]]) -> dict[str, Row]:
+    """The stored rows of ours by case. settings: by case, of those that are to be compared. A ValueError for one that
+    has no stored result, or one with other settings: that is not to pass for "no worse"."""
     if not target.is_file():
         raise ValueError(f"nothing to compare with: {target} does not exist; run `make bench` first")
+    stored = {row["case"]: row for row in load_bench(target)["rows"] if row["contender"] == "ours"}
+    missing = [case for case in settings if case not in stored]
+    if missing:
+        raise ValueError(f"no stored result in {target.name}, run `make bench` first: {', '.join(missing)}")
+    wanted = json.loads(json.dumps(settings))
+    other = [case for case in settings if stored[case]["settings"] != wanted[case]]
+    if other:
+        raise ValueError(f"stored with other settings in {target.name}, run `make bench` again: {', '.join(other)}")
+    return stored
+
+
+def compared(ours: Row, target: Path) -> Worse | None:
+    """A case's row of ours beside the stored one. A ValueError as of `comparable`, or for another baseline."""
     case, baseline = ours["case"], ours["baseline"]
-    stored = {row["case"]: row for row in load(target, REGISTRY)["rows"] if row["contender"] == "ours"}
-    before = stored.get(case)
-    if before is None:
-        raise ValueError(f"{case} has no stored result in {target.name}: run `make bench` first")
-    if before["settings"] != json.loads(json.dumps(ours["settings"])):
-        raise ValueError(f"{case} was stored with other settings in {target.name}: run `make bench` again")
+    before = comparable(target, {case: ours["settings"]})[case]
     if before["baseline"] != baseline:
         raise ValueError(f"{case} was stored over {before['baseline']}, this is over {baseline}")
     old, new = before["over_baseline"], ours["over_baseline"]

@@ -10,6 +10,7 @@ from typing import Any
 
 from memflow_ops.bench import svg
 from memflow_ops.bench.contest import OURS
+from memflow_ops.bench.record import write_text
 from memflow_ops.bench.table import FRAMES_PER_SECOND, HEADINGS, cases_of, ceilings_line, cells, measured_at, named
 
 Row = Mapping[str, Any]
@@ -187,7 +188,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write_report(results: Mapping[str, Any], target: Path) -> None:
-    _write(page(results), target)
+    write_text(target, page(results))
 
 
 def write_plot(results: Mapping[str, Any], target: Path) -> bool:
@@ -197,11 +198,5 @@ def write_plot(results: Mapping[str, Any], target: Path) -> bool:
     if chart:
         head, body = chart.split("\n", 1)
         background = '<rect width="100%" height="100%" fill="var(--paper)"/>'
-        _write(f"{head}\n<style>{svg.STYLE}</style>\n{background}\n{body}\n", target)
+        write_text(target, f"{head}\n<style>{svg.STYLE}</style>\n{background}\n{body}\n")
     return bool(chart)
-
-
-def _write(words: str, target: Path) -> None:
-    temporary = target.with_suffix(".tmp")
-    temporary.write_text(words, encoding="utf-8")
-    temporary.replace(target)

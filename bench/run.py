@@ -19,7 +19,7 @@ import torch
 from memflow_ops.allocator import keep_freed_memory
 from memflow_ops.bench.cases import GROUPS, Case, chosen
 from memflow_ops.bench.contest import OURS, Contest, copy_ceiling, product_ceiling
-from memflow_ops.bench.record import REGISTRY, bench_file, compared, keep, load
+from memflow_ops.bench.record import bench_file, comparable, compared, keep, load_bench
 from memflow_ops.bench.streams import ROOM
 from memflow_ops.bench.table import overhead
 from memflow_ops.environment import environment, pick_device, version
@@ -33,7 +33,7 @@ class Session:
     """A run over some cases on a device; every finished case is kept at once."""
 
     def __init__(self, device: str = "auto", groups: Sequence[str] = (), named: str = "", rounds: int | None = None,
-                 out: Path = RESULTS):  # fmt: skip
+                 out: Path = RESULTS, compare: bool = False):  # fmt: skip
         self.device = pick_device(device)
         self.cases = chosen(self.device.type, groups or DEFAULT_GROUPS, named)
         room = min((ROOM // 2 * case.rounds for case in self.cases if case.level == "stream"), default=rounds or 0)
@@ -45,8 +45,12 @@ class Session:
         kept = keep_freed_memory()  # for all contenders: page faults would be half of the spread
         self.about = {**environment(self.device), "triton": version("triton"), "keeps_freed_memory": kept}
         self.target = bench_file(out, self.about)
-        load(self.target, REGISTRY)  # what is damaged or cannot be written shows before anything is measured
-        check_folder(out)
+        # what is damaged, cannot be compared or cannot be written shows before anything is measured
+        if compare:
+            comparable(self.target, {case.name: case.all_settings() for case in self.cases})
+        else:
+            load_bench(self.target)
+            check_folder(out)
         self._ceilings: dict[str, float] = {}
 
     def rounds_of(self, case: Case) -> int:
@@ -109,7 +113,7 @@ def stored(out: Path, device: str = "auto") -> dict[str, Any]:
         raise ValueError(
             f"no results of {about['device']} in {out}: run `memflow bench`, or `make bench` in a checkout"
         )
-    return load(target, REGISTRY)
+    return load_bench(target)
 
 
 def main() -> int:
@@ -124,12 +128,19 @@ def main() -> int:
         session = Session(arguments.device, arguments.size, arguments.case, arguments.rounds, arguments.out)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    started = time.perf_counter()
+    started, finished = time.perf_counter(), 0
 
     def report(case: Case, done: int, total: int) -> None:
+        nonlocal finished
+        finished = done
         print(f"[{done + 1}/{total}, {time.perf_counter() - started:.0f} s] {case.name}", flush=True)
 
-    rows, failures = measure(session, report)
+    try:
+        rows, failures = measure(session, report)
+    except KeyboardInterrupt:
+        kept = f"; what was finished is in {session.target}" if finished else ""
+        print(f"interrupted after {finished} of {len(session.cases)} cases{kept}", file=sys.stderr)
+        return 130
     for row in rows:
         if row["contender"] == OURS:
             print(f"{row['case']}: {overhead(row['over_baseline'], row['rounds'])} over {row['baseline']}")

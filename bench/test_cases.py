@@ -16,5 +16,9 @@ def test_case(case, session, benchmark, request):
         (ours, *_) = session.finish(contest)
         benchmark.extra_info.update(over_baseline=ours["over_baseline"], baseline=ours["baseline"])
         return
-    if worse := session.worse(contest):
+    try:
+        worse = session.worse(contest)
+    except ValueError as error:  # the baseline is another one
+        worse = str(error)
+    if worse:
         pytest.fail(worse, pytrace=False)

@@ -1,6 +1,7 @@
 """The benchmarks: wrong results are not timed, ratios are pairwise, a slowdown is caught, the report stands alone."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -173,9 +174,9 @@ def test_more_than_a_tenth_is_worse(tmp_path):
     assert "a/case: ours takes 1.330 times none" in worse.words and "+11 %" in worse.words and not worse.in_doubt
     worse = record.compared(row(1.33, over_baseline={"p20": 1.19, "p50": 1.33, "p80": 1.4}), target)
     assert "(within the spread)" in worse.words and worse.in_doubt
-    with pytest.raises(ValueError, match="other settings"):
+    with pytest.raises(ValueError, match=r"stored with other settings in bench\.json, run .*: a/case"):
         record.compared(row(1.0, settings={"top_k": 5}), target)
-    with pytest.raises(ValueError, match="another/case has no stored result"):
+    with pytest.raises(ValueError, match=r"no stored result in bench\.json, run `make bench` first: another/case"):
         record.compared(row(1.0, case="another/case"), target)
 
 
@@ -460,6 +461,96 @@ def test_mistakes_are_one_line(words, said, capfd, tmp_path, monkeypatch):
     assert end.value.code == 2
     words = capfd.readouterr().err.strip().splitlines()
     assert len(words) == 1 and said in words[0]
+
+
+def test_what_cannot_be_compared_is_said_before_anything_is_measured(tmp_path, monkeypatch):
+    monkeypatch.setattr(contest.Contest, "__init__", lambda *_: pytest.fail("measured"))
+    session = run.Session("cpu", ["tiny"], "op/", 2, tmp_path)
+
+    def kept(**more) -> None:
+        rows = [row(1.0, case=case.name, settings=case.all_settings()) for case in session.cases[1:]]
+        record.keep(session.target, [*rows, row(1.0, **more)], {}, session.about)
+
+    def compare() -> None:
+        run.Session("cpu", ["tiny"], "op/", 2, tmp_path, compare=True)
+
+    first = session.cases[0]
+    with pytest.raises(ValueError, match="does not exist; run `make bench` first"):
+        compare()
+    kept()
+    with pytest.raises(ValueError, match=f"no stored result in .* first: {first.name}$"):
+        compare()
+    kept(case=first.name, settings={**first.all_settings(), "top_k": 99})
+    with pytest.raises(ValueError, match=f"other settings in .* again: {first.name}$"):
+        compare()
+    kept(case=first.name, settings=first.all_settings())
+    compare()
+
+
+def test_nothing_to_compare_with_is_one_line(tmp_path):
+    words = ["-m", "pytest", "bench/test_cases.py", "-o", "addopts=", "-q", "--import-mode=importlib", "-p",
+             "no:cacheprovider", "--compare", "--size", "tiny", "--out", str(tmp_path)]  # fmt: skip
+    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
+    said = done.stderr.strip().splitlines()
+    assert done.returncode == 4 and len(said) == 1 and "nothing to compare with" in said[0], done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"rows": [{}]},
+        {"rows": [1]},
+        {"rows": [row(1.0) | {"seconds": 1.0}]},
+        {"rows": [row(1.0) | {"over_baseline": {"p50": "fast"}}]},
+        {"rows": [{k: v for k, v in row(1.0).items() if k != "torch"}]},
+        {"history": [1]},
+        {"history": [{"commit": "c", "date": "d", "ratios": {"a": 1}}]},
+        {"ceilings": {"gbs": None}},
+    ],
+    ids=str,
+)
+def test_results_that_are_damaged_inside_are_one_line(damage, tmp_path, capfd):
+    target = record.bench_file(tmp_path, environment(CPU))
+    whole = {"device": "here", "rows": [row(1.0)], "history": [], "ceilings": {"gbs": 1.0}}
+    record.write(target, whole)
+    assert record.load_bench(target)["rows"]
+    target.write_text(json.dumps(whole | damage))
+    with pytest.raises(SystemExit) as end:
+        cli.main(["bench", "--device", "cpu", "--stored", "--out", str(tmp_path)])
+    words = capfd.readouterr().err.strip().splitlines()
+    assert end.value.code == 2 and len(words) == 1 and "is damaged" in words[0]
+    with pytest.raises(ValueError, match="is damaged"):
+        run.Session("cpu", ["tiny"], "op/select", 2, tmp_path)
+
+
+def test_interrupted_in_one_line(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["run", "--size", "tiny", "--case", "op/", "--device", "cpu", "--rounds", "1",
+                                      "--out", str(tmp_path)])  # fmt: skip
+    made = []
+
+    def contested(session, case):
+        if made:
+            raise KeyboardInterrupt
+        session._ceilings = {"tflops_float32": 1.0, "gbs": 1.0}
+        made.append(contest.Contest(case, CPU))
+        return made[0]
+
+    monkeypatch.setattr(run.Session, "contest", contested)
+    assert run.main() == 130
+    said = capsys.readouterr().err.strip().splitlines()
+    assert len(said) == 1 and said[0].startswith("interrupted after 1 of ")
+    assert {row["case"] for row in run.stored(tmp_path, "cpu")["rows"]} == {made[0].case.name}
+
+
+def test_two_processes_do_not_share_a_temporary_name(tmp_path, monkeypatch):
+    names = []
+    replace_with = Path.replace
+    monkeypatch.setattr(Path, "replace", lambda path, target: names.append(path.name) or replace_with(path, target))
+    for number in (1, 2):
+        monkeypatch.setattr(os, "getpid", lambda number=number: number)
+        record.write(tmp_path / "bench.json", {"number": number})
+        record.write_text(tmp_path / "report.html", "words")
+    assert len(set(names)) == 4 and sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "report.html"]
 
 
 def test_a_case_that_fails_does_not_lose_the_others(tmp_path):
