@@ -101,4 +101,4 @@ def ceilings_line(ceilings: Mapping[str, float]) -> str:
         for name, value in ceilings.items()
         if name != "gbs"
     )
-    return f"measured ceilings: {', '.join(products)}, copy {ceilings['gbs']:.3g} GB/s"
+    return f"ceilings, each as measured last: {', '.join(products)}, copy {ceilings['gbs']:.3g} GB/s"

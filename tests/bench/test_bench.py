@@ -516,7 +516,7 @@ def test_nothing_to_compare_with_is_one_line(tmp_path):
         {"history": [{"commit": "c", "date": "d", "ratios": {"a": 1}}]},
         {"ceilings": {"gbs": None}},
     ],
-    ids=str,
+    ids=lambda damage: next(iter(damage)),
 )
 def test_results_that_are_damaged_inside_are_one_line(damage, tmp_path, capfd):
     target = record.bench_file(tmp_path, environment(CPU))
