@@ -44,7 +44,8 @@ _WORDS = {
     f"our aim, at most {AIM_OVERHEAD} %; what the paper reports against a frame sink, 18.7 frames/s for 20.3, is 8.6 % "
     "more time.",
     "Overhead against the bank": "Attention with memory, and what one would otherwise do with as many frames, over "
-    "attention to the local window alone, in percent. Where the whole history leaves the picture, the table has it.",
+    "attention to the local window alone, in percent. Where the whole history leaves the picture, the table has it, as "
+    "far as it was timed.",
     "Where the time goes": "The parts of attention with memory in one layer, each measured by itself. Every pass "
     "writes (normalises and rotates queries and keys, puts keys and values into the cache), selects blocks, and "
     "attends to the local window and to the selected blocks; without memory it writes and attends to the window. The "

@@ -46,7 +46,7 @@ def of_ceiling(row: Row, figure: str, share: str) -> str:
 
 def named(row: Row) -> str:
     """A contender, the frames of video that it makes, and the histories that it was timed over where they grow."""
-    speed = f", {row['fps']:.3g} frames/s of the transformer alone" if "fps" in row else ""
+    speed = f", {row['fps']:.3g} frames/s" if "fps" in row else ""
     first, last = row.get("history_timed", (0, 0))
     return f"{row['contender']}{speed}" + (f", history {first} to {last}" if last else "")
 
@@ -64,20 +64,14 @@ def cells(row: Row) -> list[str]:
 
 
 FRAMES_PER_SECOND = "frames/s are of the transformer alone, with random weights: no VAE, no text encoder"
-HEADINGS = (
-    "ms (20th to 80th percentile)",
-    "over the baseline",
-    "ours / this",
-    "TFLOP/s (of a product)",
-    "GB/s (of a copy)",
-)
+HEADINGS = ("ms (20-80 %)", "over the baseline (20-80 %)", "ours / this", "TFLOP/s (of product)", "GB/s (of copy)")
 
 
 def show(results: Mapping[str, Any], console: Console | None = None) -> None:
     """Prints it."""
     caption = f"{measured_at(results['rows'])}; {ceilings_line(results['ceilings'])}. {FRAMES_PER_SECOND}."
     table = Table(title=f"memflow bench, {results['device']}", caption=caption)
-    table.add_column("case, contender")
+    table.add_column("case, contender", overflow="fold", min_width=50)
     for heading in HEADINGS:
         table.add_column(heading, justify="right")
     for case, rows in cases_of(results["rows"]).items():
