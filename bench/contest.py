@@ -2,8 +2,8 @@
 
 Within a round each contender runs once; the ratio of two is the median over the rounds of one's time over the
 other's, so that what slows the machine down for a while slows both. Every round has an order of its own, because what
-ran before leaves caches and clocks behind. On CUDA a contender is replayed as a graph where it
-can be captured, timed by events, over copies of its inputs that together are larger than the L2 cache.
+ran before leaves caches and clocks behind. On CUDA a contender is replayed as a graph where it can be captured, timed
+by events, over up to 8 copies of its inputs, as many as are larger together than the L2 cache.
 """
 
 from __future__ import annotations

@@ -103,9 +103,9 @@ def load_told(target: Path) -> dict[str, Any]:
     return told
 
 
-def measure(told: dict[str, Any], settings: Sequence[Setting], about: dict[str, Any], bar: Progress) -> Iterator[None]:
-    """Adds to what has been told the rows that are missing, and at last the times; yields after each. about: the head
-    of the file."""
+def measure(told: dict[str, Any], settings: Sequence[Setting], about: dict[str, Any], bar: Progress) -> Iterator[str]:
+    """Adds to what has been told the rows that are missing, and at last the times; after each yields what it was.
+    about: the head of the file."""
     model = load_checkpoint()
     count = {name: about[name] for name in ("stories", "seed", "lengths")}
     measured = {name: about[name] for name in MEASURED}
@@ -120,14 +120,14 @@ def measure(told: dict[str, Any], settings: Sequence[Setting], about: dict[str, 
             bar.remove_task(chunks)
             found = {**asdict(setting), **asdict(row), "memory": setting.memory, **measured}
             told["rows"][setting.name] = without_nan(found)
-            yield
+            yield f"{setting.name}: {_share(found['hue'])}"
         bar.advance(task)
     kinds = {"none": KINDS["none"]} | {s.cost: Kind("", s.change) for s in settings if s.blocks != "random"}
     if kinds.keys() - told["timings"].keys():
         bar.add_task("times", total=None)
         timings = time_kinds(model, kinds)
         told["timings"] = {name: {**asdict(timing), **measured} for name, timing in timings.items()}
-        yield
+        yield "times"
 
 
 def compared(rows: dict[str, Any]) -> list[str]:
@@ -289,11 +289,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     console = Console(stderr=True)
     try:
         with Progress(console=console) as bar:
-            for _ in measure(told, settings, about, bar):
+            for done in measure(told, settings, about, bar):
                 write(given.out, without_nan({**told, **about}))
                 kept = True
                 write_atomically(given.out.with_suffix(".png"), draw(told["rows"], told["timings"]))
-                console.print(f"{list(told['rows'])[-1]}: {_share(list(told['rows'].values())[-1]['hue'])}")
+                console.print(done)
     except KeyboardInterrupt:
         same = "the same command without --restart" if given.restart else "the same command"
         found = f"what was measured is in {given.out}, {same} continues" if kept else "nothing has been measured yet"

@@ -11,6 +11,7 @@ def turn_pairs(x: Tensor, turn: Tensor) -> Tensor:
     x (..., D) float32 or float64, any strides · turn (..., D / 2) complex of that precision, broadcast -> like x.
     """
     x = x.contiguous()
-    if x.storage_offset() % 2:  # torch sees pairs only where they are aligned
+    # torch sees pairs only where they are aligned, and torch.compile cannot ask where x lies
+    if torch.compiler.is_compiling() or x.storage_offset() % 2:
         x = x.clone()
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)

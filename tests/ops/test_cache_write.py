@@ -74,6 +74,16 @@ def test_tensors_may_lie_anywhere(impl, norm, dtype):
         assert torch.equal(apply_rotation(case.q, *case.rotation), case.run("torch")["q"])
 
 
+def test_rotation_compiles_as_one_graph():
+    case = make_case().to(torch.float32)
+    whole = torch.compile(apply_rotation, fullgraph=True, backend="aot_eager")
+    x = torch.cat([case.q.new_zeros(1), case.q.flatten()])[1:].view(case.q.shape).requires_grad_()
+    found, expected = whole(x, *case.rotation), apply_rotation(x, *case.rotation)
+    assert torch.equal(found, expected)
+    above = torch.randn_like(found)
+    assert torch.equal(*(torch.autograd.grad(out, x, above)[0] for out in (found, expected)))
+
+
 @pytest.mark.parametrize("impl", ["reference", "torch"])
 @pytest.mark.parametrize("optional", [True, False])
 def test_opcheck(impl, optional):
