@@ -1,8 +1,11 @@
 """Packaging; the packages are listed by name because kernels/, model/ and bench/ live at the root."""
 
+import re
 from pathlib import Path
 
 from setuptools import setup
+
+VERSION = Path(__file__).parent / "memflow_ops" / "version.py"
 
 for link in ("kernels", "model", "bench"):
     if not (Path(__file__).parent / "memflow_ops" / link).is_dir():
@@ -16,7 +19,7 @@ wan = ["diffusers>=0.41", "transformers>=5.20", "accelerate", "ftfy", "sentencep
 
 setup(
     name="memflow-ops",
-    version="0.1.0",
+    version=re.search(r'__version__ = "(.+)"', VERSION.read_text(encoding="utf-8"))[1],
     description="Long memory for streaming video generation: top-k block-sparse memory attention, cache and retrieval",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
@@ -25,10 +28,32 @@ setup(
     python_requires=">=3.10",
     packages=[
         "memflow_ops",
+        "memflow_ops.bench",
+        "memflow_ops.bench.cases",
+        "memflow_ops.bench.harness",
+        "memflow_ops.bench.report",
+        "memflow_ops.cache",
+        "memflow_ops.cli",
+        "memflow_ops.impl",
+        "memflow_ops.impl.reference",
+        "memflow_ops.impl.torch",
         "memflow_ops.integrations",
         "memflow_ops.kernels",
+        "memflow_ops.kernels.attention",
+        "memflow_ops.kernels.retrieval",
+        "memflow_ops.kernels.selection",
         "memflow_ops.model",
-        "memflow_ops.bench",
+        "memflow_ops.model.checkpoints",
+        "memflow_ops.model.pipeline",
+        "memflow_ops.model.replay",
+        "memflow_ops.model.selection_profile",
+        "memflow_ops.model.stories",
+        "memflow_ops.model.streaming",
+        "memflow_ops.model.toy",
+        "memflow_ops.model.toy.evaluation",
+        "memflow_ops.model.wan",
+        "memflow_ops.ops",
+        "memflow_ops.ops.registration",
     ],
     package_data={
         "memflow_ops": ["py.typed"],

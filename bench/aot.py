@@ -26,15 +26,15 @@ from typing import Any
 import torch
 import triton
 
-from memflow_ops.bench.record import write
+from memflow_ops.bench.harness.results import write
 from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, launch_source
-from memflow_ops.kernels.attend import plan_attend, plan_select_and_attend
-from memflow_ops.kernels.backward import plan_attend_backward
+from memflow_ops.kernels.attention.backward import plan_attend_backward
+from memflow_ops.kernels.attention.forward import plan_attend, plan_select_and_attend
+from memflow_ops.kernels.cache_write import plan_write_projections
 from memflow_ops.kernels.configs import Loads
-from memflow_ops.kernels.describe import plan_block_means
 from memflow_ops.kernels.launch import Launch
-from memflow_ops.kernels.retrieve import plan_retrieve_frames
-from memflow_ops.kernels.write import plan_write_projections
+from memflow_ops.kernels.retrieval.choose import plan_retrieve_frames
+from memflow_ops.kernels.selection.describe import plan_block_means
 
 RESULT = Path(__file__).resolve().parent / "results" / "aot.json"
 CAPABILITIES = (80, 90, 100)

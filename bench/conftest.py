@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from memflow_ops.bench.cases import GROUPS
+from memflow_ops.bench.cases.registry import GROUPS
 from memflow_ops.bench.run import RESULTS, Session
 
 _SESSION = pytest.StashKey[Session]()

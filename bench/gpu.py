@@ -23,10 +23,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from memflow_ops import attend_selected, dense, describe_blocks, memory_attention, select_blocks
+from memflow_ops import attend_selected, describe_blocks, memory_attention, select_blocks
 from memflow_ops.bench import gpu_cache, inputs
 from memflow_ops.bench.gpu_backward import backward_rows
-from memflow_ops.bench.record import record
+from memflow_ops.bench.harness.results import record
+from memflow_ops.impl.dense import NAMES, attend, why_not
 
 Call = Callable[[], Any]
 
@@ -80,7 +81,7 @@ class Bench:
         self.sink_and_window = [self.cached(sink + window).copy_(self.tokens(sink + window, seed)) for seed in (2, 3)]
         self.k, self.v = (x[:, sink:] for x in self.sink_and_window)
         self.random_q = self.tokens(s.queries, 1, inputs.random_tokens)
-        self.backends = [name for name in dense.NAMES[2:] if not dense.why_not(name, self.q, self.k, self.v)]
+        self.backends = [name for name in NAMES[2:] if not why_not(name, self.q, self.k, self.v)]
 
     def cached(self, tokens: int) -> Tensor:
         """Room for keys or values that lie as in the frame cache: a head's tokens behind one another."""
@@ -120,7 +121,7 @@ class Bench:
         )
 
     def dense(self, backend: str, k: Tensor, v: Tensor) -> Call:
-        return lambda: dense.attend(backend, self.q, k, v, self.sizes.head_dim**-0.5)
+        return lambda: attend(backend, self.q, k, v, self.sizes.head_dim**-0.5)
 
     def times(self, **calls: Call) -> dict[str, float]:
         """Median seconds of each call, run in turn."""
@@ -163,7 +164,7 @@ class Bench:
 
 def union_size(bench: Bench, indices: Tensor) -> float:
     """Blocks that the queries of a tile walk over, on average."""
-    from memflow_ops.kernels.bank import plan_union
+    from memflow_ops.kernels.attention.blocks import plan_union
 
     s = bench.sizes
     blocks = s.bank_frames * s.blocks_per_frame
@@ -246,7 +247,7 @@ def figures(bench: Bench, best_window: str, best_selected: str) -> list[dict[str
 
 def crossovers(bench: Bench, best_window: str) -> list[dict[str, object]]:
     """One launch or two by the bank's size, and the window in our launch or a backend's by its length."""
-    from memflow_ops.kernels.attend import plan_select_and_attend
+    from memflow_ops.kernels.attention.forward import plan_select_and_attend
 
     s, rows = bench.sizes, []
 

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from memflow_ops import attend_selected, dense, ops
+from memflow_ops import attend_selected
+from memflow_ops.impl import dense
+from memflow_ops.ops import registration
 
 if TYPE_CHECKING:
     from memflow_ops.bench.gpu import Bank, Bench
@@ -50,10 +52,10 @@ def own_backward(bench: Bench, bank: Bank | None, group: int, wanted: tuple[bool
     sizes = (s.block_size, s.frame_tokens, group, s.head_dim**-0.5, "triton")
     k, v = (bench.k, bench.v) if window else (bench.k[:, :0], bench.v[:, :0])
     memory = (None, None, None) if bank is None else (bank.k, bank.v, bank.descriptors)
-    out, lse, indices = ops.memory_attention(bench.q, k, v, *memory, None, None, s.top_k, *sizes, "own")
+    out, lse, indices = registration.memory_attention(bench.q, k, v, *memory, None, None, s.top_k, *sizes, "own")
     grad = torch.randn_like(out)
     inputs = (bench.q, k if window else None, v if window else None, *memory[:2])
-    return lambda: ops.attend_backward(grad, None, *inputs, indices, None, out, lse, list(wanted), *sizes)
+    return lambda: registration.attend_backward(grad, None, *inputs, indices, None, out, lse, list(wanted), *sizes)
 
 
 def backward_rows(bench: Bench) -> list[dict[str, object]]:

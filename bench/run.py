@@ -17,13 +17,15 @@ from typing import Any
 import torch
 
 from memflow_ops.allocator import keep_freed_memory
-from memflow_ops.bench.cases import GROUPS, Case, chosen
-from memflow_ops.bench.contest import OURS, Contest, copy_ceiling, product_ceiling
-from memflow_ops.bench.record import bench_file, comparable, compared, keep, load_bench
-from memflow_ops.bench.streams import ROOM
-from memflow_ops.bench.table import overhead
+from memflow_ops.bench.cases.registry import GROUPS, chosen
+from memflow_ops.bench.cases.streams import ROOM
+from memflow_ops.bench.harness.case import OURS, Case
+from memflow_ops.bench.harness.ceilings import copy_ceiling, product_ceiling
+from memflow_ops.bench.harness.contest import Contest
+from memflow_ops.bench.harness.results import bench_file, comparable, compared, keep, load_bench
+from memflow_ops.bench.report.table import overhead
 from memflow_ops.environment import environment, pick_device, version
-from memflow_ops.model.checkpoints import check_folder
+from memflow_ops.files import check_folder
 
 RESULTS = Path(__file__).resolve().parent / "results"
 DEFAULT_GROUPS = GROUPS[1:]

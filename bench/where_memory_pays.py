@@ -26,13 +26,18 @@ from rich.console import Console
 from rich.progress import Progress
 
 from memflow_ops.allocator import keep_freed_memory
-from memflow_ops.bench.record import load, write
+from memflow_ops.bench.harness.results import load, write
 from memflow_ops.environment import environment
-from memflow_ops.model.checkpoints import TOY_WEIGHTS, check_target, load_checkpoint, sha256, write_atomically
-from memflow_ops.model.evaluate import KINDS, Kind, evaluate, time_kinds, without_nan
-from memflow_ops.model.evaluation_plot import INK, PALE
-from memflow_ops.model.held_out import appearances, is_return, make_stories
-from memflow_ops.model.settings import TOY_SETTINGS, StreamSettings
+from memflow_ops.files import check_target, sha256, write_atomically
+from memflow_ops.model.checkpoints.native import load_checkpoint
+from memflow_ops.model.plot_style import INK, PALE
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
+from memflow_ops.model.toy.evaluation.evaluate import evaluate, time_kinds
+from memflow_ops.model.toy.evaluation.held_out import appearances, is_return, make_stories
+from memflow_ops.model.toy.evaluation.kinds import KINDS, Kind
+from memflow_ops.model.toy.evaluation.report import without_nan
+from memflow_ops.model.toy.settings import TOY_SETTINGS
 
 BANKS = (3, 1, 6, 2)
 """Frames retrieved for a chunk, what is asked first first."""
@@ -106,7 +111,7 @@ def load_told(target: Path) -> dict[str, Any]:
 def measure(told: dict[str, Any], settings: Sequence[Setting], about: dict[str, Any], bar: Progress) -> Iterator[str]:
     """Adds to what has been told the rows that are missing, and at last the times; after each yields what it was.
     about: the head of the file."""
-    model = load_checkpoint()
+    model = load_checkpoint(TOY_WEIGHTS)
     count = {name: about[name] for name in ("stories", "seed", "lengths")}
     measured = {name: about[name] for name in MEASURED}
     task = bar.add_task("settings", total=len(settings))
@@ -282,7 +287,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             f"say --restart to replace it, or --out another file"
         )
     keep_freed_memory()
-    model = load_checkpoint()
+    model = load_checkpoint(TOY_WEIGHTS)
     tokens = model.tokens(TOY_SETTINGS.height, TOY_SETTINGS.width)
     settings = settings_of(given.banks, given.top_k, -(-tokens // TOY_SETTINGS.block_size))
     kept = bool(told["rows"])

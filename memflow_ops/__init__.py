@@ -3,12 +3,11 @@
 Importing this package needs torch alone: kernels are imported on first use.
 """
 
-from memflow_ops.attention import attend_selected, memory_attention, merge_states
-from memflow_ops.cache_write import QKNorm, write_projections
-from memflow_ops.relevance import frame_relevance, retrieve_frames
-from memflow_ops.selection import describe_blocks, select_blocks
-
-__version__ = "0.1.0"
+from memflow_ops.ops.attention import attend_selected, memory_attention, merge_states
+from memflow_ops.ops.cache_write import QKNorm, write_projections
+from memflow_ops.ops.retrieval import frame_relevance, retrieve_frames
+from memflow_ops.ops.selection import describe_blocks, select_blocks
+from memflow_ops.version import __version__
 
 __all__ = [
     "QKNorm",

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import torch
 
-import memflow_ops
-from memflow_ops import dense
+from memflow_ops.impl import dense
+from memflow_ops.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 """The checkout, where there is one; else the folder that the package is installed in."""
@@ -66,7 +66,7 @@ def environment(device: torch.device) -> dict[str, object]:
         "device": device_name(device),
         "date": date.today().isoformat(),
         "commit": commit(),
-        "memflow_ops": memflow_ops.__version__,
+        "memflow_ops": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
     }

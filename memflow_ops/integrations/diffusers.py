@@ -22,11 +22,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memflow_ops.cache import FrameCache
-from memflow_ops.cache_layout import CacheLayout
-from memflow_ops.model.attend import attend_to_memory
-from memflow_ops.model.transformer import Attend, rope_rotation
-from memflow_ops.retrieval import Policy, Relevance, Retrieved
+from memflow_ops.cache.attend import Attend, attend_to_memory
+from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.cache.policies import Policy, Relevance, Retrieved
+from memflow_ops.rotary import rope_rotation
 
 
 def attach_memory(

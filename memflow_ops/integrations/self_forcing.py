@@ -19,8 +19,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from memflow_ops import describe_blocks, memory_attention
-from memflow_ops.model.transformer import apply_rotation, rope_rotation
+from memflow_ops.ops.attention import memory_attention
+from memflow_ops.ops.selection import describe_blocks
+from memflow_ops.rotary import apply_rotation, rope_rotation
 
 _OWN = "memflow"
 """Our entry in their cache: descriptors, and what its indices were when we left them."""

@@ -14,22 +14,28 @@ from xml.etree import ElementTree
 import pytest
 import torch
 
-from memflow_ops import cli, torch_cache
-from memflow_ops.bench import baselines, cases, contest, record, report, run, streams, svg, table
-from memflow_ops.bench.contest import OURS, Built, Contender
+from memflow_ops.bench import run
+from memflow_ops.bench.cases import attention, registry, streams
+from memflow_ops.bench.harness import case as harness_case
+from memflow_ops.bench.harness import contest, statistics
+from memflow_ops.bench.harness import results as harness_results
+from memflow_ops.bench.harness.case import OURS, Built, Contender
+from memflow_ops.bench.report import html, svg, table
 from memflow_ops.bench.sizes import TINY
+from memflow_ops.cli import main
 from memflow_ops.environment import environment
+from memflow_ops.impl.torch import cache_write
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 
 
-def tiny(name: str) -> cases.Case:
-    (found,) = cases.chosen("cpu", ["tiny"], name)
+def tiny(name: str) -> harness_case.Case:
+    (found,) = registry.chosen("cpu", ["tiny"], name)
     return found
 
 
-@pytest.mark.parametrize("case", cases.chosen("cpu", ["tiny"]), ids=lambda case: case.name)
+@pytest.mark.parametrize("case", registry.chosen("cpu", ["tiny"]), ids=lambda case: case.name)
 @torch.no_grad()
 def test_every_contender_is_right_and_timed(case):
     found = contest.Contest(case, CPU)  # which checks
@@ -78,16 +84,16 @@ def test_every_row_states_the_budget_that_was_measured(level, monkeypatch):
 @torch.no_grad()
 def test_flex_attention_of_the_same_selection_is_set_up_right(monkeypatch):
     """Its blocks, without its compilation, which takes half a minute."""
-    given = baselines.Inputs.make(TINY, 4, torch.float32, CPU)
+    given = attention.Inputs.make(TINY, 4, torch.float32, CPU)
     masks = []
     monkeypatch.setattr(
         torch, "compile", lambda function, **_: lambda q, k, v, block_mask: masks.append(block_mask) or q
     )
-    baselines.flex(given).call()
+    attention.flex(given).call()
     (mask,) = masks
     size = TINY
     window_blocks = -(-size.window_keys // size.block_size)
-    for head, group in baselines.sampled(size.heads, size.groups):
+    for head, group in attention.sampled(size.heads, size.groups):
         listed = []
         for number, indices in ((mask.kv_num_blocks, mask.kv_indices), (mask.full_kv_num_blocks, mask.full_kv_indices)):
             listed += indices[0, head, group, : number[0, head, group]].tolist()
@@ -97,9 +103,9 @@ def test_flex_attention_of_the_same_selection_is_set_up_right(monkeypatch):
 
 def test_a_wrong_result_is_not_timed():
     case = tiny("op/memory_attention")
-    given = baselines.Inputs.make(TINY, 4, torch.float32, CPU)
-    right = baselines.ours(given)
-    wrong = baselines.attention_contender(given, lambda: right.call() + 1e-4, 1, given.keys_of_ours)
+    given = attention.Inputs.make(TINY, 4, torch.float32, CPU)
+    right = attention.ours(given)
+    wrong = attention.attention_contender(given, lambda: right.call() + 1e-4, 1, given.keys_of_ours)
     with pytest.raises(AssertionError, match=r"tiny/float32, wrong: head 0, group 0: error 1\.0"):
         contest.Contest(replace(case, build=lambda *_: Built({OURS: right, "wrong": wrong})), CPU)
 
@@ -108,17 +114,17 @@ def test_ratios_are_taken_pair_by_pair():
     # the machine is ten times slower in the second half: the ratio does not see it, ratios of medians would
     theirs = [1.0, 1.0, 1.0, 10.0, 10.0]
     ours = [1.1, 1.1, 1.1, 11.0, 11.0]
-    found = contest.paired(ours, theirs)
-    assert all(abs(value - 1.1) < 1e-9 for value in found.values()) and contest.decided(found, 5)
-    assert contest.paired([2.0, 3.0], [1.0, None])["p50"] == 2.0
-    wide = contest.paired([1.0, 1.1, 0.9], [1.0, 1.0, 1.0])
-    assert not contest.decided(wide, 3) and "within the spread" in table.overhead(wide, 3)
+    found = statistics.paired(ours, theirs)
+    assert all(abs(value - 1.1) < 1e-9 for value in found.values()) and statistics.decided(found, 5)
+    assert statistics.paired([2.0, 3.0], [1.0, None])["p50"] == 2.0
+    wide = statistics.paired([1.0, 1.1, 0.9], [1.0, 1.0, 1.0])
+    assert not statistics.decided(wide, 3) and "within the spread" in table.overhead(wide, 3)
 
 
 @pytest.mark.parametrize("count", range(1, 9))
 def test_every_contender_is_in_every_place_and_after_every_other(count):
     names = [str(number) for number in range(count)]
-    orders = [contest.in_turn(names, number) for number in range(count * (1 + count % 2))]
+    orders = [statistics.in_turn(names, number) for number in range(count * (1 + count % 2))]
     assert all(sorted(order) == names for order in orders)
     for place in range(count):
         assert Counter(order[place] for order in orders) == dict.fromkeys(names, len(orders) // count)
@@ -141,7 +147,7 @@ def test_rounds_have_different_orders_and_ratios_stay_within_a_round():
         found.run_round()
     assert ran == [OURS, "window", "slow", "window", OURS, "slow", OURS, "window"]
     assert found.samples == {OURS: [1, 5, 7], "window": [2, 4, 8], "slow": [3, None, 6]}
-    assert contest.paired(found.samples[OURS], found.samples["slow"])["p50"] == (1 / 3 + 7 / 6) / 2
+    assert statistics.paired(found.samples[OURS], found.samples["slow"])["p50"] == (1 / 3 + 7 / 6) / 2
 
 
 TIMED = {"p20": 0.9, "p50": 1.0, "p80": 1.3}, {"p20": 0.9, "p50": 1.0, "p80": 1.1}
@@ -167,7 +173,7 @@ def test_what_is_in_doubt_is_measured_once_more(tmp_path, name, rounds, before, 
     for _ in range(rounds):
         found.run_round()
     (ours, *_) = session.rows(found)
-    record.keep(session.target, [{**ours, "over_baseline": before}], {}, session.about)
+    harness_results.keep(session.target, [{**ours, "over_baseline": before}], {}, session.about)
     words = session.worse(found)
     assert len(ratios) - len(left) == measured and not left
     assert said in words and bool(said) is bool(words)
@@ -197,8 +203,8 @@ def test_the_whole_history_grows_around_what_the_case_says(monkeypatch):
 
 
 def test_dense_attention_to_a_long_history_is_timed_more_than_once():
-    built = cases.attention(TINY, "float32", 256, False)(CPU, 0)
-    rounds = cases.long_case(TINY, "float32", 256, "cpu").rounds
+    built = registry.attention(TINY, "float32", 256, False)(CPU, 0)
+    rounds = registry.long_case(TINY, "float32", 256, "cpu").rounds
     assert sum(number % built.contenders["whole history, dense"].every == 0 for number in range(rounds)) >= 3
 
 
@@ -231,7 +237,7 @@ SLOWER = """
 # Who is timed when.
 NOTED = """
     import pathlib
-    from memflow_ops.bench.contest import Contest
+    from memflow_ops.bench.harness.contest import Contest
 
     seconds = Contest._seconds
 
@@ -274,8 +280,8 @@ def test_a_slower_write_is_caught(tmp_path, monkeypatch):
     session._ceilings = {"tflops_float32": 1.0, "gbs": 1.0}
     assert [case.name.split("/")[1] for case in session.cases] == ["write_projections", "write_projections_clean"]
     assert run.measure(session, lambda *_: None)[1] == {}
-    right = torch_cache.write_projections
-    monkeypatch.setattr(torch_cache, "write_projections", lambda *of, **more: time.sleep(0.05) or right(*of, **more))
+    right = cache_write.write_projections
+    monkeypatch.setattr(cache_write, "write_projections", lambda *of, **more: time.sleep(0.05) or right(*of, **more))
     session = run.Session("cpu", ["tiny"], "op/write_projections", 5, tmp_path, compare=True)
     session._ceilings = {"tflops_float32": 1.0, "gbs": 1.0}
     for case in session.cases:
@@ -290,7 +296,7 @@ def results(tmp_path_factory):
     """The command, as a user calls it."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.raises(SystemExit) as end:
-        cli.main(["bench", "--size", "tiny", "--rounds", "2", "--out", str(folder), "--device", "cpu"])
+        main.main(["bench", "--size", "tiny", "--rounds", "2", "--out", str(folder), "--device", "cpu"])
     assert end.value.code == 0
     return folder
 
@@ -312,7 +318,7 @@ def test_the_report_stands_alone(results):
         for row in [row for row in stored["rows"] if row["case"].startswith("op/memory_attention")]:
             settings = {**row["settings"], "bank_frames": frames}
             stored["rows"].append({**row, "case": f"{row['case']}/bank-{frames}", "settings": settings})
-    page = report.page(stored)
+    page = html.page(stored)
     assert not re.search(r"(src|href)=|url\(|@import|https?://(?!www\.w3\.org/2000/svg)", page)
     assert "prefers-color-scheme: dark" in page
     charts = re.findall(r"<svg.*?</svg>", page, re.S)
@@ -325,15 +331,15 @@ def test_the_report_stands_alone(results):
             if n in ("x", "y", "cx", "cy")
         ]
         assert numbers and all(-1 <= x <= 1200 for x in numbers)
-    assert not report.write_plot(run.stored(results, "cpu"), results / "plot.svg")  # no long cases
-    assert report.write_plot(stored, results / "plot.svg")
+    assert not html.write_plot(run.stored(results, "cpu"), results / "plot.svg")  # no long cases
+    assert html.write_plot(stored, results / "plot.svg")
     ElementTree.parse(results / "plot.svg")
 
 
 def test_the_report_names_every_commit(results):
     stored = run.stored(results, "cpu")
     stored["rows"] = [{**row, "commit": "abc" if "select" in row["case"] else "def"} for row in stored["rows"]]
-    page = report.page(stored)
+    page = html.page(stored)
     head = page[: page.index("</p>")]
     assert head.count("commit abc") == head.count("commit def") == 1
     of_case = re.findall(r"<tr class=case><td colspan=6>(\S+) <span class=faint>\S+, commit (\w+)", page)
@@ -355,7 +361,7 @@ def test_bars_show_what_is_negative_and_spreads():
 def test_overheads_below_zero_are_shown(results):
     below = {"p20": 0.9, "p50": 0.95, "p80": 1.05}
     stored = [{**row, "over_baseline": below} for row in run.stored(results, "cpu")["rows"]]
-    assert "sink: -5 (-10 to 5)" in report.streams(stored)
+    assert "sink: -5 (-10 to 5)" in html.streams(stored)
 
 
 def test_every_line_looks_its_own():
@@ -381,7 +387,7 @@ def test_every_line_looks_its_own():
 def test_mistakes_are_one_line(words, said, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        cli.main(["bench", "--device", "cpu", *words])
+        main.main(["bench", "--device", "cpu", *words])
     assert end.value.code == 2
     words = capfd.readouterr().err.strip().splitlines()
     assert len(words) == 1 and said in words[0]
@@ -421,12 +427,12 @@ def test_a_case_that_fails_does_not_lose_the_others(tmp_path):
 
 def test_names_are_unique_and_say_what_they_are():
     for device in ("cpu", "cuda"):
-        fit = cases.chosen(device, cases.GROUPS)
+        fit = registry.chosen(device, registry.GROUPS)
         assert len({case.name for case in fit}) == len(fit)
         for case in fit:
             level, _, size, dtype, *_ = case.name.split("/")
             assert (level, size, dtype) == (case.level, case.size.name, case.dtype)
-    names = {case.name for case in cases.chosen("cuda", ["wan-1.3b"])}
+    names = {case.name for case in registry.chosen("cuda", ["wan-1.3b"])}
     assert "stream/chunk/wan-1.3b/bfloat16/history-80" in names
 
 

@@ -8,10 +8,13 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memflow_ops import torch_cache, torch_impl
-from memflow_ops.bench import baselines, cases, contest, correctness, gpu, parts, streams
+from memflow_ops.bench import gpu
+from memflow_ops.bench.cases import attention as cases_attention
+from memflow_ops.bench.cases import parts, registry, streams
+from memflow_ops.bench.harness import ceilings, contest, correctness
 from memflow_ops.bench.sizes import TINY
-from memflow_ops.cache import FrameCache
+from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.impl.torch import attention, cache_write, retrieval, selection
 
 CPU = torch.device("cpu")
 
@@ -24,12 +27,12 @@ def without_gradients():
 
 def checked(name: str, dtype: str = "float32") -> None:
     """Builds a case of the tiny size and runs every contender's check."""
-    tiny = [*cases.chosen("cpu", ["tiny"]), *cases.of_size(TINY, "bfloat16", "tiny", ("cpu",), 5)]
+    tiny = [*registry.chosen("cpu", ["tiny"]), *registry.of_size(TINY, "bfloat16", "tiny", ("cpu",), 5)]
     (case,) = (case for case in tiny if case.name.startswith(f"{name}/tiny/{dtype}"))
     contest.Contest(case, CPU)
 
 
-@pytest.mark.parametrize("name", [case.name for case in cases.of_size(TINY, "bfloat16", "tiny", ("cpu",), 5)])
+@pytest.mark.parametrize("name", [case.name for case in registry.of_size(TINY, "bfloat16", "tiny", ("cpu",), 5)])
 def test_what_is_right_in_bfloat16_is_let_through(name):
     """In float32 it is timed in test_bench.py."""
     checked(name.removesuffix("/tiny/bfloat16"), "bfloat16")
@@ -52,31 +55,31 @@ def changed(where: object, name: str, change: Callable) -> Break:
 
 def other_blocks(patch: pytest.MonkeyPatch) -> None:
     """Selection passes over the best block and takes the next one instead."""
-    select = torch_impl.select_blocks
+    select = selection.select_blocks
 
     def worse(q, descriptors, top_k, *rest):
         more, fewer = (select(q, descriptors, count, *rest) for count in (top_k + 1, 1))
         left = more.masked_fill(more == fewer, torch.iinfo(torch.int32).max)
         return left.sort(-1).values[..., :-1].contiguous()
 
-    patch.setattr(torch_impl, "select_blocks", worse)
+    patch.setattr(selection, "select_blocks", worse)
 
 
 def other_blocks_inside(patch: pytest.MonkeyPatch) -> None:
     """As `other_blocks`, only where attention selects for itself: `select_blocks` by itself is right."""
-    select = torch_impl.select_blocks
+    select = selection.select_blocks
     other_blocks(patch)
 
     def right(q, descriptors, top_k, *, query_group, memory_frames=None, memory_slots=None, blocks_per_frame):
         group = query_group or q.shape[1]
         return select(q, descriptors, top_k, group, memory_frames, memory_slots, blocks_per_frame)
 
-    for module in (baselines, parts, streams):
+    for module in (cases_attention, parts, streams):
         patch.setattr(module, "select_blocks", right)
 
 
 def a_block_twice(patch: pytest.MonkeyPatch) -> None:
-    changed(torch_impl, "select_blocks", lambda indices: indices[..., [0, *range(indices.shape[-1] - 1)]])(patch)
+    changed(selection, "select_blocks", lambda indices: indices[..., [0, *range(indices.shape[-1] - 1)]])(patch)
 
 
 def zeroed(descriptors: torch.Tensor) -> torch.Tensor:
@@ -88,7 +91,7 @@ def zeroed(descriptors: torch.Tensor) -> torch.Tensor:
 def scaled(number: int) -> Break:
     """One of the five gradients, by a part in a thousand."""
     scale = [1.001 if n == number else 1 for n in range(5)]
-    return changed(torch_impl, "attend_backward", lambda found: [x * by for x, by in zip(found, scale, strict=True)])
+    return changed(attention, "attend_backward", lambda found: [x * by for x, by in zip(found, scale, strict=True)])
 
 
 def without_a_key(found: list) -> list:
@@ -147,8 +150,8 @@ def written(change: Callable) -> Break:
     """`change(arguments)` of the fused write: q, k, v and so on."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
-        right = torch_cache.write_projections
-        patch.setattr(torch_cache, "write_projections", lambda *of, **options: right(*change(list(of)), **options))
+        right = cache_write.write_projections
+        patch.setattr(cache_write, "write_projections", lambda *of, **options: right(*change(list(of)), **options))
 
     return apply
 
@@ -173,9 +176,9 @@ def lost_mean(arguments: list) -> list:
     return arguments
 
 
-SELECTION, DESCRIPTORS = (torch_impl, "select_blocks"), (torch_impl, "describe_blocks")
+SELECTION, DESCRIPTORS = (attention, "select_blocks"), (attention, "describe_blocks")
 ZEROED = changed(*DESCRIPTORS, zeroed)
-WITHOUT_A_KEY = changed(torch_impl, "attend_backward", without_a_key)
+WITHOUT_A_KEY = changed(attention, "attend_backward", without_a_key)
 BROKEN = {
     "memory_attention-selection": ("op/memory_attention", other_blocks, "is left out, whose score is higher"),
     "memory_attention-selection-inside": ("op/memory_attention", other_blocks_inside, "ours: head 0, group 0: error"),
@@ -201,7 +204,7 @@ BROKEN = {
     "frame_write-window": ("op/frame_write", one_write_for_all, "does not hold the keys that were written"),
     "write-q": (
         "op/write_projections",
-        changed(torch_cache, "write_projections", lambda q: q * 1.001),
+        changed(cache_write, "write_projections", lambda q: q * 1.001),
         "ours: queries",
     ),
     "write-values": ("op/write_projections", written(turned_values), "the pool does not hold the chunk's values"),
@@ -210,18 +213,18 @@ BROKEN = {
     "write-clean": ("op/write_projections_clean", written(lost_mean), "ours: mean of the first frame"),
     "write-descriptors": (
         "op/write_projections_clean",
-        changed(torch_cache, "describe_blocks", zeroed),
+        changed(retrieval, "describe_blocks", zeroed),
         "ours: descriptors, frame 0",
     ),
     "layer-selection": ("layer/block", other_blocks, "layer 0, selection, head 0, group 0: .* is left out"),
     "layer-selection-inside": ("layer/block", other_blocks_inside, "ours: head 0, group 0: error"),
     "layer-descriptors": ("layer/block", without_descriptors, "layer 0, head 0, descriptors of the sink"),
-    "layer-q": ("layer/block", changed(torch_cache, "write_projections", lambda q: q * 1.001), "group 0: error"),
+    "layer-q": ("layer/block", changed(cache_write, "write_projections", lambda q: q * 1.001), "group 0: error"),
     "layer-values": ("layer/block", written(turned_values), "layer 0: the window does not hold the chunk's values"),
     "layer-keys": ("layer/block", written(unnormalised), "layer 0, keys in the window: .* values are off"),
     "stream-selection": ("stream/chunk", other_blocks, "layer 0, selection, head 0, group 0: .* is left out"),
     "stream-selection-inside": ("stream/chunk", other_blocks_inside, "ours: head 0, group 0: error"),
-    "stream-descriptor": ("stream/chunk", changed(torch_cache, "describe_blocks", zeroed), "descriptors of prototypes"),
+    "stream-descriptor": ("stream/chunk", changed(retrieval, "describe_blocks", zeroed), "descriptors of prototypes"),
     "stream-values": ("stream/chunk", written(turned_values), "layer 0: the window does not hold the chunk's values"),
 }
 
@@ -238,8 +241,8 @@ def test_what_is_broken_is_seen(name, breakage, said, monkeypatch):
 
 @pytest.mark.parametrize("window_in_place", [False, True], ids=["copied", "in place"])
 def test_the_released_way_is_held_against_float64(window_in_place, monkeypatch):
-    given = baselines.Inputs.make(TINY, 8, torch.float32, CPU)
-    released = baselines.released(given, window_in_place)
+    given = cases_attention.Inputs.make(TINY, 8, torch.float32, CPU)
+    released = cases_attention.released(given, window_in_place)
     released.check()
     with monkeypatch.context() as patch:
         topk = torch.Tensor.topk
@@ -264,11 +267,11 @@ def test_the_released_way_is_held_against_float64(window_in_place, monkeypatch):
 
 @pytest.mark.parametrize("window_in_place", [False, True], ids=["copied", "in place"])
 def test_the_released_way_copies_nothing_twice(window_in_place, monkeypatch):
-    given = baselines.Inputs.make(TINY, 8, torch.float32, CPU)
-    call = baselines.released(given, window_in_place).call
-    monkeypatch.setattr(baselines.F, "scaled_dot_product_attention", lambda q, k, v: q)
+    given = cases_attention.Inputs.make(TINY, 8, torch.float32, CPU)
+    call = cases_attention.released(given, window_in_place).call
+    monkeypatch.setattr(cases_attention.F, "scaled_dot_product_attention", lambda q, k, v: q)
     a_frame = 4 * TINY.heads * TINY.frame_tokens * TINY.head_dim
-    assert contest.peak_bytes(call, CPU) < a_frame, "keys or values went through other memory than the kept"
+    assert ceilings.peak_bytes(call, CPU) < a_frame, "keys or values went through other memory than the kept"
 
 
 @pytest.mark.parametrize("make", [parts.describe, parts.frame_write])
@@ -281,21 +284,21 @@ def test_copies_are_copies(make, monkeypatch):
 
 
 def test_half_precision_hides_no_small_error_of_all_values():
-    given = baselines.Inputs.make(TINY, 4, torch.bfloat16, CPU)
-    ours = baselines.ours(given)
-    off = baselines.attention_contender(given, lambda: ours.call() + 6e-3, 1, given.keys_of_ours)
+    given = cases_attention.Inputs.make(TINY, 4, torch.bfloat16, CPU)
+    ours = cases_attention.ours(given)
+    off = cases_attention.attention_contender(given, lambda: ours.call() + 6e-3, 1, given.keys_of_ours)
     with pytest.raises(AssertionError, match="mean error"):
         off.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_no_head_is_left_out(dtype):
-    given = baselines.Inputs.make(replace(TINY, dim=160, heads=5), 4, dtype, CPU)
-    ours = baselines.ours(given)
+    given = cases_attention.Inputs.make(replace(TINY, dim=160, heads=5), 4, dtype, CPU)
+    ours = cases_attention.ours(given)
     ours.check()
     for head in range(5):
         zeroed = torch.arange(5)[:, None] == head
-        without = baselines.attention_contender(
+        without = cases_attention.attention_contender(
             given, lambda zeroed=zeroed: ours.call().masked_fill(zeroed, 0), 1, given.keys_of_ours
         )
         with pytest.raises(AssertionError, match=f"head {head}, group"):

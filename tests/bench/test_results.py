@@ -10,9 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from memflow_ops import cli
-from memflow_ops.bench import contest, record, report, run, svg, table
-from memflow_ops.bench.contest import OURS
+from memflow_ops.bench import run
+from memflow_ops.bench.harness import contest, results, statistics
+from memflow_ops.bench.harness.case import OURS
+from memflow_ops.bench.report import html, svg, table
+from memflow_ops.cli import main
 from memflow_ops.environment import environment
 
 ROOT = Path(__file__).parents[2]
@@ -27,39 +29,39 @@ def row(ratio: float, **more) -> dict:
 
 
 def test_one_round_decides_nothing(tmp_path):
-    once = contest.paired([1.4], [1.0])
-    assert not contest.decided(once, 1) and table.overhead(once, 1) == "+40.0 % (one round)"
-    assert table.milliseconds(contest.quantiles([0.02]), 1) == "20.0 (one round)"
-    assert svg.spread(*report.percent(once)) == "40"
+    once = statistics.paired([1.4], [1.0])
+    assert not statistics.decided(once, 1) and table.overhead(once, 1) == "+40.0 % (one round)"
+    assert table.milliseconds(statistics.quantiles([0.02]), 1) == "20.0 (one round)"
+    assert svg.spread(*html.percent(once)) == "40"
     about = {"device": "here", "commit": "c", "date": "2026-01-01"}
     for before, now, in_doubt in ((3, 3, False), (1, 3, True), (3, 1, True)):
-        record.keep(tmp_path / "bench.json", [row(1.0, rounds=before)], {}, about)
-        assert record.compared(row(1.4, rounds=now), tmp_path / "bench.json").in_doubt is in_doubt
+        results.keep(tmp_path / "bench.json", [row(1.0, rounds=before)], {}, about)
+        assert results.compared(row(1.4, rounds=now), tmp_path / "bench.json").in_doubt is in_doubt
 
 
 def test_more_than_a_tenth_is_worse(tmp_path):
     target = tmp_path / "bench.json"
     about = {"device": "here", "commit": "c", "date": "2026-01-01"}
     with pytest.raises(ValueError, match="run `make bench` first"):
-        record.compared(row(1.0), target)
-    record.keep(target, [row(1.2)], {"gbs": 1.0}, about)
-    assert record.compared(row(1.31), target) is None
-    worse = record.compared(row(1.33), target)
+        results.compared(row(1.0), target)
+    results.keep(target, [row(1.2)], {"gbs": 1.0}, about)
+    assert results.compared(row(1.31), target) is None
+    worse = results.compared(row(1.33), target)
     assert "a/case: ours takes 1.330 times none" in worse.words and "+11 %" in worse.words and not worse.in_doubt
-    worse = record.compared(row(1.33, over_baseline={"p20": 1.19, "p50": 1.33, "p80": 1.4}), target)
+    worse = results.compared(row(1.33, over_baseline={"p20": 1.19, "p50": 1.33, "p80": 1.4}), target)
     assert "(within the spread)" in worse.words and worse.in_doubt
     with pytest.raises(ValueError, match=r"stored with other settings in bench\.json, run .*: a/case"):
-        record.compared(row(1.0, settings={"top_k": 5}), target)
+        results.compared(row(1.0, settings={"top_k": 5}), target)
     with pytest.raises(ValueError, match=r"no stored result in bench\.json, run `make bench` first: another/case"):
-        record.compared(row(1.0, case="another/case"), target)
+        results.compared(row(1.0, case="another/case"), target)
 
 
 def test_results_are_replaced_by_case_and_history_by_commit(tmp_path):
     target = tmp_path / "bench.json"
     about = {"device": "here", "commit": "c", "date": "2026-01-01"}
-    record.keep(target, [row(1.2)], {"gbs": 1.0}, about)
-    record.keep(target, [row(1.3, case="b/case")], {"tflops_float32": 2.0}, about)
-    record.keep(target, [row(1.1)], {"gbs": 3.0}, {**about, "commit": "d"})
+    results.keep(target, [row(1.2)], {"gbs": 1.0}, about)
+    results.keep(target, [row(1.3, case="b/case")], {"tflops_float32": 2.0}, about)
+    results.keep(target, [row(1.1)], {"gbs": 3.0}, {**about, "commit": "d"})
     kept = json.loads(target.read_text())
     assert {r["case"]: r["over_baseline"]["p50"] for r in kept["rows"]} == {"a/case": 1.1, "b/case": 1.3}
     assert kept["ceilings"] == {"gbs": 3.0, "tflops_float32": 2.0}
@@ -71,12 +73,12 @@ def test_results_are_replaced_by_case_and_history_by_commit(tmp_path):
 
 def test_a_damaged_file_does_not_cost_what_was_just_measured(tmp_path):
     device = torch.device("cpu")
-    target = record.record(tmp_path, device, "gpu_test", {"passed": 1})
+    target = results.record(tmp_path, device, "gpu_test", {"passed": 1})
     for damage in ("{", "[1, 2]"):
         target.write_text(damage)
-        record.record(tmp_path, device, "gpu_bench", {"rounds": 3})
+        results.record(tmp_path, device, "gpu_bench", {"rounds": 3})
         assert target.with_suffix(".damaged").read_text() == damage
-    record.record(tmp_path, device, "gpu_test", {"passed": 2})
+    results.record(tmp_path, device, "gpu_test", {"passed": 2})
     found = json.loads(target.read_text())
     assert (found["gpu_bench"], found["gpu_test"]) == ({"rounds": 3}, {"passed": 2})
 
@@ -90,16 +92,16 @@ def test_charts_keep_banks_and_sizes_apart():
         case = f"op/memory_attention/{size}/float32/bank-{bank}"
         return row(1.5, case=case, size=size, settings={"bank_frames": bank})
 
-    chart = report.streams([stream(3), stream(64)])
+    chart = html.streams([stream(3), stream(64)])
     titles = re.findall("<title>(.*?)</title>", chart)
     assert titles == [f"memflow, bank {n}, float32, history 80, memflow: {n}" for n in (3, 64)]
     assert "aim: 7.9 %" in chart
-    assert len(re.findall("<title>", report.streams([stream(3), stream(3, "tiny")]))) == 2
-    chart = report.bank_sizes([stream(64), op(4), op(16)])
+    assert len(re.findall("<title>", html.streams([stream(3), stream(3, "tiny")]))) == 2
+    chart = html.bank_sizes([stream(64), op(4), op(16)])
     assert chart.count("<circle") == 3 and "frames in the bank (wan-1.3b, float32)" in chart  # one is the legend's
-    chart = report.bank_sizes([op(4), op(16, "tiny")])
+    chart = html.bank_sizes([op(4), op(16, "tiny")])
     assert "memory_attention, tiny, float32" in chart and "memory_attention, wan-1.3b, float32" in chart
-    assert report.bank_sizes([stream(64)]) == ""
+    assert html.bank_sizes([stream(64)]) == ""
 
 
 def test_what_cannot_be_compared_is_said_before_anything_is_measured(tmp_path, monkeypatch):
@@ -108,7 +110,7 @@ def test_what_cannot_be_compared_is_said_before_anything_is_measured(tmp_path, m
 
     def kept(**more) -> None:
         rows = [row(1.0, case=case.name, settings=case.all_settings()) for case in session.cases[1:]]
-        record.keep(session.target, [*rows, row(1.0, **more)], {}, session.about)
+        results.keep(session.target, [*rows, row(1.0, **more)], {}, session.about)
 
     def compare() -> None:
         run.Session("cpu", ["tiny"], "op/", 2, tmp_path, compare=True)
@@ -149,13 +151,13 @@ def test_nothing_to_compare_with_is_one_line(tmp_path):
     ids=lambda damage: next(iter(damage)),
 )
 def test_results_that_are_damaged_inside_are_one_line(damage, tmp_path, capfd):
-    target = record.bench_file(tmp_path, environment(CPU))
+    target = results.bench_file(tmp_path, environment(CPU))
     whole = {"device": "here", "rows": [row(1.0)], "history": [], "ceilings": {"gbs": 1.0}}
-    record.write(target, whole)
-    assert record.load_bench(target)["rows"]
+    results.write(target, whole)
+    assert results.load_bench(target)["rows"]
     target.write_text(json.dumps(whole | damage))
     with pytest.raises(SystemExit) as end:
-        cli.main(["bench", "--device", "cpu", "--stored", "--out", str(tmp_path)])
+        main.main(["bench", "--device", "cpu", "--stored", "--out", str(tmp_path)])
     words = capfd.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(words) == 1 and "is damaged" in words[0]
     with pytest.raises(ValueError, match="is damaged"):
@@ -168,6 +170,6 @@ def test_two_processes_do_not_share_a_temporary_name(tmp_path, monkeypatch):
     monkeypatch.setattr(Path, "replace", lambda path, target: names.append(path.name) or replace_with(path, target))
     for number in (1, 2):
         monkeypatch.setattr(os, "getpid", lambda number=number: number)
-        record.write(tmp_path / "bench.json", {"number": number})
-        record.write_text(tmp_path / "report.html", "words")
+        results.write(tmp_path / "bench.json", {"number": number})
+        results.write_text(tmp_path / "report.html", "words")
     assert len(set(names)) == 4 and sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "report.html"]

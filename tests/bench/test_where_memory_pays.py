@@ -7,8 +7,8 @@ import pytest
 
 from memflow_ops.bench import where_memory_pays as pays
 from memflow_ops.bench.where_memory_pays import Setting, compared, draw, main, settings_of
-from memflow_ops.model.evaluate import Row, Share, Timing
-from memflow_ops.model.settings import TOY_SETTINGS
+from memflow_ops.model.toy.evaluation.rows import Row, Share, Timing
+from memflow_ops.model.toy.settings import TOY_SETTINGS
 
 SMALL = ("--stories", "1", "--lengths", "6", "--banks", "1", "--top-k", "2", "99")
 NAMES = ["bank 1, top 2 of 16", "bank 1, random 2 of 16", "bank 1, top 16 of 16", "none", "full"]
@@ -219,7 +219,7 @@ def test_overlapping_intervals_are_said():
 
 def test_the_toy_world_is_streamed_for_real(tmp_path, monkeypatch):
     monkeypatch.setattr(pays, "TOY_SETTINGS", replace(TOY_SETTINGS, steps=1))
-    monkeypatch.setattr("memflow_ops.model.evaluate.TIMED_CHUNKS", range(2, 4))
+    monkeypatch.setattr("memflow_ops.model.toy.evaluation.evaluate.TIMED_CHUNKS", range(2, 4))
     monkeypatch.setattr(
         pays, "time_kinds", lambda *given, time=pays.time_kinds: time(*given, settings=pays.TOY_SETTINGS)
     )

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from memflow_ops.cache import FrameCache
-from memflow_ops.cache_layout import CacheLayout
+from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.cache.layout import CacheLayout
 
 LAYOUT = CacheLayout(
     1, 2, 4, 1, 4, sink_frames=3, bank_frames=3, device_frames=8, host_frames=3, block_size=2, dtype=torch.float32

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from memflow_ops import describe_blocks
-from memflow_ops.cache import FrameCache
-from memflow_ops.cache_layout import CacheLayout
+from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.cache.layout import CacheLayout
 
 LAYERS, TOKENS, HEADS, HEAD_DIM, BLOCK = 2, 5, 2, 4, 2  # 5 tokens in blocks of 2: the last block of a frame is ragged
 

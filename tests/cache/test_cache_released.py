@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from memflow_ops.cache_layout import ReleasedLayout
-from memflow_ops.cache_released import ReleasedCache
+from memflow_ops.cache.released_cache import ReleasedCache
+from memflow_ops.cache.released_layout import ReleasedLayout
 
 LAYERS, TOKENS, HEADS, HEAD_DIM = 2, 5, 2, 4
 

@@ -4,10 +4,11 @@ import pytest
 import torch
 
 from memflow_ops import QKNorm
-from memflow_ops.cache import FrameCache
-from memflow_ops.cache_layout import CacheLayout
-from memflow_ops.model.attend import attend_to_memory
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig, RMSNorm, apply_rotation, rope_rotation
+from memflow_ops.cache.attend import attend_to_memory
+from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig, RMSNorm
+from memflow_ops.rotary import apply_rotation, rope_rotation
 
 LAYERS, GRID, HEADS, HEAD_DIM = 2, (2, 5), 2, 8
 LAYOUT = CacheLayout(

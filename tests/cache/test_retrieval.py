@@ -4,9 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memflow_ops.cache import Candidates, FrameCache
-from memflow_ops.cache_layout import CacheLayout
-from memflow_ops.retrieval import Coverage, Random, Relevance
+from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.cache.policies import Coverage, Random, Relevance
+from memflow_ops.cache.views import Candidates
 
 LAYERS, TOKENS, HEADS, HEAD_DIM = 2, 6, 2, 8
 

@@ -5,9 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from memflow_ops.model.checkpoints import TOY_WEIGHTS, save_checkpoint
-from memflow_ops.model.train import TOY_CONFIG
-from memflow_ops.model.transformer import CausalVideoModel
+from memflow_ops.model.checkpoints.native import save_checkpoint
+from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
+from memflow_ops.model.toy.train import TOY_CONFIG
+from memflow_ops.model.wan.transformer import CausalVideoModel
 
 
 @pytest.fixture(scope="session")

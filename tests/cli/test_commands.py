@@ -10,19 +10,24 @@ import numpy as np
 import pytest
 import torch
 
-from memflow_ops import cli, cli_toy, environment
-from memflow_ops.model import evaluate, train, world
-from memflow_ops.model.checkpoints import load_checkpoint
-from memflow_ops.model.generate import DEMO_STORY, read_stories, to_pixels
-from memflow_ops.model.returns import Return, find_returns, judge_return
-from memflow_ops.model.settings import TOY_SETTINGS, USED_BY
-from memflow_ops.model.stream import chunk_prompts, stream
-from memflow_ops.model.wan import FRAMES_PER_PROMPT, WAN_SETTINGS
+from memflow_ops import environment
+from memflow_ops.cli import main, toy
+from memflow_ops.model.checkpoints.native import load_checkpoint
+from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT, WAN_SETTINGS
+from memflow_ops.model.stories.prompts import chunk_prompts, read_stories
+from memflow_ops.model.stories.video import to_pixels
+from memflow_ops.model.streaming.settings import USED_BY
+from memflow_ops.model.streaming.streamer import stream
+from memflow_ops.model.toy import train, world
+from memflow_ops.model.toy.evaluation import evaluate, summary
+from memflow_ops.model.toy.generate import DEMO_STORY
+from memflow_ops.model.toy.returns import Return, find_returns, judge_return
+from memflow_ops.model.toy.settings import TOY_SETTINGS
 
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        cli.main([str(word) for word in words])
+        main.main([str(word) for word in words])
     return end.value.code
 
 
@@ -36,7 +41,7 @@ def test_help_names_every_command(capfd):
 
 @pytest.mark.parametrize("command", ["demo", "train", "evaluate"])
 def test_defaults_are_those_of_the_library(command):
-    defaults = {name: p.default for name, p in inspect.signature(getattr(cli, command)).parameters.items()}
+    defaults = {name: p.default for name, p in inspect.signature(getattr(main, command)).parameters.items()}
     library = {
         "demo": vars(TOY_SETTINGS),
         "train": {name: p.default for name, p in inspect.signature(train.train).parameters.items()} | {"steps": None},
@@ -48,7 +53,7 @@ def test_defaults_are_those_of_the_library(command):
 
 
 def test_generate_leaves_defaults_to_each_world(capfd):
-    parameters = inspect.signature(cli.generate).parameters
+    parameters = inspect.signature(main.generate).parameters
     assert all(parameters[name].default is None for name in parameters.keys() & vars(TOY_SETTINGS).keys())
     assert memflow("generate", "--help") == 0
     said = " ".join(capfd.readouterr().out.replace("│", " ").split())
@@ -120,7 +125,7 @@ def test_judged_return(before, after, same):
     expected = min((before - after) % 360, (after - before) % 360)
     assert judged.difference == pytest.approx(expected, abs=3)  # the judge's colour circle is not quite HSV's
     assert judged.same == same
-    words = cli_toy.colours(vars(judged), "ball")
+    words = toy.colours(vars(judged), "ball")
     assert ("with ANOTHER look" in words) == (not same)
 
 
@@ -145,7 +150,7 @@ def test_nobody_returns():
     frames = np.concatenate([rendered(0, [50, 60]), rendered(4, [0])])
     judged = judge_return(frames, Return("ball", 2, 6, None, None), 3)
     assert judged.hue_before is not None and judged.hue_after is None and not judged.same
-    assert "not to be seen when it should have returned" in cli_toy.colours(vars(judged), "ball")
+    assert "not to be seen when it should have returned" in toy.colours(vars(judged), "ball")
 
 
 def test_returns_are_found():
@@ -159,9 +164,9 @@ def test_returns_are_found():
 
 def test_an_evaluation_that_is_stopped_keeps_what_was_judged(tmp_path, monkeypatch, capfd):
     """Kinds are judged for real, on one short story; then Ctrl-C comes while the third is being made, or the timing."""
-    monkeypatch.setattr("memflow_ops.model.held_out.STORY_PROMPTS", (6,))
+    monkeypatch.setattr("memflow_ops.model.toy.evaluation.held_out.STORY_PROMPTS", (6,))
     short = ("evaluate", "--stories", 1, "--steps", 1, "--out", tmp_path / "e.json")
-    judge_really, calls = evaluate.summarise, []
+    judge_really, calls = summary.summarise, []
 
     def summarise(*arguments, **options):
         calls.append(arguments[0])
@@ -169,7 +174,7 @@ def test_an_evaluation_that_is_stopped_keeps_what_was_judged(tmp_path, monkeypat
             raise KeyboardInterrupt
         return judge_really(*arguments, **options)
 
-    monkeypatch.setattr(evaluate, "summarise", summarise)
+    monkeypatch.setattr(summary, "summarise", summarise)
     kinds = [word for kind in ("none", "sink", "none", "full") for word in ("--memory", kind)]
     assert memflow(*short, *kinds) == 130
     assert calls == ["none", "sink", "full"]

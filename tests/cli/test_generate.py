@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from memflow_ops import cli
-from memflow_ops.model.generate import read_stories
-from memflow_ops.model.settings import TOY_SETTINGS
-from memflow_ops.model.video import SCALE, VideoWriter, read_video
+from memflow_ops.cli import main
+from memflow_ops.model.stories.prompts import read_stories
+from memflow_ops.model.stories.video import SCALE, VideoWriter, read_video
+from memflow_ops.model.toy.settings import TOY_SETTINGS
 
 STORY = ["an empty meadow", "a ball in the meadow", "the ball at night"]
 FRAMES = 18  # 6 per prompt
@@ -28,7 +28,7 @@ def write_story(path, *stories):
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        cli.main([str(word) for word in words])
+        main.main([str(word) for word in words])
     return end.value.code
 
 
@@ -159,7 +159,8 @@ def test_a_run_that_is_ended_leaves_a_playable_video(tmp_path, weights, end):
 def test_an_error_on_the_way_keeps_what_was_made(tmp_path, weights):
     import torch
 
-    from memflow_ops.model.generate import generate, load_model, make_plans
+    from memflow_ops.model.toy.checkpoint import load_model
+    from memflow_ops.model.toy.generate import generate, make_plans
 
     def fail(run):
         raise RuntimeError("out of everything")

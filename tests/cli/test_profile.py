@@ -5,10 +5,10 @@ import json
 
 import pytest
 
-from memflow_ops import cli, cli_profile
-from memflow_ops.model import selection_profile
-from memflow_ops.model.checkpoints import sha256
-from memflow_ops.model.selection_profile import Sampling
+from memflow_ops.cli import main, profile
+from memflow_ops.files import sha256
+from memflow_ops.model.selection_profile import profile as selection_profile_profile
+from memflow_ops.model.selection_profile.rows import Sampling
 
 QUICK = (
     "--steps",
@@ -31,7 +31,7 @@ PROMPTS = ["an empty meadow", "a ball in the meadow", "an empty sea", "a ball at
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        cli.main([str(word) for word in words])
+        main.main([str(word) for word in words])
     return end.value.code
 
 
@@ -65,7 +65,7 @@ def test_a_story_is_profiled(tmp_path, weights, story, capfd):
 
 
 def test_held_out_stories_are_the_default(tmp_path, weights, capfd, monkeypatch):
-    monkeypatch.setattr(cli_profile, "STORY_LENGTH", 0)
+    monkeypatch.setattr(profile, "STORY_LENGTH", 0)
     out = tmp_path / "selection.json"
     assert memflow("profile-selection", "--out", out, *QUICK, "--weights", weights, "--stories", 3, "--rounds", 0) == 0
     said = json.loads(out.read_text())
@@ -77,13 +77,13 @@ def test_held_out_stories_are_the_default(tmp_path, weights, capfd, monkeypatch)
 def test_ctrl_c_keeps_what_was_measured(tmp_path, weights, story, capfd, monkeypatch, measured):
     """In the first chunk, and where a second one would be measured."""
 
-    class Interrupted(selection_profile.Streamer):
+    class Interrupted(selection_profile_profile.Streamer):
         def next_chunk(self, prompts):
             if self.cache.committed == (15 if measured else 0):
                 raise KeyboardInterrupt
             return super().next_chunk(prompts)
 
-    monkeypatch.setattr(selection_profile, "Streamer", Interrupted)
+    monkeypatch.setattr(selection_profile_profile, "Streamer", Interrupted)
     out = tmp_path / "selection.json"
     assert memflow("profile-selection", story, "--out", out, *QUICK, "--chunks", 99, "--weights", weights) == 130
     printed = capfd.readouterr()
@@ -103,11 +103,11 @@ def test_what_was_measured_is_on_disk_before_the_end(tmp_path, weights, story, m
         yield next(whole(*arguments, **options))
         raise RuntimeError("out of everything")
 
-    whole = selection_profile.profile
-    monkeypatch.setattr(selection_profile, "profile", broken)
+    whole = selection_profile_profile.profile
+    monkeypatch.setattr(selection_profile_profile, "profile", broken)
     out = tmp_path / "selection.json"
     with pytest.raises(RuntimeError):
-        cli.main([str(w) for w in ("profile-selection", story, "--out", out, *QUICK, "--weights", weights)])
+        main.main([str(w) for w in ("profile-selection", story, "--out", out, *QUICK, "--weights", weights)])
     assert len(json.loads(out.read_text())["chunks_measured"]) == 1
 
 
@@ -148,8 +148,8 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path, story, cap
 def test_places_that_cannot_be_written_to_are_named_before_anything_is_loaded(
     tmp_path, story, capfd, monkeypatch, more, out, expected
 ):
-    monkeypatch.setattr("memflow_ops.model.generate.load_model", None)
-    monkeypatch.setattr("memflow_ops.model.generate.read_stories", None)
+    monkeypatch.setattr("memflow_ops.model.toy.checkpoint.load_model", None)
+    monkeypatch.setattr("memflow_ops.model.stories.prompts.read_stories", None)
     (tmp_path / "p.png").mkdir()
     assert memflow("profile-selection", story, "--out", tmp_path / out, *QUICK, *more) == 2
     said = capfd.readouterr().err
@@ -158,9 +158,9 @@ def test_places_that_cannot_be_written_to_are_named_before_anything_is_loaded(
 
 
 def test_defaults_are_those_of_the_library():
-    parameters = inspect.signature(cli.profile_selection).parameters
+    parameters = inspect.signature(main.profile_selection).parameters
     defaults = vars(Sampling())
     assert {name: parameters[name].default for name in defaults} == defaults
     helps = str(parameters["block_size"].annotation) + str(parameters["query_group"].annotation)
-    for sizes in (*cli_profile.TOY_SIZES, *cli_profile.WAN_SIZES):
+    for sizes in (*profile.TOY_SIZES, *profile.WAN_SIZES):
         assert ", ".join(map(str, sizes)) in helps

@@ -26,7 +26,7 @@ def pytest_terminal_summary(terminalreporter, config):
     folder = config.getoption("--record", default=None)
     if not folder or not torch.cuda.is_available():
         return
-    from memflow_ops.bench.record import record
+    from memflow_ops.bench.harness.results import record
 
     reports = terminalreporter.stats
     skips = sorted({str(report.longrepr[2]) for report in reports.get("skipped", [])})

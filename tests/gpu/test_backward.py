@@ -9,7 +9,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import memflow_ops as ops
-from memflow_ops import ops as registered
+from memflow_ops.ops import registration as registered
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

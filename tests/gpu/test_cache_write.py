@@ -10,10 +10,10 @@ from write_cases import WriteCase, assert_written, write_cases
 from write_cases import make_case as make_write_case
 
 import memflow_ops as ops
-from memflow_ops.cache import FrameCache
-from memflow_ops.cache_layout import CacheLayout
-from memflow_ops.model.transformer import rope_rotation
-from memflow_ops.retrieval import Coverage, Relevance
+from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.cache.policies import Coverage, Relevance
+from memflow_ops.rotary import rope_rotation
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]

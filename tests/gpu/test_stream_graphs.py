@@ -9,7 +9,7 @@ import pytest
 import torch
 from graph_streams import CHUNKS, assert_same, encode, model_of, prompts_of, settings_of
 
-from memflow_ops.model.stream import Streamer
+from memflow_ops.model.streaming.streamer import Streamer
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import memflow_ops as ops
-from memflow_ops import dense
-from memflow_ops import ops as registered
+from memflow_ops.impl import dense
+from memflow_ops.ops import registration as registered
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -150,7 +150,7 @@ def test_one_launch_or_two_a_wan_layer_agrees_with_torch_given_the_same_blocks(g
 
 @pytest.mark.parametrize("launches", [1, 2])
 def test_one_launch_selects_as_two_do(launches):
-    from memflow_ops.kernels.attend import plan_select_and_attend
+    from memflow_ops.kernels.attention.forward import plan_select_and_attend
 
     torch.manual_seed(3)
     q = torch.randint(-1, 2, (1, 1024, 4, 128)).to("cuda", torch.bfloat16)
@@ -172,7 +172,7 @@ def test_one_launch_selects_as_two_do(launches):
 @pytest.mark.parametrize("multiprocessors", [132, 108], ids="{}processors".format)
 def test_a_split_last_wave_agrees_with_an_unsplit_one(multiprocessors):
     """As an H100 (2 programs per tile) and an A100 (8) split it, whatever the device; in a graph too."""
-    from memflow_ops.kernels.attend import Chosen, plan_attend
+    from memflow_ops.kernels.attention.forward import Chosen, plan_attend
 
     q, _, _, memory_k, memory_v = wan_layer(8)
     indices = ops.select_blocks(q, ops.describe_blocks(memory_k, 64, 1560), 24, query_group=128, blocks_per_frame=25)
@@ -206,7 +206,7 @@ def test_a_split_last_wave_agrees_with_an_unsplit_one(multiprocessors):
 @pytest.mark.parametrize("group", [1, 128], ids="group{}".format)
 def test_descriptors_and_specialized_warps_agree_with_pointers(group, warp_specialize):
     """Options that are not the default: they load the same, ragged blocks and absent ones included, in a graph too."""
-    from memflow_ops.kernels.attend import Chosen, plan_attend
+    from memflow_ops.kernels.attention.forward import Chosen, plan_attend
     from memflow_ops.kernels.configs import Loads
 
     if torch.cuda.get_device_capability() < (9, 0):

@@ -12,9 +12,9 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 from memflow_ops.bench import aot as table
 from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, main_loop
-from memflow_ops.kernels.attend import Chosen, plan_attend, plan_select_and_attend
-from memflow_ops.kernels.describe import plan_block_means
-from memflow_ops.kernels.select import plan_select
+from memflow_ops.kernels.attention.forward import Chosen, plan_attend, plan_select_and_attend
+from memflow_ops.kernels.selection.describe import plan_block_means
+from memflow_ops.kernels.selection.groups import plan_select
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memflow_ops.model.settings import StreamSettings
-from memflow_ops.model.stream import Chunk
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.streaming.streamer import Chunk
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 SIZE, TEXT_DIM, CHUNKS = 4, 4, 22
 

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from memflow_ops import memory_attention
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 CONFIG = ModelConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=2, in_dim=3, out_dim=3, text_dim=7, text_len=4, freq_dim=16

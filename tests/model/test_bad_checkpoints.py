@@ -7,11 +7,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from memflow_ops import cli
-from memflow_ops.model import checkpoints
-from memflow_ops.model.convert import convert, read_pretrained
-from memflow_ops.model.lora import LoraConfig
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.cli import main
+from memflow_ops.model.checkpoints import native
+from memflow_ops.model.checkpoints.lora import LoraConfig
+from memflow_ops.model.checkpoints.pretrained import convert, read_pretrained
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 CONFIG = ModelConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=1, in_dim=4, out_dim=4, text_dim=8, text_len=6, freq_dim=16
@@ -33,7 +33,7 @@ def file(tmp_path, weights) -> Path:
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        cli.main([str(word) for word in words])
+        main.main([str(word) for word in words])
     return end.value.code
 
 
@@ -127,9 +127,9 @@ def test_what_our_own_file_says_is_not_overridden(tmp_path, file):
 def test_a_full_disk(tmp_path, file, capfd, monkeypatch):
     def full(tensors, path, metadata):
         path.write_bytes(b"a part")
-        raise checkpoints.SafetensorError("Error while serializing: No space left on device (os error 28)")
+        raise native.SafetensorError("Error while serializing: No space left on device (os error 28)")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(native, "save_file", full)
     assert memflow("convert", file, tmp_path / "ours.safetensors", "--num-heads", 2) == 2
     said = capfd.readouterr().err
     assert "ours.safetensors: Error while serializing: No space" in said and said.count("\n") == 1

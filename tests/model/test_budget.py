@@ -5,10 +5,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memflow_ops.cache import FrameCache
-from memflow_ops.model.budget import Item, Need, free_host_bytes, plan_memory, size
-from memflow_ops.model.settings import StreamSettings
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.model.pipeline.budget import Item, Need, free_host_bytes, plan_memory, size
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 CONFIG = ModelConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=3, in_dim=4, out_dim=4, text_dim=8, text_len=6)
 MODEL = CausalVideoModel(CONFIG).bfloat16()

@@ -6,9 +6,12 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from memflow_ops.model import checkpoints
-from memflow_ops.model.checkpoints import load_checkpoint, save_checkpoint, write_atomically
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.files import write_atomically
+from memflow_ops.model.checkpoints import native
+from memflow_ops.model.checkpoints.native import load_checkpoint, save_checkpoint
+from memflow_ops.model.toy import checkpoint
+from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 CONFIG = ModelConfig(dim=16, ffn_dim=8, num_heads=2, num_layers=1, in_dim=5, out_dim=3, text_dim=4, text_len=2)
 
@@ -66,7 +69,7 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
     def interrupted(_: int) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(checkpoints.os, "fsync", interrupted)
+    monkeypatch.setattr(native.os, "fsync", interrupted)
     with pytest.raises(KeyboardInterrupt):
         write_atomically(path, b"new, half of it")
     assert path.read_bytes() == b"old"
@@ -74,9 +77,9 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
 
 
 def test_shipped_weights_load_and_are_small():
-    model = load_checkpoint()
-    assert checkpoints.TOY_WEIGHTS.stat().st_size < 3_000_000
+    model = load_checkpoint(TOY_WEIGHTS)
+    assert checkpoint.TOY_WEIGHTS.stat().st_size < 3_000_000
     assert model.config.prediction == "x0"
     assert all(torch.isfinite(tensor).all() for tensor in model.state_dict().values())
-    notes = json.loads(checkpoints.TOY_WEIGHTS.with_suffix(".json").read_text())
+    notes = json.loads(checkpoint.TOY_WEIGHTS.with_suffix(".json").read_text())
     assert notes["seconds"] < 3 * 3600 and notes["threads"] <= 2

@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from memflow_ops.model.checkpoints import load_checkpoint, save_checkpoint
-from memflow_ops.model.convert import convert, read_pretrained, tuned_for
-from memflow_ops.model.layouts import bare_name, diffusers_name, original_name
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.model.checkpoints.layouts import bare_name, diffusers_name, original_name
+from memflow_ops.model.checkpoints.native import load_checkpoint, save_checkpoint
+from memflow_ops.model.checkpoints.pretrained import convert, load_pretrained, read_pretrained, tuned_for
+from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 CONFIG = ModelConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=8, text_len=6, freq_dim=16
@@ -110,7 +111,7 @@ def test_config_of_a_folder_tells_what_shapes_do_not(tmp_path, weights):
 
 def test_heads_and_text_length_of_released_models():
     config = ModelConfig(dim=256, ffn_dim=8, num_heads=2, num_layers=1, in_dim=4, out_dim=4, text_dim=4, text_len=512)
-    from memflow_ops.model.layouts import infer_config
+    from memflow_ops.model.checkpoints.layouts import infer_config
 
     assert infer_config(CausalVideoModel(config).state_dict(), {}, "here") == config
 
@@ -127,7 +128,7 @@ def test_from_pretrained_runs_like_the_model_it_came_from(tmp_path, weights):
     ours = CausalVideoModel(CONFIG)
     ours.load_state_dict(weights)
     path = saved(tmp_path / "w.pt", {"generator_ema": prefixed(weights, "model.")})
-    loaded = CausalVideoModel.from_pretrained(path, **SAID)
+    loaded = load_pretrained(path, **SAID)
     assert not loaded.training
     x, t, text = torch.randn(1, 4, 3, 4, 6), torch.full((1, 3), 500.0), torch.randn(1, 5, 8)
 
@@ -136,14 +137,14 @@ def test_from_pretrained_runs_like_the_model_it_came_from(tmp_path, weights):
 
     with torch.no_grad():
         assert torch.equal(run(loaded), run(ours))
-        half = CausalVideoModel.from_pretrained(path, dtype=torch.bfloat16, **SAID)
+        half = load_pretrained(path, dtype=torch.bfloat16, **SAID)
         assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
         assert (run(half) - run(ours)).abs().max() < 0.1 * run(ours).abs().max()
 
 
 def test_the_model_does_not_depend_on_its_file_any_more(tmp_path, weights):
     path = saved(tmp_path / "w.pt", weights)
-    loaded = CausalVideoModel.from_pretrained(path, **SAID)
+    loaded = load_pretrained(path, **SAID)
     content = path.read_bytes()
     with open(path, "r+b") as file:  # in place: a mapping of the file would see it
         file.write(bytes(len(content)))
@@ -164,8 +165,8 @@ def test_converted_file_carries_everything(tmp_path, weights):
 
 
 def test_toy_checkpoints_are_read_too():
-    model = CausalVideoModel.from_pretrained("model/weights/toy.safetensors")
-    assert model.config == load_checkpoint().config and model.config.prediction == "x0"
+    model = load_pretrained("model/weights/toy.safetensors")
+    assert model.config == load_checkpoint(TOY_WEIGHTS).config and model.config.prediction == "x0"
 
 
 @pytest.mark.parametrize(

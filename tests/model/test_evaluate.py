@@ -10,27 +10,25 @@ from itertools import pairwise
 import pytest
 import torch
 
-from memflow_ops.model import held_out, world
-from memflow_ops.model.checkpoints import TOY_WEIGHTS, load_checkpoint
-from memflow_ops.model.evaluate import (
-    KINDS,
-    Oracle,
-    Row,
-    Share,
-    Timing,
-    check,
-    evaluate,
-    shown_at,
-    summarise,
-    table,
-    time_kinds,
-    watch,
-    write_results,
+from memflow_ops.model.checkpoints.native import load_checkpoint
+from memflow_ops.model.streaming.streamer import Chunk
+from memflow_ops.model.toy import world
+from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
+from memflow_ops.model.toy.evaluation import held_out
+from memflow_ops.model.toy.evaluation.evaluate import check, evaluate, time_kinds
+from memflow_ops.model.toy.evaluation.held_out import (
+    FRAMES_PER_PROMPT,
+    Appearance,
+    appearances,
+    is_return,
+    make_stories,
 )
-from memflow_ops.model.held_out import FRAMES_PER_PROMPT, Appearance, appearances, is_return, make_stories
-from memflow_ops.model.settings import TOY_SETTINGS
-from memflow_ops.model.stream import Chunk
-from memflow_ops.model.text import NOBODY, parse_prompt
+from memflow_ops.model.toy.evaluation.kinds import KINDS, Oracle, shown_at
+from memflow_ops.model.toy.evaluation.report import table, write_results
+from memflow_ops.model.toy.evaluation.rows import Row, Share, Timing
+from memflow_ops.model.toy.evaluation.summary import summarise, watch
+from memflow_ops.model.toy.language import NOBODY, parse_prompt
+from memflow_ops.model.toy.settings import TOY_SETTINGS
 
 STORIES = 4
 
@@ -221,18 +219,23 @@ def test_table_picture_and_json_show_every_row(tmp_path):
 
 
 def test_kinds_are_timed_in_turn(monkeypatch):
-    monkeypatch.setattr("memflow_ops.model.evaluate.TIMED_CHUNKS", range(2, 5))
-    timings = time_kinds(load_checkpoint(), ["none", "memflow"], replace(TOY_SETTINGS, steps=1))
+    monkeypatch.setattr("memflow_ops.model.toy.evaluation.evaluate.TIMED_CHUNKS", range(2, 5))
+    timings = time_kinds(load_checkpoint(TOY_WEIGHTS), ["none", "memflow"], replace(TOY_SETTINGS, steps=1))
     assert timings["none"].ratio == 1.0 and timings["none"].seconds > 0
     ours = timings["memflow"]
     assert ours.ratio is not None and ours.ratio_p20 <= ours.ratio <= ours.ratio_p80
-    assert time_kinds(load_checkpoint(), ["memflow"], replace(TOY_SETTINGS, steps=1))["memflow"].ratio is None
+    assert (
+        time_kinds(load_checkpoint(TOY_WEIGHTS), ["memflow"], replace(TOY_SETTINGS, steps=1))["memflow"].ratio is None
+    )
 
 
 def test_memory_of_the_shipped_weights_brings_characters_back(monkeypatch):
     """Eight short stories, streamed for real: fails if memory stops helping."""
     monkeypatch.setattr(held_out, "STORY_PROMPTS", (6,))
-    rows = {row.memory: row for row in evaluate(load_checkpoint(), stories=8, kinds=["none", "memflow"], seed=20_000)}
+    rows = {
+        row.memory: row
+        for row in evaluate(load_checkpoint(TOY_WEIGHTS), stories=8, kinds=["none", "memflow"], seed=20_000)
+    }
     none, memflow = rows["none"], rows["memflow"]
     assert memflow.hue.count >= 8
     assert memflow.hue.value >= 0.85 and memflow.hue.value >= none.hue.value + 0.4

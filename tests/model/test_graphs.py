@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from memflow_ops.model import graphs
-from memflow_ops.model.graphs import Passes
-from memflow_ops.model.stream import Chunk, Streamer
+from memflow_ops.model.streaming import cuda_graphs
+from memflow_ops.model.streaming.cuda_graphs import Passes
+from memflow_ops.model.streaming.streamer import Chunk, Streamer
 
 FORBIDDEN = ("_local_scalar_dense", "nonzero", "lift_fresh", "randn", "rand", "resize_")
 """What a CUDA graph cannot hold: answers for the host, numbers from the host, sizes that depend on values."""
@@ -235,9 +235,9 @@ def test_where_there_can_be_none():
     for off in (None, False):
         streamer = Streamer(model, 2, settings_of(), encode=encode, cuda_graphs=off)
         assert streamer.passes.recorder is None
-    assert "draws its blocks on the host" in graphs.why_not(cuda, settings_of(selection="random"))
-    assert "reads values back" in graphs.why_not(cuda, settings_of(impl="reference"))
-    assert graphs.why_not(cuda, settings_of()) == ""
+    assert "draws its blocks on the host" in cuda_graphs.why_not(cuda, settings_of(selection="random"))
+    assert "reads values back" in cuda_graphs.why_not(cuda, settings_of(impl="reference"))
+    assert cuda_graphs.why_not(cuda, settings_of()) == ""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="a graph cannot hold"):  # and the double refuses it as well

@@ -2,8 +2,14 @@
 
 import pytest
 
-from memflow_ops.model.held_out import FRAMES_PER_PROMPT, STORY_PROMPTS, appearances, is_return, make_stories
-from memflow_ops.model.text import parse_prompt
+from memflow_ops.model.toy.evaluation.held_out import (
+    FRAMES_PER_PROMPT,
+    STORY_PROMPTS,
+    appearances,
+    is_return,
+    make_stories,
+)
+from memflow_ops.model.toy.language import parse_prompt
 
 
 def test_stories_keep_their_promises():

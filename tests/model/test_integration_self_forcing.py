@@ -9,7 +9,8 @@ from torch import nn
 
 from memflow_ops import memory_attention
 from memflow_ops.integrations.self_forcing import attend_with_cache, restore_attention, swap_attention
-from memflow_ops.model.transformer import RMSNorm, apply_rotation, rope_rotation
+from memflow_ops.model.wan.transformer import RMSNorm
+from memflow_ops.rotary import apply_rotation, rope_rotation
 
 ROWS, COLUMNS, HEADS, HEAD_DIM = 2, 5, 2, 12
 T, DIM = ROWS * COLUMNS, HEADS * HEAD_DIM

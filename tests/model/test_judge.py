@@ -4,7 +4,7 @@ import pytest
 import torch
 from toy_scenes import all_scenes, empty_scenes
 
-from memflow_ops.model import judge, world
+from memflow_ops.model.toy import judge, world
 
 
 def test_ground_truth_is_judged_without_a_mistake():

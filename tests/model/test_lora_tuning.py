@@ -4,7 +4,7 @@ import pytest
 import torch
 from lora_rollout import loss_of, model_with_lora
 
-from memflow_ops import ops
+from memflow_ops.ops import registration
 
 
 def gradients(impl: str, dtype: torch.dtype) -> dict[str, torch.Tensor]:
@@ -23,10 +23,12 @@ def test_gradients_through_the_memory_are_the_references():
 def test_they_flow_through_the_bank(monkeypatch):
     """The bank's keys carry gradients of their own: without them the LoRA's would be others."""
     whole = gradients("torch", torch.float64)
-    attend = ops.memory_attention
+    attend = registration.memory_attention
     detached = lambda x: None if x is None else x.detach()  # noqa: E731
     monkeypatch.setattr(
-        ops, "memory_attention", lambda q, k, v, mk, mv, *rest: attend(q, k, v, detached(mk), detached(mv), *rest)
+        registration,
+        "memory_attention",
+        lambda q, k, v, mk, mv, *rest: attend(q, k, v, detached(mk), detached(mv), *rest),
     )
     without = gradients("torch", torch.float64)
     name = next(name for name in whole if ".0." in name and ".k." in name)

@@ -10,7 +10,7 @@ import torch
 from released_recording import Recording, record
 from safetensors.torch import load_file, save_file
 
-from memflow_ops.model.released import main
+from memflow_ops.model.replay.replay import main
 
 RECORDINGS = {
     "as-released": Recording(timesteps=(1000.0, 0.0)),

@@ -12,12 +12,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memflow_ops.cache import FrameCache
-from memflow_ops.cache_released import ReleasedCache
-from memflow_ops.model.settings import StreamSettings
-from memflow_ops.model.stream import Chunk, Streamer
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig, TimeEmbedding
-from memflow_ops.retrieval import Retrieved
+from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.cache.policies import Retrieved
+from memflow_ops.cache.released_cache import ReleasedCache
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.streaming.streamer import Chunk, Streamer
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig, TimeEmbedding
 
 SIZE, TEXT_LEN, TEXT_DIM = 4, 3, 4
 PROMPTS = ["a ball", "a ball", "a box", "a box", "a box", "a ball", "a ring", "a ring"]

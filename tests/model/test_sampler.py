@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from memflow_ops.model.sampler import FlowMatchSampler
+from memflow_ops.model.streaming.sampler import FlowMatchSampler
 
 
 def test_four_steps_at_shift_5_are_the_released_ones():

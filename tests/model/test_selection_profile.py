@@ -6,27 +6,17 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
-from memflow_ops.model import selection_profile
-from memflow_ops.model.selection_plot import draw, pareto
-from memflow_ops.model.selection_profile import (
-    GOALS,
-    Profile,
-    Row,
-    Sampling,
-    cheapest,
-    check,
-    enough,
-    first_full,
-    kinds,
-    profile,
-    results,
-    table,
-)
-from memflow_ops.model.selection_quality import Choice, measure
-from memflow_ops.model.settings import StreamSettings
-from memflow_ops.model.stream import Streamer, chunk_prompts, stream
-from memflow_ops.model.text import TEXT_DIM
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.model.selection_profile import profile as selection_profile_profile
+from memflow_ops.model.selection_profile.plot import draw, pareto
+from memflow_ops.model.selection_profile.profile import check, first_full, profile
+from memflow_ops.model.selection_profile.quality import Choice, measure
+from memflow_ops.model.selection_profile.report import GOALS, cheapest, enough, kinds, results, table
+from memflow_ops.model.selection_profile.rows import Profile, Row, Sampling
+from memflow_ops.model.stories.prompts import chunk_prompts
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.streaming.streamer import Streamer, stream
+from memflow_ops.model.toy.language import TEXT_DIM
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 STORY = ["a ball in the meadow", "a box in the sea", "an empty desert", "a ball at night"]
 SETTINGS = StreamSettings(height=16, width=16, steps=2, block_size=4, bank_frames=2, device_frames=20, recache=True)
@@ -117,7 +107,7 @@ def test_the_same_seed_measures_the_same(model, spoken):
 
 def test_what_is_measured_is_the_stream_s_attention(model, spoken, monkeypatch):
     """Against the outputs of the calls themselves, which with all blocks activated are dense attention."""
-    from memflow_ops.model import attend
+    from memflow_ops.cache import attend
 
     dense, seen = [], []
 
@@ -133,7 +123,7 @@ def test_what_is_measured_is_the_stream_s_attention(model, spoken, monkeypatch):
 
     whole = attend.memory_attention
     monkeypatch.setattr(attend, "memory_attention", attention)
-    monkeypatch.setattr(selection_profile, "measure", watch)
+    monkeypatch.setattr(selection_profile_profile, "measure", watch)
     settings, calls = replace(SETTINGS, top_k=100, recache=False), (SETTINGS.steps + 1) * 2 - 1
     sampling = Sampling(chunks=1, calls=calls, heads=4, queries=48, rounds=0)
     measured = last(model, [(one,) for one, _ in spoken], settings, sampling=sampling)
@@ -147,7 +137,9 @@ def test_what_is_measured_is_the_stream_s_attention(model, spoken, monkeypatch):
 def test_query_groups_are_measured_whole(model, spoken, monkeypatch):
     rows = []
     monkeypatch.setattr(
-        selection_profile, "measure", lambda view, *rest: rows.append(view.rows.tolist()) or measure(view, *rest)
+        selection_profile_profile,
+        "measure",
+        lambda view, *rest: rows.append(view.rows.tolist()) or measure(view, *rest),
     )
     last(model, spoken, SETTINGS, sampling=Sampling(chunks=2, calls=3, queries=20, rounds=0), query_groups=[4, 6, 1])
     assert len(rows) == 6 and len({tuple(some) for some in rows}) > 1

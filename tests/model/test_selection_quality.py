@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memflow_ops import describe_blocks, memory_attention, select_blocks
-from memflow_ops.model import selection_quality
-from memflow_ops.model.selection_quality import Choice, View, budgets, choices, measure
+from memflow_ops.model.selection_profile import quality
+from memflow_ops.model.selection_profile.quality import Choice, View, budgets, choices, measure
 
 
 def random_view(heads=2, queries=11, window=5, frames=3, tokens=7, size=4, rows=None, seed=0, whole=False) -> View:
@@ -145,7 +145,7 @@ def test_a_part_of_the_queries(monkeypatch):
     kinds = [Choice("top", 3, 4), Choice("oracle", 3, 4), Choice("top", 3, 1), Choice("top", 7, None)]
     whole, part = measure(every, kinds), measure(some, kinds)
     rest = measure(random_view(rows=[0, 1, 2, 3, 8, 9, 10]), kinds)
-    monkeypatch.setattr(selection_quality, "ELEMENTS", 1)
+    monkeypatch.setattr(quality, "ELEMENTS", 1)
     by_one = measure(some, kinds)
     for kind in kinds:
         for name in ("captured", "bank", "error", "dense", "keys"):

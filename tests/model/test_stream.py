@@ -8,15 +8,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memflow_ops.model import activation as activation_module
-from memflow_ops.model import attend as attend_module
-from memflow_ops.model import world
-from memflow_ops.model.sampler import FlowMatchSampler
-from memflow_ops.model.settings import StreamSettings
-from memflow_ops.model.stream import Chunk, Streamer, chunk_prompts, stream
-from memflow_ops.model.text import TEXT_DIM, embed_prompts
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
-from memflow_ops.retrieval import Relevance, Retrieved
+from memflow_ops.cache import attend as attend_module
+from memflow_ops.cache.policies import Relevance, Retrieved
+from memflow_ops.model.stories.prompts import chunk_prompts
+from memflow_ops.model.streaming import activation as activation_module
+from memflow_ops.model.streaming import conditions
+from memflow_ops.model.streaming.sampler import FlowMatchSampler
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.streaming.streamer import Chunk, Streamer, stream
+from memflow_ops.model.toy.language import TEXT_DIM, embed_prompts
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 SIZE = 16  # pixels; patches of 4 make 16 tokens per frame
 EVERYTHING = 10_000
@@ -91,7 +92,7 @@ class SlowStream:
             return F.scaled_dot_product_attention(*parts).transpose(1, 2)
 
         frames = x.shape[2]
-        y = model(x, torch.full((1, frames), t), text, attend, world.coordinates(frames, SIZE, SIZE))
+        y = model(x, torch.full((1, frames), t), text, attend, conditions.coordinates(frames, SIZE, SIZE))
         tokens = own[0][0].shape[1] // frames
         kept = [
             [(k[:, i * tokens : (i + 1) * tokens], v[:, i * tokens : (i + 1) * tokens]) for k, v in own]
@@ -270,7 +271,7 @@ def test_recached_window_equals_a_fresh_pass_under_the_new_text(model):
 
     text = model.encode_text(embed_prompts([STORY[1]]))
     with torch.no_grad():
-        model(past, torch.zeros(1, 3), text, alone, world.coordinates(3, SIZE, SIZE))
+        model(past, torch.zeros(1, 3), text, alone, conditions.coordinates(3, SIZE, SIZE))
     streamer.cache.begin_chunk()  # opens the views; it will overwrite the re-cached chunk, but has not yet
     for layer, (k, v) in enumerate(fresh):
         for got, want in zip(streamer.cache.window(layer), (k, v), strict=True):

@@ -7,10 +7,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memflow_ops.model.sampler import FlowMatchSampler
-from memflow_ops.model.settings import StreamSettings
-from memflow_ops.model.stream import Chunk, Streamer, chunk_prompts, stream
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.model.stories.prompts import chunk_prompts
+from memflow_ops.model.streaming.sampler import FlowMatchSampler
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.streaming.streamer import Chunk, Streamer, stream
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 SIZE, TEXT_LEN, TEXT_DIM = 8, 5, 6
 STORY = ("a ball in the meadow", "a box in the sea", "an empty desert", "a ball at night")

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from memflow_ops.model.text import (
+from memflow_ops.model.toy.language import (
     CHARACTERS,
     NOBODY,
     PLACES,

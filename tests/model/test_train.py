@@ -10,12 +10,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memflow_ops.model import text, train, world
-from memflow_ops.model.checkpoints import load_checkpoint
-from memflow_ops.model.teacher_forcing import CHUNK_FRAMES, TeacherForcedAttention, plan_memory, relevance_loss
-from memflow_ops.model.text import NOBODY
-from memflow_ops.model.train import CHUNKS, Settings, Stage, Trainer, draw_batch, scaled_stages
-from memflow_ops.model.transformer import CausalVideoModel, apply_rotation, rope_rotation
+from memflow_ops.model.checkpoints.native import load_checkpoint
+from memflow_ops.model.streaming import conditions
+from memflow_ops.model.toy import language, train
+from memflow_ops.model.toy.language import NOBODY
+from memflow_ops.model.toy.teacher_forcing import CHUNK_FRAMES, TeacherForcedAttention, plan_memory, relevance_loss
+from memflow_ops.model.toy.train import CHUNKS, Settings, Stage, Trainer, draw_batch, scaled_stages
+from memflow_ops.model.wan.transformer import CausalVideoModel
+from memflow_ops.rotary import apply_rotation, rope_rotation
 
 SMALL = Stage(steps=20, size=16, batch=2, shift=4.0, foreground=3.0)
 
@@ -89,7 +91,7 @@ def test_held_out_seeds_are_refused(seed):
 
 def test_command_writes_weights_and_notes(tmp_path):
     out = tmp_path / "w.safetensors"
-    command = [sys.executable, "-m", "memflow_ops.model.train", "--out", out, "--steps", "4", "--threads", "1"]
+    command = [sys.executable, "-m", "memflow_ops.model.toy.train", "--out", out, "--steps", "4", "--threads", "1"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     assert load_checkpoint(out).config == train.TOY_CONFIG
@@ -224,13 +226,13 @@ def test_noisy_rows_do_not_leak_into_others(batch):
     model = CausalVideoModel(train.TOY_CONFIG).eval()
     rows = len(batch.ids)
     x = torch.randn(2 * rows, 3, CHUNK_FRAMES, 16, 16, generator=torch.Generator().manual_seed(3))
-    encoded = model.encode_text(text.embed_ids(batch.ids.repeat(2, 1)))
+    encoded = model.encode_text(language.embed_ids(batch.ids.repeat(2, 1)))
     t = torch.cat([torch.zeros(rows), torch.full((rows,), 700.0)])[:, None].expand(-1, CHUNK_FRAMES)
 
     @torch.no_grad()
     def answer(x: torch.Tensor) -> torch.Tensor:
         attention = TeacherForcedAttention(batch.plan, CHUNKS, (4, 4), 32, top_k=4)
-        return model(x, t, encoded, attention, world.coordinates(CHUNK_FRAMES, 16, 16))
+        return model(x, t, encoded, attention, conditions.coordinates(CHUNK_FRAMES, 16, 16))
 
     before = answer(x)
     # A clean chunk at the end of its clip that no other clip remembers is seen by nobody but itself.

@@ -7,9 +7,11 @@ import torch
 import torch._dynamo.utils
 import torch.nn.functional as F
 
-from memflow_ops import memory_attention, ops
+from memflow_ops import memory_attention
 from memflow_ops.environment import why_not_compile
-from memflow_ops.model.transformer import CausalVideoModel, ModelConfig, rope_rotation, sinusoid
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig, sinusoid
+from memflow_ops.ops import registration
+from memflow_ops.rotary import rope_rotation
 
 CONFIG = ModelConfig(
     dim=24, ffn_dim=40, num_heads=2, num_layers=2, in_dim=5, out_dim=3, text_dim=7, text_len=4, freq_dim=16
@@ -324,7 +326,7 @@ def test_a_block_with_our_attention_compiles_as_a_whole():
     pool, places = torch.zeros(1, 5, 10, 2, 16), torch.tensor([[3, 1]], dtype=torch.int32)
 
     def attend(layer, q, k, v):
-        ops.write_frames(pool, places, k.unflatten(1, (2, 10)))
+        registration.write_frames(pool, places, k.unflatten(1, (2, 10)))
         return memory_attention(
             q, pool.flatten(1, 2), pool.flatten(1, 2), *memory, frame_tokens=10, block_size=4, top_k=2
         )

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import torch
 
-from memflow_ops.model import world
-from memflow_ops.model.text import CHARACTERS, NOBODY, PLACES
+from memflow_ops.model.toy import world
+from memflow_ops.model.toy.language import CHARACTERS, NOBODY, PLACES
 
 
 def all_scenes(hues: int = 12, seed: int = 0) -> SimpleNamespace:

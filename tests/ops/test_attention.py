@@ -270,7 +270,8 @@ def test_many_small_steps_are_one_large_one(group, of_lse, monkeypatch):
 
     Without a gradient of the LSE the window's backward is torch's own.
     """
-    from memflow_ops import torch_backward, torch_impl
+    from memflow_ops.impl.torch import attention as torch_attention
+    from memflow_ops.impl.torch import backward
 
     case = small_case(query_group=group, memory_frames=torch.tensor([0, 2], dtype=torch.int32))
     leaves = case.requires_grad()
@@ -284,8 +285,8 @@ def test_many_small_steps_are_one_large_one(group, of_lse, monkeypatch):
     expected = run("reference")
     smaller = {"PLANNED_KEYS": 64, "SCORE_ELEMENTS": 64}
     for module, sizes in (
-        (torch_impl, {"_GATHER_BYTES": 4096, **smaller}),
-        (torch_backward, {"_TILE_SCORES": 4, "_TILE_ROWS": 2, **smaller}),
+        (torch_attention, {"_GATHER_BYTES": 4096, **smaller}),
+        (backward, {"_TILE_SCORES": 4, "_TILE_ROWS": 2, **smaller}),
     ):
         for name, value in sizes.items():
             monkeypatch.setattr(module, name, value)

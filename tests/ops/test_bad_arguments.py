@@ -63,7 +63,7 @@ BAD = {
 @pytest.mark.parametrize("name", BAD)
 def test_memory_attention_refuses(name, monkeypatch):
     changes, error, message = BAD[name]
-    monkeypatch.setattr("memflow_ops.ops.memory_attention", lambda *_: pytest.fail("the op ran"))
+    monkeypatch.setattr("memflow_ops.ops.registration.memory_attention", lambda *_: pytest.fail("the op ran"))
     with pytest.raises(error, match=message):
         ops.memory_attention(**valid(**changes))
 

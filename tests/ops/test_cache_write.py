@@ -8,7 +8,8 @@ from torch.library import opcheck
 from write_cases import assert_written, make_case, write_cases
 
 import memflow_ops as ops
-from memflow_ops.model.transformer import RMSNorm, apply_rotation, rope_rotation
+from memflow_ops.model.wan.transformer import RMSNorm
+from memflow_ops.rotary import apply_rotation, rope_rotation
 
 
 @settings(max_examples=60)

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 import memflow_ops as ops
-from memflow_ops import dense, reference
+from memflow_ops.impl import dense
+from memflow_ops.impl.reference import attention
 
 OPTIONS = dict(top_k=2, block_size=4, frame_tokens=10, query_group=3, return_lse=True)
 
@@ -90,7 +91,7 @@ def test_flash_attn_is_called_by_its_own_convention(monkeypatch):
 
     def version_2(q, k, v, dropout_p=0.0, softmax_scale=None, return_attn_probs=False):
         seen.append((q.shape, return_attn_probs))
-        state = reference.attend(
+        state = attention.attend(
             q, k, v, None, None, torch.empty(*q.shape[0:3:2], 1, 0, dtype=torch.int32), block_size=1, frame_tokens=1,
             query_group=q.shape[1], softmax_scale=softmax_scale, memory_slots=None, resume_out=None, resume_lse=None,
         )  # fmt: skip

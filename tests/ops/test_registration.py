@@ -9,8 +9,10 @@ import torch
 from torch.library import opcheck
 
 import memflow_ops as ops
-from memflow_ops import ops as registered
-from memflow_ops.bench.contest import peak_bytes
+from memflow_ops.bench.harness.ceilings import peak_bytes
+from memflow_ops.impl.torch import cache_write
+from memflow_ops.ops import registration
+from memflow_ops.ops.registration import dispatch
 
 NAMESPACE = torch.ops.memflow_ops
 
@@ -70,7 +72,7 @@ def test_frames_are_written_where_a_tensor_says():
     want = pool.clone()
     for story, frame, place in ((0, 0, 6), (0, 1, 0), (0, 2, 2), (2, 1, 0), (2, 2, 1)):
         want[1, story, place] = new[story, frame]
-    for write in (registered.write_frames, registered._write_frames_on_device):
+    for write in (registration.write_frames, cache_write._write_frames_on_device):
         got = pool.clone()
         write(got[1], places, new)
         assert torch.equal(got, want)
@@ -112,7 +114,7 @@ def test_the_package_works_without_triton():
         q, k = torch.randn(1, 8, 2, 16), torch.randn(1, 12, 2, 16)
         out = memflow_ops.memory_attention(q, k, k, k, k, frame_tokens=6, block_size=4, top_k=2)
         assert out.isfinite().all()
-        import memflow_ops.cache, memflow_ops.retrieval, memflow_ops.model.stream
+        import memflow_ops.cache, memflow_ops.cache.policies, memflow_ops.model.streaming.streamer
         try:
             memflow_ops.memory_attention(q, k, k, impl="triton")
         except ImportError:
@@ -123,7 +125,7 @@ def test_the_package_works_without_triton():
 
 
 def test_auto_is_torch_on_a_cpu():
-    assert registered.resolve("auto", torch.empty(1)) == "torch"
+    assert dispatch.resolve("auto", torch.empty(1)) == "torch"
 
 
 def test_torch_holds_little_more_than_what_it_gathers():

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import memflow_ops as ops
-from memflow_ops.model.transformer import rope_rotation
+from memflow_ops.rotary import rope_rotation
 
 # Written where the op must not write.
 UNTOUCHED = 77.0

@@ -9,17 +9,16 @@ import torch
 import torch._inductor.config
 from matplotlib.image import imread
 
-from memflow_ops import cli
-from memflow_ops.model import budget, wan
-from memflow_ops.model.convert import read_pretrained
-from memflow_ops.model.generate import to_pixels
-from memflow_ops.model.settings import StreamSettings
-from memflow_ops.model.stream import Streamer
-from memflow_ops.model.text_encoder import UMT5TextEncoder
-from memflow_ops.model.vae import load_vae
-from memflow_ops.model.verify import MEMORIES, SAME
-from memflow_ops.model.video import read_video
-from memflow_ops.model.wan import WAN_SETTINGS
+from memflow_ops.cli import main
+from memflow_ops.model.checkpoints.pretrained import read_pretrained
+from memflow_ops.model.pipeline import budget, generate, plan
+from memflow_ops.model.pipeline.settings import WAN_SETTINGS
+from memflow_ops.model.pipeline.verify import MEMORIES, SAME
+from memflow_ops.model.stories.video import read_video, to_pixels
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.streaming.streamer import Streamer
+from memflow_ops.model.wan.text_encoder import UMT5TextEncoder
+from memflow_ops.model.wan.vae import load_vae
 
 STORY = ["A ball in the meadow", "the sea at night", "the ball returns"]
 CHUNKS, LATENTS, FRAMES = 6, 18, 69
@@ -28,7 +27,7 @@ SMALL = ("--height", 32, "--width", 48, "--frames-per-prompt", 6, "--device", "c
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        cli.main([str(word) for word in words])
+        main.main([str(word) for word in words])
     return end.value.code
 
 
@@ -96,13 +95,13 @@ def test_stories_streamed_together_are_as_alone(tmp_path, parts, story, capfd, m
     """The second of three has another length, and is streamed on its own."""
     stories = [STORY, STORY[1:2], STORY[::-1]]
     story.write_text("".join(json.dumps({"prompts": prompts}) + "\n" for prompts in stories))
-    decode, latents = wan.StreamingDecoder.decode, {}
+    decode, latents = generate.StreamingDecoder.decode, {}
 
     def watched(decoder, x):
         latents.setdefault(str(out), {}).setdefault(decoder, []).append(x.clone())
         return decode(decoder, x)
 
-    monkeypatch.setattr(wan.StreamingDecoder, "decode", watched)
+    monkeypatch.setattr(generate.StreamingDecoder, "decode", watched)
     made, records = {}, {}
     bank = ("--bank-frames", 2) if memory in ("memflow", "released") else ()
     for name, options in (("alone", ()), ("together", ("--batch", 8))):
@@ -144,16 +143,16 @@ def test_too_many_stories_together_are_refused(tmp_path, parts, story, capfd, mo
         sizes.append(plan_stream(*arguments).device_bytes)
         raise ValueError("that is enough")
 
-    plan_stream, out = wan.plan_stream, tmp_path / "out"
-    monkeypatch.setattr(wan, "plan_stream", noted)
+    plan_stream, out = plan.plan_stream, tmp_path / "out"
+    monkeypatch.setattr(plan, "plan_stream", noted)
     monkeypatch.setattr(budget, "free_bytes", lambda device: 10**9)
     assert memflow("generate", story, "--out", out, *parts, *SMALL, "--memory", "sink", "--batch", 3) == 2
-    monkeypatch.setattr(wan, "plan_stream", plan_stream)
+    monkeypatch.setattr(plan, "plan_stream", plan_stream)
     capfd.readouterr()
-    kept = 10**9 // wan.RESERVE
+    kept = 10**9 // plan.RESERVE
     three, two, one = (size - kept for size in sizes)
     assert three - two == two - one > 0
-    monkeypatch.setattr(budget, "free_bytes", lambda device: int((two + three) / 2 / (1 - 1 / wan.RESERVE)))
+    monkeypatch.setattr(budget, "free_bytes", lambda device: int((two + three) / 2 / (1 - 1 / plan.RESERVE)))
     assert memflow("generate", story, "--out", out, *parts, *SMALL, "--memory", "sink", "--batch", 3) == 2
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "Lower --height and --width; or lower --batch to 2" in said and not out.exists()
@@ -170,10 +169,10 @@ def test_an_end_on_the_way_keeps_what_was_made(tmp_path, parts, story, capfd, mo
                 raise error
             yield item
 
-    whole, out = wan.streamed, tmp_path / "out"
-    monkeypatch.setattr(wan, "streamed", ending)
+    whole, out = generate.streamed, tmp_path / "out"
+    monkeypatch.setattr(generate, "streamed", ending)
     with pytest.raises((RuntimeError, SystemExit)) as end:
-        cli.main([str(word) for word in ("generate", story, "--out", out, "--batch", batch, *parts, *SMALL)])
+        main.main([str(word) for word in ("generate", story, "--out", out, "--batch", batch, *parts, *SMALL)])
     for folder in [out] if batch == 1 else [out / f"story-{i:03d}" for i in range(batch)]:
         record = json.loads((folder / "run.json").read_text())
         assert record["interrupted"] and record["frames"] == 9 + 12 == len(read_video(folder / "video.mp4"))
@@ -246,7 +245,7 @@ def test_verify_compares_kinds_of_memory(tmp_path, parts, story, capfd):
 
 
 def test_verify_says_what_must_not_be(tmp_path, parts, story, capfd, monkeypatch):
-    from memflow_ops.model import verify
+    from memflow_ops.model.pipeline import verify as pipeline_verify
 
     def broken(*arguments):
         for chunk, frames, seconds in whole(*arguments):
@@ -254,8 +253,8 @@ def test_verify_says_what_must_not_be(tmp_path, parts, story, capfd, monkeypatch
                 chunk.frames[0, 0, 0, 0, 0] = torch.nan
             yield chunk, frames, seconds
 
-    whole = verify.streamed
-    monkeypatch.setattr(verify, "streamed", broken)
+    whole = pipeline_verify.streamed
+    monkeypatch.setattr(pipeline_verify, "streamed", broken)
     kinds = ("--memory", "none", "--memory", "sink")
     assert memflow("verify", story, "--out", tmp_path / "out", *parts, *kinds, *SMALL) == 1
     said = capfd.readouterr().err
@@ -265,15 +264,15 @@ def test_verify_says_what_must_not_be(tmp_path, parts, story, capfd, monkeypatch
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(28, "No space left")], ids=["Ctrl-C", "disk full"])
 @pytest.mark.parametrize("complete", [0, 2])
 def test_verify_that_is_ended_reports_what_is_complete(tmp_path, parts, story, capfd, monkeypatch, error, complete):
-    from memflow_ops.model import verify
+    from memflow_ops.model.pipeline import verify as pipeline_verify
 
     def ending(parts, plans, interrupts):
         if plans[0].settings.memory == MEMORIES[complete]:
             raise error
         yield from whole(parts, plans, interrupts)
 
-    whole, out = verify.streamed, tmp_path / "out"
-    monkeypatch.setattr(verify, "streamed", ending)
+    whole, out = pipeline_verify.streamed, tmp_path / "out"
+    monkeypatch.setattr(pipeline_verify, "streamed", ending)
     assert memflow("verify", story, "--out", out, *parts, *SMALL) == (
         130 if isinstance(error, KeyboardInterrupt) else 1
     )
@@ -371,7 +370,7 @@ def test_real_options_need_a_checkpoint(tmp_path, story, capfd):
 
 def test_compiled_blocks_make_the_same_video_but_for_rounding(tmp_path, parts, story, capfd, monkeypatch):
     """Every block by the same two compiled parts, through a fast backend: inductor is tested in tests/model."""
-    from memflow_ops.model import transformer
+    from memflow_ops.model.wan import transformer
 
     compiled, original = [], torch.compile
 

@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from memflow_ops.integrations.diffusers import WanMemoryProcessor, attach_memory
-from memflow_ops.model.convert import read_pretrained
-from memflow_ops.model.sampler import FlowMatchSampler
-from memflow_ops.model.settings import StreamSettings
-from memflow_ops.model.stream import Streamer
+from memflow_ops.model.checkpoints.pretrained import read_pretrained
+from memflow_ops.model.streaming.sampler import FlowMatchSampler
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.streaming.streamer import Streamer
 
 HEIGHT, WIDTH, TEXT_LEN = 4, 6, 8
 SETTINGS = StreamSettings(

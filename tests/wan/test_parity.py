@@ -8,12 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from memflow_ops.model.convert import convert, read_pretrained
-from memflow_ops.model.stream import Streamer
-from memflow_ops.model.text_encoder import EncodedPrompts, UMT5TextEncoder, clean_prompt
-from memflow_ops.model.transformer import CausalVideoModel
-from memflow_ops.model.vae import StreamingDecoder, load_vae
-from memflow_ops.model.wan import WAN_SETTINGS
+from memflow_ops.model.checkpoints.pretrained import convert, load_pretrained, read_pretrained
+from memflow_ops.model.pipeline.settings import WAN_SETTINGS
+from memflow_ops.model.streaming.streamer import Streamer
+from memflow_ops.model.wan.text_encoder import EncodedPrompts, UMT5TextEncoder, clean_prompt
+from memflow_ops.model.wan.vae import StreamingDecoder, load_vae
 
 TEXT_LEN = 12
 
@@ -48,7 +47,7 @@ def check_parity(theirs, ours, frames=3, height=6, width=10):
 def test_transformer_of_a_diffusers_folder(tmp_path, transformer, shards):
     transformer.save_pretrained(tmp_path / "t", max_shard_size="40KB" if shards else "1GB")
     assert len(list((tmp_path / "t").glob("*.safetensors"))) > 1 or not shards
-    ours = CausalVideoModel.from_pretrained(tmp_path / "t", text_len=TEXT_LEN)
+    ours = load_pretrained(tmp_path / "t", text_len=TEXT_LEN)
     assert (ours.config.num_heads, ours.config.eps) == (2, 1e-6)
     check_parity(transformer, ours)
 
@@ -57,7 +56,7 @@ def test_transformer_of_a_pipeline_by_way_of_our_own_file(tmp_path, transformer,
     read = read_pretrained(pipeline, text_len=TEXT_LEN)
     assert read.layout == "diffusers"
     convert(read, tmp_path / "ours.safetensors")
-    check_parity(transformer, CausalVideoModel.from_pretrained(tmp_path / "ours.safetensors"))
+    check_parity(transformer, load_pretrained(tmp_path / "ours.safetensors"))
 
 
 def test_missing_weights_are_named_as_diffusers_names_them(tmp_path, transformer):
@@ -79,7 +78,7 @@ def test_lora_as_peft_trains_and_merges_it(tmp_path, transformer, pipeline):
         LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "to_out.0", "ffn.net.2"], init_lora_weights=False),
     )
     wrapped.save_pretrained(tmp_path / "lora")
-    ours = CausalVideoModel.from_pretrained(pipeline, lora=tmp_path / "lora", text_len=TEXT_LEN)
+    ours = load_pretrained(pipeline, lora=tmp_path / "lora", text_len=TEXT_LEN)
     merged = wrapped.merge_and_unload()
     assert not torch.equal(merged.blocks[0].ffn.net[2].weight, transformer.blocks[0].ffn.net[2].weight)
     check_parity(merged, ours)
@@ -186,7 +185,7 @@ def test_a_video_that_is_stopped_goes_on_to_the_same_pixels(tmp_path, pipeline, 
 
     def parts():
         encode, vae = UMT5TextEncoder.from_folder(pipeline), load_vae(pipeline)
-        streamer = Streamer(CausalVideoModel.from_pretrained(pipeline), 2, settings, [3, 8], encode=encode)
+        streamer = Streamer(load_pretrained(pipeline), 2, settings, [3, 8], encode=encode)
         return streamer, [StreamingDecoder(vae) for _ in range(2)]
 
     def watch(streamer, decoders, coming):
@@ -270,8 +269,10 @@ for name in ("diffusers", "transformers", "peft", "accelerate", "ftfy", "sentenc
     sys.modules[name] = None
 import memflow_ops, memflow_ops.cli
 import memflow_ops.integrations.diffusers, memflow_ops.integrations.self_forcing
-from memflow_ops.model import convert, text_encoder, transformer, vae, verify, wan
-assert transformer.CausalVideoModel.from_pretrained("model/weights/toy.safetensors").config.out_dim == 3
+from memflow_ops.model.checkpoints.pretrained import load_pretrained
+from memflow_ops.model.pipeline import generate, verify
+from memflow_ops.model.wan import text_encoder, transformer, vae
+assert load_pretrained("model/weights/toy.safetensors").config.out_dim == 3
 for load in (vae.load_vae, text_encoder.UMT5TextEncoder.from_folder):
     try:
         load(sys.argv[1])

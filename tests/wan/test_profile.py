@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from memflow_ops import cli
+from memflow_ops.cli import main
 
 STORY = ["A ball in the meadow", "the sea at night", "the ball returns"]
 SMALL = ("--height", 32, "--width", 48, "--device", "cpu", "--steps", 1, "--chunks", 1, "--calls", 2, "--rounds", 1)
@@ -12,7 +12,7 @@ SMALL = ("--height", 32, "--width", 48, "--device", "cpu", "--steps", 1, "--chun
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        cli.main([str(word) for word in words])
+        main.main([str(word) for word in words])
     return end.value.code
 
 

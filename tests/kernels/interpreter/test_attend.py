@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memflow_ops import reference
+from memflow_ops.impl.reference import attention as reference_attention
 from memflow_ops.kernels import configs
-from memflow_ops.kernels.attend import Chosen, attend, plan_attend
+from memflow_ops.kernels.attention.forward import Chosen, attend, plan_attend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -58,7 +58,7 @@ def case(
 
 def groups(arguments):
     names = ("q", "k", "memory_k", "indices", "block_size", "frame_tokens", "query_group", "memory_slots")
-    return reference.tiles(*(arguments[name] for name in names))
+    return reference_attention.tiles(*(arguments[name] for name in names))
 
 
 def call(attention, arguments):
@@ -73,15 +73,15 @@ def launch(arguments):
 def exact(arguments):
     """out and lse in float64."""
     widened = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()}
-    return call(reference.attend, widened)
+    return call(reference_attention.attend, widened)
 
 
 def dense_error(arguments, out):
     """The largest error of PyTorch's dense attention in this dtype, group by group over the same keys."""
     q, scale, worst = arguments["q"], arguments["softmax_scale"], 0.0
     for b, rows, h, kv_head, tokens in groups(arguments):
-        keys = reference.gather(arguments["k"], arguments["memory_k"], b, kv_head, tokens)
-        values = reference.gather(arguments["v"], arguments["memory_v"], b, kv_head, tokens)
+        keys = reference_attention.gather(arguments["k"], arguments["memory_k"], b, kv_head, tokens)
+        values = reference_attention.gather(arguments["v"], arguments["memory_v"], b, kv_head, tokens)
         if len(keys):
             got = F.scaled_dot_product_attention(q[b, rows, h][None], keys[None], values[None], scale=scale)[0]
             worst = max(worst, (got.double() - out[b, rows, h]).abs().max().item())

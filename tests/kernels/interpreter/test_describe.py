@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memflow_ops import reference
-from memflow_ops.kernels.describe import describe_blocks
+from memflow_ops.impl.reference import selection
+from memflow_ops.kernels.selection.describe import describe_blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -26,7 +26,7 @@ def test_means_of_odd_shapes(dtype, batch, frames, frame_tokens, block_size, hea
     torch.manual_seed(seed)
     k = torch.randn(batch, frames * frame_tokens, heads, head_dim).to(dtype)
     got = describe_blocks(k, block_size, frame_tokens)
-    exact = reference.describe_blocks(k.double(), block_size, frame_tokens)
+    exact = selection.describe_blocks(k.double(), block_size, frame_tokens)
     assert got.dtype == dtype and got.shape == exact.shape
     # one rounding to the dtype, after a float32 mean
     limit = torch.finfo(dtype).eps / 2 * exact.abs() + 2.0**-20
@@ -38,7 +38,7 @@ def test_integers_are_exact(dtype):
     torch.manual_seed(0)
     k = torch.randint(-8, 9, (2, 3 * 37, 2, 24)).to(dtype)
     got = describe_blocks(k, 16, 37)
-    assert torch.equal(got, reference.describe_blocks(k, 16, 37))
+    assert torch.equal(got, selection.describe_blocks(k, 16, 37))
 
 
 def test_any_strides_and_nan_stays_in_its_block():
@@ -46,7 +46,7 @@ def test_any_strides_and_nan_stays_in_its_block():
     k = torch.randn(2, 4, 3, 74, 40).permute(0, 3, 2, 1, 4)[:, :, 1, ::2]  # (2, 74, 2, 40), nothing contiguous
     k[1, 20, 1, 7] = torch.nan  # frame 0, block 1
     got = describe_blocks(k, 16, 37)
-    expected = reference.describe_blocks(k.double(), 16, 37)
+    expected = selection.describe_blocks(k.double(), 16, 37)
     assert got.isnan().nonzero().tolist() == [[1, 1, 1, 7]]
     torch.testing.assert_close(got.double(), expected, atol=1e-6, rtol=1e-6, equal_nan=True)
 

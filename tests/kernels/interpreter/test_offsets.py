@@ -5,9 +5,9 @@ import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
 
-from memflow_ops.kernels.attend import attend
-from memflow_ops.kernels.describe import describe_blocks
-from memflow_ops.kernels.select import select_blocks
+from memflow_ops.kernels.attention.forward import attend
+from memflow_ops.kernels.selection.describe import describe_blocks
+from memflow_ops.kernels.selection.groups import select_blocks
 
 FAR = 2**31 + 2**20  # elements, 4 GiB of bfloat16
 

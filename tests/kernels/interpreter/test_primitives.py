@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from memflow_ops.kernels.primitives import cast, online_softmax_update
-from memflow_ops.kernels.ranking import sortable_key
+from memflow_ops.kernels.selection.ranking import sortable_key
 
 
 @triton.jit

@@ -29,7 +29,7 @@ def test_equal_frames_go_to_the_lower_index(score):
 
 
 def test_more_frames_than_a_tile_and_layers_than_a_split(monkeypatch):
-    from memflow_ops.kernels import relevance
+    from memflow_ops.kernels.retrieval import relevance
 
     monkeypatch.setattr(relevance, "PROGRAMS", 8)
     case = make_case(layers=5, batch=1, words=70, stored=150, head_dim=16)

@@ -5,14 +5,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from memflow_ops import reference
-from memflow_ops.kernels.select import select_blocks
+from memflow_ops.impl.reference import selection
+from memflow_ops.kernels.selection.groups import select_blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def expected_selection(q, descriptors, *arguments):
-    return reference.select_blocks(q.double(), descriptors.double(), *arguments)
+    return selection.select_blocks(q.double(), descriptors.double(), *arguments)
 
 
 @settings(max_examples=25)

@@ -1,0 +1,142 @@
+"""The sizes of a frame cache and what they cost, known before anything is allocated."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class CacheLayout:
+    """Every size of a `FrameCache`, checked, and what it will cost in bytes before anything is allocated.
+
+    layers, batch, frame_tokens, kv_heads, head_dim: of the model and its latents.
+    chunk_frames: frames that are generated together.
+    window_frames: the local window, current chunk included; a multiple of chunk_frames.
+    sink_frames: first frames of the video that are kept for good; 0 for none.
+    bank_frames: at most so many history frames may be retrieved for a chunk and story.
+    device_frames: prototypes of a story that the device has slots for; 0 keeps no history.
+    host_frames: further prototypes of a story that may wait in host memory.
+    block_size: tokens of a block, the unit of activation.
+    relevance_block_size: tokens that share one mean for retrieval; None: the frame has one mean.
+    dtype: of keys, values, descriptors and means.
+    """
+
+    layers: int
+    batch: int
+    frame_tokens: int
+    kv_heads: int
+    head_dim: int
+    chunk_frames: int = 3
+    window_frames: int = 6
+    sink_frames: int = 3
+    bank_frames: int = 3
+    device_frames: int = 64
+    host_frames: int = 0
+    block_size: int = 64
+    relevance_block_size: int | None = None
+    dtype: torch.dtype = torch.float32
+
+    def __post_init__(self) -> None:
+        self._check_types()
+        if self.window_frames % self.chunk_frames:
+            raise ValueError(
+                f"window_frames must be a multiple of chunk_frames={self.chunk_frames}, got {self.window_frames}"
+            )
+        needed = max(1, self.bank_frames) + self.window_chunks - 1
+        if self.device_frames and self.device_frames < needed:
+            raise ValueError(
+                f"device_frames must hold the bank and the window's prototypes, max(1, bank_frames) + window_frames / "
+                f"chunk_frames - 1 = {needed} frames (or be 0, for no history), got {self.device_frames}"
+            )
+        if self.host_frames and not self.device_frames:
+            raise ValueError(f"host_frames={self.host_frames} needs device_frames > 0 to bring frames back to, got 0")
+
+    def _check_types(self) -> None:
+        may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames")
+        for name, value in vars(self).items():
+            if name == "dtype" or (name == "relevance_block_size" and value is None):
+                continue
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an int, got {value!r}")
+            if value < (0 if name in may_be_zero else 1):
+                raise ValueError(f"{name} must be {'at least 0' if name in may_be_zero else 'positive'}, got {value}")
+        if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
+            raise TypeError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r}")
+
+    def check_chunk_tensor(self, name: str, layer: int, tensor: Tensor, device: torch.device) -> None:
+        """A ValueError or TypeError unless `tensor` is one layer's keys or values of a chunk."""
+        if not 0 <= layer < self.layers:
+            raise ValueError(f"layer must be 0 to {self.layers - 1}, got {layer}")
+        shape = (self.batch, self.chunk_tokens, self.kv_heads, self.head_dim)
+        if tuple(tensor.shape) != shape:
+            raise ValueError(
+                f"{name} must be (batch, chunk tokens, kv_heads, head_dim) {shape}, got {tuple(tensor.shape)}"
+            )
+        if tensor.dtype != self.dtype:
+            raise TypeError(f"{name} must be {self.dtype}, got {tensor.dtype}")
+        if tensor.device.type != device.type:
+            raise ValueError(f"{name} must be on {device}, got {tensor.device}")
+
+    @property
+    def window_chunks(self) -> int:
+        return self.window_frames // self.chunk_frames
+
+    @property
+    def chunk_tokens(self) -> int:
+        return self.chunk_frames * self.frame_tokens
+
+    @property
+    def pool_frames(self) -> int:
+        """P: frame places of the pool."""
+        return self.sink_frames + self.window_frames + self.device_frames
+
+    @property
+    def blocks_per_frame(self) -> int:
+        return -(-self.frame_tokens // self.block_size)
+
+    @property
+    def relevance_lengths(self) -> tuple[int, ...]:
+        """How many tokens each of a frame's means stands for; they add up to frame_tokens."""
+        size = self.relevance_block_size or self.frame_tokens
+        return tuple(min(size, self.frame_tokens - start) for start in range(0, self.frame_tokens, size))
+
+    def _vector_bytes(self, vectors: int) -> int:
+        return self.layers * self.batch * vectors * self.kv_heads * self.head_dim * self.dtype.itemsize
+
+    @property
+    def frame_bytes(self) -> int:
+        """One frame place: keys, values and descriptors of all layers and stories."""
+        return self._vector_bytes(2 * self.frame_tokens + self.blocks_per_frame)
+
+    @property
+    def pool_bytes(self) -> int:
+        return self.pool_frames * self.frame_bytes
+
+    @property
+    def means_bytes(self) -> int:
+        return (self.device_frames + self.host_frames) * self._vector_bytes(len(self.relevance_lengths))
+
+    @property
+    def device_bytes(self) -> int:
+        """What the cache allocates on the device, all of it at construction: pool and means."""
+        return self.pool_bytes + self.means_bytes
+
+    def allocate_tokens(self, device: torch.device) -> Tensor:
+        """Room for keys or values: (layers, B, pool_frames * frame_tokens, Hkv, D), of which a head's tokens lie behind
+        one another, because attention reads them head by head: with many heads, tokens would lie a page apart."""
+        shape = (self.layers, self.batch, self.kv_heads, self.pool_frames * self.frame_tokens, self.head_dim)
+        return torch.empty(shape, dtype=self.dtype, device=device).transpose(2, 3)
+
+    @property
+    def host_bytes(self) -> int:
+        """The most that host memory will hold; allocated frame by frame, with one spare frame to swap through."""
+        return (self.host_frames + 1) * self.frame_bytes if self.host_frames else 0
+
+
+def on_device(numbers: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A list of host numbers as a tensor on `device`, queued without waiting for what the device still has to do."""
+    if device.type != "cuda":
+        return torch.tensor(numbers, dtype=dtype, device=device)
+    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

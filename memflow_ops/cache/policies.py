@@ -1,0 +1,137 @@
+"""Retrieval: which frames of the past become the memory bank of the coming chunk.
+
+A policy has one method, `choose`. It sees the means of every remembered frame's keys (before RoPE, so that a frame's
+score does not move with its index) and the coming prompt's text keys, and names up to `bank_frames` frames per story.
+One choice serves all layers. `choose` brings it back to the host: one small read. A policy that also has
+`choose_on_device` leaves it on the device, where it becomes a slot table while the host goes on.
+"""
+
+from collections.abc import Sequence
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from memflow_ops.cache.views import Candidates
+from memflow_ops.ops.retrieval import check_redundancy, retrieve_frames
+
+
+class Retrieved(NamedTuple):
+    """A policy's choice, in its order of preference."""
+
+    frames: list[list[int]]  # per story absolute frame indices
+    scores: list[list[float]]  # per story the relevance of each
+
+
+class Chosen(NamedTuple):
+    """A policy's choice on the device, in its order of preference."""
+
+    candidates: list[list[int]]  # per story absolute frame indices
+    indices: Tensor  # (B, K) int32 into these
+    scores: Tensor  # (B, K)
+
+    def read(self) -> Retrieved:
+        """Waits for the device."""
+        indices, scores = torch.stack([self.indices.double(), self.scores.double()]).tolist()
+        return Retrieved([[of[int(i)] for i in row] for of, row in zip(self.candidates, indices, strict=True)], scores)
+
+
+class Policy(Protocol):
+    def choose(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Retrieved:
+        """candidates: at least one · text_keys: per layer (B, Lt, H, D), those of the coming prompts ·
+        text_lengths (B,) int32: leading text tokens that are no padding."""
+
+
+@runtime_checkable
+class DevicePolicy(Policy, Protocol):
+    def choose_on_device(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Chosen:
+        """As `choose`, without waiting for the device."""
+
+
+class _OnDevice:
+    """What the policies of `retrieve_frames` share."""
+
+    bank_frames: int
+    impl: str
+    score: Literal["linear", "softmax", "coverage"]
+    redundancy: float | None = None
+
+    def choose(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Retrieved:
+        return self.choose_on_device(candidates, text_keys, text_lengths).read()
+
+    def choose_on_device(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Chosen:
+        chosen = retrieve_frames(
+            torch.stack(list(text_keys)),
+            candidates.stored,
+            self.bank_frames,
+            score=self.score,
+            rows=candidates.rows,
+            text_lengths=text_lengths,
+            block_lengths=candidates.lengths,
+            redundancy=self.redundancy,
+            impl=self.impl,
+        )
+        return Chosen(candidates.frames, *chosen)
+
+
+class Relevance(_OnDevice):
+    """The frames most relevant to the prompt, without near-copies of one another.
+
+    bank_frames: how many to choose at most, per story.
+    score: "linear" (mean over text tokens and heads of text key . frame mean, as in the released MemFlow) or "softmax"
+        (the paper's equation, normalised over all candidates jointly); see `frame_relevance`. Layers are averaged.
+    redundancy: a candidate whose mean key has a larger cosine than this with one already taken is passed over while
+        there are others; None takes the best whatever they look like.
+    impl: of `retrieve_frames`.
+    """
+
+    def __init__(
+        self,
+        bank_frames: int,
+        score: Literal["linear", "softmax"] = "linear",
+        redundancy: float | None = None,
+        impl: str = "auto",
+    ):
+        if bank_frames < 1:
+            raise ValueError(f"bank_frames must be positive, got {bank_frames}")
+        if score not in ("linear", "softmax"):
+            raise ValueError(f"score must be 'linear' or 'softmax', got {score!r}")
+        check_redundancy(redundancy, score)
+        self.bank_frames, self.score, self.redundancy, self.impl = bank_frames, score, redundancy, impl
+
+
+class Coverage(_OnDevice):
+    """The frames that together answer every word of the prompt.
+
+    A word's relevance is shared out over the frames by a softmax over all candidates, as in the paper's equation, of
+    text key . frame mean (mean over heads, sum over layers). Frames are taken one by one, each time the one that adds
+    most to the sum over words of sqrt(relevance gathered so far): another frame for a word already answered adds
+    little, so that "the ball and the star" retrieves both. A word that prefers no frame takes hardly any part.
+
+    bank_frames: how many to choose at most, per story. impl: of `retrieve_frames`.
+    """
+
+    score: Literal["coverage"] = "coverage"
+
+    def __init__(self, bank_frames: int, impl: str = "auto"):
+        if bank_frames < 1:
+            raise ValueError(f"bank_frames must be positive, got {bank_frames}")
+        self.bank_frames, self.impl = bank_frames, impl
+
+
+class Random:
+    """A control: frames at random, whatever the prompt. The same seed and candidates give the same choice.
+
+    seeds: one per story, so that a story chooses alike alone and in a batch.
+    """
+
+    def __init__(self, bank_frames: int, seeds: Sequence[int]):
+        self.bank_frames, self.seeds = bank_frames, list(seeds)
+
+    def choose(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Retrieved:
+        chosen = []
+        for seed, frames in zip(self.seeds, candidates.frames, strict=True):
+            generator = np.random.default_rng([seed, frames[-1]])
+            chosen.append(generator.permutation(frames)[: self.bank_frames].tolist())
+        return Retrieved(chosen, [[0.0] * len(frames) for frames in chosen])

@@ -1,0 +1,54 @@
+"""What a cache saves and loads: the frame places in use, and the layout they belong to."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from memflow_ops.cache.layout import CacheLayout
+
+
+def save_layout(layout: CacheLayout) -> dict[str, Any]:
+    return {**asdict(layout), "dtype": str(layout.dtype)}
+
+
+def check_layout(layout: CacheLayout, saved: object) -> None:
+    """A ValueError that names every size in which the saved layout differs."""
+    own = save_layout(layout)
+    if not isinstance(saved, Mapping):
+        raise ValueError(f"the state has no layout of a cache, got {saved!r}")
+    differing = [
+        f"{name}={saved.get(name)!r}, here {value!r}" for name, value in own.items() if saved.get(name) != value
+    ]
+    if differing:
+        raise ValueError(f"the state is that of a cache with {'; '.join(differing)}")
+
+
+def save_places(pools: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
+    """Some places of pools (layers, B, P, ...) in host memory: (layers, B, len(places), ...) each.
+
+    Place by place, because the pools may fill the device.
+    """
+    saved = []
+    for pool in pools:
+        copy = torch.empty(*pool.shape[:2], len(places), *pool.shape[3:], dtype=pool.dtype)
+        for i, place in enumerate(places):
+            copy[:, :, i].copy_(pool[:, :, place])
+        saved.append(copy)
+    return saved
+
+
+def check_places(name: str, pools: Sequence[Tensor], places: Sequence[int], saved: Sequence[Tensor]) -> None:
+    """A ValueError unless `saved` is what `save_places` makes of these pools."""
+    expected = [(*pool.shape[:2], len(places), *pool.shape[3:]) for pool in pools]
+    got = [tuple(tensor.shape) for tensor in saved]
+    if got != expected or not all(0 <= place < pools[0].shape[2] for place in places):
+        raise ValueError(f"the state's {name} must have the shapes {expected}, got {got} at places {list(places)}")
+
+
+def load_places(pools: Sequence[Tensor], places: Sequence[int], saved: Sequence[Tensor]) -> None:
+    for pool, copy in zip(pools, saved, strict=True):
+        for i, place in enumerate(places):
+            pool[:, :, place].copy_(copy[:, :, i])

@@ -1,0 +1,63 @@
+"""`impl="reference"` of the cache write."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from memflow_ops.impl.reference.selection import describe_blocks, wide
+
+
+def write_projections(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    places: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
+    descriptors: Tensor | None,
+    means: Tensor | None,
+    *,
+    frame_tokens: int,
+    block_size: int,
+    mean_size: int,
+    eps: float,
+) -> Tensor:
+    """for every token: y = x / sqrt(mean(x^2) + eps) * weight; rotated = y turned by the token's angles
+    for every frame:   its place in the pool = rotated keys, values; its descriptors = means of blocks of these
+    for the first M:   means = means of y"""
+    plain_q, plain_k = normalised(q, weight_q, eps), normalised(k, weight_k, eps)
+    rotated_k = rotated(plain_k, cosines, sines).to(k.dtype)
+    if means is not None:
+        for frame in range(means.shape[1]):
+            tokens = plain_k[:, frame * frame_tokens : (frame + 1) * frame_tokens]
+            means[:, frame] = describe_blocks(tokens, mean_size, frame_tokens).to(means.dtype)
+    for story, frames in enumerate(places.tolist()):
+        for frame, place in enumerate(frames):
+            if not 0 <= place < memory_k.shape[1] // frame_tokens:
+                continue
+            source = slice(frame * frame_tokens, (frame + 1) * frame_tokens)
+            target = slice(place * frame_tokens, (place + 1) * frame_tokens)
+            memory_k[story, target], memory_v[story, target] = rotated_k[story, source], v[story, source]
+            if descriptors is not None:
+                described = describe_blocks(rotated_k[story : story + 1, source], block_size, frame_tokens)[0]
+                descriptors[story, place * len(described) : (place + 1) * len(described)] = described
+    return rotated(plain_q, cosines, sines).to(q.dtype).contiguous()
+
+
+def normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    x = wide(x)
+    if weight is None:
+        return x
+    return x / (x.square().mean((2, 3), keepdim=True) + eps).sqrt() * weight.to(x.dtype).view(x.shape[2:])
+
+
+def rotated(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    out = x.clone()
+    c, s = cosines[:, :, None].to(x.dtype), sines[:, :, None].to(x.dtype)
+    out[..., 0::2] = x[..., 0::2] * c - x[..., 1::2] * s
+    out[..., 1::2] = x[..., 0::2] * s + x[..., 1::2] * c
+    return out

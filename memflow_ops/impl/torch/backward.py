@@ -1,0 +1,201 @@
+"""The backward of `impl="torch"`: every part under the final out and LSE; gradients in float32 or wider."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from memflow_ops.impl.precision import wide_dtype
+from memflow_ops.impl.torch.gather import (
+    PLANNED_KEYS,
+    SCORE_ELEMENTS,
+    Bank,
+    Rows,
+    equal_groups,
+    on_host,
+    tiles_of,
+    walk,
+)
+
+# Scores of a tile, which stay in the cache of a core, and queries of one.
+_TILE_SCORES = 256 << 10
+_TILE_ROWS = 1024
+
+
+def attend_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    indices: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    wanted: Sequence[bool],
+    block_size: int,
+    frame_tokens: int,
+    query_group: int,
+    softmax_scale: float,
+    memory_slots: Tensor | None,
+) -> list[Tensor | None]:
+    batch, queries, heads, size = q.shape
+    wide = wide_dtype(q.dtype)
+    delta = (grad_out.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    # a query without keys: P = exp(score - inf) = 0
+    lse = lse.masked_fill(lse == -torch.inf, torch.inf)
+    grads: list[Tensor | None] = [None] * 5
+    fused = on_host(q) and grad_lse is None
+    dense = (k, v) if k is not None and v is not None and k.shape[1] and any(wanted[:3]) else None
+    if dense and fused:
+        grads[:3] = _fused_backward(grad_out, q, *dense, out, lse, softmax_scale, wanted)
+    for i, (x, want) in enumerate(zip((q, k, v, memory_k, memory_v), wanted, strict=True)):
+        if grads[i] is None and want and x is not None:
+            grads[i] = torch.zeros(x.shape, dtype=wide, device=q.device)
+    if dense and not fused:
+        above = _Upstream(q.transpose(1, 2), grad_out.transpose(1, 2), lse, delta)
+        _dense_backward(above, *dense, softmax_scale, *grads[:3])
+    if memory_k is not None and memory_v is not None and indices.numel() and (wanted[0] or any(wanted[3:])):
+        bank = Bank(memory_k, memory_v, indices, block_size, frame_tokens, memory_slots)
+        for rows, groups, n in equal_groups(queries, query_group):
+            lse_tiles, delta_tiles = (x[:, :, rows].flatten(0, 1).unflatten(1, (-1, n)) for x in (lse, delta))
+            upstream = _Upstream(tiles_of(q[:, rows], n), tiles_of(grad_out[:, rows], n), lse_tiles, delta_tiles)
+            dq = _bank_backward(upstream, bank.of(groups), softmax_scale, wanted[0], grads[3], grads[4])
+            if grads[0] is not None and dq is not None:
+                grads[0][:, rows] += dq.view(batch, heads, -1, size).transpose(1, 2)
+    return [None if x is None else x.to(q.dtype) for x in grads]
+
+
+class _Upstream(NamedTuple):
+    """Queries of some tiles and what arrives at them from above."""
+
+    q: Tensor  # [..., n, D]
+    grad_out: Tensor  # [..., n, D]
+    lse: Tensor  # [..., n]
+    delta: Tensor  # [..., n]
+
+
+def _tile_backward(
+    tiles: _Upstream, k: Tensor, v: Tensor, scale: float, wanted: Sequence[bool], masked: Tensor | None = None
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dQ, dK, dV of tiles [..., n, D] over keys [..., S, D], all wide: dS = P * (dO V^T - delta), final LSE."""
+    q = tiles.q * scale
+    p = q @ k.mT
+    if masked is not None:
+        p.masked_fill_(masked.unsqueeze(-2), -torch.inf)
+    p.sub_(tiles.lse.unsqueeze(-1)).exp_()
+    dv = p.mT @ tiles.grad_out if wanted[2] else None
+    if not (wanted[0] or wanted[1]):
+        return None, None, dv
+    ds = (tiles.grad_out @ v.mT).sub_(tiles.delta.unsqueeze(-1)).mul_(p)
+    return (ds @ k).mul_(scale) if wanted[0] else None, ds.mT @ q if wanted[1] else None, dv
+
+
+def _fused_backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, wanted: Sequence[bool]
+) -> list[Tensor | None]:
+    """dQ, wide, dK, dV of queries (B, Lq, H, D) over all keys (B, Lk, Hkv, D) by torch's kernel for CPUs, which uses
+    matrix units; out and lse (B, H, Lq) may be of more keys than these."""
+    batch, queries, heads, size = q.shape
+    kv_heads = k.shape[2]
+    # as in the forward, the query heads that share a key head become more queries of it
+    rows = [x.transpose(1, 2).reshape(batch, kv_heads, -1, size) for x in (grad_out, q, out)]
+    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        rows[0], rows[1], k.transpose(1, 2), v.transpose(1, 2), rows[2], lse.reshape(batch, kv_heads, -1),
+        0.0, False, scale=scale,
+    )  # fmt: skip
+    grads = found[0].reshape(batch, heads, queries, size).to(lse.dtype), *found[1:]
+    return [x.transpose(1, 2).contiguous() if want else None for x, want in zip(grads, wanted, strict=False)]
+
+
+def _dense_backward(
+    above: _Upstream,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
+) -> None:
+    """Add the gradients of queries [B, H, Lq, D] over all keys (B, Lk, Hkv, D) to those wanted (B, L, heads, D)."""
+    batch, heads = above.q.shape[:2]
+    for b, h in itertools.product(range(batch), range(heads)):
+        kv = h // (heads // k.shape[2])
+        places = ((b, slice(None), h), (b, slice(None), kv), (b, slice(None), kv))
+        targets = (None if x is None else x[at] for x, at in zip((grad_q, grad_k, grad_v), places, strict=True))
+        _head_backward(_Upstream(*(x[b, h] for x in above)), k[b, :, kv], v[b, :, kv], scale, *targets)
+
+
+def _head_backward(
+    above: _Upstream,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    grad_q: Tensor | None,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
+) -> None:
+    """Add the gradients of queries [n, D] over keys [S, D] to those wanted: _tile_backward in tiles whose scores stay
+    in the cache, in buffers that are used again, because fresh memory costs more than what is computed in it."""
+    wide = above.lse.dtype
+    queries, grad = above.q.to(wide) * scale, above.grad_out.to(wide).contiguous()
+    shift, delta = -above.lse.unsqueeze(-1), -above.delta.unsqueeze(-1)
+    rows = min(len(queries), _TILE_ROWS)
+    columns = min(len(k), max(1, _TILE_SCORES // rows))
+    buffers = queries.new_empty(2, rows * columns)
+    for first in range(0, len(k), columns):
+        place = slice(first, first + columns)
+        keys, values = (x[place].to(wide).contiguous() for x in (k, v))
+        for start in range(0, len(queries), rows):
+            part = slice(start, start + rows)
+            shape = (len(queries[part]), len(keys))
+            p, ds = (x[: shape[0] * shape[1]].view(shape) for x in buffers)
+            torch.addmm(shift[part], queries[part], keys.T, out=p).exp_()
+            if grad_v is not None:
+                grad_v[place].addmm_(p.T, grad[part])
+            if grad_q is None and grad_k is None:
+                continue
+            torch.addmm(delta[part], grad[part], values.T, out=ds).mul_(p)
+            if grad_q is not None:
+                grad_q[part].addmm_(ds, keys, alpha=scale)
+            if grad_k is not None:
+                grad_k[place].addmm_(ds.T, queries[part])
+
+
+def _bank_backward(
+    upstream: _Upstream, bank: Bank, scale: float, query: bool, grad_k: Tensor | None, grad_v: Tensor | None
+) -> Tensor | None:
+    """dQ [B * H, G, n, D] of the tiles if `query`; adds to grad_k and grad_v (B, Lm, Hkv, D), None: not wanted."""
+    q, wide = upstream.q, wide_dtype(upstream.q.dtype)
+    keys = bank.start.shape[2] * bank.block
+    count = max(1, min(_TILE_SCORES // q.shape[2], SCORE_ELEMENTS // (2 * q.shape[3])) // keys)
+    grad_q = torch.empty(q.shape, dtype=wide, device=q.device) if query else None
+    wanted = (query, grad_k is not None, grad_v is not None)
+    for planned in walk(q.shape, max(count, PLANNED_KEYS // keys)):
+        tokens, masked = bank.tokens(planned)
+        above = _Upstream(*(x[planned] for x in upstream))
+        empty = None if bank.empty is None else bank.empty[planned][..., None, None]
+        rows = [None if x is None else bank.rows(tokens, planned, Rows(x)) for x in (grad_k, grad_v)]
+        found = []
+        for tiles, k, v in bank.gather(tokens, planned, count):
+            part = _Upstream(*(x[tiles].to(wide) for x in above))
+            mask = None if masked is None else masked[tiles]
+            dq, *of_keys = _tile_backward(part, k.to(wide), v.to(wide), scale, wanted, mask)
+            found.append(dq)
+            for grad, row, x in zip((grad_k, grad_v), rows, of_keys, strict=True):
+                if grad is not None and row is not None and x is not None:
+                    if empty is not None:
+                        x = x.masked_fill_(empty[tiles], 0.0)
+                    grad.view(-1, q.shape[-1]).index_add_(0, row[tiles].flatten(), x.flatten(0, 2))
+        if grad_q is not None:
+            made = torch.cat([x.flatten(0, 1) for x in found if x is not None]).view(q[planned].shape)
+            grad_q[planned] = made if empty is None else made.masked_fill_(empty, 0.0)
+    return grad_q

@@ -1,0 +1,81 @@
+"""`impl="torch"` of the cache write, vectorised; the default on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memflow_ops.impl.torch.selection import describe_blocks
+from memflow_ops.rotary import turn_pairs
+
+
+def write_frames(pool: Tensor, places: Tensor, new: Tensor) -> None:
+    """Copies frame i of story b of new (B, F, T, Hkv, D) to place places[b, i] of pool (B, P, T, Hkv, D).
+
+    A frame whose place is not one of the pool's is not written.
+    """
+    if pool.device.type == "cpu":  # Reading the places costs nothing here, and a frame is one copy.
+        for story, row in enumerate(places.tolist()):
+            for i, place in enumerate(row):
+                if 0 <= place < pool.shape[1]:
+                    pool[story, place] = new[story, i]
+    else:
+        _write_frames_on_device(pool, places, new)
+
+
+def _write_frames_on_device(pool: Tensor, places: Tensor, new: Tensor) -> None:
+    stories = torch.arange(len(pool), device=pool.device)
+    for i in range(new.shape[1]):
+        place = places[:, i].long()
+        there = (place >= 0) & (place < pool.shape[1])
+        place = place.clamp(0, pool.shape[1] - 1)
+        pool[stories, place] = torch.where(there.view(-1, 1, 1, 1), new[:, i], pool[stories, place])
+
+
+def write_projections(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    places: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
+    descriptors: Tensor | None,
+    means: Tensor | None,
+    *,
+    frame_tokens: int,
+    block_size: int,
+    mean_size: int,
+    eps: float,
+) -> Tensor:
+    rotated_q = _rotated(_normalised(q, weight_q, eps), cosines, sines, q.dtype)
+    plain_k = _normalised(k, weight_k, eps)
+    rotated_k = _rotated(plain_k, cosines, sines, k.dtype)
+    if means is not None:
+        count = means.shape[1]
+        tokens = plain_k[:, : count * frame_tokens]
+        means.copy_(describe_blocks(tokens, mean_size, frame_tokens).unflatten(1, (count, -1)))
+    pools = [(memory_k, rotated_k), (memory_v, v)]
+    if descriptors is not None:
+        pools.append((descriptors, describe_blocks(rotated_k, block_size, frame_tokens)))
+    pool_frames = memory_k.shape[1] // frame_tokens
+    for pool, new in pools:
+        write_frames(pool.unflatten(1, (pool_frames, -1)), places, new.unflatten(1, (places.shape[1], -1)))
+    return rotated_q
+
+
+def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x (B, L, H, D) in float32 or wider."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    if weight is None:
+        return x
+    flat = x.flatten(2)
+    return F.rms_norm(flat, (flat.shape[-1],), eps=eps).mul_(weight.to(x.dtype)).view(x.shape)
+
+
+def _rotated(x: Tensor, cosines: Tensor, sines: Tensor, dtype: torch.dtype) -> Tensor:
+    return turn_pairs(x, torch.complex(cosines.to(x.dtype), sines.to(x.dtype))[:, :, None]).to(dtype)

@@ -1,0 +1,122 @@
+"""`impl="torch"` of retrieval, vectorised; the default on a CPU."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memflow_ops.impl.precision import as_given
+
+
+def retrieve_frames(
+    text_keys: Tensor,
+    means: Tensor,
+    rows: Tensor | None,
+    text_lengths: Tensor | None,
+    weights: Tensor,
+    *,
+    count: int,
+    score: str,
+    redundancy: float | None,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    if rows is not None:
+        stories = torch.arange(means.shape[1], device=means.device)[:, None]
+        means = means[:, stories, rows.clamp(0, means.shape[2] - 1).long()]
+    wide = torch.promote_types(torch.promote_types(text_keys.dtype, means.dtype), torch.float32)
+    if score == "coverage":
+        shares = _word_shares(text_keys, means, text_lengths, weights, softmax_scale, wide)
+        indices = _cover(shares, count)
+        lengths = shares.shape[1] if text_lengths is None else text_lengths.clamp(1, shares.shape[1])[:, None]
+        scores = shares.sum(1) / lengths
+    else:
+        scores = torch.zeros(means.shape[1:3], dtype=wide, device=means.device)
+        for text, of_layer in zip(text_keys, means, strict=True):  # softmax makes words x blocks numbers of each
+            scores += frame_relevance(text.to(wide), of_layer.to(wide), text_lengths, weights, score, softmax_scale)
+        scores = (scores / len(means)).nan_to_num(nan=torch.finfo(torch.float32).min)
+        cosines = None
+        if redundancy is not None:
+            frame_means = torch.einsum("lbfnkd,n->bflkd", means.to(wide), weights.to(wide)).flatten(2)
+            directions = F.normalize(frame_means, dim=-1)
+            cosines = directions @ directions.mT
+        indices = _take_unlike(scores, cosines, count, redundancy)
+    return indices.int(), scores.gather(1, indices)
+
+
+def _word_shares(
+    text_keys: Tensor, means: Tensor, lengths: Tensor | None, weights: Tensor, scale: float, wide: torch.dtype
+) -> Tensor:
+    """(B, Lt, F), of each word one in all; nothing for padding."""
+    logits = torch.zeros((), dtype=wide, device=means.device)
+    for text, of_layer in zip(text_keys, means, strict=True):
+        frame_means = torch.einsum("bfnkd,n->bfkd", of_layer.to(wide), weights.to(wide))
+        grouped = text.to(wide).unflatten(2, (frame_means.shape[2], -1)).mean(3)  # heads that share a key head
+        logits = logits + torch.einsum("bwkd,bfkd->bwf", grouped, frame_means) * (scale / grouped.shape[2])
+    shares = logits.nan_to_num(nan=torch.finfo(torch.float32).min).softmax(-1)
+    if lengths is None:
+        return shares
+    words = torch.arange(shares.shape[1], device=shares.device)
+    return shares.masked_fill((words >= lengths[:, None])[..., None], 0.0)
+
+
+def _take_unlike(scores: Tensor, cosines: Tensor | None, count: int, redundancy: float | None) -> Tensor:
+    """(B, K) in the order of taking. Best first; while there is a candidate unlike all that were taken, those alike
+    wait."""
+    each = torch.arange(len(scores), device=scores.device)
+    left, alike = scores.clone(), torch.zeros_like(scores, dtype=torch.bool)
+    order = []
+    for _ in range(count):
+        best_unlike, index = left.masked_fill(alike, -torch.inf).max(1)
+        index = torch.where(best_unlike > -torch.inf, index, left.argmax(1))
+        order.append(index)
+        left[each, index] = -torch.inf
+        if cosines is not None and redundancy is not None:
+            alike |= cosines[each, index] > redundancy
+    return torch.stack(order, dim=1)
+
+
+def _cover(shares: Tensor, count: int) -> Tensor:
+    """(B, K) in the order of taking: each time what adds most to the sum over words of sqrt(share gathered so far)."""
+    stories, words, frames = shares.shape
+    each = torch.arange(stories, device=shares.device)
+    gathered = shares.new_zeros(stories, words, 1)
+    taken = torch.zeros(stories, frames, dtype=torch.bool, device=shares.device)
+    order = []
+    for _ in range(count):
+        gain = ((gathered + shares).sqrt() - gathered.sqrt()).sum(1)
+        index = gain.masked_fill(taken, -1).argmax(1)
+        order.append(index)
+        taken[each, index] = True
+        gathered = gathered + shares[each, :, index][..., None]
+    return torch.stack(order, dim=1)
+
+
+def frame_relevance(
+    text_q: Tensor,
+    frame_keys: Tensor,
+    text_lengths: Tensor | None,
+    block_weights: Tensor,
+    score: str,
+    softmax_scale: float,
+) -> Tensor:
+    wide = torch.promote_types(text_q.dtype, torch.float32)
+    text_q, frame_keys = text_q.to(wide), frame_keys.to(wide)
+    batch, tokens, heads, _ = text_q.shape
+    positions = torch.arange(tokens, device=text_q.device)
+    if text_lengths is None:
+        share = text_q.new_full((batch, tokens), 1.0 / (tokens * heads))
+    else:
+        lengths = text_lengths.clamp(1, tokens).unsqueeze(1)
+        share = (positions < lengths).to(wide) / (lengths * heads)  # padding takes no part
+        text_q = torch.where((positions < lengths)[:, :, None, None], text_q, 0.0)
+    text_q = text_q.unflatten(2, (frame_keys.shape[3], -1))  # a group of query heads per key head
+    with as_given(text_q):
+        if score == "linear":
+            # an inner product of means: nothing of size text x history is made
+            frame_means = torch.einsum("bfnkd,n->bfkd", frame_keys, block_weights.to(wide))
+            text_sum = torch.einsum("btkgd,bt->bkd", text_q, share)
+            return torch.einsum("bkd,bfkd->bf", text_sum, frame_means) * softmax_scale
+        scores = torch.einsum("btkgd,bfnkd->btkgfn", text_q, frame_keys) * softmax_scale + block_weights.to(wide).log()
+        mass = scores.flatten(4).softmax(-1).unflatten(4, frame_keys.shape[1:3]).sum(-1)
+        return torch.einsum("btkgf,bt->bf", mass, share)

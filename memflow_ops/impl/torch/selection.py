@@ -1,0 +1,96 @@
+"""`impl="torch"` of block descriptors and of the selection of blocks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memflow_ops.impl.precision import wide_dtype
+from memflow_ops.impl.torch.gather import SCORE_ELEMENTS, on_host
+
+
+def describe_blocks(k: Tensor, block_size: int, frame_tokens: int) -> Tensor:
+    batch, tokens, heads, size = k.shape
+    frames = k.unflatten(1, (-1, frame_tokens)) if tokens else k.view(batch, 0, frame_tokens, heads, size)
+    whole = frame_tokens // block_size * block_size
+    parts = []
+    if whole:
+        parts.append(frames[:, :, :whole].unflatten(2, (-1, block_size)).mean(3, dtype=wide_dtype(k.dtype)))
+    if whole < frame_tokens:
+        parts.append(frames[:, :, whole:].mean(2, keepdim=True, dtype=wide_dtype(k.dtype)))
+    return torch.cat(parts, 2).flatten(1, 2).to(k.dtype)
+
+
+def select_blocks(
+    q: Tensor,
+    descriptors: Tensor,
+    top_k: int,
+    query_group: int,
+    memory_frames: Tensor | None,
+    memory_slots: Tensor | None,
+    blocks_per_frame: int,
+) -> Tensor:
+    batch, _, heads, _ = q.shape
+    if memory_slots is not None:
+        frames = descriptors.unflatten(1, (-1, blocks_per_frame))
+        slots = memory_slots.clamp(0, frames.shape[1] - 1)
+        descriptors = frames[torch.arange(batch, device=q.device).unsqueeze(1), slots].flatten(1, 2)
+    blocks = descriptors.shape[1]
+    chosen = min(top_k, blocks)
+    wide = wide_dtype(q.dtype)
+    table = descriptors.to(wide).permute(0, 2, 3, 1)  # [B, Hkv, D, N]
+    means = _group_means(q, query_group).transpose(1, 2).unflatten(1, (table.shape[1], -1))  # [B, Hkv, rep, G, D]
+    repeats, groups = means.shape[2:4]
+    if not chosen:
+        return q.new_empty((batch, heads, groups, 0), dtype=torch.int32)
+    valid = None  # [B, 1, 1, 1, 1] leading blocks; None: all
+    bank_frames = blocks // blocks_per_frame
+    if memory_frames is not None and not (on_host(memory_frames) and int(memory_frames.min()) >= bank_frames):
+        valid = (memory_frames.clamp(0, bank_frames) * blocks_per_frame).view(-1, 1, 1, 1, 1)
+    found = []
+    for part in means.split(max(1, SCORE_ELEMENTS // (batch * heads * blocks)), 3):
+        scores = _ieee_product(part.flatten(2, 3), table).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
+        order = _best(scores, chosen, valid).sort(-1).values
+        if valid is not None:
+            order.masked_fill_(order >= valid, -1)
+        found.append(order.to(torch.int32).flatten(1, 2))
+    return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+
+def _group_means(q: Tensor, group: int) -> Tensor:
+    """(B, Lq, H, D) -> (B, G, H, D), float32 or wider; the last group may be short."""
+    wide = wide_dtype(q.dtype)
+    if group == 1:
+        return q.to(wide)
+    whole = q.shape[1] // group * group
+    parts = [q[:, :whole].unflatten(1, (-1, group)).mean(2, dtype=wide)] if whole else []
+    if whole < q.shape[1]:
+        parts.append(q[:, whole:].mean(1, keepdim=True, dtype=wide))
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
+
+
+def _ieee_product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b as float32 means it, whatever the user allows other products to round: selections must agree."""
+    allowed = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        return a @ b
+    finally:
+        torch.set_float32_matmul_precision(allowed)
+
+
+def _best(scores: Tensor, count: int, valid: Tensor | None) -> Tensor:
+    """The best of scores [..., N]: indices [..., count] in no order. Ties to the lower, what is past `valid` last."""
+    # integers in the order of the scores: -0 equals +0, NaN is the lowest but one, the lowest is for what is not valid
+    integer = {torch.float32: torch.int32, torch.float64: torch.int64}[scores.dtype]
+    largest, lowest = torch.iinfo(integer).max, torch.iinfo(integer).min
+    bits = (scores + 0.0).view(integer)  # adding +0 turns -0 into +0
+    ranks = (bits >> torch.iinfo(integer).bits - 1).bitwise_and_(largest).bitwise_xor_(bits)
+    ranks.masked_fill_(scores.isnan(), lowest + 1)
+    if valid is not None:
+        ranks.masked_fill_(torch.arange(scores.shape[-1], device=scores.device) >= valid, lowest)
+    if integer is torch.int64:
+        return torch.sort(ranks, dim=-1, descending=True, stable=True).indices[..., :count]
+    # rank and index in one integer: a partial selection without ties, six times faster than a stable sort
+    backwards = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    return torch.add(backwards, ranks, alpha=2**32).topk(count, -1, sorted=False).indices

@@ -1,0 +1,120 @@
+"""Argument checks: each raises a TypeError or ValueError that says what was got and what is expected."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from memflow_ops.impl import dense
+from memflow_ops.ops import checks
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
+
+
+def check_tensor(name: str, x: object, dims: str, like: Tensor | None = None) -> None:
+    """A floating tensor with a dimension per word of `dims`, the last contiguous, of `like`'s dtype and device."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor ({dims.replace(' ', ', ')}), got {type(x).__name__}")
+    words = dims.split()
+    if x.dim() != len(words):
+        raise ValueError(f"{name} must have {len(words)} dimensions ({', '.join(words)}), got shape {tuple(x.shape)}")
+    if x.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
+    if x.shape[-1] == 0:
+        raise ValueError(f"{name} must have a last dimension of at least 1, got shape {tuple(x.shape)}")
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
+        raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
+    if like is not None:
+        if x.dtype != like.dtype:
+            raise TypeError(f"{name} must have the dtype of q, {like.dtype}, got {x.dtype}")
+        check_device(name, x, like)
+
+
+def check_device(name: str, x: Tensor, like: Tensor) -> None:
+    if x.device != like.device:
+        raise ValueError(f"{name} must be on the device of q, {like.device}, got {x.device}")
+
+
+def check_integers(name: str, x: object, shape: tuple[int, ...], like: Tensor) -> None:
+    """`x` is an int32 tensor of `shape` (-1: any size) on `like`'s device."""
+    expected = ", ".join("any" if n < 0 else str(n) for n in shape)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be an int32 tensor of shape ({expected}), got {type(x).__name__}")
+    if x.dtype != torch.int32:
+        raise TypeError(f"{name} must be int32, got {x.dtype}")
+    if x.dim() != len(shape) or any(want not in (-1, got) for want, got in zip(shape, x.shape, strict=True)):
+        raise ValueError(f"{name} must have shape ({expected}), got {tuple(x.shape)}")
+    check_device(name, x, like)
+
+
+def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(x.shape) != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+
+
+def check_positive(name: str, value: object) -> int:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise ValueError(f"{name} must be at least 1, got {value}")
+    return value  # type: ignore[return-value]
+
+
+def check_heads(q: Tensor, k: Tensor, name: str) -> None:
+    """`k` (B, ..., Hkv, D) fits `q` (B, Lq, H, D): the same batch and head size, H a multiple of Hkv."""
+    if k.shape[0] != q.shape[0]:
+        raise ValueError(f"{name} must have the batch size of q, {q.shape[0]}, got {k.shape[0]}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"{name} must have the head size of q, {q.shape[-1]}, got {k.shape[-1]}")
+    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"the {q.shape[-2]} heads of q must be a multiple of the heads of {name}, got {k.shape[-2]}")
+
+
+def check_query(q: object) -> None:
+    check_tensor("q", q, "B Lq H D")
+    assert isinstance(q, Tensor)
+    if 0 in q.shape:
+        raise ValueError(f"q must not be empty, got shape {tuple(q.shape)}")
+
+
+def check_impl(impl: object) -> None:
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"impl must be one of {', '.join(IMPLEMENTATIONS)}, got {impl!r}")
+
+
+def check_dense_backend(dense_backend: object) -> None:
+    if dense_backend not in dense.NAMES:
+        raise ValueError(f"dense_backend must be one of {', '.join(dense.NAMES)}, got {dense_backend!r}")
+
+
+def group_size(query_group: int | None, queries: int) -> int:
+    """Queries per selection as an int: None is the whole chunk."""
+    return queries if query_group is None else min(check_positive("query_group", query_group), queries)
+
+
+def frame_size(frame_tokens: int | None, tokens: int, name: str) -> int:
+    """Tokens per frame as an int: None is one frame of all `tokens`."""
+    size = tokens if frame_tokens is None else check_positive("frame_tokens", frame_tokens)
+    if size and tokens % size:
+        raise ValueError(f"{name} must hold whole frames of {size} tokens (frame_tokens), got {tokens} tokens")
+    return max(size, 1)
+
+
+def scale_of(softmax_scale: float | None, q: Tensor) -> float:
+    if softmax_scale is None:
+        return float(q.shape[-1]) ** -0.5
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+        raise TypeError(f"softmax_scale must be a number, got {type(softmax_scale).__name__}")
+    if not math.isfinite(softmax_scale):
+        raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
+    return float(softmax_scale)
+
+
+def check_slots(memory_slots: Tensor, q: Tensor, frames: int) -> None:
+    """The slot table is (B, F) int32, and there are frames for it to point to."""
+    checks.check_integers("memory_slots", memory_slots, (q.shape[0], -1), q)
+    if memory_slots.shape[1] and not frames:
+        raise ValueError(f"memory_slots names {memory_slots.shape[1]} frames, but the memory holds none")

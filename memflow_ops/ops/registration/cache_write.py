@@ -1,0 +1,59 @@
+"""The operators that write into the cache, as torch sees them: schema and fake."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from memflow_ops.impl.precision import as_given
+from memflow_ops.impl.torch import cache_write
+from memflow_ops.ops.registration.dispatch import implementation_of
+
+
+@torch.library.custom_op(
+    "memflow_ops::write_projections", mutates_args=("memory_k", "memory_v", "descriptors", "means")
+)
+def write_projections(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    places: Tensor,
+    weight_q: Tensor | None,
+    weight_k: Tensor | None,
+    descriptors: Tensor | None,
+    means: Tensor | None,
+    frame_tokens: int,
+    block_size: int,
+    mean_size: int,
+    eps: float,
+    impl: str,
+) -> Tensor:
+    with as_given(q):
+        return implementation_of(impl).write_projections(
+            q, k, v, cosines, sines, memory_k, memory_v, places, weight_q, weight_k, descriptors, means,
+            frame_tokens=frame_tokens, block_size=block_size, mean_size=mean_size, eps=eps,
+        )  # fmt: skip
+
+
+@write_projections.register_fake
+def _(q, *arguments) -> Tensor:
+    return q.new_empty(q.shape)
+
+
+@torch.library.custom_op("memflow_ops::write_frames", mutates_args=("pool",))
+def write_frames(pool: Tensor, places: Tensor, new: Tensor) -> None:
+    """Puts frames new (B, F, T, Hkv, D) into a pool (B, P, T, Hkv, D), frame i of story b into place places[b, i].
+
+    places (B, F) int32, different in a story; a frame whose place is not one of the pool's is not written. Never read
+    back from a device, so that a CUDA graph of it follows the places.
+    """
+    cache_write.write_frames(pool, places, new)
+
+
+@write_frames.register_fake
+def _(pool: Tensor, places: Tensor, new: Tensor) -> None:
+    return None

@@ -1,0 +1,109 @@
+"""Weights as safetensors, with the model's configuration in the file's metadata."""
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from memflow_ops.files import replacing
+from memflow_ops.model.checkpoints.containers import read_safetensors
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
+
+
+def save_checkpoint(
+    path: Path, weights: Mapping[str, Tensor], config: ModelConfig, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes weights (a state dict of `CausalVideoModel(config)`) and config to one safetensors file, atomically.
+
+    metadata: further entries of the file's own.
+    """
+    entries = {**(metadata or {}), "config": json.dumps(dataclasses.asdict(config))}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    with replacing(Path(path)) as temporary:
+        try:
+            save_file(tensors, temporary, entries)
+        except SafetensorError as error:  # the disk is full, for one
+            raise OSError(f"cannot write {path}: {error}") from error
+
+
+def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> CausalVideoModel:
+    """The model of a checkpoint of ours, in eval mode, on `device`; `load_pretrained` reads others'.
+
+    FileNotFoundError when there is no file; ValueError when it is no checkpoint of ours, or when its tensors are not
+    exactly the model's: missing, unexpected or of another shape.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights at {path}; `memflow train` makes them")
+    weights, metadata = read_safetensors(path)
+    model = CausalVideoModel(config_of(metadata, str(path)))
+    check_state_dict(model, weights, str(path))
+    return fill_model(model, weights, None, device)
+
+
+def config_of(metadata: Mapping[str, str], source: str) -> ModelConfig:
+    """The configuration in the metadata of a checkpoint of ours; a ValueError where there is none."""
+    if "config" not in metadata:
+        raise ValueError(f"{source} carries no model configuration in its metadata; expected a 'config' entry")
+    try:
+        return ModelConfig(**json.loads(metadata["config"]))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{source} carries a model configuration that cannot be used: {error}") from error
+
+
+def fill_model(
+    model: CausalVideoModel,
+    weights: Mapping[str, Tensor],
+    dtype: torch.dtype | None,
+    device: str | torch.device,
+    copy: bool = False,
+) -> CausalVideoModel:
+    """Gives a model (maybe on the meta device) these weights, on `device`, and sets it to eval mode.
+
+    dtype None: each keeps its own. copy: also those that are right as they are; otherwise the model shares them.
+    """
+    own = {name: tensor.to(device, dtype or tensor.dtype, copy=copy) for name, tensor in weights.items()}
+    model.load_state_dict(own, assign=True)
+    return model.eval()
+
+
+def check_state_dict(
+    model: CausalVideoModel, weights: Mapping[str, Tensor], source: str, name_in_source: Callable[[str], str] = str
+) -> None:
+    """A ValueError that names every tensor which is missing, unexpected or of the wrong shape.
+
+    name_in_source: our name of a tensor -> what the source calls it.
+    """
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    missing = [f"missing {name_in_source(name)} {shape}" for name, shape in expected.items() if name not in got]
+    unexpected = [f"unexpected {name_in_source(name)} {shape}" for name, shape in got.items() if name not in expected]
+    wrong = [
+        f"{name_in_source(name)} has shape {got[name]}, expected {shape}"
+        for name, shape in expected.items()
+        if name in got and got[name] != shape
+    ]
+    problems = [some(kind) for kind in (missing, unexpected, wrong) if kind]
+    if problems:
+        raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}")
+
+
+def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
+    """A ValueError that names every tensor which holds infinities or NaN: one of them spoils every frame."""
+    flags = [torch.stack(tensor.aminmax()).isfinite().all() for tensor in weights.values() if tensor.numel()]
+    names = [name for name, tensor in weights.items() if tensor.numel()]
+    finite = torch.stack(flags).tolist() if flags else []
+    broken = [name for name, good in zip(names, finite, strict=True) if not good]
+    if broken:
+        raise ValueError(f"{source} has weights that are not finite numbers: {some(broken)}")
+
+
+def some(words: Sequence[str], most: int = 20) -> str:
+    """A list in words, cut where it becomes unreadable."""
+    more = [f"and {len(words) - most} more"] if len(words) > most else []
+    return "; ".join([*words[:most], *more])

@@ -1,0 +1,100 @@
+"""Where a pipeline's parts lie on disk, and loading them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from memflow_ops.model.checkpoints.pretrained import DTYPES, Pretrained, read_pretrained
+from memflow_ops.model.wan.text_encoder import EncodedPrompts, UMT5TextEncoder, find_text_encoder
+from memflow_ops.model.wan.transformer import CausalVideoModel
+from memflow_ops.model.wan.vae import find_vae, load_vae
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where a pipeline's parts lie on disk, and what their files do not say."""
+
+    checkpoint: Path
+    text_encoder: Path
+    vae: Path | None
+    """None where nothing is to be decoded"""
+    lora: Path | None = None
+    lora_alpha: float | None = None
+    num_heads: int | None = None
+    dtype: str = "auto"
+    """auto: bfloat16 on CUDA, float32 on a CPU"""
+
+    def check(self) -> None:
+        """Everything that can be seen without reading weights; FileNotFoundError or ValueError."""
+        find_text_encoder(self.text_encoder)
+        if self.vae is not None:
+            find_vae(self.vae)
+        for path in (self.checkpoint, self.lora):
+            if path is not None and not path.exists():
+                raise FileNotFoundError(f"no weights at {path}")
+        self.torch_dtype(torch.device("cpu"))
+
+    def torch_dtype(self, device: torch.device) -> torch.dtype:
+        if self.dtype == "auto":
+            return torch.bfloat16 if device.type == "cuda" else torch.float32
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype must be auto, {', '.join(DTYPES)}, got {self.dtype!r}")
+        return DTYPES[self.dtype]
+
+    def read(self) -> Pretrained:
+        """The transformer's weights, in host memory."""
+        options = {"lora": self.lora, "lora_alpha": self.lora_alpha, "num_heads": self.num_heads}
+        return read_pretrained(self.checkpoint, **options)  # type: ignore[arg-type]
+
+    def described(self) -> dict[str, object]:
+        """As result files name them: without the folders above, which are the user's own business."""
+        return {name: value.name if isinstance(value, Path) else value for name, value in vars(self).items()}
+
+
+def latent_size(vae: Path | None, height: int, width: int) -> tuple[int, int]:
+    """Pixels -> rows and columns of latents; a ValueError where they do not divide into the patches of Wan."""
+    scale = find_vae(vae)[1].get("scale_factor_spatial", 8) if vae is not None else 8
+    if height % (2 * scale) or width % (2 * scale):
+        raise ValueError(f"height and width must be multiples of {2 * scale} pixels, got {height} x {width}")
+    return height // scale, width // scale
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What a stream needs, on its device."""
+
+    model: CausalVideoModel
+    vae: Any
+    """None where the sources name none"""
+    encode: EncodedPrompts
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.patch_embedding.weight.device
+
+
+def load_parts(
+    sources: Sources, pretrained: Pretrained, prompts: Sequence[str], device: torch.device, compiled: bool = False
+) -> Parts:
+    """Encodes every prompt, lets the text encoder go, and puts transformer and decoder on the device.
+
+    compiled: the transformer's blocks are, when they first run.
+    """
+    dtype = sources.torch_dtype(device)
+    config = pretrained.config
+    encoder = UMT5TextEncoder.from_folder(sources.text_encoder, text_len=config.text_len, dtype=dtype, device=device)
+    width = encoder.model.config.d_model
+    if width != config.text_dim:
+        raise ValueError(
+            f"{sources.text_encoder} makes embeddings {width} wide, the transformer takes {config.text_dim}"
+        )
+    encode = EncodedPrompts(encoder, prompts)
+    del encoder
+    model = pretrained.build(dtype, device)
+    if compiled:
+        model.compile_blocks()
+    vae = load_vae(sources.vae, dtype, device) if sources.vae is not None else None
+    return Parts(model, vae, encode)

@@ -1,0 +1,58 @@
+"""Stories: files of prompts, and the prompt of every chunk."""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from memflow_ops.model.toy.language import parse_prompt
+
+
+def read_stories(path: Path, check: Callable[[str], object] = parse_prompt) -> list[list[str]]:
+    """The prompts of every story in a JSON-lines file; a ValueError names the line that is wrong and says how.
+
+    check: raises a ValueError for a prompt that cannot be understood.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"cannot read the story {path}: {getattr(error, 'strerror', None) or error}") from error
+    stories = []
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                stories.append(_prompts(line, check))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}: {error}") from error
+    if not stories:
+        raise ValueError(f'{path} has no story; a story is a line like {{"prompts": ["a ball in the meadow", ...]}}')
+    return stories
+
+
+def _prompts(line: str, check: Callable[[str], object]) -> list[str]:
+    try:
+        story = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}; a story is a line of its own") from error
+    prompts = story.get("prompts") if isinstance(story, dict) else None
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
+        raise ValueError('expected {"prompts": [...]} with at least one prompt, each a string')
+    for prompt in prompts:
+        check(prompt)
+    return prompts
+
+
+def chunk_prompts(
+    stories: Sequence[Sequence[str]], frames_per_prompt: int, chunk_frames: int = 3
+) -> list[tuple[str, ...]]:
+    """Stories, each a list of prompts of `frames_per_prompt` latent frames, -> the prompts of every chunk.
+
+    A switch inside a chunk waits for the next one. All stories must have the same number of prompts.
+    """
+    if frames_per_prompt < 1:
+        raise ValueError(f"frames_per_prompt must be positive, got {frames_per_prompt}")
+    lengths = sorted({len(story) for story in stories})
+    if len(lengths) != 1 or not lengths[0]:
+        raise ValueError(f"stories that run together must have the same number of prompts, at least 1, got {lengths}")
+    chunks = -(-lengths[0] * frames_per_prompt // chunk_frames)
+    spoken = [min(chunk * chunk_frames // frames_per_prompt, lengths[0] - 1) for chunk in range(chunks)]
+    return [tuple(story[i] for story in stories) for i in spoken]

@@ -1,0 +1,109 @@
+"""Frames -> an mp4 that grows while it is made and can be played at any time, whatever ends the run."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from types import TracebackType
+
+import av
+import numpy as np
+from av.video.reformatter import ColorRange, Colorspace
+from torch import Tensor
+
+FRAMES_PER_SECOND = 8
+SCALE = 8
+"""Video pixels per side of a frame's pixel."""
+
+
+class VideoWriter:
+    """Writes H.264 in yuv420p, which every player and browser takes, each pixel a square of `scale` x `scale`.
+
+    The file grows as `path` with "part" before its suffix (video.part.mp4), fragment by fragment, so that a killed run
+    leaves a playable file; `close` turns it into an ordinary mp4 and `publish` gives it its name.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        height: int,
+        width: int,
+        *,
+        fragment_frames: int,
+        fps: int = FRAMES_PER_SECOND,
+        scale: int = SCALE,
+    ):
+        """fragment_frames: frames that reach the file together; the first of them is a key frame."""
+        if height * scale % 2 or width * scale % 2:
+            raise ValueError(f"a yuv420p video has even sides, got {width} x {height} pixels times {scale}")
+        self.path, self.growing = path, path.with_suffix(f".part{path.suffix}")
+        self.shape, self.scale, self.frames = (height, width), scale, 0
+        # hybrid_fragmented: fragments while it grows, and one index for all of it when it is closed.
+        self._container = av.open(
+            str(self.growing),
+            "w",
+            format="mp4",
+            options={"movflags": "hybrid_fragmented+frag_keyframe+default_base_moof", "flush_packets": "1"},
+        )
+        # crf 10: hues must survive. zerolatency: the encoder holds no frame back.
+        quality = {"crf": "10", "preset": "veryfast", "tune": "zerolatency"}
+        self._stream = self._container.add_stream("libx264", rate=fps, options=quality)
+        self._stream.width, self._stream.height, self._stream.pix_fmt = width * scale, height * scale, "yuv420p"
+        self._stream.gop_size = fragment_frames
+        self._stream.codec_context.colorspace = Colorspace.ITU709
+        self._stream.codec_context.color_range = ColorRange.MPEG
+        self._open = True
+
+    def write(self, frames: np.ndarray) -> None:
+        """Adds frames (F, H, W, 3) uint8, RGB."""
+        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self.shape, 3):
+            raise ValueError(
+                f"frames must be uint8 (F, {self.shape[0]}, {self.shape[1]}, 3), got {frames.dtype} {frames.shape}"
+            )
+        for image in frames.repeat(self.scale, 1).repeat(self.scale, 2):
+            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+            frame.pts = self.frames
+            self._mux(self._stream.encode(frame))
+            self.frames += 1
+
+    def close(self) -> None:
+        """Ends the file; may be called again."""
+        if self._open:
+            self._open = False
+            try:
+                self._mux(self._stream.encode(None))
+            finally:
+                self._container.close()
+
+    def publish(self) -> None:
+        """Gives the closed file its name."""
+        self.close()
+        self.growing.replace(self.path)
+
+    def discard(self) -> None:
+        try:
+            self.close()
+        finally:  # on a full disk the file cannot be ended
+            self.growing.unlink(missing_ok=True)
+
+    def _mux(self, packets: Iterable[av.Packet]) -> None:
+        for packet in packets:
+            self._container.mux(packet)
+
+    def __enter__(self) -> "VideoWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_video(path: Path) -> np.ndarray:
+    """All frames of a video, RGB uint8 (F, height, width, 3)."""
+    with av.open(str(path)) as container:
+        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+
+
+def to_pixels(latents: Tensor) -> np.ndarray:
+    """A chunk's frames (3, F, H, W) in -1..1 -> RGB uint8 (F, H, W, 3)."""
+    return ((latents.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(1, 2, 3, 0).cpu().numpy()

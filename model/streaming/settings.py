@@ -1,0 +1,133 @@
+"""What shapes a stream, and the cache that it will allocate for it."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.cache.released_layout import ReleasedLayout
+from memflow_ops.model.streaming.sampler import FlowMatchSampler
+from memflow_ops.model.toy import world
+from memflow_ops.model.wan.transformer import CausalVideoModel
+
+MemoryMode = Literal["none", "sink", "memflow", "full", "released"]
+RelevanceKind = Literal["linear", "softmax", "coverage", "random"]
+SelectionKind = Literal["top", "random"]
+
+USED_BY: dict[str, tuple[MemoryMode, ...]] = {
+    "bank_frames": ("memflow", "released"),
+    "top_k": ("memflow",),
+    "query_group": ("memflow",),
+}
+"""Settings that only some kinds of memory look at, of those that a command offers."""
+
+
+@dataclass(frozen=True)
+class StreamSettings:
+    """Everything that shapes a stream but the model, the prompts and the seed."""
+
+    memory: MemoryMode = "memflow"
+    """How a chunk sees the past beyond its local window."""
+    height: int = world.FRAME_SIZE
+    """Rows of a latent frame."""
+    width: int = world.FRAME_SIZE
+    """Columns of a latent frame."""
+    chunk_frames: int = 3
+    """Latent frames generated together."""
+    window_frames: int = 6
+    """The local window, always attended to in full, current chunk included; a multiple of chunk_frames."""
+    sink_frames: int = 3
+    """First frames of the video, kept for good; not with memory="none"."""
+    bank_frames: int = 3
+    """Frames retrieved for a chunk, at most; memflow and released."""
+    device_frames: int = 64
+    """Prototypes that the device holds; memflow and full."""
+    host_frames: int = 0
+    """Further prototypes that may wait in host memory; beyond them the oldest is forgotten; memflow only."""
+    top_k: int = 4
+    """Blocks of sink and bank that each query group attends to; memflow only."""
+    block_size: int = 16
+    """Tokens of a block."""
+    query_group: int | None = 16
+    """Consecutive queries that share a selection; None: the whole chunk, as in the paper. Two rows of the toy's tokens
+    bring a character back better than the whole chunk, although its training selects for the whole chunk."""
+    relevance: RelevanceKind = "linear"
+    """What retrieval goes by: a score of `frame_relevance`, word by word ("coverage"), or "random", a control."""
+    selection: SelectionKind = "top"
+    """Which blocks activation takes: those that score best, or as many "random" ones, a control."""
+    redundancy: float | None = None
+    """Retrieval passes over frames whose mean key has a larger cosine with one already taken; None: it does not. The
+    toy world's frames of one character are so alike that any threshold leaves one of them and fills up with others."""
+    record_interval: int = 3
+    """Chunks after which the bank goes on to its next place; released only."""
+    top_frames: int | None = None
+    """Frames of sink and bank that each head attends to, the same for a whole chunk (the authors' sparse memory
+    activation: 3); None: all, as their checkpoints come; released only."""
+    recache: bool = True
+    """Re-cache the local window at a prompt switch."""
+    steps: int = 8
+    """Passes per chunk, the clean pass not counted."""
+    shift: float = 7.0
+    """The sampler's timestep shift; above 1 it spends more steps at high noise."""
+    stochastic: bool = False
+    """Renew the noise in every step (few-step distilled models) instead of following the velocity."""
+    impl: str = "auto"
+    """Implementation of the attention op: auto, reference, torch or triton."""
+
+    def __post_init__(self) -> None:
+        choices = (("memory", MemoryMode), ("relevance", RelevanceKind), ("selection", SelectionKind))
+        for name, kinds in ((name, get_args(kind)) for name, kind in choices):
+            if getattr(self, name) not in kinds:
+                raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {getattr(self, name)!r}")
+        for name in ("height", "width", "top_k", "steps"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+        if self.query_group is not None and self.query_group < 1:
+            raise ValueError(f"query_group must be positive or None (the whole chunk), got {self.query_group}")
+        if self.top_frames is not None and self.top_frames < 1:
+            raise ValueError(f"top_frames must be positive or None (all), got {self.top_frames}")
+        if self.redundancy is not None and not -1 <= self.redundancy <= 1:
+            raise ValueError(f"redundancy is a cosine, -1 to 1, or None, got {self.redundancy}")
+        FlowMatchSampler(self.steps, self.shift)  # refuses what it cannot do
+        # Sizes of the cache are refused by its layout, here rather than when the stream starts.
+        CacheLayout(1, 1, 1, 1, 1, *self._cache_sizes(), block_size=self.block_size)
+        self._released_layout((1, 1, 1, 1, 1), torch.float32)
+
+    def _released_layout(self, sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> ReleasedLayout:
+        return ReleasedLayout(
+            *sizes,
+            chunk_frames=self.chunk_frames,
+            window_frames=self.window_frames,
+            sink_frames=self.sink_frames,
+            bank_frames=self.bank_frames,
+            dtype=dtype,
+            record_interval=self.record_interval,
+        )
+
+    def _cache_sizes(self) -> tuple[int, int, int, int, int, int]:
+        """chunk, window, sink, bank, device and host frames in this mode: what a mode does not use is not kept."""
+        has_sink, has_bank, has_history = (
+            self.memory in modes for modes in (("sink", "memflow", "full"), ("memflow",), ("memflow", "full"))
+        )
+        return (
+            self.chunk_frames,
+            self.window_frames,
+            self.sink_frames * has_sink,
+            self.bank_frames * has_bank,
+            self.device_frames * has_history,
+            self.host_frames * has_bank,
+        )
+
+    def cache_layout(self, model: CausalVideoModel, batch: int) -> CacheLayout:
+        """What a stream of `batch` stories will allocate; `CacheLayout` states it in bytes."""
+        config, dtype = model.config, model.patch_embedding.weight.dtype
+        tokens = model.tokens(self.height, self.width)
+        sizes = (config.num_layers, batch, tokens, config.num_heads, config.head_dim)
+        if self.memory == "released":
+            return self._released_layout(sizes, dtype)
+        return CacheLayout(*sizes, *self._cache_sizes(), block_size=self.block_size, dtype=dtype)
+
+
+"""What the toy weights are streamed with. They cannot tell a window that was re-cached under a new character's prompt
+from one that shows it: with re-caching, every new character takes the colour of the one before."""

@@ -1,0 +1,176 @@
+"""The toy world: four characters, four places, and looks that no prompt names; its renderer and its random clips.
+
+A frame is RGB in -1..1, 32 x 32. A place is a pale picture (HSV saturation below 0.3); a character is a vivid shape of
+its own (0.9) on 8 to 14 % of the frame, in two tones of one hue. A prompt says who is where; hue and pattern, the
+character's look, are the model's to invent when it first appears and to bring back when it returns. Characters hop up
+and down on the spot: one in the middle of the frame, of two the first on the left and the second on the right. So who
+is there, and whether memory works, can be read off the pixels (judge.py).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from memflow_ops.model.toy.language import NOBODY, PLACES
+
+FRAME_SIZE = 32
+"""Pixels per side."""
+PATTERNS = ("halves", "sides", "checks")
+"""Each two of them differ on half of the character, so that what is drawn between them is no third."""
+
+# Per place RGB in 0..1, pale on purpose: top and horizon of the sky, horizon and foreground of the ground.
+_PLACE_COLOURS = {
+    "meadow": ((0.66, 0.74, 0.80), (0.80, 0.84, 0.84), (0.52, 0.62, 0.47), (0.42, 0.50, 0.38)),
+    "desert": ((0.80, 0.76, 0.66), (0.88, 0.82, 0.72), (0.76, 0.68, 0.56), (0.62, 0.55, 0.46)),
+    "sea": ((0.74, 0.76, 0.80), (0.82, 0.84, 0.86), (0.44, 0.52, 0.60), (0.36, 0.42, 0.50)),
+    "night": ((0.11, 0.11, 0.14), (0.17, 0.17, 0.21), (0.24, 0.24, 0.28), (0.30, 0.30, 0.33)),
+}
+_HORIZON = 0.55
+_SATURATION = 0.9  # of a character
+_BRIGHT, _DARK = 0.98, 0.52  # HSV value of its two tones
+_PIXEL = 1 / FRAME_SIZE  # shapes and ways are given in pixels of the full size
+
+HEIGHTS = (24 * _PIXEL, 20 * _PIXEL, 16 * _PIXEL, 12 * _PIXEL, 16 * _PIXEL, 20 * _PIXEL)
+"""Where a character's centre is in the frames of a hop, in frame sides from the top. It starts over when the scene
+changes. By whole patches of the model, which then need not learn how a shape looks at every offset from them."""
+MIDDLE, LEFT, RIGHT = 0.5, 0.25, 0.75
+"""Where characters stand, in frame sides from the left."""
+
+
+def hue_to_rgb(hue: Tensor) -> Tensor:
+    """Hue in turns (...) -> its vivid colour of value 1, RGB in 0..1, (..., 3)."""
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=hue.device)
+    k = (offsets + hue[..., None] * 6) % 6
+    return 1 - _SATURATION * torch.minimum(k, 4 - k).clamp(0, 1)
+
+
+def backgrounds(size: int = FRAME_SIZE) -> Tensor:
+    """The four empty places, RGB in 0..1, (4, 3, size, size)."""
+    colours = torch.tensor([_PLACE_COLOURS[place] for place in PLACES])[..., None]  # (places, 4, 3, 1)
+    height = (torch.arange(size) + 0.5) / size
+    sky = (height / _HORIZON).clamp(0, 1)
+    ground = ((height - _HORIZON) / (1 - _HORIZON)).clamp(0, 1)
+    below = ((height - _HORIZON) * size + 0.5).clamp(0, 1)  # one pixel of soft edge
+    above_colour = colours[:, 0] * (1 - sky) + colours[:, 1] * sky
+    below_colour = colours[:, 2] * (1 - ground) + colours[:, 3] * ground
+    column = above_colour * (1 - below) + below_colour * below  # (places, 3, size)
+    return column[..., None].expand(-1, -1, -1, size)
+
+
+def _star_distance(x: Tensor, y: Tensor, radius: float, inner: float) -> Tensor:
+    """Distance to the edge of a five-pointed star that points up, positive inside; `inner` is its inner radius."""
+    # Fold the plane into one tenth of the star: between a tip, along +x, and the notch beside it, at 36 degrees.
+    sector = 2 * math.pi / 5
+    folded = ((torch.atan2(x, -y) + sector / 2) % sector - sector / 2).abs()
+    distance = torch.hypot(x, y)
+    tip_to_x, tip_to_y = distance * folded.cos() - radius, distance * folded.sin()
+    # The straight edge runs from the tip to the notch; the sign of the cross product tells its two sides apart.
+    edge_x, edge_y = inner * math.cos(sector / 2) - radius, inner * math.sin(sector / 2)
+    return (tip_to_y * edge_x - tip_to_x * edge_y) / math.hypot(edge_x, edge_y)
+
+
+def shape_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Signed distance of offsets x, y (in frame sides) to the edge of each shape, positive inside: (5, ...).
+
+    In the vocabulary's order, ball, box, star, ring, and nothing for nobody. The box is a wide one.
+    """
+    distance = torch.hypot(x, y)
+    ball = 6.25 * _PIXEL - distance
+    box = torch.minimum(7 * _PIXEL - x.abs(), 4 * _PIXEL - y.abs())
+    star = _star_distance(x, y, radius=8 * _PIXEL, inner=3.75 * _PIXEL)
+    ring = torch.minimum(7.25 * _PIXEL - distance, distance - 3.25 * _PIXEL)
+    return torch.stack([ball, box, star, ring, torch.full_like(distance, -1.0)])
+
+
+def pattern_distances(x: Tensor, y: Tensor) -> Tensor:
+    """Signed distance of offsets x, y (in frame sides) to the edge of each pattern's dark tone, positive in it.
+
+    In the order of PATTERNS: (3, ...). The lower half; the left half; the upper left and lower right quarters.
+    """
+    checks = torch.minimum(x.abs(), y.abs()) * (x * y).sign()
+    return torch.stack([y, -x, checks])
+
+
+def render(who: Tensor, place: Tensor, hue: Tensor, pattern: Tensor, centre: Tensor, size: int = FRAME_SIZE) -> Tensor:
+    """Frames from their ground truth; N characters each, drawn one over the other.
+
+    who (..., N) 0..4, place (...) 0..3 int64 · hue (..., N) in turns · pattern (..., N) 0..2 int64 · centre (..., N, 2)
+    as x, y in frame sides -> (..., 3, size, size) float32 in -1..1, edges anti-aliased.
+    """
+    pixels = (torch.arange(size) + 0.5) / size
+    picture = backgrounds(size)[place]
+    for n in range(who.shape[-1]):
+        x = pixels[None, :] - centre[..., n, 0, None, None]  # (..., 1, size)
+        y = pixels[:, None] - centre[..., n, 1, None, None]  # (..., size, 1)
+        x, y = torch.broadcast_tensors(x, y)
+
+        def share(distances: Tensor, of: Tensor) -> Tensor:
+            chosen = distances.gather(0, of[None, ..., None, None].expand(1, *distances.shape[1:]))[0]
+            return (chosen * size + 0.5).clamp(0, 1).unsqueeze(-3)
+
+        cover, dark = share(shape_distances(x, y), who[..., n]), share(pattern_distances(x, y), pattern[..., n])
+        colour = hue_to_rgb(hue[..., n])[..., None, None] * (_BRIGHT + (_DARK - _BRIGHT) * dark)
+        picture = picture * (1 - cover) + colour * cover
+    return picture * 2 - 1
+
+
+# ---------------------------------------------------------------------------------------------------------------- clips
+
+
+@dataclass(frozen=True)
+class Clips:
+    """Random clips with their ground truth; C chunks of 3 frames, F = 3 C."""
+
+    frames: Tensor
+    """(B, 3, F, size, size) in -1..1"""
+    ids: Tensor
+    """(B, C, 3) what each chunk's prompt says, for `text.embed_ids`: first character, second, place"""
+    hue: Tensor
+    """(B, C, 2) in turns, of first and second; a character keeps its look for the whole clip"""
+    pattern: Tensor
+    """(B, C, 2) index in PATTERNS"""
+
+
+def random_clips(
+    batch: int, chunks: int, generator: torch.Generator, *, chunk_frames: int = 3, size: int = FRAME_SIZE
+) -> Clips:
+    """Clips in which three characters, alone and in pairs, and empty places take turns, so that returns are frequent.
+
+    A prompt lasts one chunk or more; at each switch place and cast are drawn anew, and a character that was there
+    before has its old look. Looks are uniform and independent.
+    """
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=generator)
+
+    def integers(high: int, *shape: int) -> Tensor:
+        return torch.randint(high, shape, generator=generator)
+
+    switch = uniform(batch, chunks) < 0.7
+    switch &= uniform(batch, 1) > 0.15  # copying is learned first where one character simply stays
+    switch[:, 0] = True
+    segment = switch.cumsum(1) - 1  # (B, C), which prompt of the clip a chunk belongs to
+
+    cast = uniform(batch, 4).argsort(-1)[:, :3]
+    cast = cast.gather(1, uniform(batch, chunks, 3).argsort(-1)[..., :2].flatten(1)).unflatten(1, (chunks, 2))
+    named = uniform(batch, chunks)  # 15 % nobody, 50 % one, 35 % two
+    cast = torch.where(torch.stack([named < 0.15, named < 0.65], -1), NOBODY, cast)
+    pair_of_segment = segment[..., None].expand(-1, -1, 2)
+    who = cast.gather(1, pair_of_segment)  # (B, C, 2)
+    place = integers(len(PLACES), batch, chunks).gather(1, segment)
+    hue = uniform(batch, NOBODY + 1).gather(1, who.flatten(1)).view(who.shape)
+    pattern = integers(len(PATTERNS), batch, NOBODY + 1).gather(1, who.flatten(1)).view(who.shape)
+
+    changed = torch.ones(batch, chunks, dtype=torch.bool)
+    changed[:, 1:] = (who[:, 1:] != who[:, :-1]).any(-1) | (place[:, 1:] != place[:, :-1])
+    chunk = torch.arange(chunks)
+    since = chunk - torch.where(changed, chunk, 0).cummax(1).values  # chunks since the scene changed
+    frame = since.repeat_interleave(chunk_frames, 1) * chunk_frames + torch.arange(chunk_frames).repeat(chunks)
+    y = torch.tensor(HEIGHTS)[frame % len(HEIGHTS)][..., None].expand(-1, -1, 2)  # (B, F, 2)
+    x = torch.where(who[..., 1:] == NOBODY, MIDDLE, torch.tensor([LEFT, RIGHT])).repeat_interleave(chunk_frames, 1)
+    centre = torch.stack([x, y], dim=-1)
+    whom, where, tint, tones = (z.repeat_interleave(chunk_frames, 1) for z in (who, place, hue, pattern))
+    frames = render(whom, where, tint, tones, centre, size).transpose(1, 2)
+    return Clips(frames, torch.cat([who, place[..., None]], dim=-1), hue, pattern)
