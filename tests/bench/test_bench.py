@@ -296,7 +296,7 @@ def results(tmp_path_factory):
     """The command, as a user calls it."""
     folder = tmp_path_factory.mktemp("results")
     with pytest.raises(SystemExit) as end:
-        main.main(["bench", "--size", "tiny", "--rounds", "2", "--out", str(folder), "--device", "cpu"])
+        main(["bench", "--size", "tiny", "--rounds", "2", "--out", str(folder), "--device", "cpu"])
     assert end.value.code == 0
     return folder
 
@@ -387,7 +387,7 @@ def test_every_line_looks_its_own():
 def test_mistakes_are_one_line(words, said, capfd, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as end:
-        main.main(["bench", "--device", "cpu", *words])
+        main(["bench", "--device", "cpu", *words])
     assert end.value.code == 2
     words = capfd.readouterr().err.strip().splitlines()
     assert len(words) == 1 and said in words[0]

@@ -157,7 +157,7 @@ def test_results_that_are_damaged_inside_are_one_line(damage, tmp_path, capfd):
     assert results.load_bench(target)["rows"]
     target.write_text(json.dumps(whole | damage))
     with pytest.raises(SystemExit) as end:
-        main.main(["bench", "--device", "cpu", "--stored", "--out", str(tmp_path)])
+        main(["bench", "--device", "cpu", "--stored", "--out", str(tmp_path)])
     words = capfd.readouterr().err.strip().splitlines()
     assert end.value.code == 2 and len(words) == 1 and "is damaged" in words[0]
     with pytest.raises(ValueError, match="is damaged"):

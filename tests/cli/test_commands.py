@@ -27,7 +27,7 @@ from memflow_ops.model.toy.settings import TOY_SETTINGS
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        main.main([str(word) for word in words])
+        main([str(word) for word in words])
     return end.value.code
 
 

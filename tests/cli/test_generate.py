@@ -28,7 +28,7 @@ def write_story(path, *stories):
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        main.main([str(word) for word in words])
+        main([str(word) for word in words])
     return end.value.code
 
 

@@ -31,7 +31,7 @@ PROMPTS = ["an empty meadow", "a ball in the meadow", "an empty sea", "a ball at
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        main.main([str(word) for word in words])
+        main([str(word) for word in words])
     return end.value.code
 
 
@@ -107,7 +107,7 @@ def test_what_was_measured_is_on_disk_before_the_end(tmp_path, weights, story, m
     monkeypatch.setattr(selection_profile_profile, "profile", broken)
     out = tmp_path / "selection.json"
     with pytest.raises(RuntimeError):
-        main.main([str(w) for w in ("profile-selection", story, "--out", out, *QUICK, "--weights", weights)])
+        main([str(w) for w in ("profile-selection", story, "--out", out, *QUICK, "--weights", weights)])
     assert len(json.loads(out.read_text())["chunks_measured"]) == 1
 
 

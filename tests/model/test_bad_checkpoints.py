@@ -33,7 +33,7 @@ def file(tmp_path, weights) -> Path:
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        main.main([str(word) for word in words])
+        main([str(word) for word in words])
     return end.value.code
 
 

@@ -27,7 +27,7 @@ SMALL = ("--height", 32, "--width", 48, "--frames-per-prompt", 6, "--device", "c
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        main.main([str(word) for word in words])
+        main([str(word) for word in words])
     return end.value.code
 
 
@@ -172,7 +172,7 @@ def test_an_end_on_the_way_keeps_what_was_made(tmp_path, parts, story, capfd, mo
     whole, out = generate.streamed, tmp_path / "out"
     monkeypatch.setattr(generate, "streamed", ending)
     with pytest.raises((RuntimeError, SystemExit)) as end:
-        main.main([str(word) for word in ("generate", story, "--out", out, "--batch", batch, *parts, *SMALL)])
+        main([str(word) for word in ("generate", story, "--out", out, "--batch", batch, *parts, *SMALL)])
     for folder in [out] if batch == 1 else [out / f"story-{i:03d}" for i in range(batch)]:
         record = json.loads((folder / "run.json").read_text())
         assert record["interrupted"] and record["frames"] == 9 + 12 == len(read_video(folder / "video.mp4"))

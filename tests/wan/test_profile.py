@@ -12,7 +12,7 @@ SMALL = ("--height", 32, "--width", 48, "--device", "cpu", "--steps", 1, "--chun
 
 def memflow(*words) -> int:
     with pytest.raises(SystemExit) as end:
-        main.main([str(word) for word in words])
+        main([str(word) for word in words])
     return end.value.code
 
 
