@@ -58,14 +58,14 @@ def toy(
     from memflow_ops.model.stories.prompts import chunk_prompts, read_stories
     from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
     from memflow_ops.model.toy.evaluation.held_out import FRAMES_PER_PROMPT, make_stories
-    from memflow_ops.model.toy.language import embed_prompts
+    from memflow_ops.model.toy.language import embed_prompts, parse_prompt
     from memflow_ops.model.toy.settings import TOY_SETTINGS
     from memflow_ops.model.toy.train import HELD_OUT_SEED
 
     check_target(out, ".json")
     check_target(out.with_suffix(".png"), ".png")
     frames = options.pop("frames_per_prompt", FRAMES_PER_PROMPT)
-    told = read_stories(story)[:1] if story else make_stories(stories, HELD_OUT_SEED)[STORY_LENGTH]
+    told = read_stories(story, parse_prompt)[:1] if story else make_stories(stories, HELD_OUT_SEED)[STORY_LENGTH]
     spoken = chunk_prompts(told, frames, TOY_SETTINGS.chunk_frames)
     bank = options.get("bank_frames", TOY_SETTINGS.bank_frames)
     room = max(TOY_SETTINGS.device_frames, len(spoken), bank + TOY_SETTINGS.window_frames)

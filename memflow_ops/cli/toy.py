@@ -35,14 +35,14 @@ def prepare(
     from memflow_ops.cli.options import check_used
     from memflow_ops.environment import pick_device
     from memflow_ops.model.stories.prompts import read_stories
-    from memflow_ops.model.streaming.settings import StreamSettings
     from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
     from memflow_ops.model.toy.generate import make_plans
+    from memflow_ops.model.toy.language import parse_prompt
     from memflow_ops.model.toy.settings import TOY_SETTINGS
 
-    stories = read_stories(story)
+    stories = read_stories(story, parse_prompt)
     bank_frames = settings.get("bank_frames", TOY_SETTINGS.bank_frames)
-    room = max(StreamSettings.device_frames, bank_frames + StreamSettings.window_frames)
+    room = max(TOY_SETTINGS.device_frames, bank_frames + TOY_SETTINGS.window_frames)
     chosen = replace(TOY_SETTINGS, **settings, device_frames=room)
     check_used({**settings, **({"baseline": True} if baseline else {})}, [chosen.memory])
     model = load_model(weights or TOY_WEIGHTS, pick_device(device))

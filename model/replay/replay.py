@@ -175,7 +175,9 @@ def _compared(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Replays the fixture that the command line names and prints a line per call; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m memflow_ops.model.replay.replay", description=__doc__.split("\n\n")[2])
+    parser = argparse.ArgumentParser(
+        prog="python -m memflow_ops.model.replay.replay", description=__doc__.split("\n\n")[2]
+    )
     parser.add_argument("tensors", type=Path, metavar="FIXTURE.safetensors")
     parser.add_argument("description", type=Path, metavar="FIXTURE.json")
     given = parser.parse_args(arguments)

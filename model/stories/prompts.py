@@ -4,10 +4,8 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from memflow_ops.model.toy.language import parse_prompt
 
-
-def read_stories(path: Path, check: Callable[[str], object] = parse_prompt) -> list[list[str]]:
+def read_stories(path: Path, check: Callable[[str], object]) -> list[list[str]]:
     """The prompts of every story in a JSON-lines file; a ValueError names the line that is wrong and says how.
 
     check: raises a ValueError for a prompt that cannot be understood.
@@ -24,7 +22,7 @@ def read_stories(path: Path, check: Callable[[str], object] = parse_prompt) -> l
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from error
     if not stories:
-        raise ValueError(f'{path} has no story; a story is a line like {{"prompts": ["a ball in the meadow", ...]}}')
+        raise ValueError(f'{path} has no story; a story is a line like {{"prompts": ["a street at night", ...]}}')
     return stories
 
 

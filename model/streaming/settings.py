@@ -1,6 +1,6 @@
 """What shapes a stream, and the cache that it will allocate for it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 import torch
@@ -8,7 +8,6 @@ import torch
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.released_layout import ReleasedLayout
 from memflow_ops.model.streaming.sampler import FlowMatchSampler
-from memflow_ops.model.toy import world
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
 MemoryMode = Literal["none", "sink", "memflow", "full", "released"]
@@ -29,9 +28,9 @@ class StreamSettings:
 
     memory: MemoryMode = "memflow"
     """How a chunk sees the past beyond its local window."""
-    height: int = world.FRAME_SIZE
+    height: int = field(kw_only=True)
     """Rows of a latent frame."""
-    width: int = world.FRAME_SIZE
+    width: int = field(kw_only=True)
     """Columns of a latent frame."""
     chunk_frames: int = 3
     """Latent frames generated together."""
@@ -45,20 +44,19 @@ class StreamSettings:
     """Prototypes that the device holds; memflow and full."""
     host_frames: int = 0
     """Further prototypes that may wait in host memory; beyond them the oldest is forgotten; memflow only."""
-    top_k: int = 4
+    top_k: int = 24
     """Blocks of sink and bank that each query group attends to; memflow only."""
-    block_size: int = 16
+    block_size: int = 64
     """Tokens of a block."""
-    query_group: int | None = 16
-    """Consecutive queries that share a selection; None: the whole chunk, as in the paper. Two rows of the toy's tokens
-    bring a character back better than the whole chunk, although its training selects for the whole chunk."""
+    query_group: int | None = 128
+    """Consecutive queries that share a selection; None: the whole chunk, as in the paper."""
     relevance: RelevanceKind = "linear"
     """What retrieval goes by: a score of `frame_relevance`, word by word ("coverage"), or "random", a control."""
     selection: SelectionKind = "top"
     """Which blocks activation takes: those that score best, or as many "random" ones, a control."""
     redundancy: float | None = None
-    """Retrieval passes over frames whose mean key has a larger cosine with one already taken; None: it does not. The
-    toy world's frames of one character are so alike that any threshold leaves one of them and fills up with others."""
+    """Retrieval passes over frames whose mean key has a larger cosine than this with one already taken; None: it passes
+    over none."""
     record_interval: int = 3
     """Chunks after which the bank goes on to its next place; released only."""
     top_frames: int | None = None
@@ -66,9 +64,9 @@ class StreamSettings:
     activation: 3); None: all, as their checkpoints come; released only."""
     recache: bool = True
     """Re-cache the local window at a prompt switch."""
-    steps: int = 8
+    steps: int = 4
     """Passes per chunk, the clean pass not counted."""
-    shift: float = 7.0
+    shift: float = 5.0
     """The sampler's timestep shift; above 1 it spends more steps at high noise."""
     stochastic: bool = False
     """Renew the noise in every step (few-step distilled models) instead of following the velocity."""
@@ -127,7 +125,3 @@ class StreamSettings:
         if self.memory == "released":
             return self._released_layout(sizes, dtype)
         return CacheLayout(*sizes, *self._cache_sizes(), block_size=self.block_size, dtype=dtype)
-
-
-"""What the toy weights are streamed with. They cannot tell a window that was re-cached under a new character's prompt
-from one that shows it: with re-caching, every new character takes the colour of the one before."""

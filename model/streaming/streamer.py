@@ -33,12 +33,11 @@ from memflow_ops.cache.policies import Chosen, Coverage, DevicePolicy, Policy, R
 from memflow_ops.cache.released_cache import ReleasedCache
 from memflow_ops.cache.released_layout import ReleasedLayout
 from memflow_ops.cache.views import Memory
-from memflow_ops.model.streaming import conditions
 from memflow_ops.model.streaming.activation import Activation, held_by_layers
+from memflow_ops.model.streaming.conditions import pixel_coordinates
 from memflow_ops.model.streaming.cuda_graphs import CudaGraphs, OnePass, Passes, why_not
 from memflow_ops.model.streaming.sampler import FlowMatchSampler
 from memflow_ops.model.streaming.settings import StreamSettings
-from memflow_ops.model.toy.language import embed_prompts
 from memflow_ops.model.wan.transformer import CausalVideoModel, TextKeysValues, TimeEmbedding
 from memflow_ops.rotary import rope_rotation
 
@@ -80,10 +79,10 @@ class Chunk:
 def stream(
     model: CausalVideoModel,
     prompts: Iterable[Sequence[str]],
-    settings: StreamSettings | None = None,
+    settings: StreamSettings,
     seed: int | Sequence[int] = 0,
     *,
-    encode: TextEncoder = embed_prompts,
+    encode: TextEncoder,
     cuda_graphs: bool | None = None,
 ) -> Iterator[Chunk]:
     """Generates chunk after chunk, one per item of `prompts`, and yields each as soon as it is finished.
@@ -96,7 +95,6 @@ def stream(
 
     Bad prompts and settings that cannot work for this model raise a ValueError or TypeError before the chunk starts.
     """
-    settings = settings or StreamSettings()
     if isinstance(prompts, str):
         raise TypeError("prompts must be one sequence of prompts per chunk, got a single string")
     if settings.memory == "full" and isinstance(prompts, Sequence):
@@ -133,7 +131,7 @@ class Streamer:
         settings: StreamSettings,
         seed: int | Sequence[int] = 0,
         *,
-        encode: TextEncoder = embed_prompts,
+        encode: TextEncoder,
         policy: Policy | None = None,
         report: bool = True,
         cuda_graphs: bool | None = None,
@@ -182,7 +180,7 @@ class Streamer:
         self.condition: Tensor | None = None
         if config.in_dim == config.out_dim + 2:
             shape = (settings.chunk_frames, settings.height, settings.width)
-            self.condition = conditions.coordinates(*shape).to(self.device)
+            self.condition = pixel_coordinates(*shape).to(self.device)
         elif config.in_dim != config.out_dim:
             raise ValueError(
                 f"a stream can give the model pixel coordinates (2 channels) as condition, or none; this model "

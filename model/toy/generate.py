@@ -18,6 +18,7 @@ from memflow_ops.model.stories.run import make_folders, make_stories
 from memflow_ops.model.stories.video import VideoWriter, to_pixels
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import stream
+from memflow_ops.model.toy.language import embed_prompts
 from memflow_ops.model.toy.runs import Plan, Run
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
@@ -70,10 +71,10 @@ def _rounds(model: CausalVideoModel, run: Run, writer: VideoWriter, interrupts: 
     """Makes chunk after chunk, each with its baseline."""
     plan = run.plan
     prompts = [(prompt,) for prompt in plan.spoken]
-    ours = stream(model, prompts, plan.settings, plan.seed)
+    ours = stream(model, prompts, plan.settings, plan.seed, encode=embed_prompts)
     baseline = None
     if plan.baseline and plan.settings.memory != "none":
-        baseline = stream(model, prompts, replace(plan.settings, memory="none"), plan.seed)
+        baseline = stream(model, prompts, replace(plan.settings, memory="none"), plan.seed, encode=embed_prompts)
 
     def make_ours() -> None:
         with interrupts.allowed():

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from memflow_ops import files
 from memflow_ops.model.checkpoints import native
-from memflow_ops.model.streaming import conditions
+from memflow_ops.model.streaming.conditions import pixel_coordinates
 from memflow_ops.model.streaming.sampler import shifted
 from memflow_ops.model.toy import checkpoint, judge, language, world
 from memflow_ops.model.toy.language import NOBODY
@@ -157,7 +157,7 @@ def training_losses(
     )
     encoded = model.encode_text(language.embed_ids(batch.ids).to(device).repeat(2, 1, 1))
     timesteps = torch.cat([torch.zeros_like(sigma), 1000 * sigma])[:, None].expand(-1, CHUNK_FRAMES)
-    condition = conditions.coordinates(CHUNK_FRAMES, stage.size, stage.size).to(device)
+    condition = pixel_coordinates(CHUNK_FRAMES, stage.size, stage.size).to(device)
     x0 = model(torch.cat([clean, noisy]), timesteps, encoded, attention, condition)[rows:]
 
     weight = 1 / per_row(sigma.clamp(min=0.1)) ** 2

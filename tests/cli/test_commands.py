@@ -21,6 +21,7 @@ from memflow_ops.model.streaming.streamer import stream
 from memflow_ops.model.toy import train, world
 from memflow_ops.model.toy.evaluation import evaluate, summary
 from memflow_ops.model.toy.generate import DEMO_STORY
+from memflow_ops.model.toy.language import embed_prompts, parse_prompt
 from memflow_ops.model.toy.returns import Return, find_returns, judge_return
 from memflow_ops.model.toy.settings import TOY_SETTINGS
 
@@ -81,7 +82,7 @@ def test_device_is_refused_where_it_is_not():
 
 
 def test_demo_story_has_a_return_that_needs_memory():
-    (prompts,) = read_stories(DEMO_STORY)
+    (prompts,) = read_stories(DEMO_STORY, parse_prompt)
     settings = TOY_SETTINGS
     spoken = [prompt for (prompt,) in chunk_prompts([prompts], 12)]
     first = find_returns(spoken, settings.chunk_frames)[0]
@@ -218,7 +219,10 @@ def test_who_uses_an_option(memory, option, values, weights):
     """The table by which commands refuse them says what changes the frames, and what takes memory."""
     model = load_checkpoint(weights)
     changed = [replace(TOY_SETTINGS, memory=memory, steps=1, **{option: value}) for value in values]
-    frames = [[c.frames for c in stream(model, [("a ball at night",)] * 5, settings)] for settings in changed]
+    frames = [
+        [c.frames for c in stream(model, [("a ball at night",)] * 5, settings, encode=embed_prompts)]
+        for settings in changed
+    ]
     sizes = [settings.cache_layout(model, 1).device_bytes for settings in changed]
     used = memory in USED_BY[option]
     assert all(map(torch.equal, *frames)) is (sizes[0] == sizes[1] and not used)

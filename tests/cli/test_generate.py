@@ -15,6 +15,7 @@ from matplotlib.image import imread
 from memflow_ops.cli import main
 from memflow_ops.model.stories.prompts import read_stories
 from memflow_ops.model.stories.video import SCALE, VideoWriter, read_video
+from memflow_ops.model.toy.language import parse_prompt
 from memflow_ops.model.toy.settings import TOY_SETTINGS
 
 STORY = ["an empty meadow", "a ball in the meadow", "the ball at night"]
@@ -258,7 +259,7 @@ def test_a_folder_in_the_place_of_a_file(tmp_path, weights, capfd, name):
 
 def test_a_story_that_begins_with_a_byte_order_mark(tmp_path):
     (tmp_path / "story.jsonl").write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\r\n")
-    assert read_stories(tmp_path / "story.jsonl") == [["a ball in the meadow"]]
+    assert read_stories(tmp_path / "story.jsonl", parse_prompt) == [["a ball in the meadow"]]
 
 
 def test_a_video_that_cannot_be_ended_is_discarded(tmp_path, monkeypatch):

@@ -38,7 +38,7 @@ def model_of(prediction: str = "velocity", dim: int = 16) -> CausalVideoModel:
 
 
 def settings_of(**changes) -> StreamSettings:
-    defaults = {"height": SIZE, "width": SIZE, "steps": 2, "block_size": 2, "query_group": 5, "top_k": 2}
+    defaults = {"height": SIZE, "width": SIZE, "steps": 2, "block_size": 2, "query_group": 5, "top_k": 2, "shift": 7.0}
     return StreamSettings(**{**defaults, "window_frames": 9, "bank_frames": 2, "device_frames": 30, **changes})
 
 

@@ -40,8 +40,8 @@ def model() -> CausalVideoModel:
 
 
 def settings_of(**changes) -> StreamSettings:
-    defaults = {"height": SIZE, "width": SIZE, "steps": 2, "block_size": 2, "query_group": 5, "device_frames": 30}
-    return StreamSettings(**{**defaults, **changes})
+    defaults = {"height": SIZE, "width": SIZE, "steps": 2, "block_size": 2, "query_group": 5, "top_k": 4, "shift": 7.0}
+    return StreamSettings(**{**defaults, "device_frames": 30, **changes})
 
 
 MODES = {

@@ -15,11 +15,22 @@ from memflow_ops.model.selection_profile.rows import Profile, Row, Sampling
 from memflow_ops.model.stories.prompts import chunk_prompts
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Streamer, stream
-from memflow_ops.model.toy.language import TEXT_DIM
+from memflow_ops.model.toy.language import TEXT_DIM, embed_prompts
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 STORY = ["a ball in the meadow", "a box in the sea", "an empty desert", "a ball at night"]
-SETTINGS = StreamSettings(height=16, width=16, steps=2, block_size=4, bank_frames=2, device_frames=20, recache=True)
+SETTINGS = StreamSettings(
+    height=16,
+    width=16,
+    bank_frames=2,
+    device_frames=20,
+    top_k=4,
+    block_size=4,
+    query_group=16,
+    recache=True,
+    steps=2,
+    shift=7.0,
+)
 SIZES = {"block_sizes": [4, 16], "query_groups": [1, 6, None]}
 
 
@@ -49,7 +60,7 @@ def last(*arguments, **options) -> Profile:
 )
 def test_the_first_chunk_with_a_full_bank(model, changes):
     settings = replace(SETTINGS, **changes)
-    streamer = Streamer(model, 1, settings)
+    streamer = Streamer(model, 1, settings, encode=embed_prompts)
     full = settings.sink_frames + settings.bank_frames
     sizes = []
     for _ in range(first_full(settings) + 2):
@@ -64,10 +75,11 @@ def test_watching_changes_nothing_and_sees_every_call(model, spoken):
         2,
         SETTINGS,
         seed=5,
+        encode=embed_prompts,
         observe=lambda layer, q, memory: seen.append((layer, q.shape, int(memory.frames[0]))),
     )
     frames = [watched.next_chunk(prompts).frames for prompts in spoken]
-    alone = [chunk.frames for chunk in stream(model, spoken, SETTINGS, seed=5)]
+    alone = [chunk.frames for chunk in stream(model, spoken, SETTINGS, seed=5, encode=embed_prompts)]
     assert all(torch.equal(a, b) for a, b in zip(frames, alone, strict=True))
     with_a_bank = len(spoken) - 2  # the sink leaves the window with the second chunk
     assert [layer for layer, *_ in seen] == [0, 1] * (SETTINGS.steps + 1) * with_a_bank

@@ -12,7 +12,7 @@ from memflow_ops.cache import attend as attend_module
 from memflow_ops.cache.policies import Relevance, Retrieved
 from memflow_ops.model.stories.prompts import chunk_prompts
 from memflow_ops.model.streaming import activation as activation_module
-from memflow_ops.model.streaming import conditions
+from memflow_ops.model.streaming.conditions import pixel_coordinates
 from memflow_ops.model.streaming.sampler import FlowMatchSampler
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Chunk, Streamer, stream
@@ -38,12 +38,12 @@ def model() -> CausalVideoModel:
 
 
 def settings_of(**changes) -> StreamSettings:
-    defaults = {"height": SIZE, "width": SIZE, "steps": 2, "block_size": 4, "device_frames": 40}
-    return StreamSettings(**{**defaults, **changes})
+    defaults = {"height": SIZE, "width": SIZE, "top_k": 4, "block_size": 4, "query_group": 16, "device_frames": 40}
+    return StreamSettings(**{**defaults, "steps": 2, "shift": 7.0, **changes})
 
 
 def run(model, prompts, seed=0, **changes) -> list[Chunk]:
-    return list(stream(model, prompts, settings_of(**changes), seed))
+    return list(stream(model, prompts, settings_of(**changes), seed, encode=embed_prompts))
 
 
 def frames_of(chunks: Sequence[Chunk]) -> Tensor:
@@ -92,7 +92,7 @@ class SlowStream:
             return F.scaled_dot_product_attention(*parts).transpose(1, 2)
 
         frames = x.shape[2]
-        y = model(x, torch.full((1, frames), t), text, attend, conditions.coordinates(frames, SIZE, SIZE))
+        y = model(x, torch.full((1, frames), t), text, attend, pixel_coordinates(frames, SIZE, SIZE))
         tokens = own[0][0].shape[1] // frames
         kept = [
             [(k[:, i * tokens : (i + 1) * tokens], v[:, i * tokens : (i + 1) * tokens]) for k, v in own]
@@ -146,7 +146,7 @@ MODES = {
 def test_against_the_slow_stream(model, changes):
     settings = settings_of(**changes)
     prompts = chunk_prompts([STORY], 9, settings.chunk_frames)
-    streamer = Streamer(model, 1, settings, seed=5)
+    streamer = Streamer(model, 1, settings, seed=5, encode=embed_prompts)
     noises, got = [], []
     for prompt in prompts:
         noises.append(streamer._noise()[0])
@@ -191,7 +191,9 @@ def test_noise_depends_on_seed_and_chunk_alone(model):
     prompts = chunk_prompts([STORY], 3)
     noises = {}
     for memory in ("none", "memflow"):
-        streamer = Streamer(model, 1, settings_of(memory=memory, stochastic=memory == "none"), seed=1)
+        streamer = Streamer(
+            model, 1, settings_of(memory=memory, stochastic=memory == "none"), seed=1, encode=embed_prompts
+        )
         noises[memory] = []
         for prompt in prompts:
             noises[memory].append(streamer._noise()[0])
@@ -228,7 +230,7 @@ def test_a_batch_of_two_is_two_runs(model, memory, stochastic):
 def test_a_switch_takes_effect_at_once(model, score):
     """The first chunk after it retrieves by the new prompt, and sees the window's keys as the new text makes them."""
     settings = settings_of(relevance=score, window_frames=9, bank_frames=2, redundancy=0.99)
-    streamer = Streamer(model, 1, settings)
+    streamer = Streamer(model, 1, settings, encode=embed_prompts)
     for _ in range(9):
         streamer.next_chunk([STORY[0]])
     text = {prompt: model.encode_text(embed_prompts([prompt])) for prompt in (STORY[0], OTHER[2])}
@@ -243,7 +245,7 @@ def test_a_switch_takes_effect_at_once(model, score):
 
 def test_retrieval_by_two_prompts_differs(model):
     """So that the test above means something: what is retrieved does depend on the prompt."""
-    streamer = Streamer(model, 1, settings_of())
+    streamer = Streamer(model, 1, settings_of(), encode=embed_prompts)
     for prompt in itertools.chain.from_iterable(chunk_prompts([STORY], 9)):
         streamer.next_chunk([prompt])
     candidates, two = streamer.cache.candidates(), torch.tensor([2], dtype=torch.int32)
@@ -256,7 +258,7 @@ def test_retrieval_by_two_prompts_differs(model):
 
 
 def test_recached_window_equals_a_fresh_pass_under_the_new_text(model):
-    streamer = Streamer(model, 1, settings_of(memory="none"))
+    streamer = Streamer(model, 1, settings_of(memory="none"), encode=embed_prompts)
     past = [streamer.next_chunk([STORY[0]]).frames for _ in range(5)][-1]
     streamer.next_chunk([STORY[1]])
     assert streamer.cache.window_frames() == list(range(12, 18))
@@ -271,7 +273,7 @@ def test_recached_window_equals_a_fresh_pass_under_the_new_text(model):
 
     text = model.encode_text(embed_prompts([STORY[1]]))
     with torch.no_grad():
-        model(past, torch.zeros(1, 3), text, alone, conditions.coordinates(3, SIZE, SIZE))
+        model(past, torch.zeros(1, 3), text, alone, pixel_coordinates(3, SIZE, SIZE))
     streamer.cache.begin_chunk()  # opens the views; it will overwrite the re-cached chunk, but has not yet
     for layer, (k, v) in enumerate(fresh):
         for got, want in zip(streamer.cache.window(layer), (k, v), strict=True):
@@ -312,7 +314,7 @@ def test_stories_with_texts_of_different_length(model):
 def test_every_pass_sees_every_frame_once(model, memory, monkeypatch):
     """Absolute frames of all dense keys and of all candidates, pass by pass, over hundreds of chunks."""
     settings = settings_of(memory=memory, steps=1, device_frames=6 if memory == "memflow" else 360, host_frames=400)
-    streamer = Streamer(model, 1, settings)
+    streamer = Streamer(model, 1, settings, encode=embed_prompts)
     cache, layout = streamer.cache, streamer.cache.layout
     counts = []
 
@@ -355,7 +357,9 @@ def test_activation_counts_the_blocks_of_the_clean_pass(model, monkeypatch):
 
     select = activation_module.select_blocks
     monkeypatch.setattr(activation_module, "select_blocks", spy)
-    for chunk in stream(model, chunk_prompts([STORY, OTHER], 9), settings_of(top_k=3, query_group=5)):
+    for chunk in stream(
+        model, chunk_prompts([STORY, OTHER], 9), settings_of(top_k=3, query_group=5), encode=embed_prompts
+    ):
         for story, frames in enumerate(chunk.candidates):
             chosen = [int(block) for layer in seen for block in layer[story].flatten() if block >= 0]
             assert len(chosen) == (2 * 2 * 10 * 3 if frames else 0)  # layers, heads, groups of 5 in 48 queries, top_k
@@ -377,7 +381,7 @@ def allocated_bytes(streamer: Streamer, prompt: str) -> int:
 def test_a_chunk_allocates_nothing_in_proportion_to_the_cache(model, memory):
     sizes = []
     for device_frames in (10, 2000):
-        streamer = Streamer(model, 1, settings_of(memory=memory, device_frames=device_frames))
+        streamer = Streamer(model, 1, settings_of(memory=memory, device_frames=device_frames), encode=embed_prompts)
         for _ in range(6):
             streamer.next_chunk([STORY[0]])
         sizes.append(allocated_bytes(streamer, STORY[0]))
@@ -395,7 +399,7 @@ def test_chunks_come_as_they_are_made_from_prompts_without_end(model):
             asked.append(index)
             yield [STORY[index % 2]]
 
-    chunks = stream(model, prompts(), settings_of())
+    chunks = stream(model, prompts(), settings_of(), encode=embed_prompts)
     assert [next(chunks).index for _ in range(3)] == [0, 1, 2]
     assert asked == [0, 1, 2]
     chunks.close()
@@ -458,19 +462,19 @@ def test_impossible_settings_are_refused(changes, message):
 
 def test_what_cannot_work_is_said_before_the_first_chunk(model):
     with pytest.raises(ValueError, match="20 chunks need device_frames >= 19, got 10"):
-        stream(model, [["a ball in the sea"]] * 20, settings_of(memory="full", device_frames=10))
+        stream(model, [["a ball in the sea"]] * 20, settings_of(memory="full", device_frames=10), encode=embed_prompts)
     for prompts in ("a ball in the sea", ["a ball in the sea"], [[]], [[3]]):
         with pytest.raises(TypeError, match="prompts"):
-            next(stream(model, prompts, settings_of()))
+            next(stream(model, prompts, settings_of(), encode=embed_prompts))
     with pytest.raises(ValueError, match="does not divide into 4 x 4 patches"):
-        next(stream(model, [[STORY[0]]], settings_of(width=18)))
+        next(stream(model, [[STORY[0]]], settings_of(width=18), encode=embed_prompts))
     for seed in (-1, [1, 2]):
         with pytest.raises(ValueError, match="seed must be"):
-            Streamer(model, 1, settings_of(), seed)
+            Streamer(model, 1, settings_of(), seed, encode=embed_prompts)
 
 
 def test_a_bad_prompt_in_mid_stream_loses_nothing(model):
-    streamer = Streamer(model, 1, settings_of(), seed=2)
+    streamer = Streamer(model, 1, settings_of(), seed=2, encode=embed_prompts)
     first = streamer.next_chunk([STORY[0]])
     with pytest.raises(ValueError, match="unknown word 'dragon'"):
         streamer.next_chunk(["a dragon in the sea"])
@@ -501,7 +505,7 @@ def test_a_policy_of_the_caller_s_own_chooses_the_bank(model):
             chosen = [frames[:2] for frames in candidates.frames]
             return Retrieved(chosen, [[1.0] * len(frames) for frames in chosen])
 
-    streamer = Streamer(model, 1, settings_of(), policy=Oldest())
+    streamer = Streamer(model, 1, settings_of(), encode=embed_prompts, policy=Oldest())
     for prompts in chunk_prompts([STORY], 12):
         chunk = streamer.next_chunk(prompts)
         oldest = [frame for frame in range(3, chunk.first_frame - 3, 3)][:2]

@@ -40,7 +40,7 @@ def model() -> CausalVideoModel:
 
 
 def settings_of(**changes) -> StreamSettings:
-    defaults = {"memory": "released", "height": SIZE, "width": SIZE, "steps": 2, "window_frames": 9}
+    defaults = {"memory": "released", "height": SIZE, "width": SIZE, "steps": 2, "shift": 7.0, "window_frames": 9}
     return StreamSettings(**{**defaults, **changes})
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from memflow_ops.model.checkpoints.native import load_checkpoint
-from memflow_ops.model.streaming import conditions
+from memflow_ops.model.streaming.conditions import pixel_coordinates
 from memflow_ops.model.toy import language, train
 from memflow_ops.model.toy.language import NOBODY
 from memflow_ops.model.toy.teacher_forcing import CHUNK_FRAMES, TeacherForcedAttention, plan_memory, relevance_loss
@@ -232,7 +232,7 @@ def test_noisy_rows_do_not_leak_into_others(batch):
     @torch.no_grad()
     def answer(x: torch.Tensor) -> torch.Tensor:
         attention = TeacherForcedAttention(batch.plan, CHUNKS, (4, 4), 32, top_k=4)
-        return model(x, t, encoded, attention, conditions.coordinates(CHUNK_FRAMES, 16, 16))
+        return model(x, t, encoded, attention, pixel_coordinates(CHUNK_FRAMES, 16, 16))
 
     before = answer(x)
     # A clean chunk at the end of its clip that no other clip remembers is seen by nobody but itself.

@@ -5,7 +5,7 @@ import itertools
 import torch
 from toy_scenes import all_scenes, empty_scenes
 
-from memflow_ops.model.streaming import conditions
+from memflow_ops.model.streaming.conditions import pixel_coordinates
 from memflow_ops.model.toy import judge, world
 from memflow_ops.model.toy.language import CHARACTERS, NOBODY, PLACES
 
@@ -125,7 +125,7 @@ def test_clips_repeat_with_their_seed():
 
 
 def test_coordinates_run_from_edge_to_edge():
-    xy = conditions.coordinates(2, 4, 8)
+    xy = pixel_coordinates(2, 4, 8)
     assert xy.shape == (1, 2, 2, 4, 8)
     torch.testing.assert_close(xy[0, 0, 1, 2], torch.linspace(-0.875, 0.875, 8))
     torch.testing.assert_close(xy[0, 1, 0, :, 5], torch.linspace(-0.75, 0.75, 4))

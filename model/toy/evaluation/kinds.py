@@ -15,7 +15,7 @@ from memflow_ops.model.toy.evaluation.held_out import (
     FRAMES_PER_PROMPT,
 )
 from memflow_ops.model.toy.evaluation.rows import Story
-from memflow_ops.model.toy.language import parse_prompt
+from memflow_ops.model.toy.language import embed_prompts, parse_prompt
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
 # ----------------------------------------------------------------------------------------------------------------- rows
@@ -82,7 +82,7 @@ def stream_stories(
     # Nothing is to be forgotten: what is judged is retrieval from the whole past.
     settings = kind.change(replace(settings, device_frames=max(settings.device_frames, len(spoken))))
     oracle = Oracle(settings.bank_frames, stories) if kind.oracle else None
-    streamer = Streamer(model, len(stories), settings, seed, policy=oracle)
+    streamer = Streamer(model, len(stories), settings, seed, encode=embed_prompts, policy=oracle)
     for prompts in spoken:
         if oracle is not None:
             oracle.coming = prompts
