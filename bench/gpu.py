@@ -284,7 +284,7 @@ def replace_window(bench: Bench, keys: int) -> Bench:
 
 
 def tuning(bench: Bench) -> list[dict[str, Any]]:
-    """The bank kernel under other tiles and other ways to load than configs.py has here, and with no wave split."""
+    """The bank kernel under other tiles than configs.py has, and with the last wave not split."""
     from memflow_ops.kernels import configs
 
     s = bench.sizes
@@ -292,36 +292,25 @@ def tuning(bench: Bench) -> list[dict[str, Any]]:
     bank = bench.bank(min(16, s.bank_frames))
     group, single = (bench.selection(bank, size)() for size in (s.query_group, 1))
     options: dict[str, Any] = dict(block_size=s.block_size, frame_tokens=s.frame_tokens, impl="triton")
-    tiles, loads, splits = dict(configs.ATTEND_TILES), dict(configs.ATTEND_LOADS), configs.MAX_SPLITS
-    described, specialized = configs.Loads(descriptors=True), configs.Loads(descriptors=True, warp_specialize=True)
-    ways = {"pointers": configs.Loads(), "descriptors": described, "specialized warps": specialized}
-    # BLOCK_M, BLOCK_N, num_warps (specialized: always 4), num_stages; the last tile has room for two programs on sm_90
-    tries: list[tuple[str, tuple[int, int, int, int] | None]] = [
-        ("pointers", None), ("descriptors", None), ("specialized warps", None), ("specialized warps", (128, 64, 4, 2)),
-        ("pointers", (128, 64, 8, 2)), ("pointers", (128, 64, 8, 4)), ("descriptors", (128, 64, 8, 2)),
-        ("descriptors", (128, 64, 8, 4)), ("pointers", (128, 32, 8, 4)), ("pointers", (64, 64, 4, 3)),
+    tiles, splits = dict(configs.ATTEND_TILES), configs.MAX_SPLITS
+    # BLOCK_M, BLOCK_N, num_warps, num_stages; the last tile has room for two programs on sm_90
+    tries: list[tuple[int, int, int, int] | None] = [
+        None, (128, 64, 8, 2), (128, 64, 8, 4), (128, 32, 8, 4), (64, 64, 4, 3)
     ]  # fmt: skip
-    device_has = torch.cuda.get_device_capability() if bench.device.type == "cuda" else (9, 0)
-    unsplit = ("pointers", None, 1)
     try:
-        for way, tile, most_splits in [*((way, tile, splits) for way, tile in tries), unsplit]:
-            if way != "pointers" and device_has < (9, 0):
-                continue
+        for tile, most_splits in [*((tile, splits) for tile in tries), (None, 1)]:
             configs.ATTEND_TILES.update(tiles if tile is None else {row: {256: tile} for row in tiles})
-            configs.ATTEND_LOADS.update(dict.fromkeys(loads, ways[way]))
             configs.MAX_SPLITS = most_splits
             name = "the table's" if tile is None else "{} x {}, {} warps, {} stages".format(*tile)
             name += "" if most_splits > 1 else ", last wave not split"
-            row: dict[str, Any] = {"what": f"{way}, {name}"}
+            row: dict[str, Any] = {"what": name}
             calls: dict[str, Call] = {
                 "group": lambda: attend_selected(
                     bench.q, bank.k, bank.v, group, query_group=s.query_group, **options
                 ),
+                "per_query": lambda: attend_selected(bench.q, bank.k, bank.v, single, query_group=1, **options),
+                "window": bench.attention(None, dense_backend="own"),
             }  # fmt: skip
-            if way != "specialized warps":  # which neither of these can have
-                calls["per_query"] = lambda: attend_selected(bench.q, bank.k, bank.v, single, query_group=1, **options)
-            if way == "pointers":
-                calls["window"] = bench.attention(None, dense_backend="own")
             try:
                 row |= bench.times(**calls)
             except Exception as error:  # a tile that the device has no room for is an answer too
@@ -329,7 +318,6 @@ def tuning(bench: Bench) -> list[dict[str, Any]]:
             rows.append(row)
     finally:
         configs.ATTEND_TILES.update(tiles)
-        configs.ATTEND_LOADS.update(loads)
         configs.MAX_SPLITS = splits
     default = rows[0]
     for what in ("group", "per_query", "window"):

@@ -16,7 +16,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memflow_ops.kernels.launch import Launch
 
@@ -128,8 +127,6 @@ def launch_source(launch: Launch) -> ASTSource:
             return "constexpr"
         if isinstance(value, float):
             return "fp32"
-        if isinstance(value, TensorDescriptor):
-            return f"tensordesc<{POINTER_TYPES[value.base.dtype].removeprefix('*')}{value.block_shape}>"
         if isinstance(value, torch.Tensor):
             attributes[path] = [["tt.divisibility", 16]]
             return POINTER_TYPES[value.dtype]

@@ -4,7 +4,6 @@ The figures of `make aot` (bench/results/aot.json) say what each row takes; `mak
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import triton
@@ -74,29 +73,6 @@ ATTEND_TILES = {
     100: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     120: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},  # 99 KB of shared memory, as sm_86 and sm_89
 }
-
-
-@dataclass(frozen=True)
-class Loads:
-    """How attend_kernel loads the bank: by pointers, or by the copy engine of sm_90 and later (TMA).
-
-    Descriptors are for blocks that are multiples of BLOCK_N and memory aligned to 16 bytes; else pointers all the same.
-    warp_specialize: with descriptors and a selection from an earlier launch, a group of warps loads while two multiply.
-    """
-
-    descriptors: bool = False
-    warp_specialize: bool = False
-
-
-# Not measured yet: `make gpu-bench` times the others and says which is best.
-ATTEND_LOADS = {80: Loads(), 90: Loads(), 100: Loads()}
-
-
-def loads_config(capability: int) -> Loads:
-    """As attend_config: unknown architectures take the row below."""
-    return ATTEND_LOADS[max((known for known in ATTEND_LOADS if known <= capability), default=80)]
-
-
 # The backward of the queries: likewise.
 BACKWARD_QUERIES_TILES = {
     80: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},

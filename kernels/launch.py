@@ -6,7 +6,6 @@ from math import prod
 from typing import Any
 
 import torch
-import triton
 
 
 @dataclass(frozen=True)
@@ -23,7 +22,5 @@ class Launch:
         if prod(self.grid) == 0:
             return
         tensor = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
-        if self.arguments.get("WARP_SPECIALIZE"):  # memory for a descriptor that the kernel itself makes
-            triton.set_allocator(lambda size, alignment, stream: torch.empty(size, dtype=torch.int8, device="cuda"))
         with torch.cuda.device_of(tensor):
             self.kernel[self.grid](**self.arguments, **self.options)

@@ -58,16 +58,6 @@ def bank_place(
 
 
 @triton.jit
-def load_by_descriptor(tiles, place, slot, first, DIM: tl.constexpr):
-    """The tile [BLOCK_N, DIM] of a frame of the bank from its token `first` on; 0 past the frame's end and HEAD_DIM.
-
-    tiles: tensor descriptor of (B, frames, tokens, Hkv, D); place: batch and key head.
-    """
-    tile = tiles.load([place[0], slot, first, place[1], 0])
-    return tl.reshape(tile, [tile.shape[2], DIM])
-
-
-@triton.jit
 def used_entries(indices, entries, blocks, CHUNK: tl.constexpr):
     """The number of leading entries of a selection that reach up to its last valid index."""
     used = tl.zeros([CHUNK], tl.int32)
@@ -80,10 +70,9 @@ def used_entries(indices, entries, blocks, CHUNK: tl.constexpr):
 
 @triton.jit
 def attend_list(
-    query, k, v, k_stride, v_stride, k_tiles, v_tiles, place, indices, used, blocks, blocks_per_frame, frame_tokens,
+    query, k, v, k_stride, v_stride, indices, used, blocks, blocks_per_frame, frame_tokens,
     memory_slots, physical_frames, scale_log2, row_max, row_sum, accumulator,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-    WARP_SPECIALIZE: tl.constexpr,
 ):  # fmt: skip
     """Attend to the first `used` blocks of a list that all rows share.
 
@@ -101,26 +90,19 @@ def attend_list(
     )
     offset += BLOCK_N
     index = tl.load(indices + offset // BLOCK_SIZE, mask=offset < end, other=-1)
-    for first in tl.range(0, end, BLOCK_N, warp_specialize=WARP_SPECIALIZE):
+    for first in range(0, end, BLOCK_N):
         if shared:
             part = first % BLOCK_SIZE
             present = part + lanes < length
-            # triton does not specialize warps of a function that branches
-            ragged = True if WARP_SPECIALIZE else part + BLOCK_N > length
+            ragged = part + BLOCK_N > length
         else:
             part = (first + lanes) % BLOCK_SIZE
             present = part < length
             ragged = True
-        if k_tiles is not None:
-            # a block that there is not is past the frame's end
-            token = tl.where(length > 0, start + part, frame_tokens)
-            key = load_by_descriptor(k_tiles, place, slot, token, DIM)
-            value = load_by_descriptor(v_tiles, place, slot, token, DIM)
-        else:
-            token = slot.to(tl.int64) * frame_tokens + start + part
-            within = 0 if not shared else lanes.to(tl.int64)  # added last: what all lanes share needs no registers
-            key = load_rows(k + token * k_stride + within * k_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
-            value = load_rows(v + token * v_stride + within * v_stride, present, columns, HEAD_DIM)
+        token = slot.to(tl.int64) * frame_tokens + start + part
+        within = 0 if not shared else lanes.to(tl.int64)  # added last: what all lanes share needs no registers
+        key = load_rows(k + token * k_stride + within * k_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
+        value = load_rows(v + token * v_stride + within * v_stride, present, columns, HEAD_DIM)
         row_max, row_sum, accumulator = attend_tile(
             query, key, value, present, ragged, None, scale_log2, row_max, row_sum, accumulator, False
         )
@@ -192,7 +174,7 @@ def union_kernel(
 
 @triton.jit
 def attend_union(
-    query, k, v, k_stride, v_stride, k_tiles, v_tiles, place, lists, row_mask, entries, union, size, blocks,
+    query, k, v, k_stride, v_stride, lists, row_mask, entries, union, size, blocks,
     blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2, row_max, row_sum, accumulator,
     HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     GUARD: tl.constexpr,
@@ -214,15 +196,10 @@ def attend_union(
     for step in range(size * PARTS):
         part = step % PARTS * BLOCK_N
         present = part + lanes < length
-        if k_tiles is not None:
-            token = tl.where(length > 0, start + part, frame_tokens)
-            key = load_by_descriptor(k_tiles, place, slot, token, DIM)
-            value = load_by_descriptor(v_tiles, place, slot, token, DIM)
-        else:
-            token = slot.to(tl.int64) * frame_tokens + start + part
-            within = lanes.to(tl.int64)
-            key = load_rows(k + token * k_stride + within * k_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
-            value = load_rows(v + token * v_stride + within * v_stride, present, columns, HEAD_DIM)
+        token = slot.to(tl.int64) * frame_tokens + start + part
+        within = lanes.to(tl.int64)
+        key = load_rows(k + token * k_stride + within * k_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
+        value = load_rows(v + token * v_stride + within * v_stride, present, columns, HEAD_DIM)
         row_max, row_sum, accumulator = attend_tile(
             query, key, value, present, part + BLOCK_N > length, wanted, scale_log2, row_max, row_sum, accumulator,
             GUARD,

@@ -10,16 +10,13 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from memflow_ops.kernels.attention.blocks import attend_list, attend_tile, attend_union, plan_union, used_entries
 from memflow_ops.kernels.attention.split import plan_merge_splits, rows_of_tile, tile_and_split
 from memflow_ops.kernels.configs import (
     ONE_LAUNCH_BYTES,
-    Loads,
     attend_config,
     capability_of,
-    loads_config,
     merge_config,
     multiprocessors_of,
     splits_config,
@@ -39,8 +36,6 @@ def attend_kernel(
     v,
     memory_k,  # (B, physical frames * frame_tokens, Hkv, D), or None: no bank
     memory_v,
-    memory_k_tiles,  # tensor descriptors of memory_k and memory_v as (B, frames, tokens, Hkv, D), or None: by pointers
-    memory_v_tiles,
     memory_slots,  # (B, F) int32, or None: identity
     indices,  # (B, H, G, K) int32: read, or with descriptors written
     unions,  # (B, H, tiles, BLOCK_M * K) int32 of union_kernel, or None: the rows of a tile share a selection
@@ -91,7 +86,6 @@ def attend_kernel(
     CHUNKS: tl.constexpr,  # of candidates, see select_one
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,  # programs per tile of the last wave
-    WARP_SPECIALIZE: tl.constexpr,
 ):
     tile = tl.program_id(0)
     if partial_out is not None:
@@ -140,12 +134,7 @@ def attend_kernel(
             )  # fmt: skip
             tl.debug_barrier()  # the indices that other threads of this program wrote are read from here on
 
-    if WARP_SPECIALIZE:  # with rows of the next group, which nobody stores. Triton splits only what it describes itself
-        q_head = q + batch * q_strides[0] + head * q_strides[2]
-        q_tiles = tl.make_tensor_descriptor(q_head, [queries, HEAD_DIM], [q_strides[1], 1], [BLOCK_M, DIM])
-        query = q_tiles.load([tl.min(rows, 0).to(tl.int32), 0])
-    else:
-        query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM], not held above
+    query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM], not held above
     # The softmax takes the maximum first, so its scale is above 0: the least for 0, and a sign goes to the query.
     if NEGATIVE_SCALE:
         query = cast(-query.to(tl.float32), query.dtype)  # the interpreter holds bfloat16 as bits
@@ -163,7 +152,6 @@ def attend_kernel(
     row_max, row_sum, accumulator = initial_state(out_rows, lse_rows, continues, HEAD_DIM, BLOCK_M, DIM)
 
     if memory_k is not None:
-        place = (batch.to(tl.int32), kv_head.to(tl.int32))
         if unions is None:
             used = used_entries(indices, entries, blocks, 32)
             if partial_out is not None:
@@ -171,17 +159,17 @@ def attend_kernel(
                 indices += first_entry
                 used = used * (split + 1) // splits - first_entry
             row_max, row_sum, accumulator = attend_list(
-                query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], memory_k_tiles, memory_v_tiles,
-                place, indices, used, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2,
-                row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N, WARP_SPECIALIZE,
+                query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1],
+                indices, used, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2,
+                row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE, BLOCK_N,
             )  # fmt: skip
         else:
             number = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + tile
             unions += number * BLOCK_M * entries
             size = tl.load(union_sizes + number)
             row_max, row_sum, accumulator = attend_union(
-                query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], memory_k_tiles, memory_v_tiles,
-                place, indices, row_mask, entries, unions, size, blocks, blocks_per_frame, frame_tokens,
+                query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1],
+                indices, row_mask, entries, unions, size, blocks, blocks_per_frame, frame_tokens,
                 memory_slots, physical_frames, scale_log2, row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE,
                 BLOCK_M, BLOCK_N, False,
             )  # fmt: skip
@@ -189,8 +177,8 @@ def attend_kernel(
                 # A value that is not finite reached rows that did not choose it. Rare: once more, with care.
                 row_max, row_sum, accumulator = initial_state(out_rows, lse_rows, row_mask, HEAD_DIM, BLOCK_M, DIM)
                 row_max, row_sum, accumulator = attend_union(
-                    query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1], memory_k_tiles, memory_v_tiles,
-                    place, indices, row_mask, entries, unions, size, blocks, blocks_per_frame, frame_tokens,
+                    query, memory_k, memory_v, memory_k_strides[1], memory_v_strides[1],
+                    indices, row_mask, entries, unions, size, blocks, blocks_per_frame, frame_tokens,
                     memory_slots, physical_frames, scale_log2, row_max, row_sum, accumulator, HEAD_DIM, DIM, BLOCK_SIZE,
                     BLOCK_M, BLOCK_N, True,
                 )  # fmt: skip
@@ -250,12 +238,6 @@ def strides_of(tensor: torch.Tensor | None, like: torch.Tensor | None = None) ->
     return tensor.stride()[:3]
 
 
-def describable(x: torch.Tensor) -> bool:
-    """Whether the copy engine can read tiles of x: it wants 16 bytes at a time, and no element twice."""
-    strides = [stride * x.element_size() for stride in x.stride()[:-1]]
-    return x.numel() > 0 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 16 == 0 for stride in strides)
-
-
 def plan_attend(
     q: torch.Tensor,
     k: torch.Tensor | None,
@@ -272,12 +254,11 @@ def plan_attend(
     resume_out: torch.Tensor | None = None,
     resume_lse: torch.Tensor | None = None,
     capability: int | None = None,
-    loads: Loads | None = None,
     multiprocessors: int | None = None,
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
     """The launches that fill out and lse, in order, and these two tensors. See `attend`.
 
-    capability: of the device, 90 for sm_90 (None: that of q's). loads: as configs.py has it for that (None).
+    capability: of the device, 90 for sm_90 (None: that of q's).
     multiprocessors: that the last wave of tiles is to fill (None: those of q's device, 0 without a GPU: as it comes).
     """
     batch, queries, heads, head_dim = q.shape
@@ -301,19 +282,6 @@ def plan_attend(
     capability = capability or capability_of(q)
     tiles, options, by_row = attend_config(capability, q.dtype, head_dim, query_group, queries)
     making = chosen or Chosen(q)
-    loads = loads or loads_config(capability)
-    descriptors = None
-    if loads.descriptors and memory_k is not None and memory_v is not None and not block_size % tiles["BLOCK_N"]:
-        banks = [x.unflatten(1, (-1, frame_tokens)) for x in (memory_k, memory_v)]
-        if all(describable(x) for x in banks):
-            tile = [1, 1, tiles["BLOCK_N"], 1, tiles["DIM"]]
-            descriptors = [TensorDescriptor(x, list(x.shape), list(x.stride()), tile) for x in banks]
-    # Triton takes neither branches nor loops with a condition there: no selection, no second way to walk the blocks.
-    simple = k is None and not by_row and making.descriptors is None
-    specialize = loads.warp_specialize and descriptors is not None and simple and describable(q)
-    specialize = specialize and q.dtype != torch.float32 and tiles["BLOCK_M"] >= 64
-    if specialize:
-        options["num_warps"] = 4  # of which triton makes three groups: one loads, two multiply
     launches = []
     if by_row and indices is not None:
         launch, unions, union_sizes = plan_union(indices, queries, query_group, blocks, tiles["BLOCK_M"])
@@ -328,8 +296,6 @@ def plan_attend(
         v=v,
         memory_k=memory_k,
         memory_v=memory_v,
-        memory_k_tiles=descriptors and descriptors[0],
-        memory_v_tiles=descriptors and descriptors[1],
         memory_slots=memory_slots,
         indices=indices,
         unions=unions,
@@ -370,14 +336,13 @@ def plan_attend(
         HEADS_PER_KV_HEAD=heads // kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
-        WARP_SPECIALIZE=specialize,
         **tiles,
         **rounds,
     )
     groups = 1 if by_row else triton.cdiv(queries, query_group)
     row_tiles = groups * triton.cdiv(queries if by_row else query_group, tiles["BLOCK_M"])
     whole, splits = row_tiles * heads * batch, 1
-    if k is None and not by_row and not specialize:
+    if k is None and not by_row:
         multiprocessors = multiprocessors_of(q) if multiprocessors is None else multiprocessors
         whole, splits = splits_config(whole, entries * block_size, tiles["BLOCK_M"], multiprocessors)
     arguments |= dict.fromkeys(("partial_out", "partial_lse", "whole_tiles", "tiles", "SPLITS"))
@@ -445,7 +410,6 @@ def plan_select_and_attend(
     resume_lse: torch.Tensor | None = None,
     launches: int | None = None,
     capability: int | None = None,
-    loads: Loads | None = None,
     multiprocessors: int | None = None,
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor, torch.Tensor]:
     """The launches that fill out, lse and indices, in order, and these tensors. See `select_and_attend`.
@@ -466,7 +430,7 @@ def plan_select_and_attend(
     elif launches == 1 and not possible:
         raise ValueError(f"groups of {query_group} queries over {blocks} blocks cannot be selected where they attend")
     before: list[Launch] = []
-    if launches == 2 and (by_row or (loads or loads_config(capability)).warp_specialize):
+    if launches == 2 and by_row:
         before, indices = plan_select(*selection)
         chosen = Chosen(indices)
     elif launches == 2:
@@ -481,7 +445,7 @@ def plan_select_and_attend(
     attending, out, lse = plan_attend(
         q, k, v, memory_k, memory_v, chosen, block_size=block_size, frame_tokens=frame_tokens,
         query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots, resume_out=resume_out,
-        resume_lse=resume_lse, capability=capability, loads=loads, multiprocessors=multiprocessors,
+        resume_lse=resume_lse, capability=capability, multiprocessors=multiprocessors,
     )  # fmt: skip
     return [*before, *attending], out, lse, chosen.indices
 

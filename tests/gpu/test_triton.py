@@ -202,39 +202,6 @@ def test_a_split_last_wave_agrees_with_an_unsplit_one(multiprocessors):
         assert torch.equal(captured[0], got[0]) and torch.equal(captured[1], got[1])
 
 
-@pytest.mark.parametrize("warp_specialize", [False, True])
-@pytest.mark.parametrize("group", [1, 128], ids="group{}".format)
-def test_descriptors_and_specialized_warps_agree_with_pointers(group, warp_specialize):
-    """Options that are not the default: they load the same, ragged blocks and absent ones included, in a graph too."""
-    from memflow_ops.kernels.attention.forward import Chosen, plan_attend
-    from memflow_ops.kernels.configs import Loads
-
-    if torch.cuda.get_device_capability() < (9, 0):
-        pytest.skip("tensor descriptors need sm_90")
-    q, _, _, memory_k, memory_v = wan_layer(8)
-    indices = ops.select_blocks(q, ops.describe_blocks(memory_k, 64, 1560), 24, query_group=group, blocks_per_frame=25)
-    indices[..., 3], indices[..., 5], indices[..., 7] = -1, 24, 1000
-    options = dict(block_size=64, frame_tokens=1560, query_group=group, softmax_scale=0.1)
-    slots = torch.tensor([[7, 6, 5, 4, 3, 2, 1, 0]], dtype=torch.int32, device="cuda")
-
-    def run(loads):
-        planned, *state = plan_attend(
-            q, None, None, memory_k, memory_v, Chosen(indices), memory_slots=slots, loads=loads, **options
-        )
-        for launch in planned:
-            launch.run()
-        return state
-
-    expected = run(Loads())
-    got = run(Loads(descriptors=True, warp_specialize=warp_specialize))
-    torch.testing.assert_close(got, expected, rtol=2e-2, atol=2e-3)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(Loads(descriptors=True, warp_specialize=warp_specialize))
-    graph.replay()
-    assert torch.equal(captured[0], got[0]) and torch.equal(captured[1], got[1])
-
-
 @pytest.mark.parametrize("heads", [(12, 12), (12, 4), (12, 1)], ids=str)
 @pytest.mark.parametrize("head_dim", [64, 96, 128])
 @pytest.mark.parametrize("backend", [name for name in dense.NAMES if name not in ("auto", "own", "cpu")])

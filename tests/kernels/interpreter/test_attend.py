@@ -210,48 +210,6 @@ def test_large_scores_do_not_overflow():
     assert lse.abs().max() > 500
 
 
-@pytest.mark.parametrize(
-    ("dtype", "group", "length", "warp_specialize"),
-    [
-        (torch.bfloat16, 1, 9, False),
-        (torch.bfloat16, 64, 80, False),
-        (torch.bfloat16, 64, 80, True),
-        (torch.float32, 64, 70, False),
-    ],
-    ids=str,
-)
-def test_tensor_descriptors_load_what_pointers_do(dtype, group, length, warp_specialize, monkeypatch):
-    """Ragged blocks, blocks that there are not, one of them in the middle, head dimensions below the tile's."""
-    torch.manual_seed(8)
-    bank = (2, 150, 64) if dtype == torch.bfloat16 else (2, 50, 16)
-    arguments = case(dtype, batch=2, heads=(2, 1), head_dim=24, queries=(group, length), bank=bank, top_k=4, slots=True)
-    arguments["indices"][..., 1:3] = torch.tensor([-1, 99])
-    by_pointers = launch(arguments)
-    loads = configs.Loads(descriptors=True, warp_specialize=warp_specialize)
-    monkeypatch.setattr(configs, "ATTEND_LOADS", dict.fromkeys(configs.ATTEND_LOADS, loads))
-    planned, *_ = call(plan_attend, {**arguments, "indices": Chosen(arguments["indices"])})
-    assert planned[-1].arguments["memory_k_tiles"] is not None
-    assert planned[-1].arguments["WARP_SPECIALIZE"] == warp_specialize
-    got = launch(arguments)
-    assert torch.equal(got[0], by_pointers[0]) and torch.equal(got[1], by_pointers[1])
-    check(arguments, got)
-
-
-def test_memory_that_descriptors_cannot_describe_is_loaded_by_pointers(monkeypatch):
-    torch.manual_seed(9)
-    monkeypatch.setattr(configs, "ATTEND_LOADS", dict.fromkeys(configs.ATTEND_LOADS, configs.Loads(True, True)))
-    odd = case(torch.float32, head_dim=17)
-    small = case(torch.bfloat16, bank=(3, 37, 16))
-    shifted = case(torch.float32)
-    for name in ("memory_k", "memory_v"):
-        moved = torch.cat([torch.zeros(1), shifted[name].flatten()])[1:]
-        shifted[name] = moved.view_as(shifted[name])
-    for arguments in (odd, small, shifted):
-        planned, *_ = call(plan_attend, {**arguments, "indices": Chosen(arguments["indices"])})
-        assert planned[-1].arguments["memory_k_tiles"] is None and not planned[-1].arguments["WARP_SPECIALIZE"]
-        check(arguments)
-
-
 @pytest.mark.parametrize("scale", [-0.3, 0.0])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_scales_that_are_not_positive(dtype, scale):
@@ -431,13 +389,33 @@ def test_splits_give_the_same_bits_twice_and_from_any_strides():
 
 @splitting
 @pytest.mark.parametrize("block_size", [8, 48], ids="blocks{}".format)
-def test_blocks_shorter_and_longer_than_a_tile_of_keys_by_descriptors(block_size):
+def test_splits_of_blocks_shorter_and_longer_than_a_tile_of_keys(block_size):
     torch.manual_seed(6)
     arguments = case(torch.bfloat16, queries=(16, 40), head_dim=40, bank=(3, 136, block_size), top_k=7)
-    arguments["loads"] = configs.Loads(descriptors=True)
     launches, *got = planned(arguments, 15)
     assert splits_of(launches) == 2
-    assert (launches[0].arguments["memory_k_tiles"] is not None) == (block_size == 48)
     run(launches)
-    del arguments["loads"]
     check(arguments, got)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "group", "length"), [(torch.bfloat16, 1, 9), (torch.bfloat16, 64, 80), (torch.float32, 64, 70)], ids=str
+)
+def test_absent_blocks_in_the_middle_of_a_list(dtype, group, length):
+    """Lists with ragged blocks and entries that are no block, and head dimensions below the tile's."""
+    torch.manual_seed(8)
+    bank = (2, 150, 64) if dtype == torch.bfloat16 else (2, 50, 16)
+    arguments = case(dtype, batch=2, heads=(2, 1), head_dim=24, queries=(group, length), bank=bank, top_k=4, slots=True)
+    arguments["indices"][..., 1:3] = torch.tensor([-1, 99])
+    check(arguments)
+
+
+def test_memory_at_odd_addresses_and_of_odd_strides():
+    torch.manual_seed(9)
+    odd = case(torch.float32, head_dim=17)
+    shifted = case(torch.float32)
+    for name in ("memory_k", "memory_v"):
+        moved = torch.cat([torch.zeros(1), shifted[name].flatten()])[1:]
+        shifted[name] = moved.view_as(shifted[name])
+    check(odd)
+    check(shifted)
