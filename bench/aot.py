@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import triton
 
-from memflow_ops.bench.harness.results import write
+from memflow_ops.bench.harness.results import write_json
 from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, launch_source
 from memflow_ops.kernels.attention.backward import plan_attend_backward
 from memflow_ops.kernels.attention.forward import plan_attend, plan_select_and_attend
@@ -331,7 +331,7 @@ def main() -> int:
     grown = [line for line in found if "grew from" in line]
     if len(found) > len(grown) or (grown and not arguments.renew):
         return 1
-    write(RESULT, stored | tables)
+    write_json(RESULT, stored | tables)
     print(f"written to {RESULT}")
     return 0
 

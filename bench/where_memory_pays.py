@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from memflow_ops.allocator import keep_freed_memory
-from memflow_ops.bench.harness.results import load, write
+from memflow_ops.bench.harness.results import load, write_json
 from memflow_ops.environment import environment
 from memflow_ops.files import check_target, sha256, write_atomically
 from memflow_ops.model.checkpoints.native import load_checkpoint
@@ -295,7 +295,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         with Progress(console=console) as bar:
             for done in measure(told, settings, about, bar):
-                write(given.out, without_nan({**told, **about}))
+                write_json(given.out, without_nan({**told, **about}))
                 kept = True
                 write_atomically(given.out.with_suffix(".png"), draw(told["rows"], told["timings"]))
                 console.print(done)

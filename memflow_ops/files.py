@@ -1,5 +1,6 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and by one process at a time."""
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
@@ -23,6 +24,33 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path, wait: bool = True) -> Iterator[None]:
+    """Only one process at a time is inside for this path; it may read the file and write it anew.
+
+    Others wait, or with wait=False get a ValueError. The lock is a file beside `path`, which is there while it is held.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = path.with_name(f".{path.name}.lock")
+    while True:
+        with open(lock, "w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ValueError(f"another process is writing {path}: wait for it, or name another file") from None
+            try:
+                held = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
+            except FileNotFoundError:
+                held = False
+            if not held:
+                continue  # The last holder deleted this file, and a lock on a deleted file keeps nobody out.
+            try:
+                yield
+            finally:
+                lock.unlink()
+            return
 
 
 def _umask() -> int:

@@ -1,10 +1,9 @@
-"""Result files: JSON named after the device, each with what its figures depend on."""
+"""Result files: JSON named after the device, in which every row says what its figures depend on."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,56 +13,31 @@ from typing import Any
 import torch
 
 from memflow_ops.environment import environment, version
+from memflow_ops.files import locked, write_atomically
 
 WORSE = 1.10
-"""A ratio that is more than this many times the stored one fails `make bench-compare`."""
+"""`make bench-compare` fails where a ratio is more than this many times the stored one."""
 
-Row = Mapping[str, Any]
-
-
-def result_file(folder: Path, device: torch.device) -> Path:
-    """`<device>-<date>.json`, of what is measured on GPUs."""
-    about = environment(device)
-    return folder / f"{slug(str(about['device']))}-{about['date']}.json"
+ResultRow = Mapping[str, Any]
+"""What one contender of one case took, as the result files hold it."""
 
 
-def slug(name: str) -> str:
-    """A device's name as part of a file's."""
+def device_slug(name: str) -> str:
+    """A device's name as part of a file's name."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def record(folder: Path, device: torch.device, section: str, result: object) -> Path:
-    """Put `result` under `section` of the device's file of today, whose other sections stay. A damaged file goes to
-    `*.damaged`: what has just been measured is not lost for it."""
-    target = result_file(folder, device)
-    kept: dict[str, object] = {}
-    try:
-        kept |= json.loads(target.read_text()) if target.is_file() else {}
-    except (ValueError, TypeError):
-        target.replace(target.with_suffix(".damaged"))
-    write(target, {**kept, **environment(device), "triton": version("triton"), section: result})
-    return target
-
-
-def write(target: Path, result: object) -> None:
-    write_text(target, json.dumps(result, indent=1) + "\n")
-
-
-def write_text(target: Path, words: str) -> None:
-    """Whole or not at all. The temporary name is this process's own; imports nothing that a machine that only measures
-    kernels may lack."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_text(words, encoding="utf-8")
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
+def write_json(target: Path, result: object) -> None:
+    """Write a result file whole or not at all."""
+    write_atomically(target, (json.dumps(result, indent=1) + "\n").encode())
 
 
 def load(target: Path, empty: Mapping[str, Any]) -> dict[str, Any]:
-    """The results in a file; `empty` where there is no file, a ValueError where it is damaged: no rows, or nothing of
-    the kind of an entry of `empty`."""
+    """Read a result file.
+
+    empty: what a file without results would hold. It is returned where there is no file, and the types of its entries
+    are those that the file's entries must have. Raises ValueError where the file is damaged or has no rows.
+    """
     if not target.exists():
         return dict(copy.deepcopy(empty))
     try:
@@ -76,31 +50,54 @@ def load(target: Path, empty: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def damaged(target: Path) -> ValueError:
+    """The error that names a damaged file and what to do about it."""
     return ValueError(f"{target} is damaged: delete it, or restore it from git")
+
+
+def record(folder: Path, device: torch.device, section: str, result: object) -> Path:
+    """Put `result` under `section` of `<device>-<date>.json`, whose other sections stay, and return that file.
+
+    A damaged file is moved to `*.damaged`, so that what has just been measured is not lost because of it.
+    """
+    about = environment(device)
+    target = folder / f"{device_slug(str(about['device']))}-{about['date']}.json"
+    with locked(target):
+        kept: dict[str, object] = {}
+        try:
+            kept |= json.loads(target.read_text()) if target.is_file() else {}
+        except (ValueError, TypeError):
+            target.replace(target.with_suffix(".damaged"))
+        write_json(target, {**kept, **about, "triton": version("triton"), section: result})
+    return target
 
 
 # ---------------------------------------------------------------------------------------------- the registry's results
 
-REGISTRY: Mapping[str, Any] = {"rows": [], "history": [], "ceilings": {}}
+_EMPTY: Mapping[str, Any] = {"rows": [], "history": [], "ceilings": {}}
 
-
-def bench_file(folder: Path, about: Mapping[str, object]) -> Path:
-    """Where the registry's results of a device are: one file, whose rows each say when they were measured."""
-    return folder / f"bench-{slug(str(about['device']))}.json"
-
-
+# The entries that every row, and every entry of the history, must have, and their types.
 _SPREAD = {name: (int, float) for name in ("p20", "p50", "p80")}
 _ROW = {
     **dict.fromkeys(("case", "level", "size", "dtype", "contender", "baseline", "torch", "date"), str),
     **dict.fromkeys(("seconds", "over_baseline", "ours_over_this"), _SPREAD),
-    "commit": (str, type(None)), "rounds": int, "settings": dict,
-}  # fmt: skip
+    "commit": (str, type(None)),
+    "rounds": int,
+    "settings": dict,
+}
 _ENTRY = {"commit": (str, type(None)), "date": str, "ratios": dict}
 
 
+def bench_file(folder: Path, about: Mapping[str, object]) -> Path:
+    """The file of a device's registry results. There is one for all days: each row says when it was measured."""
+    return folder / f"bench-{device_slug(str(about['device']))}.json"
+
+
 def load_bench(target: Path) -> dict[str, Any]:
-    """The registry's results in a file, or none; a ValueError where it is damaged, down to what is read of each row."""
-    found = load(target, REGISTRY)
+    """Read the registry's results, or none where there is no file.
+
+    Raises ValueError where the file is damaged, which includes a row that lacks something that is read of it.
+    """
+    found = load(target, _EMPTY)
     ratios = [ratio for entry in found["history"] if _has(entry, _ENTRY) for ratio in entry["ratios"].values()]
     whole = (
         all(_has(row, _ROW) for row in found["rows"])
@@ -113,31 +110,33 @@ def load_bench(target: Path) -> dict[str, Any]:
     return found
 
 
-def _has(found: object, kinds: Mapping[str, Any]) -> bool:
-    """found is an object with entries of these kinds; a kind that is a mapping is an object's in turn."""
+def _has(found: object, types: Mapping[str, Any]) -> bool:
+    """Whether `found` is an object with entries of these types; a mapping of types describes an object in turn."""
     return isinstance(found, dict) and all(
-        name in found and (_has(found[name], kind) if isinstance(kind, dict) else isinstance(found[name], kind))
-        for name, kind in kinds.items()
+        name in found and (_has(found[name], of) if isinstance(of, dict) else isinstance(found[name], of))
+        for name, of in types.items()
     )
 
 
-def keep(target: Path, rows: Sequence[Row], ceilings: Mapping[str, float], about: Mapping[str, object]) -> None:
-    """Put rows in the place of those of the same cases, and their ratios behind the history of their commit."""
-    kept = load_bench(target)
-    cases = {row["case"] for row in rows}
-    history = list(kept["history"])
-    if not history or history[-1]["commit"] != about["commit"]:
-        history.append({"commit": about["commit"], "date": about["date"], "ratios": {}})
-    history[-1]["ratios"] |= {row["case"]: row["over_baseline"] for row in rows if row["contender"] == "ours"}
-    write(
-        target,
-        {
+def keep(target: Path, rows: Sequence[ResultRow], ceilings: Mapping[str, float], about: Mapping[str, object]) -> None:
+    """Replace the rows of the same cases in a file, and add their ratios to the history of the commit in `about`.
+
+    Two processes that keep results in one file wait for each other, so that neither loses the other's rows.
+    """
+    with locked(target):
+        kept = load_bench(target)
+        cases = {row["case"] for row in rows}
+        history = list(kept["history"])
+        if not history or history[-1]["commit"] != about["commit"]:
+            history.append({"commit": about["commit"], "date": about["date"], "ratios": {}})
+        history[-1]["ratios"] |= {row["case"]: row["over_baseline"] for row in rows if row["contender"] == "ours"}
+        result = {
             "device": about["device"],
             "ceilings": {**kept["ceilings"], **ceilings},
             "rows": [*(row for row in kept["rows"] if row["case"] not in cases), *rows],
             "history": history,
-        },
-    )
+        }
+        write_json(target, result)
 
 
 @dataclass(frozen=True)
@@ -146,12 +145,15 @@ class Worse:
 
     words: str
     in_doubt: bool
-    """The spreads of the two ratios overlap, or one has none."""
+    """Whether the spreads of the two ratios overlap, or one of them was measured in one round and has no spread."""
 
 
-def comparable(target: Path, settings: Mapping[str, Mapping[str, object]]) -> dict[str, Row]:
-    """The stored rows of ours by case. settings: by case, of those that are to be compared. A ValueError for one that
-    has no stored result, or one with other settings: that is not to pass for "no worse"."""
+def comparable(target: Path, settings: Mapping[str, Mapping[str, object]]) -> dict[str, ResultRow]:
+    """The stored rows of ours, by case.
+
+    settings: those of each case that is going to be compared, by the case's name. Raises ValueError where a case has no
+    stored result or was stored with other settings, because neither may pass for "no worse".
+    """
     if not target.is_file():
         raise ValueError(f"nothing to compare with: {target} does not exist; run `make bench` first")
     stored = {row["case"]: row for row in load_bench(target)["rows"] if row["contender"] == "ours"}
@@ -165,8 +167,11 @@ def comparable(target: Path, settings: Mapping[str, Mapping[str, object]]) -> di
     return stored
 
 
-def compared(ours: Row, target: Path) -> Worse | None:
-    """A case's row of ours beside the stored one. A ValueError as of `comparable`, or for another baseline."""
+def compared(ours: ResultRow, target: Path) -> Worse | None:
+    """Compare a case's row of ours with the stored one; None where it is no worse.
+
+    Raises ValueError as `comparable` does, and where the two ratios are over different baselines.
+    """
     case, baseline = ours["case"], ours["baseline"]
     before = comparable(target, {case: ours["settings"]})[case]
     if before["baseline"] != baseline:
@@ -174,7 +179,7 @@ def compared(ours: Row, target: Path) -> Worse | None:
     old, new = before["over_baseline"], ours["over_baseline"]
     if new["p50"] <= WORSE * old["p50"]:
         return None
-    in_doubt = new["p20"] <= old["p80"] or 1 in (before["rounds"], ours["rounds"])  # one round has no spread
+    in_doubt = new["p20"] <= old["p80"] or 1 in (before["rounds"], ours["rounds"])
     return Worse(
         f"{case}: ours takes {new['p50']:.3f} times {baseline} ({new['p20']:.3f} to {new['p80']:.3f}), stored "
         f"{old['p50']:.3f} ({old['p20']:.3f} to {old['p80']:.3f}) of {before['date']}, commit {before['commit']}: "

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from memflow_ops.bench.harness.case import OURS
-from memflow_ops.bench.harness.results import write_text
+from memflow_ops.bench.harness.results import ResultRow
 from memflow_ops.bench.report import svg
 from memflow_ops.bench.report.table import (
     FRAMES_PER_SECOND,
@@ -20,8 +20,7 @@ from memflow_ops.bench.report.table import (
     measured_at,
     named,
 )
-
-Row = Mapping[str, Any]
+from memflow_ops.files import write_atomically
 
 AIM_OVERHEAD = 7.9
 """Percent more time than without memory: what ours is to stay below. (The paper's 7.9 % is of its speed against a frame
@@ -65,7 +64,7 @@ _WORDS = {
 
 
 def page(results: Mapping[str, Any]) -> str:
-    rows: Sequence[Row] = results["rows"]
+    rows: Sequence[ResultRow] = results["rows"]
     about = (
         f"{results['device']}, {measured_at(rows)}; {ceilings_line(results['ceilings'])}. All of it is measured: "
         "medians, in charts with a bar from the 20th to the 80th percentile. What is compared ran in turn, and ratios "
@@ -90,7 +89,7 @@ def percent(ratio: Mapping[str, float]) -> svg.Spread:
     return middle, low, high
 
 
-def streams(rows: Sequence[Row]) -> str:
+def streams(rows: Sequence[ResultRow]) -> str:
     shown = [row for row in rows if row["level"] == "stream" and row["contender"] not in (row["baseline"], "full")]
     sizes, found = len({row["size"] for row in shown}), {}
     for row in shown:
@@ -106,7 +105,7 @@ def streams(rows: Sequence[Row]) -> str:
                     edge=AIM_OVERHEAD, edge_label=f"aim: {AIM_OVERHEAD} %") if found else ""  # fmt: skip
 
 
-def bank_sizes(rows: Sequence[Row]) -> str:
+def bank_sizes(rows: Sequence[ResultRow]) -> str:
     names = {
         OURS: "memory_attention",
         "released way": "the released way",
@@ -133,7 +132,7 @@ def bank_sizes(rows: Sequence[Row]) -> str:
     return svg.lines(found, "overhead by bank size", x_label, "% over the window alone", log_x=True, right=right)
 
 
-def parts(rows: Sequence[Row]) -> str:
+def parts(rows: Sequence[ResultRow]) -> str:
     """Milliseconds of each part, by size."""
     of = {
         "select": ("select", OURS),
@@ -151,7 +150,7 @@ def parts(rows: Sequence[Row]) -> str:
     return svg.bars(found, "time by part", "milliseconds in one layer") if found else ""
 
 
-def against_ceilings(rows: Sequence[Row]) -> str:
+def against_ceilings(rows: Sequence[ResultRow]) -> str:
     found: dict[str, dict[str, svg.Spread]] = {}
     for row in rows:
         if (
@@ -182,7 +181,7 @@ def history(results: Mapping[str, Any]) -> str:
     return svg.lines(found, "overhead by commit", "commit", "% over the baseline", x_names=names, right=330)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[ResultRow]) -> str:
     lines = [f"<table><tr><th>case, contender</th>{''.join(f'<th>{h}</th>' for h in HEADINGS)}</tr>"]
     for case, of in cases_of(rows).items():
         when = f"<span class=faint>{escape(of[0]['date'])}, commit {escape(str(of[0]['commit']))}</span>"
@@ -197,7 +196,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def write_report(results: Mapping[str, Any], target: Path) -> None:
-    write_text(target, page(results))
+    write_atomically(target, page(results).encode())
 
 
 def write_plot(results: Mapping[str, Any], target: Path) -> bool:
@@ -207,5 +206,5 @@ def write_plot(results: Mapping[str, Any], target: Path) -> bool:
     if chart:
         head, body = chart.split("\n", 1)
         background = '<rect width="100%" height="100%" fill="var(--paper)"/>'
-        write_text(target, f"{head}\n<style>{svg.STYLE}</style>\n{background}\n{body}\n")
+        write_atomically(target, f"{head}\n<style>{svg.STYLE}</style>\n{background}\n{body}\n".encode())
     return bool(chart)

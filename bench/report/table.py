@@ -9,15 +9,14 @@ from rich.console import Console
 from rich.table import Table
 
 from memflow_ops.bench.harness.case import OURS
+from memflow_ops.bench.harness.results import ResultRow
 from memflow_ops.bench.harness.statistics import decided
 
-Row = Mapping[str, Any]
 
-
-def cases_of(rows: Sequence[Row]) -> dict[str, list[Row]]:
+def cases_of(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
     """Rows by case, streams first, ours first in each."""
     order = {"stream": 0, "layer": 1, "op": 2}
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[ResultRow]] = {}
     for row in sorted(rows, key=lambda row: (order[row["level"]], row["dtype"] != "float32")):
         found.setdefault(row["case"], []).append(row)
     return found
@@ -39,20 +38,20 @@ def milliseconds(seconds: Mapping[str, float], rounds: int) -> str:
     return f"{middle:.{digits}f} ({spread})"
 
 
-def of_ceiling(row: Row, figure: str, share: str) -> str:
+def of_ceiling(row: ResultRow, figure: str, share: str) -> str:
     if figure not in row:
         return ""
     return f"{row[figure]:.3g} ({100 * row[share]:.0f} %)"
 
 
-def named(row: Row) -> str:
+def named(row: ResultRow) -> str:
     """A contender, the frames of video that it makes, and the histories that it was timed over where they grow."""
     speed = f", {row['fps']:.3g} frames/s" if "fps" in row else ""
     first, last = row.get("history_timed", (0, 0))
     return f"{row['contender']}{speed}" + (f", history {first} to {last}" if last else "")
 
 
-def cells(row: Row) -> list[str]:
+def cells(row: ResultRow) -> list[str]:
     """One contender: time, over the baseline, ours against it, TFLOP/s, GB/s."""
     is_baseline = row["contender"] == row["baseline"]
     return [
@@ -85,7 +84,7 @@ def show(results: Mapping[str, Any], console: Console | None = None) -> None:
     (console or Console(width=160)).print(table)
 
 
-def measured_at(rows: Sequence[Row]) -> str:
+def measured_at(rows: Sequence[ResultRow]) -> str:
     """Versions, days and commits of the rows, each once, in the order in which they were kept."""
     return "; ".join(dict.fromkeys(f"torch {row['torch']}, {row['date']}, commit {row['commit']}" for row in rows))
 

@@ -1,10 +1,10 @@
 """Result files: what is kept, compared, damaged, and how the charts read it."""
 
 import json
-import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -153,7 +153,7 @@ def test_nothing_to_compare_with_is_one_line(tmp_path):
 def test_results_that_are_damaged_inside_are_one_line(damage, tmp_path, capfd):
     target = results.bench_file(tmp_path, environment(CPU))
     whole = {"device": "here", "rows": [row(1.0)], "history": [], "ceilings": {"gbs": 1.0}}
-    results.write(target, whole)
+    results.write_json(target, whole)
     assert results.load_bench(target)["rows"]
     target.write_text(json.dumps(whole | damage))
     with pytest.raises(SystemExit) as end:
@@ -164,12 +164,15 @@ def test_results_that_are_damaged_inside_are_one_line(damage, tmp_path, capfd):
         run.Session("cpu", ["tiny"], "op/select", 2, tmp_path)
 
 
-def test_two_processes_do_not_share_a_temporary_name(tmp_path, monkeypatch):
-    names = []
-    replace_with = Path.replace
-    monkeypatch.setattr(Path, "replace", lambda path, target: names.append(path.name) or replace_with(path, target))
-    for number in (1, 2):
-        monkeypatch.setattr(os, "getpid", lambda number=number: number)
-        results.write(tmp_path / "bench.json", {"number": number})
-        results.write_text(tmp_path / "report.html", "words")
-    assert len(set(names)) == 4 and sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "report.html"]
+def test_two_runs_in_one_folder_keep_each_others_rows(tmp_path):
+    target, about = tmp_path / "bench.json", {"device": "here", "commit": "c", "date": "2026-01-01"}
+
+    def run_of(name: str) -> None:
+        for number in range(20):
+            results.keep(target, [row(1.0, case=f"{name}/{number}")], {}, about)
+
+    with ThreadPoolExecutor(4) as pool:  # The lock keeps out other threads as well as other processes.
+        list(pool.map(run_of, "abcd"))
+    found = {kept["case"] for kept in results.load_bench(target)["rows"]}
+    assert found == {f"{name}/{number}" for name in "abcd" for number in range(20)}
+    assert [path.name for path in tmp_path.iterdir()] == ["bench.json"]
