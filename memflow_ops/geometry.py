@@ -1,4 +1,4 @@
-"""What every attention over selected blocks must know beside its tensors."""
+"""The sizes and tables that every attention over selected blocks needs beside its tensors."""
 
 from __future__ import annotations
 
@@ -7,36 +7,43 @@ from dataclasses import dataclass
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Geometry:
-    """How the queries and the bank are divided, where the bank's frames lie, and how scores are scaled.
+    """How queries and bank are divided, where the frames of the bank lie, and how scores are scaled.
 
-    Checked by the public functions in memflow_ops/ops/ before it is made; implementations take it as it is.
+    The public functions in memflow_ops/ops/ check the arguments that it is made from; implementations trust it.
     """
 
     block_size: int
-    """Tokens per block; the last block of a frame may be shorter."""
+    """Tokens per block, at most `frame_tokens`. The last block of a frame may be shorter."""
     frame_tokens: int
     """Tokens per frame of the bank."""
     query_group: int
-    """Consecutive queries that share a selection; the last group may be short."""
+    """Consecutive queries that share a selection. The last group may be shorter."""
     softmax_scale: float
-    """Factor of the scores."""
+    """The factor of the scores."""
     memory_slots: Tensor | None = None
-    """The slot table, (B, F) int32: which physical frame is frame j of the bank; None: frame j itself."""
+    """The slot table (B, F) int32: frame j of the bank is stored frame `memory_slots[b, j]`, clamped to those that
+    there are. None: the stored frames are the bank, in order."""
     memory_frames: Tensor | None = None
-    """(B,) int32, how many leading frames of the bank are valid; None: all."""
+    """(B,) int32: how many of the leading frames of the bank are valid, clamped to 0..F. None: all are."""
 
     @property
     def blocks_per_frame(self) -> int:
         return -(-self.frame_tokens // self.block_size)
 
-    def bank_frames(self, memory_k: Tensor) -> int:
-        """Frames of the bank in bank order, the slot table's where there is one. memory_k: (B, Lm, Hkv, D)."""
-        if self.memory_slots is not None:
-            return self.memory_slots.shape[1]
-        return memory_k.shape[1] // self.frame_tokens
+    def stored_frames(self, memory: Tensor) -> int:
+        """The number of frames that memory (B, Lm, Hkv, D) holds."""
+        return memory.shape[1] // self.frame_tokens
 
-    def groups(self, queries: int) -> int:
-        """Query groups of so many queries."""
+    def bank_frames(self, stored_frames: int) -> int:
+        """The number of frames of the bank: the width of the slot table, or without one all stored frames."""
+        return stored_frames if self.memory_slots is None else self.memory_slots.shape[1]
+
+    def bank_blocks(self, stored_frames: int) -> int:
+        """The number of blocks of the bank."""
+        return self.bank_frames(stored_frames) * self.blocks_per_frame
+
+    def query_groups(self, queries: int) -> int:
+        """The number of groups that so many queries make."""
         return -(-queries // self.query_group)

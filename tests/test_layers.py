@@ -15,10 +15,11 @@ PARTS = ("kernels", "model", "bench", "memflow_ops")
 
 # From the ground up. A module belongs to the longest name here that it starts with.
 FLOORS = (
+    ("geometry",),
     ("kernels.launch", "kernels.primitives", "kernels.configs", "kernels.aot"),
     ("kernels.selection",),
     ("kernels",),
-    ("rotary", "files", "allocator", "version", "geometry"),
+    ("rotary", "files", "allocator", "version"),
     ("impl",),
     ("environment",),
     ("ops.registration",),

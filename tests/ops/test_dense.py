@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import memflow_ops as ops
+from memflow_ops.geometry import Geometry
 from memflow_ops.impl import dense
 from memflow_ops.impl.reference import attention
 
@@ -91,10 +92,8 @@ def test_flash_attn_is_called_by_its_own_convention(monkeypatch):
 
     def version_2(q, k, v, dropout_p=0.0, softmax_scale=None, return_attn_probs=False):
         seen.append((q.shape, return_attn_probs))
-        state = attention.attend(
-            q, k, v, None, None, torch.empty(*q.shape[0:3:2], 1, 0, dtype=torch.int32), block_size=1, frame_tokens=1,
-            query_group=q.shape[1], softmax_scale=softmax_scale, memory_slots=None, resume_out=None, resume_lse=None,
-        )  # fmt: skip
+        geometry = Geometry(block_size=1, frame_tokens=1, query_group=q.shape[1], softmax_scale=softmax_scale)
+        state = attention.attend(q, k, v, None, None, torch.empty(*q.shape[0:3:2], 1, 0, dtype=torch.int32), geometry)
         return (*state, None) if return_attn_probs else state[0]
 
     def version_4(q, k, v, softmax_scale=None, return_lse=False):

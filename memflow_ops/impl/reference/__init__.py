@@ -1,4 +1,7 @@
-"""`impl="reference"`: the specification, in short loops of plain torch, for every dtype up to float64."""
+"""`impl="reference"`: the specification, in short loops of plain torch. The tests compare everything with it.
+
+It takes any floating dtype and device. Half precisions compute in float32; float64 stays float64 throughout.
+"""
 
 from memflow_ops.impl.reference.attention import attend, attend_backward
 from memflow_ops.impl.reference.cache_write import write_projections

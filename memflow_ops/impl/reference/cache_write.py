@@ -1,10 +1,11 @@
-"""`impl="reference"` of the cache write."""
+"""Norm, rotation and the write of whole frames into a cache, frame by frame."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from memflow_ops.impl.reference.selection import describe_blocks, wide
+from memflow_ops.impl.precision import widened
+from memflow_ops.impl.reference.selection import describe_blocks
 
 
 def write_projections(
@@ -26,9 +27,17 @@ def write_projections(
     mean_size: int,
     eps: float,
 ) -> Tensor:
-    """for every token: y = x / sqrt(mean(x^2) + eps) * weight; rotated = y turned by the token's angles
-    for every frame:   its place in the pool = rotated keys, values; its descriptors = means of blocks of these
-    for the first M:   means = means of y"""
+    """
+    for every token of q and k:
+        y       = x / sqrt(mean(x^2) + eps) * weight
+        rotated = y with each pair turned by its angle
+    for every frame:
+        the frame's place in the pool = rotated keys, values
+        the place's descriptors       = means of the blocks of the rotated keys
+    for the first M frames:
+        means = means of y of the keys
+    returns the rotated q
+    """
     plain_q, plain_k = normalised(q, weight_q, eps), normalised(k, weight_k, eps)
     rotated_k = rotated(plain_k, cosines, sines).to(k.dtype)
     if means is not None:
@@ -49,7 +58,7 @@ def write_projections(
 
 
 def normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    x = wide(x)
+    x = widened(x)
     if weight is None:
         return x
     return x / (x.square().mean((2, 3), keepdim=True) + eps).sqrt() * weight.to(x.dtype).view(x.shape[2:])

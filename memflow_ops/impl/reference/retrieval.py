@@ -1,11 +1,11 @@
-"""`impl="reference"` of the cache write and of retrieval: the specification, as reference.py is that of attention."""
+"""The choice of the memory bank, story by story."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from memflow_ops.impl.reference.selection import wide
+from memflow_ops.impl.precision import widened
 
 
 def retrieve_frames(
@@ -20,16 +20,18 @@ def retrieve_frames(
     redundancy: float | None,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    """for every story:
+    """
+    for every story:
         s[l, h, w, f, j] = scale * text key (word w, head h of layer l) . mean j of frame f
         linear:   score of f = mean over l, h, w of sum_j weight_j s
         softmax:  score of f = mean over l, h, w of sum_j softmax_(f, j)(s + log weight_j)
         coverage: share[w, f] = softmax_f(sum_l mean_h sum_j weight_j s), score of f = mean over w of share
-    then, `count` times, the best of what is left: by score, those alike to one taken behind all others; or, coverage,
-    by what it adds to sum_w sqrt(share gathered)
+    then, `count` times, the best of the frames that are left:
+        linear, softmax: by score; a frame that is alike to one already taken comes behind all others
+        coverage:        by what the frame adds to sum_w sqrt(share of word w that is gathered)
     """
     batch, words, heads = text_keys.shape[1:4]
-    text, means = wide(text_keys), wide(means)
+    text, means = widened(text_keys), widened(means)
     weights = weights.to(text.dtype)
     indices, scores = [], []
     for b in range(batch):

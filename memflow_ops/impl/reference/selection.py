@@ -1,4 +1,4 @@
-"""`impl="reference"` of block descriptors and of the selection of blocks."""
+"""Block descriptors and the selection of blocks, in loops."""
 
 from __future__ import annotations
 
@@ -7,57 +7,56 @@ import math
 import torch
 from torch import Tensor
 
-
-def wide(x: Tensor) -> Tensor:
-    """Half precisions compute in float32."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+from memflow_ops.geometry import Geometry
+from memflow_ops.impl.precision import widened
 
 
 def describe_blocks(k: Tensor, block_size: int, frame_tokens: int) -> Tensor:
     means = [
-        wide(k[:, start : min(start + block_size, frame + frame_tokens)]).mean(1)
+        widened(k[:, start : min(start + block_size, frame + frame_tokens)]).mean(1)
         for frame in range(0, k.shape[1], frame_tokens)
         for start in range(frame, frame + frame_tokens, block_size)
     ]
     return torch.stack(means, 1).to(k.dtype) if means else k[:, :0].clone()
 
 
-def select_blocks(
-    q: Tensor,
-    descriptors: Tensor,
-    top_k: int,
-    query_group: int,
-    memory_frames: Tensor | None,
-    memory_slots: Tensor | None,
-    blocks_per_frame: int,
-) -> Tensor:
+def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry) -> Tensor:
+    """
+    for every batch element, query head and query group:
+        score of block j = mean of the group's queries . descriptor j
+        selected         = the top_k highest, equal scores to the lower block; in ascending order, then -1
+    """
     batch, queries, heads, _ = q.shape
-    slots = slot_table(memory_slots, batch, descriptors.shape[1] // blocks_per_frame)
-    blocks = len(slots[0]) * blocks_per_frame
-    rows = []
+    blocks_per_frame, memory_frames = geometry.blocks_per_frame, geometry.memory_frames
+    slots = slot_lists(geometry, batch, descriptors.shape[1] // blocks_per_frame)
+    entries = min(top_k, len(slots[0]) * blocks_per_frame)
+    selections = []
     for b in range(batch):
         valid = len(slots[b]) if memory_frames is None else min(max(int(memory_frames[b]), 0), len(slots[b]))
-        places = [s * blocks_per_frame + j for s in slots[b][:valid] for j in range(blocks_per_frame)]
+        places = [slot * blocks_per_frame + j for slot in slots[b][:valid] for j in range(blocks_per_frame)]
         for h in range(heads):
-            candidates = wide(descriptors[b, places, h // (heads // descriptors.shape[2])])
-            for start in range(0, queries, query_group):
-                group = wide(q[b, start : start + query_group, h]).mean(0)
-                chosen = sorted(rank((candidates * group).sum(-1))[:top_k])
-                rows.append(chosen + [-1] * (min(top_k, blocks) - len(chosen)))
-    shape = (batch, heads, -(-queries // query_group), min(top_k, blocks))
-    return torch.tensor(rows, dtype=torch.int32, device=q.device).reshape(shape)
+            candidates = widened(descriptors[b, places, h // (heads // descriptors.shape[2])])
+            for start in range(0, queries, geometry.query_group):
+                group = widened(q[b, start : start + geometry.query_group, h]).mean(0)
+                selected = sorted(best_first((candidates * group).sum(-1))[:top_k])
+                selections.append(selected + [-1] * (entries - len(selected)))
+    shape = (batch, heads, geometry.query_groups(queries), entries)
+    return torch.tensor(selections, dtype=torch.int32, device=q.device).reshape(shape)
 
 
-def rank(scores: Tensor) -> list[int]:
-    """Indices from best to worst: NaN last, equal scores (-0 equals +0) by index."""
+def best_first(scores: Tensor) -> list[int]:
+    """Indices of the scores from the highest to the lowest. Equal scores stay in order (-0 equals +0); NaN is last."""
     values = scores.tolist()
-    return sorted(
-        range(len(values)), key=lambda j: (math.isnan(values[j]), 0 if math.isnan(values[j]) else -values[j], j)
-    )
+
+    def key(j: int) -> tuple[bool, float, int]:
+        is_nan = math.isnan(values[j])
+        return is_nan, 0.0 if is_nan else -values[j], j
+
+    return sorted(range(len(values)), key=key)
 
 
-def slot_table(memory_slots: Tensor | None, batch: int, frames: int) -> list[list[int]]:
-    """Where the bank's frames lie, per batch element; values are clamped to the frames there are."""
-    if memory_slots is None:
-        return [list(range(frames))] * batch
-    return memory_slots.clamp(0, max(frames - 1, 0)).tolist()
+def slot_lists(geometry: Geometry, batch: int, stored_frames: int) -> list[list[int]]:
+    """For each batch element the stored frame behind every frame of the bank."""
+    if geometry.memory_slots is None:
+        return [list(range(stored_frames))] * batch
+    return geometry.memory_slots.clamp(0, max(stored_frames - 1, 0)).tolist()

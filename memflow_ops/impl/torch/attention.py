@@ -1,7 +1,8 @@
-"""`impl="torch"`: vectorised, gathers only what is selected, never a dense mask; the default on a CPU.
+"""Attention over the dense keys and the selected blocks, vectorised and without a dense mask.
 
 The dense keys go through torch's fused attention, which returns the LSE. The selected blocks are gathered a few query
-groups at a time into one small buffer that stays in the cache, attended to, and merged into the dense result in place.
+groups at a time into one small buffer that stays in the processor's cache, attended to, and merged into the dense
+result in place.
 """
 
 from __future__ import annotations
@@ -9,16 +10,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memflow_ops.geometry import Geometry
 from memflow_ops.impl.dense import cpu_attention
 from memflow_ops.impl.precision import wide_dtype
-from memflow_ops.impl.torch.gather import PLANNED_KEYS, SCORE_ELEMENTS, Bank, equal_groups, tiles_of, walk
+from memflow_ops.impl.torch.gather import (
+    PLANNED_KEYS,
+    SCORE_ELEMENTS,
+    SelectedBlocks,
+    groups_of_one_size,
+    tile_slices,
+    tiles_of,
+)
 
-# Bytes of gathered keys and values at a time and thread: what its L2 cache holds.
+# Each thread gathers so many bytes of keys and values at a time: what its L2 cache holds.
 _GATHER_BYTES = 2 << 20
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Plain attention with its LSE: q [b, h, n, D], k and v [b, h, S, D], bias [b, h, 1, S] of 0 and -inf."""
+    """Attention from q [b, h, n, D] to k and v [b, h, S, D], and its LSE; bias [b, h, 1, S] holds 0 and -inf."""
     if q.device.type == "cpu":
         return cpu_attention(q, k, v, scale, bias)
     wide = wide_dtype(q.dtype)
@@ -35,10 +44,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | Non
 
 
 def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Dense attention of (B, Lq, H, D) over (B, Lk, Hkv, D): out (B, Lq, H, D) and LSE (B, H, Lq)."""
+    """Attention from q (B, Lq, H, D) to k and v (B, Lk, Hkv, D): out (B, Lq, H, D) and LSE (B, H, Lq)."""
     batch, queries, heads, size = q.shape
     kv_heads = k.shape[2]
-    # the query heads that share a key head become more queries of it
+    # The query heads that share a key head become more queries of it.
     folded = q.transpose(1, 2).reshape(batch, kv_heads, heads // kv_heads * queries, size)
     out, lse = _attention(folded, k.transpose(1, 2), v.transpose(1, 2), scale)
     out = out.reshape(batch, heads, queries, size).transpose(1, 2).contiguous()
@@ -52,59 +61,52 @@ def attend(
     memory_k: Tensor | None,
     memory_v: Tensor | None,
     indices: Tensor,
-    *,
-    block_size: int,
-    frame_tokens: int,
-    query_group: int,
-    softmax_scale: float,
-    memory_slots: Tensor | None,
-    resume_out: Tensor | None,
-    resume_lse: Tensor | None,
+    geometry: Geometry,
+    resume: tuple[Tensor, Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
+    scale = geometry.softmax_scale
     if k is not None and v is not None and k.shape[1]:
-        out, lse = _dense(q, k, v, softmax_scale)
-    elif resume_out is not None and resume_lse is not None:
-        gone = (resume_lse == -torch.inf).transpose(1, 2).unsqueeze(-1)
-        out, lse = (
-            resume_out.masked_fill(gone, 0.0).contiguous(),
-            resume_lse.clone(memory_format=torch.contiguous_format),
-        )
+        out, lse = _dense(q, k, v, scale)
+    elif resume is not None:
+        without_keys = (resume[1] == -torch.inf).transpose(1, 2).unsqueeze(-1)
+        out = resume[0].masked_fill(without_keys, 0.0).contiguous()
+        lse = resume[1].clone(memory_format=torch.contiguous_format)
     else:
         out = q.new_zeros(q.shape)
         lse = q.new_full((batch, heads, queries), -torch.inf, dtype=wide_dtype(q.dtype))
     if memory_k is None or memory_v is None or not indices.numel():
         return out, lse
-    bank = Bank(memory_k, memory_v, indices, block_size, frame_tokens, memory_slots)
-    for rows, groups, n in equal_groups(queries, query_group):
+    selected = SelectedBlocks(memory_k, memory_v, indices, geometry)
+    for rows, groups, n in groups_of_one_size(queries, geometry.query_group):
         out_tiles, lse_tiles = tiles_of(out[:, rows], n), lse[:, :, rows].flatten(0, 1).unflatten(1, (-1, n))
-        _add_bank(tiles_of(q[:, rows], n), bank.of(groups), softmax_scale, out_tiles, lse_tiles)
-        if out_tiles.data_ptr() != out[:, rows].data_ptr():  # the tiles are a copy; those of the LSE never are
+        _add_blocks(tiles_of(q[:, rows], n), selected.of_groups(groups), scale, out_tiles, lse_tiles)
+        if out_tiles.data_ptr() != out[:, rows].data_ptr():  # The tiles are a copy here; those of the LSE never are.
             out[:, rows] = out_tiles.view(batch, heads, -1, out.shape[-1]).transpose(1, 2)
     return out, lse
 
 
-def _add_bank(q: Tensor, bank: Bank, scale: float, out: Tensor, lse: Tensor) -> None:
-    """Merge attention of the tiles q [B * H, G, n, D] over the bank into out and lse [B * H, G, n], in place."""
-    keys = bank.start.shape[2] * bank.block
-    # a tile per thread at least
+def _add_blocks(q: Tensor, selected: SelectedBlocks, scale: float, out: Tensor, lse: Tensor) -> None:
+    """Merge attention from the tiles q [B * H, G, n, D] to their blocks into out (like q) and lse [B * H, G, n]."""
+    keys = selected.start.shape[2] * selected.block
+    # Every thread has one tile at least.
     count = torch.get_num_threads() * max(1, _GATHER_BYTES // (2 * keys * q.shape[-1] * q.element_size()))
-    for planned in walk(q.shape, max(count, PLANNED_KEYS // keys)):
-        tokens, masked = bank.tokens(planned)
+    for planned in tile_slices(q.shape, max(count, PLANNED_KEYS // keys)):
+        tokens, masked = selected.tokens(planned)
         tiles_q, tiles_out, tiles_lse = q[planned], out[planned], lse[planned]
         bias = None if masked is None else torch.zeros_like(masked, dtype=q.dtype).masked_fill_(masked, -torch.inf)
-        empty = None if bank.empty is None else bank.empty[planned]
-        for tiles, k, v in bank.gather(tokens, planned, count):
+        empty = None if selected.empty is None else selected.empty[planned]
+        for tiles, k, v in selected.gather(tokens, planned, count):
             part, part_lse = _attention(tiles_q[tiles], k, v, scale, None if bias is None else bias[tiles].unsqueeze(2))
             if empty is not None:
                 part.masked_fill_(empty[tiles][..., None, None], 0.0)
                 part_lse.masked_fill_(empty[tiles].unsqueeze(-1), -torch.inf)
             before = tiles_lse[tiles]
-            # the part's share of the softmax; 0 / 0 where neither has a key
+            # The weight is the part's share of the softmax. It is 0 / 0 where neither has a key.
             weight = (part_lse - before).sigmoid_().nan_to_num_(0.0).unsqueeze(-1)
             merged = tiles_out[tiles]
             if merged.dtype == weight.dtype:
                 merged.lerp_(part, weight)
-            else:  # rounded once: half a weight's rounding is too much where the values beside it are large
+            else:  # A weight rounded to half precision is too inexact where values are large, so only the result is.
                 merged.copy_(merged.to(weight.dtype).lerp_(part.to(weight.dtype), weight))
             torch.logaddexp(before, part_lse, out=before)

@@ -1,4 +1,7 @@
-"""The backward of `impl="torch"`: every part under the final out and LSE; gradients in float32 or wider."""
+"""The gradients of attention.py's attention: every part under the final out and LSE, in float32 or wider.
+
+The formulas are those of FlashAttention-2 (arXiv 2307.08691, algorithm 2), see impl/reference/attention.py.
+"""
 
 from __future__ import annotations
 
@@ -9,19 +12,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memflow_ops.geometry import Geometry
 from memflow_ops.impl.precision import wide_dtype
 from memflow_ops.impl.torch.gather import (
     PLANNED_KEYS,
     SCORE_ELEMENTS,
-    Bank,
-    Rows,
-    equal_groups,
+    SelectedBlocks,
+    TokenTable,
+    groups_of_one_size,
     on_host,
+    tile_slices,
     tiles_of,
-    walk,
 )
 
-# Scores of a tile, which stay in the cache of a core, and queries of one.
+# The scores and the queries of one step: the scores stay in the cache of a core.
 _TILE_SCORES = 256 << 10
 _TILE_ROWS = 1024
 
@@ -37,45 +41,40 @@ def attend_backward(
     indices: Tensor,
     out: Tensor,
     lse: Tensor,
-    *,
+    geometry: Geometry,
     wanted: Sequence[bool],
-    block_size: int,
-    frame_tokens: int,
-    query_group: int,
-    softmax_scale: float,
-    memory_slots: Tensor | None,
 ) -> list[Tensor | None]:
     batch, queries, heads, size = q.shape
-    wide = wide_dtype(q.dtype)
+    wide, scale = wide_dtype(q.dtype), geometry.softmax_scale
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
     if grad_lse is not None:
         delta = delta - grad_lse
-    # a query without keys: P = exp(score - inf) = 0
+    # A query without keys has P = exp(score - inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     grads: list[Tensor | None] = [None] * 5
     fused = on_host(q) and grad_lse is None
     dense = (k, v) if k is not None and v is not None and k.shape[1] and any(wanted[:3]) else None
     if dense and fused:
-        grads[:3] = _fused_backward(grad_out, q, *dense, out, lse, softmax_scale, wanted)
+        grads[:3] = _fused_backward(grad_out, q, *dense, out, lse, scale, wanted)
     for i, (x, want) in enumerate(zip((q, k, v, memory_k, memory_v), wanted, strict=True)):
         if grads[i] is None and want and x is not None:
             grads[i] = torch.zeros(x.shape, dtype=wide, device=q.device)
     if dense and not fused:
         above = _Upstream(q.transpose(1, 2), grad_out.transpose(1, 2), lse, delta)
-        _dense_backward(above, *dense, softmax_scale, *grads[:3])
+        _dense_backward(above, *dense, scale, *grads[:3])
     if memory_k is not None and memory_v is not None and indices.numel() and (wanted[0] or any(wanted[3:])):
-        bank = Bank(memory_k, memory_v, indices, block_size, frame_tokens, memory_slots)
-        for rows, groups, n in equal_groups(queries, query_group):
+        selected = SelectedBlocks(memory_k, memory_v, indices, geometry)
+        for rows, groups, n in groups_of_one_size(queries, geometry.query_group):
             lse_tiles, delta_tiles = (x[:, :, rows].flatten(0, 1).unflatten(1, (-1, n)) for x in (lse, delta))
             upstream = _Upstream(tiles_of(q[:, rows], n), tiles_of(grad_out[:, rows], n), lse_tiles, delta_tiles)
-            dq = _bank_backward(upstream, bank.of(groups), softmax_scale, wanted[0], grads[3], grads[4])
+            dq = _blocks_backward(upstream, selected.of_groups(groups), scale, wanted[0], grads[3], grads[4])
             if grads[0] is not None and dq is not None:
                 grads[0][:, rows] += dq.view(batch, heads, -1, size).transpose(1, 2)
     return [None if x is None else x.to(q.dtype) for x in grads]
 
 
 class _Upstream(NamedTuple):
-    """Queries of some tiles and what arrives at them from above."""
+    """The queries of some tiles, and what reaches them from later in the network."""
 
     q: Tensor  # [..., n, D]
     grad_out: Tensor  # [..., n, D]
@@ -86,7 +85,10 @@ class _Upstream(NamedTuple):
 def _tile_backward(
     tiles: _Upstream, k: Tensor, v: Tensor, scale: float, wanted: Sequence[bool], masked: Tensor | None = None
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dQ, dK, dV of tiles [..., n, D] over keys [..., S, D], all wide: dS = P * (dO V^T - delta), final LSE."""
+    """dQ, dK, dV (None: not wanted) of tiles [..., n, D] over keys [..., S, D], all of them wide.
+
+    masked [..., S]: the keys that take no part.
+    """
     q = tiles.q * scale
     p = q @ k.mT
     if masked is not None:
@@ -102,11 +104,13 @@ def _tile_backward(
 def _fused_backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, wanted: Sequence[bool]
 ) -> list[Tensor | None]:
-    """dQ, wide, dK, dV of queries (B, Lq, H, D) over all keys (B, Lk, Hkv, D) by torch's kernel for CPUs, which uses
-    matrix units; out and lse (B, H, Lq) may be of more keys than these."""
+    """Gradients of queries (B, Lq, H, D), keys and values (B, Lk, Hkv, D) by torch's kernel for CPUs.
+
+    The kernel uses matrix units. out and lse (B, H, Lq) may be over more keys than these. dQ is wide.
+    """
     batch, queries, heads, size = q.shape
     kv_heads = k.shape[2]
-    # as in the forward, the query heads that share a key head become more queries of it
+    # As in the forward, the query heads that share a key head become more queries of it.
     rows = [x.transpose(1, 2).reshape(batch, kv_heads, -1, size) for x in (grad_out, q, out)]
     found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
         rows[0], rows[1], k.transpose(1, 2), v.transpose(1, 2), rows[2], lse.reshape(batch, kv_heads, -1),
@@ -125,7 +129,7 @@ def _dense_backward(
     grad_k: Tensor | None,
     grad_v: Tensor | None,
 ) -> None:
-    """Add the gradients of queries [B, H, Lq, D] over all keys (B, Lk, Hkv, D) to those wanted (B, L, heads, D)."""
+    """Add the gradients of queries [B, H, Lq, D] and keys (B, Lk, Hkv, D) to grad_* (None: not wanted)."""
     batch, heads = above.q.shape[:2]
     for b, h in itertools.product(range(batch), range(heads)):
         kv = h // (heads // k.shape[2])
@@ -143,8 +147,11 @@ def _head_backward(
     grad_k: Tensor | None,
     grad_v: Tensor | None,
 ) -> None:
-    """Add the gradients of queries [n, D] over keys [S, D] to those wanted: _tile_backward in tiles whose scores stay
-    in the cache, in buffers that are used again, because fresh memory costs more than what is computed in it."""
+    """Add the gradients of queries [n, D] and keys [S, D] of one head to grad_* (None: not wanted).
+
+    This is `_tile_backward` in steps whose scores stay in the cache of a core. All steps share their buffers, because
+    fresh memory costs more than what is computed in it.
+    """
     wide = above.lse.dtype
     queries, grad = above.q.to(wide) * scale, above.grad_out.to(wide).contiguous()
     shift, delta = -above.lse.unsqueeze(-1), -above.delta.unsqueeze(-1)
@@ -170,22 +177,27 @@ def _head_backward(
                 grad_k[place].addmm_(ds.T, queries[part])
 
 
-def _bank_backward(
-    upstream: _Upstream, bank: Bank, scale: float, query: bool, grad_k: Tensor | None, grad_v: Tensor | None
+def _blocks_backward(
+    upstream: _Upstream,
+    selected: SelectedBlocks,
+    scale: float,
+    query: bool,
+    grad_k: Tensor | None,
+    grad_v: Tensor | None,
 ) -> Tensor | None:
-    """dQ [B * H, G, n, D] of the tiles if `query`; adds to grad_k and grad_v (B, Lm, Hkv, D), None: not wanted."""
+    """dQ [B * H, G, n, D] of the tiles if `query`. Adds to grad_k and grad_v (B, Lm, Hkv, D; None: not wanted)."""
     q, wide = upstream.q, wide_dtype(upstream.q.dtype)
-    keys = bank.start.shape[2] * bank.block
+    keys = selected.start.shape[2] * selected.block
     count = max(1, min(_TILE_SCORES // q.shape[2], SCORE_ELEMENTS // (2 * q.shape[3])) // keys)
     grad_q = torch.empty(q.shape, dtype=wide, device=q.device) if query else None
     wanted = (query, grad_k is not None, grad_v is not None)
-    for planned in walk(q.shape, max(count, PLANNED_KEYS // keys)):
-        tokens, masked = bank.tokens(planned)
+    for planned in tile_slices(q.shape, max(count, PLANNED_KEYS // keys)):
+        tokens, masked = selected.tokens(planned)
         above = _Upstream(*(x[planned] for x in upstream))
-        empty = None if bank.empty is None else bank.empty[planned][..., None, None]
-        rows = [None if x is None else bank.rows(tokens, planned, Rows(x)) for x in (grad_k, grad_v)]
+        empty = None if selected.empty is None else selected.empty[planned][..., None, None]
+        rows = [None if x is None else selected.rows(tokens, planned, TokenTable(x)) for x in (grad_k, grad_v)]
         found = []
-        for tiles, k, v in bank.gather(tokens, planned, count):
+        for tiles, k, v in selected.gather(tokens, planned, count):
             part = _Upstream(*(x[tiles].to(wide) for x in above))
             mask = None if masked is None else masked[tiles]
             dq, *of_keys = _tile_backward(part, k.to(wide), v.to(wide), scale, wanted, mask)

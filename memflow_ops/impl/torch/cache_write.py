@@ -1,4 +1,4 @@
-"""`impl="torch"` of the cache write, vectorised; the default on a CPU."""
+"""Norm, rotation and the write of whole frames into a cache, vectorised."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memflow_ops.impl.precision import widened
 from memflow_ops.impl.torch.selection import describe_blocks
 from memflow_ops.rotary import turn_pairs
 
@@ -70,7 +71,7 @@ def write_projections(
 
 def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     """x (B, L, H, D) in float32 or wider."""
-    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    x = widened(x)
     if weight is None:
         return x
     flat = x.flatten(2)

@@ -1,4 +1,7 @@
-"""The bank as `impl="torch"` reads it: selected blocks of a pool, gathered a few query groups at a time."""
+"""The selected blocks of a memory, gathered for a few query groups at a time.
+
+A tile is one query group of one head.
+"""
 
 from __future__ import annotations
 
@@ -9,49 +12,58 @@ from copy import copy
 import torch
 from torch import Tensor
 
-# Keys whose places are worked out at a time.
+from memflow_ops.geometry import Geometry
+
 PLANNED_KEYS = 1 << 20
-# Elements of scores, and of keys and values, that are held at a time.
+"""So many keys have their places worked out at a time."""
 SCORE_ELEMENTS = 4 << 20
+"""So many elements of scores, and of keys and values, are held at a time."""
 
 
-class Rows:
-    """A memory tensor (B, L, Hkv, D) of any strides seen as a table of rows of D elements, without a copy."""
+class TokenTable:
+    """A memory tensor (B, L, Hkv, D) of any strides seen as a table of rows of D elements, without a copy.
+
+    The row of token t of key head h in batch element b is b * batch_step + t * token_step + h * head_step.
+    """
 
     def __init__(self, x: Tensor):
         size = x.shape[3]
         strides = x.stride()[:3]
-        self.unit = math.gcd(*(s for s, n in zip(strides, x.shape[:3], strict=True) if n > 1)) or size
+        unit = math.gcd(*(s for s, n in zip(strides, x.shape[:3], strict=True) if n > 1)) or size
         last = sum(s * (n - 1) for s, n in zip(strides, x.shape[:3], strict=True))
-        self.table = x.as_strided((last // self.unit + 1, size), (self.unit, 1))
-        self.batch_step, self.token_step, self.head_step = (s // self.unit for s in strides)
+        self.table = x.as_strided((last // unit + 1, size), (unit, 1))
+        self.batch_step, self.token_step, self.head_step = (s // unit for s in strides)
         self.strides = strides
 
 
-class Bank:
-    """The selected blocks of a memory, gathered for a few tiles (query groups of a head) at a time."""
+class SelectedBlocks:
+    """Where the selected blocks of a memory lie, for every tile, and their keys and values on demand.
 
-    def __init__(
-        self, memory_k: Tensor, memory_v: Tensor, indices: Tensor, block: int, frame: int, slots: Tensor | None
-    ):
+    start: the first token of each block, [B * H, G, K].
+    length: the tokens of each block, [B * H, G, K], 0 for an unused entry; None: all blocks are full.
+    empty: which tiles have no block, [B * H, G]; None: all have one.
+    """
+
+    def __init__(self, memory_k: Tensor, memory_v: Tensor, indices: Tensor, geometry: Geometry):
         batch, heads = indices.shape[:2]
-        self.k, self.v = Rows(memory_k), Rows(memory_v)
+        stored = geometry.stored_frames(memory_k)
+        blocks, total = geometry.blocks_per_frame, geometry.bank_blocks(stored)
+        block, frame, slots = geometry.block_size, geometry.frame_tokens, geometry.memory_slots
+        self.k, self.v = TokenTable(memory_k), TokenTable(memory_v)
         self.block, self.device = block, memory_k.device
-        blocks = -(-frame // block)
-        total = blocks * (memory_k.shape[1] // frame if slots is None else slots.shape[1])
         places = indices.flatten(0, 1).long()
-        # host reads: on CUDA they would stall, so there the masks are always applied
+        # These are reads by the host: on CUDA they would stall it, so the masks are always applied there.
         some_unused = not on_host(places) or not 0 <= int(places.min()) <= int(places.max()) < total
-        self.empty = None  # [B * H, G] tiles without a block
+        self.empty = None
         if some_unused:
             used = (places >= 0) & (places < total)
             self.empty = ~used.any(-1)
-            # an unused entry repeats the tile's first used block, masked, so that nothing unselected is read
+            # An unused entry repeats the tile's first used block and is masked: what is not selected is not read.
             first = places.gather(-1, used.byte().argmax(-1, keepdim=True))
             places = torch.where(used, places, first).clamp_(0, total - 1)
         bank_frames = places // blocks
         self.start = places.sub_(bank_frames * blocks).mul_(block)
-        self.length = None  # [B * H, G, K] tokens, 0: unused; None: all are full
+        self.length = None
         if some_unused or frame % block:
             self.length = (frame - self.start).clamp_(max=block)
             if some_unused:
@@ -59,14 +71,15 @@ class Bank:
             if on_host(places) and int(self.length.min()) == block:
                 self.length = None
         if slots is not None:
-            table = slots.clamp(0, memory_k.shape[1] // frame - 1).long()
+            table = slots.clamp(0, stored - 1).long()
             bank_frames = table.gather(1, bank_frames.view(batch, -1)).view_as(bank_frames)
-        self.start += bank_frames.mul_(frame)  # [B * H, G, K] first token
+        self.start += bank_frames.mul_(frame)
         head = torch.arange(batch * heads, device=self.device)
-        self.b, self.h = (head // heads).view(-1, 1, 1), (head % heads // (heads // memory_k.shape[2])).view(-1, 1, 1)
+        self.batch = (head // heads).view(-1, 1, 1)
+        self.kv_head = (head % heads // (heads // memory_k.shape[2])).view(-1, 1, 1)
 
-    def of(self, groups: slice) -> Bank:
-        """The same for some of the query groups."""
+    def of_groups(self, groups: slice) -> SelectedBlocks:
+        """The blocks of some of the query groups."""
         part = copy(self)
         part.start = self.start[:, groups]
         part.length = None if self.length is None else self.length[:, groups]
@@ -74,7 +87,7 @@ class Bank:
         return part
 
     def tokens(self, tiles: tuple[slice, slice]) -> tuple[Tensor, Tensor | None]:
-        """Tokens [r, g, K * block] of some tiles, and which of them to mask."""
+        """The tokens [r, g, K * block] of some tiles, and which of them to mask (None: none)."""
         offsets = torch.arange(self.block, device=self.device)
         start = self.start[tiles].unsqueeze(-1)
         if self.length is None:
@@ -83,37 +96,40 @@ class Bank:
         inside = torch.minimum(offsets, (length - 1).clamp_(min=0))
         return (start + inside).flatten(2), (offsets >= length).flatten(2)
 
-    def rows(self, tokens: Tensor, tiles: tuple[slice, slice], rows: Rows) -> Tensor:
-        """Row of every token [r, g, K * block]."""
-        heads = self.b[tiles[0]] * rows.batch_step + self.h[tiles[0]] * rows.head_step
-        return tokens * rows.token_step + heads
+    def rows(self, tokens: Tensor, tiles: tuple[slice, slice], table: TokenTable) -> Tensor:
+        """The row of the table in which every token of the tiles lies, [r, g, K * block] as `tokens`."""
+        heads = self.batch[tiles[0]] * table.batch_step + self.kv_head[tiles[0]] * table.head_step
+        return tokens * table.token_step + heads
 
     def gather(
         self, tokens: Tensor, tiles: tuple[slice, slice], count: int
     ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
-        """Keys and values [r, g, K * block, D] of about `count` of the tiles at a time, in buffers used again."""
+        """Part by part of about `count` tiles: its slices of the tiles, its keys and its values [r, g, K * block, D].
+
+        Keys and values lie in buffers that the next part overwrites.
+        """
         rows_k = self.rows(tokens, tiles, self.k)
         rows_v = rows_k if self.v.strides == self.k.strides else self.rows(tokens, tiles, self.v)
         keys, size = tokens.shape[2], self.k.table.shape[1]
-        sources = [(_Gather(x.table, min(count, tokens.shape[:2].numel()) * keys)) for x in (self.k, self.v)]
-        for part in walk(tokens.shape, count):
-            k, v = (source(rows[part].reshape(-1)) for source, rows in zip(sources, (rows_k, rows_v), strict=True))
+        buffers = [_RowBuffer(x.table, min(count, tokens.shape[:2].numel()) * keys) for x in (self.k, self.v)]
+        for part in tile_slices(tokens.shape, count):
+            k, v = (fill(rows[part].reshape(-1)) for fill, rows in zip(buffers, (rows_k, rows_v), strict=True))
             shape = (*rows_k[part].shape[:2], keys, size)
             yield part, k.view(shape), v.view(shape)
 
 
 def on_host(x: Tensor) -> bool:
-    """Whether reading a value waits for nothing."""
+    """Whether the host can read a value of x without waiting for a device."""
     return x.device.type == "cpu"
 
 
-class _Gather:
-    """Rows of a table into a buffer of up to `count` rows, which is used again."""
+class _RowBuffer:
+    """A buffer of up to `count` rows, which every call fills with other rows of the table."""
 
     def __init__(self, table: Tensor, count: int):
         self.buffer = torch.empty((count, table.shape[1]), dtype=table.dtype, device=table.device)
         per_word = 8 // table.element_size()
-        # as 8-byte words, where the rows divide, gathering half precisions is a third faster
+        # Gathering half precisions is a third faster in words of 8 bytes, where rows are made of whole words.
         whole = all(n % per_word == 0 for n in (table.shape[1], table.stride(0), table.storage_offset()))
         self.source, self.target = (x.view(torch.int64) if whole else x for x in (table, self.buffer))
 
@@ -122,17 +138,17 @@ class _Gather:
         return self.buffer[: len(rows)]
 
 
-def walk(shape: Sequence[int], tiles: int) -> Iterator[tuple[slice, slice]]:
-    """Slices of about `tiles` tiles that cover all rows and groups of a shape [rows, groups, ...]."""
-    rows, groups = shape[:2]
-    row_step, group_step = max(1, tiles // groups), min(tiles, groups)
-    for r in range(0, rows, row_step):
+def tile_slices(shape: Sequence[int], tiles: int) -> Iterator[tuple[slice, slice]]:
+    """Slices of about `tiles` tiles that together cover a shape [B * H, G, ...]."""
+    heads, groups = shape[:2]
+    head_step, group_step = max(1, tiles // groups), min(tiles, groups)
+    for h in range(0, heads, head_step):
         for g in range(0, groups, group_step):
-            yield slice(r, min(r + row_step, rows)), slice(g, min(g + group_step, groups))
+            yield slice(h, min(h + head_step, heads)), slice(g, min(g + group_step, groups))
 
 
-def equal_groups(queries: int, group: int) -> Iterator[tuple[slice, slice, int]]:
-    """Queries, query groups and their size: the whole groups, then the short one, where there are such."""
+def groups_of_one_size(queries: int, group: int) -> Iterator[tuple[slice, slice, int]]:
+    """Queries, their query groups and the size of these: once for the whole groups, once for a last, short one."""
     groups = queries // group
     if groups:
         yield slice(0, groups * group), slice(0, groups), group
@@ -141,5 +157,5 @@ def equal_groups(queries: int, group: int) -> Iterator[tuple[slice, slice, int]]
 
 
 def tiles_of(x: Tensor, n: int) -> Tensor:
-    """(B, G * n, H, D) -> [B * H, G, n, D]; a view where B is 1."""
+    """x (B, G * n, H, D) as tiles [B * H, G, n, D]; a view where B is 1."""
     return x.transpose(1, 2).flatten(0, 1).unflatten(1, (-1, n))

@@ -1,4 +1,4 @@
-"""`impl="torch"` of retrieval, vectorised; the default on a CPU."""
+"""The relevance of frames and the choice of the memory bank, vectorised."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memflow_ops.impl.precision import as_given
+from memflow_ops.impl.precision import wide_dtype, without_autocast
 
 
 def retrieve_frames(
@@ -24,7 +24,7 @@ def retrieve_frames(
     if rows is not None:
         stories = torch.arange(means.shape[1], device=means.device)[:, None]
         means = means[:, stories, rows.clamp(0, means.shape[2] - 1).long()]
-    wide = torch.promote_types(torch.promote_types(text_keys.dtype, means.dtype), torch.float32)
+    wide = wide_dtype(text_keys.dtype, means.dtype)
     if score == "coverage":
         shares = _word_shares(text_keys, means, text_lengths, weights, softmax_scale, wide)
         indices = _cover(shares, count)
@@ -100,7 +100,7 @@ def frame_relevance(
     score: str,
     softmax_scale: float,
 ) -> Tensor:
-    wide = torch.promote_types(text_q.dtype, torch.float32)
+    wide = wide_dtype(text_q.dtype)
     text_q, frame_keys = text_q.to(wide), frame_keys.to(wide)
     batch, tokens, heads, _ = text_q.shape
     positions = torch.arange(tokens, device=text_q.device)
@@ -111,7 +111,7 @@ def frame_relevance(
         share = (positions < lengths).to(wide) / (lengths * heads)  # padding takes no part
         text_q = torch.where((positions < lengths)[:, :, None, None], text_q, 0.0)
     text_q = text_q.unflatten(2, (frame_keys.shape[3], -1))  # a group of query heads per key head
-    with as_given(text_q):
+    with without_autocast(text_q):
         if score == "linear":
             # an inner product of means: nothing of size text x history is made
             frame_means = torch.einsum("bfnkd,n->bfkd", frame_keys, block_weights.to(wide))

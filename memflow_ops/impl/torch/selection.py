@@ -1,10 +1,11 @@
-"""`impl="torch"` of block descriptors and of the selection of blocks."""
+"""Block descriptors and the selection of blocks, vectorised."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
+from memflow_ops.geometry import Geometry
 from memflow_ops.impl.precision import wide_dtype
 from memflow_ops.impl.torch.gather import SCORE_ELEMENTS, on_host
 
@@ -21,44 +22,53 @@ def describe_blocks(k: Tensor, block_size: int, frame_tokens: int) -> Tensor:
     return torch.cat(parts, 2).flatten(1, 2).to(k.dtype)
 
 
-def select_blocks(
-    q: Tensor,
-    descriptors: Tensor,
-    top_k: int,
-    query_group: int,
-    memory_frames: Tensor | None,
-    memory_slots: Tensor | None,
-    blocks_per_frame: int,
-) -> Tensor:
+def describe_blocks_backward(grad: Tensor, block_size: int, frame_tokens: int) -> Tensor:
+    """The gradient (B, Lm, Hkv, D) of the keys, given grad (B, N, Hkv, D) of the means."""
+    blocks = -(-frame_tokens // block_size)
+    lengths = torch.full((blocks,), block_size, device=grad.device)
+    lengths[-1] = frame_tokens - (blocks - 1) * block_size
+    shares = grad.unflatten(1, (-1, blocks)) / lengths.view(-1, 1, 1)
+    return shares.repeat_interleave(block_size, 2)[:, :, :frame_tokens].flatten(1, 2).to(grad.dtype)
+
+
+def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry) -> Tensor:
     batch, _, heads, _ = q.shape
+    blocks_per_frame, memory_slots = geometry.blocks_per_frame, geometry.memory_slots
     if memory_slots is not None:
         frames = descriptors.unflatten(1, (-1, blocks_per_frame))
         slots = memory_slots.clamp(0, frames.shape[1] - 1)
         descriptors = frames[torch.arange(batch, device=q.device).unsqueeze(1), slots].flatten(1, 2)
     blocks = descriptors.shape[1]
-    chosen = min(top_k, blocks)
+    entries = min(top_k, blocks)
     wide = wide_dtype(q.dtype)
     table = descriptors.to(wide).permute(0, 2, 3, 1)  # [B, Hkv, D, N]
-    means = _group_means(q, query_group).transpose(1, 2).unflatten(1, (table.shape[1], -1))  # [B, Hkv, rep, G, D]
+    means = (
+        _group_means(q, geometry.query_group).transpose(1, 2).unflatten(1, (table.shape[1], -1))
+    )  # [B, Hkv, rep, G, D]
     repeats, groups = means.shape[2:4]
-    if not chosen:
+    if not entries:
         return q.new_empty((batch, heads, groups, 0), dtype=torch.int32)
-    valid = None  # [B, 1, 1, 1, 1] leading blocks; None: all
-    bank_frames = blocks // blocks_per_frame
-    if memory_frames is not None and not (on_host(memory_frames) and int(memory_frames.min()) >= bank_frames):
-        valid = (memory_frames.clamp(0, bank_frames) * blocks_per_frame).view(-1, 1, 1, 1, 1)
+    valid = _valid_blocks(geometry, blocks)
     found = []
     for part in means.split(max(1, SCORE_ELEMENTS // (batch * heads * blocks)), 3):
         scores = _ieee_product(part.flatten(2, 3), table).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
-        order = _best(scores, chosen, valid).sort(-1).values
+        order = _highest(scores, entries, valid).sort(-1).values
         if valid is not None:
             order.masked_fill_(order >= valid, -1)
         found.append(order.to(torch.int32).flatten(1, 2))
     return found[0] if len(found) == 1 else torch.cat(found, 2)
 
 
+def _valid_blocks(geometry: Geometry, blocks: int) -> Tensor | None:
+    """How many leading blocks of the bank are valid, [B, 1, 1, 1, 1]; None: all of them."""
+    memory_frames, frames = geometry.memory_frames, blocks // geometry.blocks_per_frame
+    if memory_frames is None or (on_host(memory_frames) and int(memory_frames.min()) >= frames):
+        return None
+    return (memory_frames.clamp(0, frames) * geometry.blocks_per_frame).view(-1, 1, 1, 1, 1)
+
+
 def _group_means(q: Tensor, group: int) -> Tensor:
-    """(B, Lq, H, D) -> (B, G, H, D), float32 or wider; the last group may be short."""
+    """The means (B, G, H, D) of the groups of q (B, Lq, H, D), float32 or wider. The last group may be short."""
     wide = wide_dtype(q.dtype)
     if group == 1:
         return q.to(wide)
@@ -70,7 +80,7 @@ def _group_means(q: Tensor, group: int) -> Tensor:
 
 
 def _ieee_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b as float32 means it, whatever the user allows other products to round: selections must agree."""
+    """a @ b without TF32 even where the user allows it for other products, because selections must agree."""
     allowed = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -79,18 +89,22 @@ def _ieee_product(a: Tensor, b: Tensor) -> Tensor:
         torch.set_float32_matmul_precision(allowed)
 
 
-def _best(scores: Tensor, count: int, valid: Tensor | None) -> Tensor:
-    """The best of scores [..., N]: indices [..., count] in no order. Ties to the lower, what is past `valid` last."""
-    # integers in the order of the scores: -0 equals +0, NaN is the lowest but one, the lowest is for what is not valid
+def _highest(scores: Tensor, count: int, valid: Tensor | None) -> Tensor:
+    """Indices [..., count], in no order, of the highest scores [..., N]; equal scores go to the lower index.
+
+    Only the first `valid` scores count (None: all): the others come last.
+    """
+    # Ranks are integers in the order of the scores: -0 equals +0, NaN has the lowest rank but one, and what is not
+    # valid has the lowest.
     integer = {torch.float32: torch.int32, torch.float64: torch.int64}[scores.dtype]
     largest, lowest = torch.iinfo(integer).max, torch.iinfo(integer).min
-    bits = (scores + 0.0).view(integer)  # adding +0 turns -0 into +0
+    bits = (scores + 0.0).view(integer)  # Adding +0 turns -0 into +0.
     ranks = (bits >> torch.iinfo(integer).bits - 1).bitwise_and_(largest).bitwise_xor_(bits)
     ranks.masked_fill_(scores.isnan(), lowest + 1)
     if valid is not None:
         ranks.masked_fill_(torch.arange(scores.shape[-1], device=scores.device) >= valid, lowest)
     if integer is torch.int64:
         return torch.sort(ranks, dim=-1, descending=True, stable=True).indices[..., :count]
-    # rank and index in one integer: a partial selection without ties, six times faster than a stable sort
+    # With rank and index in one integer there are no ties, and topk is six times faster than a stable sort.
     backwards = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
     return torch.add(backwards, ranks, alpha=2**32).topk(count, -1, sorted=False).indices

@@ -1,22 +1,22 @@
 """Attention over selected blocks, as torch sees it: schema, fake and autograd.
 
-The contracts are in memflow_ops/ops/attention.py, whose functions have checked every argument before an operator here
-is called.
+Torch's schemas have no records, so an operator takes the fields of `Geometry` one by one. The contracts are in
+memflow_ops/ops/attention.py, whose functions have checked every argument before they call an operator of this file.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from memflow_ops.impl import dense
-from memflow_ops.impl.precision import as_given
+from memflow_ops.geometry import Geometry
+from memflow_ops.impl import composed, implementation_of
+from memflow_ops.impl.precision import without_autocast
 from memflow_ops.impl.torch import merge
-from memflow_ops.ops.registration.dispatch import empty_indices, empty_state, implementation_of
+from memflow_ops.ops.registration.dispatch import empty_indices, empty_state
 
 
 @torch.library.custom_op("memflow_ops::attend_selected", mutates_args=())
@@ -34,12 +34,10 @@ def attend_selected(
     softmax_scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    with as_given(q):
-        return implementation_of(impl).attend(
-            q, None, None, memory_k, memory_v, indices, block_size=block_size, frame_tokens=frame_tokens,
-            query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots,
-            resume_out=resume_out, resume_lse=resume_lse,
-        )  # fmt: skip
+    geometry = Geometry(block_size, frame_tokens, query_group, softmax_scale, memory_slots)
+    resume = None if resume_out is None or resume_lse is None else (resume_out, resume_lse)
+    with without_autocast(q):
+        return implementation_of(impl).attend(q, None, None, memory_k, memory_v, indices, geometry, resume)
 
 
 @attend_selected.register_fake
@@ -66,60 +64,19 @@ def memory_attention(
     dense_backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, LSE and the selected indices (B, H, G, K), K = 0 without a bank."""
-    implementation = implementation_of(impl)
-    with as_given(q):
-        backend = dense.resolve(dense_backend, impl, q, k, v)
-        segments: tuple[Tensor | None, Tensor | None] = (k, v)
-        options: dict[str, Any] = dict(
-            block_size=block_size, frame_tokens=frame_tokens, query_group=query_group, softmax_scale=softmax_scale,
-            memory_slots=memory_slots, resume_out=None, resume_lse=None,
-        )  # fmt: skip
-        if backend != "own":
-            out, lse = dense.attend(backend, q, k, v, softmax_scale)
-            segments = (None, None)
-            options.update(resume_out=out, resume_lse=lse)
-        if memory_k is None:
-            indices = empty_indices(q, 0, top_k, query_group)
-            if backend == "own":
-                out, lse = implementation.attend(q, k, v, None, None, indices, **options)
-            return out, lse, indices
-        if memory_descriptors is None:
-            memory_descriptors = implementation.describe_blocks(memory_k, block_size, frame_tokens)
-        inputs: tuple[Any, ...] = (q, *segments, memory_k, memory_v, memory_descriptors)
-        options.update(top_k=top_k, memory_frames=memory_frames)
-        if impl == "triton":  # which may do both in one launch
-            return implementation.select_and_attend(*inputs, **options)
-        return select_then_attend(implementation, *inputs, **options)
-
-
-def select_then_attend(
-    implementation: ModuleType,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    memory_k: Tensor,
-    memory_v: Tensor,
-    descriptors: Tensor,
-    *,
-    top_k: int,
-    memory_frames: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """An implementation's `select_blocks`, then its `attend` over these blocks: out, LSE and indices."""
-    blocks = -(-options["frame_tokens"] // options["block_size"])
-    selection = (top_k, options["query_group"], memory_frames, options["memory_slots"], blocks)
-    indices = implementation.select_blocks(q, descriptors, *selection)
-    return (*implementation.attend(q, k, v, memory_k, memory_v, indices, **options), indices)
+    geometry = Geometry(block_size, frame_tokens, query_group, softmax_scale, memory_slots, memory_frames)
+    with without_autocast(q):
+        return composed.memory_attention(
+            q, k, v, memory_k, memory_v, memory_descriptors, top_k, geometry, impl, dense_backend
+        )
 
 
 @memory_attention.register_fake
 def _(q, k, v, memory_k, memory_v, memory_descriptors, memory_frames, memory_slots, top_k, block_size, frame_tokens,
       query_group, softmax_scale, impl, dense_backend) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    frames = 0
-    if memory_k is not None:
-        frames = memory_k.shape[1] // frame_tokens if memory_slots is None else memory_slots.shape[1]
-    blocks = frames * -(-frame_tokens // block_size)
-    return (*empty_state(q), empty_indices(q, blocks, top_k, query_group))
+    geometry = Geometry(block_size, frame_tokens, query_group, softmax_scale, memory_slots)
+    blocks = 0 if memory_k is None else geometry.bank_blocks(geometry.stored_frames(memory_k))
+    return (*empty_state(q), empty_indices(q, geometry.query_groups(q.shape[1]), min(top_k, blocks)))
 
 
 @torch.library.custom_op("memflow_ops::attend_backward", mutates_args=())
@@ -142,15 +99,16 @@ def attend_backward(
     softmax_scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v, memory_k, memory_v, every part under the final out and LSE.
+    """The gradients of q, k, v, memory_k and memory_v, every part under the final out and LSE.
 
-    wanted: of these five; the others come back without elements, and nothing is done for them.
+    wanted: which of the five to make; the others come back without elements, and nothing is done for them.
     """
-    with as_given(q):
+    geometry = Geometry(block_size, frame_tokens, query_group, softmax_scale, memory_slots)
+    inputs = (q, k, v, memory_k, memory_v)
+    with without_autocast(q):
         gradients = implementation_of(impl).attend_backward(
-            grad_out, grad_lse, q, k, v, memory_k, memory_v, indices, out, lse, wanted=wanted, block_size=block_size,
-            frame_tokens=frame_tokens, query_group=query_group, softmax_scale=softmax_scale, memory_slots=memory_slots,
-        )  # fmt: skip
+            grad_out, grad_lse, *inputs, indices, out, lse, geometry, wanted
+        )
     return tuple(q.new_empty(0) if x is None else x for x in gradients)  # type: ignore[return-value]
 
 
@@ -161,7 +119,7 @@ def _(grad_out, grad_lse, q, k, v, memory_k, memory_v, indices, memory_slots, ou
 
 
 def _gradients(grad_out: Tensor | None, grad_lse: Tensor | None, wanted: Sequence[bool], *saved: Any) -> list:
-    """attend_backward with None for what is not wanted; `saved` are its arguments from q on, `wanted` left out."""
+    """The gradients of `attend_backward`, None where not wanted. saved: its arguments from q on, without `wanted`."""
     tensors, sizes = saved[:9], saved[9:]
     grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
     found = attend_backward(grad_out, grad_lse, *tensors, list(wanted), *sizes)
@@ -209,6 +167,6 @@ attend_selected.register_autograd(_selected_grad, setup_context=_setup_selected)
 
 _library = torch.library.Library("memflow_ops", "FRAGMENT")
 _library.define("merge_states(Tensor out_a, Tensor lse_a, Tensor out_b, Tensor lse_b) -> (Tensor, Tensor)")
-# A composite of torch's own operators: its gradient and its fake follow from its parts.
+# This is a composite of torch's own operators: its gradient and its fake follow from its parts.
 _library.impl("merge_states", merge.merge_states, "CompositeImplicitAutograd")
 merge_states = torch.ops.memflow_ops.merge_states

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memflow_ops.impl.precision import as_given
+from memflow_ops.impl import implementation_of
+from memflow_ops.impl.precision import without_autocast
 from memflow_ops.impl.torch import cache_write
-from memflow_ops.ops.registration.dispatch import implementation_of
 
 
 @torch.library.custom_op(
@@ -32,7 +32,7 @@ def write_projections(
     eps: float,
     impl: str,
 ) -> Tensor:
-    with as_given(q):
+    with without_autocast(q):
         return implementation_of(impl).write_projections(
             q, k, v, cosines, sines, memory_k, memory_v, places, weight_q, weight_k, descriptors, means,
             frame_tokens=frame_tokens, block_size=block_size, mean_size=mean_size, eps=eps,

@@ -1,16 +1,15 @@
-"""Which implementation runs an operator, and empty results of the shapes that operators return."""
+"""Which implementation `auto` stands for, and empty results of the shapes that operators return."""
 
 from __future__ import annotations
-
-import importlib
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from memflow_ops.impl.precision import wide_dtype
+
 
 def resolve(impl: str, x: Tensor) -> str:
-    """What `auto` stands for: `triton` on CUDA and not in float64, else `torch`."""
+    """The name of an implementation: `auto` is `triton` for x on CUDA and not in float64, else `torch`."""
     if impl != "auto":
         return impl
     return "triton" if x.device.type == "cuda" and x.dtype != torch.float64 else "torch"
@@ -21,18 +20,12 @@ def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
 
 
-def implementation_of(impl: str) -> ModuleType:
-    """The module `memflow_ops.impl.<impl>`, imported on first use, so that only Triton's users need Triton."""
-    return importlib.import_module(f"memflow_ops.impl.{impl}")
-
-
 def empty_state(q: Tensor) -> tuple[Tensor, Tensor]:
-    """Empty out (B, Lq, H, D) and LSE (B, H, Lq)."""
+    """An empty out (B, Lq, H, D) and LSE (B, H, Lq)."""
     batch, queries, heads, _ = q.shape
-    wide = torch.promote_types(q.dtype, torch.float32)
-    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=wide)
+    return q.new_empty(q.shape), q.new_empty((batch, heads, queries), dtype=wide_dtype(q.dtype))
 
 
-def empty_indices(q: Tensor, blocks: int, top_k: int, query_group: int) -> Tensor:
-    batch, queries, heads, _ = q.shape
-    return q.new_empty((batch, heads, -(-queries // query_group), min(top_k, blocks)), dtype=torch.int32)
+def empty_indices(q: Tensor, groups: int, entries: int) -> Tensor:
+    """Empty indices (B, H, G, K) of `groups` query groups and `entries` blocks for each."""
+    return q.new_empty((q.shape[0], q.shape[2], groups, entries), dtype=torch.int32)

@@ -5,16 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memflow_ops.impl.precision import as_given
+from memflow_ops.impl import implementation_of
+from memflow_ops.impl.precision import without_autocast
 from memflow_ops.impl.torch import retrieval
-from memflow_ops.ops.registration.dispatch import implementation_of
 
 _library = torch.library.Library("memflow_ops", "FRAGMENT")
 _library.define(
     "frame_relevance(Tensor text_q, Tensor frame_keys, Tensor? text_lengths, Tensor block_weights, "
     "str score, float softmax_scale) -> Tensor"
 )
-# A composite of torch's own operators: its gradient and its fake follow from its parts.
+# This is a composite of torch's own operators: its gradient and its fake follow from its parts.
 _library.impl("frame_relevance", retrieval.frame_relevance, "CompositeImplicitAutograd")
 frame_relevance = torch.ops.memflow_ops.frame_relevance
 
@@ -32,7 +32,7 @@ def retrieve_frames(
     softmax_scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    with as_given(text_keys):
+    with without_autocast(text_keys):
         return implementation_of(impl).retrieve_frames(
             text_keys, means, rows, text_lengths, weights, count=count, score=score, redundancy=redundancy,
             softmax_scale=softmax_scale,

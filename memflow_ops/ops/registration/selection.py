@@ -5,13 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memflow_ops.impl.precision import as_given
-from memflow_ops.ops.registration.dispatch import empty_indices, implementation_of
+from memflow_ops.geometry import Geometry
+from memflow_ops.impl import implementation_of
+from memflow_ops.impl.precision import without_autocast
+from memflow_ops.impl.torch import selection
+from memflow_ops.ops.registration.dispatch import empty_indices
 
 
 @torch.library.custom_op("memflow_ops::describe_blocks", mutates_args=())
 def describe_blocks(k: Tensor, block_size: int, frame_tokens: int, impl: str) -> Tensor:
-    with as_given(k):
+    with without_autocast(k):
         return implementation_of(impl).describe_blocks(k, block_size, frame_tokens)
 
 
@@ -23,18 +26,13 @@ def _(k: Tensor, block_size: int, frame_tokens: int, impl: str) -> Tensor:
 
 @torch.library.custom_op("memflow_ops::describe_blocks_backward", mutates_args=())
 def describe_blocks_backward(grad: Tensor, block_size: int, frame_tokens: int) -> Tensor:
-    """The gradient (B, Lm, Hkv, D) of the mean: every key gets its block's share."""
-    blocks = -(-frame_tokens // block_size)
-    lengths = torch.full((blocks,), block_size, device=grad.device)
-    lengths[-1] = frame_tokens - (blocks - 1) * block_size
-    shares = grad.unflatten(1, (-1, blocks)) / lengths.view(-1, 1, 1)
-    return shares.repeat_interleave(block_size, 2)[:, :, :frame_tokens].flatten(1, 2).to(grad.dtype)
+    return selection.describe_blocks_backward(grad, block_size, frame_tokens)
 
 
 @describe_blocks_backward.register_fake
 def _(grad: Tensor, block_size: int, frame_tokens: int) -> Tensor:
-    batch, n, heads, size = grad.shape
-    return grad.new_empty((batch, n // -(-frame_tokens // block_size) * frame_tokens, heads, size))
+    batch, blocks, heads, size = grad.shape
+    return grad.new_empty((batch, blocks // -(-frame_tokens // block_size) * frame_tokens, heads, size))
 
 
 def _setup_describe(ctx, inputs, output) -> None:
@@ -59,13 +57,20 @@ def select_blocks(
     blocks_per_frame: int,
     impl: str,
 ) -> Tensor:
-    with as_given(q):
-        return implementation_of(impl).select_blocks(
-            q, descriptors, top_k, query_group, memory_frames, memory_slots, blocks_per_frame
-        )
+    geometry = _selection_geometry(memory_frames, memory_slots, query_group, blocks_per_frame)
+    with without_autocast(q):
+        return implementation_of(impl).select_blocks(q, descriptors, top_k, geometry)
 
 
 @select_blocks.register_fake
 def _(q, descriptors, memory_frames, memory_slots, top_k, query_group, blocks_per_frame, impl) -> Tensor:
-    blocks = descriptors.shape[1] if memory_slots is None else memory_slots.shape[1] * blocks_per_frame
-    return empty_indices(q, blocks, top_k, query_group)
+    geometry = _selection_geometry(memory_frames, memory_slots, query_group, blocks_per_frame)
+    blocks = geometry.bank_blocks(descriptors.shape[1] // blocks_per_frame)
+    return empty_indices(q, geometry.query_groups(q.shape[1]), min(top_k, blocks))
+
+
+def _selection_geometry(
+    memory_frames: Tensor | None, memory_slots: Tensor | None, query_group: int, blocks_per_frame: int
+) -> Geometry:
+    """Selection does not depend on the tokens of a block, so a block counts as one token here."""
+    return Geometry(1, blocks_per_frame, query_group, 1.0, memory_slots, memory_frames)

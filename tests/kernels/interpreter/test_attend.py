@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memflow_ops.geometry import Geometry
 from memflow_ops.impl.reference import attention as reference_attention
 from memflow_ops.kernels import configs
 from memflow_ops.kernels.attention.forward import Chosen, attend, plan_attend
@@ -57,8 +58,13 @@ def case(
 
 
 def groups(arguments):
-    names = ("q", "k", "memory_k", "indices", "block_size", "frame_tokens", "query_group", "memory_slots")
-    return reference_attention.tiles(*(arguments[name] for name in names))
+    names = ("q", "k", "memory_k", "indices")
+    return reference_attention.tiles(*(arguments[name] for name in names), geometry_of(arguments))
+
+
+def geometry_of(arguments):
+    names = ("block_size", "frame_tokens", "query_group", "softmax_scale", "memory_slots")
+    return Geometry(**{name: arguments[name] for name in names})
 
 
 def call(attention, arguments):
@@ -73,15 +79,18 @@ def launch(arguments):
 def exact(arguments):
     """out and lse in float64."""
     widened = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()}
-    return call(reference_attention.attend, widened)
+    names = ("q", "k", "v", "memory_k", "memory_v", "indices")
+    resume = None if widened["resume_out"] is None else (widened["resume_out"], widened["resume_lse"])
+    return reference_attention.attend(*(widened[name] for name in names), geometry_of(widened), resume)
 
 
 def dense_error(arguments, out):
     """The largest error of PyTorch's dense attention in this dtype, group by group over the same keys."""
     q, scale, worst = arguments["q"], arguments["softmax_scale"], 0.0
-    for b, rows, h, kv_head, tokens in groups(arguments):
-        keys = reference_attention.gather(arguments["k"], arguments["memory_k"], b, kv_head, tokens)
-        values = reference_attention.gather(arguments["v"], arguments["memory_v"], b, kv_head, tokens)
+    for tile in groups(arguments):
+        b, rows, h = tile[:3]
+        keys = reference_attention.gather(arguments["k"], arguments["memory_k"], tile)
+        values = reference_attention.gather(arguments["v"], arguments["memory_v"], tile)
         if len(keys):
             got = F.scaled_dot_product_attention(q[b, rows, h][None], keys[None], values[None], scale=scale)[0]
             worst = max(worst, (got.double() - out[b, rows, h]).abs().max().item())

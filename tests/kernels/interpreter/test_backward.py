@@ -13,6 +13,7 @@ from torch.library import opcheck
 from torch.utils.checkpoint import checkpoint
 
 import memflow_ops as ops
+from memflow_ops.geometry import Geometry
 from memflow_ops.impl.reference import attention as reference_attention
 from memflow_ops.kernels.attention.backward import attend_backward, plan_attend_backward
 from memflow_ops.kernels.attention.forward import attend
@@ -48,10 +49,10 @@ def case(
 
 def poisoned(given, indices):
     """The case with NaN in each batch element and key head wherever no group of its heads has selected."""
-    sizes = (given.options[name] for name in ("block_size", "frame_tokens", "query_group", "memory_slots"))
     used = torch.zeros(given.memory_k.shape[:3], dtype=torch.bool)
+    geometry = Geometry(**given.options)
     for b, _rows, _head, kv_head, tokens in reference_attention.tiles(
-        given.q, given.k, given.memory_k, indices, *sizes
+        given.q, given.k, given.memory_k, indices, geometry
     ):
         used[b, tokens, kv_head] = True
     memory = [x.masked_fill(~used.unsqueeze(-1), torch.nan) for x in (given.memory_k, given.memory_v)]
@@ -82,8 +83,7 @@ def autograd(attention, given, grad_out, grad_lse):
 
 def exact(given, indices, grad_out, grad_lse):
     def attention(wide):
-        options = dict(wide.options, resume_out=None, resume_lse=None)
-        return reference_attention.attend(*wide.tensors().values(), indices, **options)
+        return reference_attention.attend(*wide.tensors().values(), indices, Geometry(**wide.options))
 
     return autograd(attention, given.to(torch.float64), grad_out, grad_lse)
 

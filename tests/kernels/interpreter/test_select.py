@@ -5,14 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from memflow_ops.geometry import Geometry
 from memflow_ops.impl.reference import selection
 from memflow_ops.kernels.selection.groups import select_blocks
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def expected_selection(q, descriptors, *arguments):
-    return selection.select_blocks(q.double(), descriptors.double(), *arguments)
+def expected_selection(q, descriptors, top_k, query_group, memory_frames, memory_slots, blocks_per_frame):
+    geometry = Geometry(1, blocks_per_frame, query_group, 1.0, memory_slots, memory_frames)
+    return selection.select_blocks(q.double(), descriptors.double(), top_k, geometry)
 
 
 @settings(max_examples=25)

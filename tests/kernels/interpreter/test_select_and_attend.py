@@ -4,8 +4,6 @@ Queries and descriptors are integers, so that selections are equal, ties include
 reference does not select is NaN.
 """
 
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,11 +11,12 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import memflow_ops as ops
+from memflow_ops.geometry import Geometry
+from memflow_ops.impl import composed, reference
 from memflow_ops.impl.reference import attention
 from memflow_ops.kernels import configs
 from memflow_ops.kernels.attention.forward import attend, plan_select_and_attend, select_and_attend
 from memflow_ops.kernels.selection import groups
-from memflow_ops.ops.registration.attention import select_then_attend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -51,15 +50,27 @@ def arguments_of(dtype, *, batch=1, heads=(2, 1), head_dim=16, queries=(16, 40),
         resume_out=torch.randn(batch, length, q_heads, head_dim).to(dtype) if resume else None,
         resume_lse=torch.randn(batch, q_heads, length) if resume else None,
     )
-    indices = call(partial(select_then_attend, attention), arguments)[2]
+    indices = exact(arguments)[2]
     used = torch.zeros(batch, physical * frame_tokens, kv_heads, dtype=torch.bool)
-    names = ("block_size", "frame_tokens", "query_group", "memory_slots")
-    tiles = attention.tiles(arguments["q"], None, arguments["memory_k"], indices, *(arguments[name] for name in names))
+    tiles = attention.tiles(arguments["q"], None, arguments["memory_k"], indices, geometry_of(arguments))
     for b, _rows, _head, kv_head, tokens in tiles:
         used[b, tokens, kv_head] = True
     for name in ("memory_k", "memory_v"):
         arguments[name][~used] = torch.nan
     return arguments
+
+
+def geometry_of(arguments):
+    names = ("block_size", "frame_tokens", "query_group", "softmax_scale", "memory_slots", "memory_frames")
+    return Geometry(**{name: arguments[name] for name in names})
+
+
+def exact(arguments):
+    """out, lse and indices of the reference."""
+    names = ("q", "k", "v", "memory_k", "memory_v", "descriptors", "top_k")
+    resume = None if arguments["resume_out"] is None else (arguments["resume_out"], arguments["resume_lse"])
+    inputs = (arguments[name] for name in names)
+    return composed.select_and_attend(reference, *inputs, geometry_of(arguments), resume)
 
 
 def call(run, arguments, **more):
@@ -70,7 +81,7 @@ def call(run, arguments, **more):
 def check(arguments, got=None, **more):
     out, lse, indices = call(select_and_attend, arguments, **more) if got is None else got
     wide = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()}
-    expected_out, expected_lse, expected_indices = call(partial(select_then_attend, attention), wide)
+    expected_out, expected_lse, expected_indices = exact(wide)
     assert torch.equal(indices, expected_indices)
     tolerance = {torch.float32: 1e-5, torch.bfloat16: 3e-2, torch.float16: 4e-3}[out.dtype]
     torch.testing.assert_close(out.double(), expected_out, atol=tolerance, rtol=tolerance)
@@ -166,9 +177,8 @@ def test_lists_of_rows_in_any_order():
     indices = torch.randint(-3, 9, (1, 1, 20, 6), dtype=torch.int32)  # twice, out of range, in no order
     indices[..., 2] = 2**31 - 1
     options = dict(block_size=16, frame_tokens=48, query_group=1, softmax_scale=0.25)
-    rest = dict(memory_slots=None, resume_out=None, resume_lse=None)
     got = attend(q, None, None, memory, memory, indices, **options)
-    expected = attention.attend(q, None, None, memory, memory, indices, **options, **rest)
+    expected = attention.attend(q, None, None, memory, memory, indices, Geometry(**options))
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -1,0 +1,60 @@
+"""Memory attention made of its parts: a dense backend, the selection of blocks, and attention to these."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from memflow_ops.geometry import Geometry
+from memflow_ops.impl import dense, implementation_of
+
+
+def memory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_k: Tensor | None,
+    memory_v: Tensor | None,
+    descriptors: Tensor | None,
+    top_k: int,
+    geometry: Geometry,
+    impl: str,
+    dense_backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, LSE and the selected indices (B, H, G, K), K = 0 without a bank; see `memflow_ops.memory_attention`."""
+    implementation = implementation_of(impl)
+    backend = dense.resolve(dense_backend, impl, q, k, v)
+    segment: tuple[Tensor | None, Tensor | None] = (k, v)
+    resume = None
+    if backend != "own":
+        resume = dense.attend(backend, q, k, v, geometry.softmax_scale)
+        segment = (None, None)
+    if memory_k is None or memory_v is None:
+        groups = geometry.query_groups(q.shape[1])
+        indices = q.new_empty((q.shape[0], q.shape[2], groups, 0), dtype=torch.int32)
+        out, lse = resume or implementation.attend(q, k, v, None, None, indices, geometry)
+        return out, lse, indices
+    if descriptors is None:
+        descriptors = implementation.describe_blocks(memory_k, geometry.block_size, geometry.frame_tokens)
+    return select_and_attend(implementation, q, *segment, memory_k, memory_v, descriptors, top_k, geometry, resume)
+
+
+def select_and_attend(
+    implementation: ModuleType,
+    q: Tensor,
+    k: Tensor | None,
+    v: Tensor | None,
+    memory_k: Tensor,
+    memory_v: Tensor,
+    descriptors: Tensor,
+    top_k: int,
+    geometry: Geometry,
+    resume: tuple[Tensor, Tensor] | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Out, LSE and indices: the implementation's own `select_and_attend`, or else its two parts one after the other."""
+    if hasattr(implementation, "select_and_attend"):
+        return implementation.select_and_attend(q, k, v, memory_k, memory_v, descriptors, top_k, geometry, resume)
+    indices = implementation.select_blocks(q, descriptors, top_k, geometry)
+    return (*implementation.attend(q, k, v, memory_k, memory_v, indices, geometry, resume), indices)
