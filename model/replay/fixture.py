@@ -1,4 +1,4 @@
-"""Reads and checks a fixture of `memflow_ops.model.replay.replay`: a safetensors file and its JSON.
+"""Reads and checks a fixture of `memflow_ops.model.replay`: a safetensors file and its JSON.
 
 Every size comes from the JSON and is checked against the tensors before anything runs. The latents' height and width
 are those of which a token grid, the sampled outputs and the recorded noise all agree.

@@ -1,6 +1,6 @@
 """Replays recorded outputs of the released MemFlow (arXiv 2512.14699) through our model, cache and ops.
 
-    python -m memflow_ops.model.replay.replay FIXTURE.safetensors FIXTURE.json
+    python -m memflow_ops.model.replay FIXTURE.safetensors FIXTURE.json
 
 A fixture holds weights in the original Wan 2.1 layout, text embeddings, and what the authors' code made of them, chunk
 by chunk, without (`dense`) and with (`sma`) sparse memory activation. Prints the largest absolute difference of every
@@ -175,9 +175,7 @@ def _compared(
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Replays the fixture that the command line names and prints a line per call; returns the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m memflow_ops.model.replay.replay", description=__doc__.split("\n\n")[2]
-    )
+    parser = argparse.ArgumentParser(prog="python -m memflow_ops.model.replay", description=__doc__.split("\n\n")[2])
     parser.add_argument("tensors", type=Path, metavar="FIXTURE.safetensors")
     parser.add_argument("description", type=Path, metavar="FIXTURE.json")
     given = parser.parse_args(arguments)
@@ -217,7 +215,3 @@ def _line(outcome: Outcome) -> str:
 def _largest(outcomes: Sequence[Outcome]) -> float:
     """NaN counts as the largest."""
     return torch.tensor([outcome.difference for outcome in outcomes]).max().item()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -24,7 +24,7 @@ from memflow_ops.bench.report import html, svg, table
 from memflow_ops.bench.sizes import TINY
 from memflow_ops.cli import main
 from memflow_ops.environment import environment
-from memflow_ops.impl.torch import cache_write
+from memflow_ops.impl import torch as implementation
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
@@ -222,7 +222,7 @@ def test_ceilings_are_measured_once(tmp_path, monkeypatch):
 
 SLOWER = """
     import time
-    from memflow_ops import torch_impl
+    from memflow_ops.impl import torch as torch_impl
 
     select = torch_impl.select_blocks
 
@@ -280,8 +280,8 @@ def test_a_slower_write_is_caught(tmp_path, monkeypatch):
     session._ceilings = {"tflops_float32": 1.0, "gbs": 1.0}
     assert [case.name.split("/")[1] for case in session.cases] == ["write_projections", "write_projections_clean"]
     assert run.measure(session, lambda *_: None)[1] == {}
-    right = cache_write.write_projections
-    monkeypatch.setattr(cache_write, "write_projections", lambda *of, **more: time.sleep(0.05) or right(*of, **more))
+    right = implementation.write_projections
+    monkeypatch.setattr(implementation, "write_projections", lambda *of, **more: time.sleep(0.05) or right(*of, **more))
     session = run.Session("cpu", ["tiny"], "op/write_projections", 5, tmp_path, compare=True)
     session._ceilings = {"tflops_float32": 1.0, "gbs": 1.0}
     for case in session.cases:

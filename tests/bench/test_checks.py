@@ -14,7 +14,8 @@ from memflow_ops.bench.cases import parts, registry, streams
 from memflow_ops.bench.harness import ceilings, contest, correctness
 from memflow_ops.bench.sizes import TINY
 from memflow_ops.cache.frame_cache import FrameCache
-from memflow_ops.impl.torch import attention, cache_write, retrieval, selection
+from memflow_ops.impl import torch as torch_impl
+from memflow_ops.impl.torch import cache_write as torch_write
 
 CPU = torch.device("cpu")
 
@@ -55,19 +56,19 @@ def changed(where: object, name: str, change: Callable) -> Break:
 
 def other_blocks(patch: pytest.MonkeyPatch) -> None:
     """Selection passes over the best block and takes the next one instead."""
-    select = selection.select_blocks
+    select = torch_impl.select_blocks
 
     def worse(q, descriptors, top_k, *rest):
         more, fewer = (select(q, descriptors, count, *rest) for count in (top_k + 1, 1))
         left = more.masked_fill(more == fewer, torch.iinfo(torch.int32).max)
         return left.sort(-1).values[..., :-1].contiguous()
 
-    patch.setattr(selection, "select_blocks", worse)
+    patch.setattr(torch_impl, "select_blocks", worse)
 
 
 def other_blocks_inside(patch: pytest.MonkeyPatch) -> None:
     """As `other_blocks`, only where attention selects for itself: `select_blocks` by itself is right."""
-    select = selection.select_blocks
+    select = torch_impl.select_blocks
     other_blocks(patch)
 
     def right(q, descriptors, top_k, *, query_group, memory_frames=None, memory_slots=None, blocks_per_frame):
@@ -79,7 +80,7 @@ def other_blocks_inside(patch: pytest.MonkeyPatch) -> None:
 
 
 def a_block_twice(patch: pytest.MonkeyPatch) -> None:
-    changed(selection, "select_blocks", lambda indices: indices[..., [0, *range(indices.shape[-1] - 1)]])(patch)
+    changed(torch_impl, "select_blocks", lambda indices: indices[..., [0, *range(indices.shape[-1] - 1)]])(patch)
 
 
 def zeroed(descriptors: torch.Tensor) -> torch.Tensor:
@@ -91,7 +92,7 @@ def zeroed(descriptors: torch.Tensor) -> torch.Tensor:
 def scaled(number: int) -> Break:
     """One of the five gradients, by a part in a thousand."""
     scale = [1.001 if n == number else 1 for n in range(5)]
-    return changed(attention, "attend_backward", lambda found: [x * by for x, by in zip(found, scale, strict=True)])
+    return changed(torch_impl, "attend_backward", lambda found: [x * by for x, by in zip(found, scale, strict=True)])
 
 
 def without_a_key(found: list) -> list:
@@ -150,8 +151,8 @@ def written(change: Callable) -> Break:
     """`change(arguments)` of the fused write: q, k, v and so on."""
 
     def apply(patch: pytest.MonkeyPatch) -> None:
-        right = cache_write.write_projections
-        patch.setattr(cache_write, "write_projections", lambda *of, **options: right(*change(list(of)), **options))
+        right = torch_impl.write_projections
+        patch.setattr(torch_impl, "write_projections", lambda *of, **options: right(*change(list(of)), **options))
 
     return apply
 
@@ -176,9 +177,9 @@ def lost_mean(arguments: list) -> list:
     return arguments
 
 
-SELECTION, DESCRIPTORS = (attention, "select_blocks"), (attention, "describe_blocks")
+SELECTION, DESCRIPTORS = (torch_impl, "select_blocks"), (torch_impl, "describe_blocks")
 ZEROED = changed(*DESCRIPTORS, zeroed)
-WITHOUT_A_KEY = changed(attention, "attend_backward", without_a_key)
+WITHOUT_A_KEY = changed(torch_impl, "attend_backward", without_a_key)
 BROKEN = {
     "memory_attention-selection": ("op/memory_attention", other_blocks, "is left out, whose score is higher"),
     "memory_attention-selection-inside": ("op/memory_attention", other_blocks_inside, "ours: head 0, group 0: error"),
@@ -204,7 +205,7 @@ BROKEN = {
     "frame_write-window": ("op/frame_write", one_write_for_all, "does not hold the keys that were written"),
     "write-q": (
         "op/write_projections",
-        changed(cache_write, "write_projections", lambda q: q * 1.001),
+        changed(torch_impl, "write_projections", lambda q: q * 1.001),
         "ours: queries",
     ),
     "write-values": ("op/write_projections", written(turned_values), "the pool does not hold the chunk's values"),
@@ -213,18 +214,22 @@ BROKEN = {
     "write-clean": ("op/write_projections_clean", written(lost_mean), "ours: mean of the first frame"),
     "write-descriptors": (
         "op/write_projections_clean",
-        changed(retrieval, "describe_blocks", zeroed),
+        changed(torch_write, "describe_blocks", zeroed),
         "ours: descriptors, frame 0",
     ),
     "layer-selection": ("layer/block", other_blocks, "layer 0, selection, head 0, group 0: .* is left out"),
     "layer-selection-inside": ("layer/block", other_blocks_inside, "ours: head 0, group 0: error"),
     "layer-descriptors": ("layer/block", without_descriptors, "layer 0, head 0, descriptors of the sink"),
-    "layer-q": ("layer/block", changed(cache_write, "write_projections", lambda q: q * 1.001), "group 0: error"),
+    "layer-q": ("layer/block", changed(torch_impl, "write_projections", lambda q: q * 1.001), "group 0: error"),
     "layer-values": ("layer/block", written(turned_values), "layer 0: the window does not hold the chunk's values"),
     "layer-keys": ("layer/block", written(unnormalised), "layer 0, keys in the window: .* values are off"),
     "stream-selection": ("stream/chunk", other_blocks, "layer 0, selection, head 0, group 0: .* is left out"),
     "stream-selection-inside": ("stream/chunk", other_blocks_inside, "ours: head 0, group 0: error"),
-    "stream-descriptor": ("stream/chunk", changed(retrieval, "describe_blocks", zeroed), "descriptors of prototypes"),
+    "stream-descriptor": (
+        "stream/chunk",
+        changed(torch_write, "describe_blocks", zeroed),
+        "descriptors of prototypes",
+    ),
     "stream-values": ("stream/chunk", written(turned_values), "layer 0: the window does not hold the chunk's values"),
 }
 

@@ -19,7 +19,7 @@ from memflow_ops.model.stories.video import to_pixels
 from memflow_ops.model.streaming.settings import USED_BY
 from memflow_ops.model.streaming.streamer import stream
 from memflow_ops.model.toy import train, world
-from memflow_ops.model.toy.evaluation import evaluate, summary
+from memflow_ops.model.toy.evaluation import evaluate
 from memflow_ops.model.toy.generate import DEMO_STORY
 from memflow_ops.model.toy.language import embed_prompts, parse_prompt
 from memflow_ops.model.toy.returns import Return, find_returns, judge_return
@@ -42,7 +42,10 @@ def test_help_names_every_command(capfd):
 
 @pytest.mark.parametrize("command", ["demo", "train", "evaluate"])
 def test_defaults_are_those_of_the_library(command):
-    defaults = {name: p.default for name, p in inspect.signature(getattr(main, command)).parameters.items()}
+    defaults = {
+        name: p.default
+        for name, p in inspect.signature(getattr(sys.modules["memflow_ops.cli.main"], command)).parameters.items()
+    }
     library = {
         "demo": vars(TOY_SETTINGS),
         "train": {name: p.default for name, p in inspect.signature(train.train).parameters.items()} | {"steps": None},
@@ -54,7 +57,7 @@ def test_defaults_are_those_of_the_library(command):
 
 
 def test_generate_leaves_defaults_to_each_world(capfd):
-    parameters = inspect.signature(main.generate).parameters
+    parameters = inspect.signature(sys.modules["memflow_ops.cli.main"].generate).parameters
     assert all(parameters[name].default is None for name in parameters.keys() & vars(TOY_SETTINGS).keys())
     assert memflow("generate", "--help") == 0
     said = " ".join(capfd.readouterr().out.replace("│", " ").split())
@@ -167,7 +170,7 @@ def test_an_evaluation_that_is_stopped_keeps_what_was_judged(tmp_path, monkeypat
     """Kinds are judged for real, on one short story; then Ctrl-C comes while the third is being made, or the timing."""
     monkeypatch.setattr("memflow_ops.model.toy.evaluation.held_out.STORY_PROMPTS", (6,))
     short = ("evaluate", "--stories", 1, "--steps", 1, "--out", tmp_path / "e.json")
-    judge_really, calls = summary.summarise, []
+    judge_really, calls = evaluate.summarise, []
 
     def summarise(*arguments, **options):
         calls.append(arguments[0])
@@ -175,7 +178,7 @@ def test_an_evaluation_that_is_stopped_keeps_what_was_judged(tmp_path, monkeypat
             raise KeyboardInterrupt
         return judge_really(*arguments, **options)
 
-    monkeypatch.setattr(summary, "summarise", summarise)
+    monkeypatch.setattr(evaluate, "summarise", summarise)
     kinds = [word for kind in ("none", "sink", "none", "full") for word in ("--memory", kind)]
     assert memflow(*short, *kinds) == 130
     assert calls == ["none", "sink", "full"]

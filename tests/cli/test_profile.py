@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import sys
 
 import pytest
 
@@ -158,7 +159,7 @@ def test_places_that_cannot_be_written_to_are_named_before_anything_is_loaded(
 
 
 def test_defaults_are_those_of_the_library():
-    parameters = inspect.signature(main.profile_selection).parameters
+    parameters = inspect.signature(sys.modules["memflow_ops.cli.main"].profile_selection).parameters
     defaults = vars(Sampling())
     assert {name: parameters[name].default for name in defaults} == defaults
     helps = str(parameters["block_size"].annotation) + str(parameters["query_group"].annotation)

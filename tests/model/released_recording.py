@@ -1,4 +1,4 @@
-"""Makes fixtures of the form that `memflow_ops.model.replay.replay` replays, with a straight-line model of its own.
+"""Makes fixtures of the form that `memflow_ops.model.replay` replays, with a straight-line model of its own.
 
 Written from the description of the released MemFlow alone, in float64, on lists of frames: nothing of ours is used, so
 that whoever replays what it records has computed the same function twice.

@@ -153,7 +153,7 @@ def test_a_prompt_that_is_too_long_is_cut_aloud(pipeline):
 # ------------------------------------------------------------------------------------------------------------------ VAE
 
 
-def test_decoder_streams_bit_identically(pipeline):
+def test_the_decoder_streams_what_decoding_everything_at_once_gives(pipeline):
     from diffusers import AutoencoderKLWan
 
     vae = load_vae(pipeline)
@@ -171,7 +171,8 @@ def test_decoder_streams_bit_identically(pipeline):
                 start = sum(sizes[:i])
                 parts[sizes].append(stream.decode(latents[:, :, start : start + sizes[i]]))
     for sizes, frames in parts.items():
-        assert torch.equal(torch.cat(frames, 2), whole), sizes
+        # diffusers runs its first 1 x 1 x 1 convolution over all frames at once, whose sums may then round differently.
+        torch.testing.assert_close(torch.cat(frames, 2), whole, rtol=0, atol=1e-5 if len(sizes) > 1 else 0)
         assert streams[sizes].state_bytes > 0
     assert [x.shape[2] for x in parts[3, 3, 1]] == [9, 12, 4]
 
