@@ -33,9 +33,9 @@ from memflow_ops.model.checkpoints.native import load_checkpoint
 from memflow_ops.model.plot_style import INK, PALE
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
-from memflow_ops.model.toy.evaluation.evaluate import evaluate, time_kinds
+from memflow_ops.model.toy.evaluation.evaluate import evaluate_kinds, time_kinds
 from memflow_ops.model.toy.evaluation.held_out import appearances, is_return, make_stories
-from memflow_ops.model.toy.evaluation.kinds import KINDS, Kind
+from memflow_ops.model.toy.evaluation.kinds import MEMORY_KINDS, MemoryKind
 from memflow_ops.model.toy.evaluation.report import without_nan
 from memflow_ops.model.toy.settings import TOY_SETTINGS
 
@@ -75,7 +75,7 @@ class Setting:
 
     def change(self, settings: StreamSettings) -> StreamSettings:
         if self.memory != "memflow":
-            return KINDS[self.memory].change(settings)
+            return MEMORY_KINDS[self.memory].change(settings)
         selection: Any = self.blocks
         return replace(settings, bank_frames=self.bank_frames, top_k=self.top_k, selection=selection)
 
@@ -118,7 +118,7 @@ def measure(told: dict[str, Any], settings: Sequence[Setting], about: dict[str, 
     for setting in settings:
         if setting.name not in told["rows"]:
             chunks = bar.add_task(setting.name, total=None)
-            (row,) = evaluate(
+            (row,) = evaluate_kinds(
                 model, kinds=["memflow"], settings=setting.change(TOY_SETTINGS), **count,
                 report=lambda _, done, total: bar.update(chunks, completed=done, total=total),  # noqa: B023
             )  # fmt: skip
@@ -127,7 +127,9 @@ def measure(told: dict[str, Any], settings: Sequence[Setting], about: dict[str, 
             told["rows"][setting.name] = without_nan(found)
             yield f"{setting.name}: {_share(found['hue'])}"
         bar.advance(task)
-    kinds = {"none": KINDS["none"]} | {s.cost: Kind("", s.change) for s in settings if s.blocks != "random"}
+    kinds = {"none": MEMORY_KINDS["none"]} | {
+        s.cost: MemoryKind("", s.change) for s in settings if s.blocks != "random"
+    }
     if kinds.keys() - told["timings"].keys():
         bar.add_task("times", total=None)
         timings = time_kinds(model, kinds)

@@ -13,7 +13,7 @@ from memflow_ops.cli.progress import fail, mistakes
 
 if TYPE_CHECKING:
     from memflow_ops.model.pipeline.sources import Sources
-    from memflow_ops.model.selection_profile.rows import Profile
+    from memflow_ops.model.selection_profile.figures import SelectionProfile
     from memflow_ops.model.streaming.settings import StreamSettings
     from memflow_ops.model.streaming.streamer import TextEncoder
     from memflow_ops.model.wan.transformer import CausalVideoModel
@@ -54,7 +54,7 @@ def toy(
     """The toy world: held-out stories, or the first of a file. options: what differs from `TOY_SETTINGS`."""
     from memflow_ops.environment import pick_device
     from memflow_ops.files import check_target, sha256
-    from memflow_ops.model.selection_profile.profile import check
+    from memflow_ops.model.selection_profile.profile import check_profile
     from memflow_ops.model.stories.prompts import chunk_prompts, read_stories
     from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
     from memflow_ops.model.toy.evaluation.held_out import FRAMES_PER_PROMPT, make_stories
@@ -72,7 +72,7 @@ def toy(
     settings = replace(TOY_SETTINGS, **options, device_frames=room)
     model = load_model(weights or TOY_WEIGHTS, pick_device(device))
     sizes = _sizes(block_sizes, query_groups, TOY_SIZES)
-    check(settings, len(spoken), model.tokens(settings.height, settings.width), *sizes)
+    check_profile(settings, len(spoken), model.tokens(settings.height, settings.width), *sizes)
     file = weights or TOY_WEIGHTS
     about = {"weights": {"name": file.name, "sha256": sha256(file)}, "stories": told, "frames_per_prompt": frames}
     return Watched(model, spoken, settings, embed_prompts, *sizes, "The toy world", about)
@@ -92,7 +92,7 @@ def real(
     from memflow_ops.model.pipeline import settings as pipeline_settings
     from memflow_ops.model.pipeline import verify
     from memflow_ops.model.pipeline.sources import latent_size
-    from memflow_ops.model.selection_profile.profile import check, first_full
+    from memflow_ops.model.selection_profile.profile import check_profile, first_full_chunk
     from memflow_ops.model.stories.prompts import read_stories
 
     check_target(out, ".json")
@@ -102,7 +102,7 @@ def real(
     frames = options.get("frames_per_prompt", pipeline_settings.FRAMES_PER_PROMPT)
     chunks = -(-len(told) * frames // pipeline_settings.WAN_SETTINGS.chunk_frames)
     if "bank_frames" not in options:  # as large as is full for a quarter of the story
-        beyond = first_full(replace(pipeline_settings.WAN_SETTINGS, bank_frames=0))
+        beyond = first_full_chunk(replace(pipeline_settings.WAN_SETTINGS, bank_frames=0))
         options["bank_frames"] = max(
             0, min(pipeline_settings.WAN_SETTINGS.bank_frames, chunks - chunks // 4 - 1 - beyond)
         )
@@ -110,7 +110,7 @@ def real(
     height, width = latent_size(None, options.get("height", 480), options.get("width", 832))
     if block_sizes is None:
         sizes = [size for size in sizes[0] if size <= height * width // 4] or [height * width // 4], sizes[1]
-    check(
+    check_profile(
         replace(pipeline_settings.WAN_SETTINGS, bank_frames=options["bank_frames"]), chunks, height * width // 4, *sizes
     )  # before the weights are read
     parts, ((plan,),) = generate.prepare(
@@ -130,22 +130,22 @@ def profile(watched: Watched, out: Path, drawn: dict[str, int]) -> None:
     from memflow_ops.files import write_atomically
     from memflow_ops.model.selection_profile import profile as selection_profile_profile
     from memflow_ops.model.selection_profile import timing
-    from memflow_ops.model.selection_profile.plot import draw
-    from memflow_ops.model.selection_profile.report import results, table
-    from memflow_ops.model.selection_profile.rows import Sampling
-    from memflow_ops.model.toy.generate import Interrupts
+    from memflow_ops.model.selection_profile.figures import Sampling
+    from memflow_ops.model.selection_profile.plot import draw_profile
+    from memflow_ops.model.selection_profile.report import profile_json, profile_table
+    from memflow_ops.model.stories.interrupts import Interrupts
 
     settings, device = watched.settings, watched.model.patch_embedding.weight.device
     with mistakes():
         sampling = Sampling(**drawn)
     about = {"command": "memflow profile-selection", **environment(device), **watched.about}
     about |= {"settings": asdict(settings), "clock": timing.clock(device)}
-    measured: Profile | None = None
+    measured: SelectionProfile | None = None
     interrupted = False
 
     def write() -> None:
         assert measured is not None
-        said = results(measured, about, sampling, interrupted=interrupted)
+        said = profile_json(measured, about, sampling, interrupted=interrupted)
         write_atomically(out, said.encode())
 
     with Interrupts() as interrupts:
@@ -153,7 +153,7 @@ def profile(watched: Watched, out: Path, drawn: dict[str, int]) -> None:
             task = bar.add_task("chunk", total=None)
             report: Callable[[int, int], None] = lambda done, of: bar.update(task, completed=done, total=of)  # noqa: E731
             try:
-                for measured in selection_profile_profile.profile(  # noqa: B007 - it grows
+                for measured in selection_profile_profile.profile_selection(  # noqa: B007 - it grows
                     watched.model, watched.spoken, settings, block_sizes=watched.block_sizes,
                     query_groups=watched.query_groups, sampling=sampling, seed=sampling.seed, encode=watched.encode,
                     report=report, interrupts=interrupts,
@@ -163,35 +163,35 @@ def profile(watched: Watched, out: Path, drawn: dict[str, int]) -> None:
                 interrupted = True
         if measured is None:
             fail("interrupted before the first chunk was measured; nothing was written", code=130)
-        rows = measured.rows()
+        rows = measured.figures()
         write()
         title = (
             f"{watched.name}: {100 * measured.bank_mass:.0f} % of attention falls on a bank of {measured.frames} "
             f"frames of {measured.frame_tokens} tokens, sink included (solid: as the op selects, dashed: the oracle)"
         )
-        write_atomically(out.with_suffix(".png"), draw(rows, measured.frame_tokens, title, settings))
-    typer.echo(table(rows, measured.frame_tokens))
+        write_atomically(out.with_suffix(".png"), draw_profile(rows, measured.frame_tokens, title, settings))
+    typer.echo(profile_table(rows, measured.frame_tokens))
     typer.echo(said(measured, rows))
     typer.echo(f"written to {out} and {out.with_suffix('.png').name}")
     if interrupted:
         fail(f"interrupted after {len(measured.chunks)} measured chunks; they are kept", code=130)
 
 
-def said(measured: Profile, rows: Sequence[Any]) -> str:
+def said(measured: SelectionProfile, rows: Sequence[Any]) -> str:
     """What to take from it, in words."""
-    from memflow_ops.model.selection_profile.report import GOALS, cheapest, described, kinds
+    from memflow_ops.model.selection_profile.report import GOALS, cheapest, choices_of, describe_choice
 
     goal, reaches = list(GOALS.items())[-1]
     best = cheapest(rows, reaches)
-    (choice,) = [c for c in kinds(rows) if c == (best.blocks, best.block_size, best.query_group)]
+    (choice,) = [c for c in choices_of(rows) if c == (best.blocks, best.block_size, best.query_group)]
     time = "" if best.ratio is None else f" and {best.ratio:.2f} times the time of the window alone"
     alone = next(row.error for row in rows if not row.top_k)
     return (
         f"{100 * measured.bank_mass:.0f} % of attention falls on the bank; without it the output is off by "
         f"{100 * alone:.0f} %. The {'quickest' if best.ratio else 'fewest keys'} for an {goal}: "
-        f"{described(choice, measured.frame_tokens)}, top_k {best.top_k}, with {100 * best.captured:.0f} % of the "
-        f"bank's mass in {100 * best.share:.0f} % of its keys{time}. Measured on {measured.calls} calls of attention "
-        f"in {len(measured.chunks)} chunks."
+        f"{describe_choice(choice, measured.frame_tokens)}, top_k {best.top_k}, with {100 * best.captured:.0f} % of "
+        f"the bank's mass in {100 * best.share:.0f} % of its keys{time}. Measured on {measured.calls} calls of "
+        f"attention in {len(measured.chunks)} chunks."
     )
 
 

@@ -12,7 +12,7 @@ import typer
 from memflow_ops.cli.progress import mistakes, run_stories
 
 if TYPE_CHECKING:
-    from memflow_ops.model.toy.runs import Plan, Run
+    from memflow_ops.model.toy.runs import ToyPlan, ToyRun
     from memflow_ops.model.wan.transformer import CausalVideoModel
 
 
@@ -26,7 +26,7 @@ def prepare(
     weights: Path | None = None,
     baseline: bool | None = None,
     **settings: Any,
-) -> tuple[CausalVideoModel, list[Plan]]:
+) -> tuple[CausalVideoModel, list[ToyPlan]]:
     """Checks everything that can be wrong, before anything is generated or written; folders come last.
 
     baseline: None where nobody asked for it; then the story is streamed without memory too, if it has one. settings:
@@ -36,7 +36,7 @@ def prepare(
     from memflow_ops.environment import pick_device
     from memflow_ops.model.stories.prompts import read_stories
     from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
-    from memflow_ops.model.toy.generate import make_plans
+    from memflow_ops.model.toy.generate import make_toy_plans
     from memflow_ops.model.toy.language import parse_prompt
     from memflow_ops.model.toy.settings import TOY_SETTINGS
 
@@ -48,26 +48,26 @@ def prepare(
     model = load_model(weights or TOY_WEIGHTS, pick_device(device))
     name = str(weights) if weights else f"memflow_ops/model/weights/{TOY_WEIGHTS.name}"
     measured = baseline is not False
-    plans = make_plans(
+    plans = make_toy_plans(
         stories, out, chosen, seed=seed, frames_per_prompt=frames_per_prompt, baseline=measured, weights=name
     )
     return model, plans
 
 
-def stream_stories(model: CausalVideoModel, plans: Sequence[Plan]) -> Iterator[Run]:
+def stream_stories(model: CausalVideoModel, plans: Sequence[ToyPlan]) -> Iterator[ToyRun]:
     """Makes one story after another; yields each when its files are written."""
-    from memflow_ops.model.toy.generate import generate
+    from memflow_ops.model.toy.generate import stream_toy_story
 
-    def speed(run: Run) -> str:
+    def speed(run: ToyRun) -> str:
         # With memory; the baseline's share of the time is not counted.
         return f"{sum(map(len, run.frames)) / sum(chunk.seconds for chunk in run.chunks):.1f} frames/s"
 
     streams = [[plan] for plan in plans]
-    for (run,) in run_stories(streams, lambda plans, report: [generate(model, plans[0], report)], speed, made):
+    for (run,) in run_stories(streams, lambda plans, report: [stream_toy_story(model, plans[0], report)], speed, made):
         yield run
 
 
-def made(run: Run) -> str:
+def made(run: ToyRun) -> str:
     frames = sum(map(len, run.frames))
     return (
         f"Files in {run.plan.folder}:\n"
@@ -78,7 +78,7 @@ def made(run: Run) -> str:
     )
 
 
-def cost(run: Run) -> str:
+def cost(run: ToyRun) -> str:
     paid: dict[str, Any] | None = run.overhead()
     if paid is None:
         return ""
@@ -135,14 +135,14 @@ def evaluate(
     from memflow_ops.model.stories.interrupts import Interrupts
     from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
     from memflow_ops.model.toy.evaluation import evaluate as evaluation_evaluate
+    from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming
     from memflow_ops.model.toy.evaluation.held_out import JUDGED_SEED
-    from memflow_ops.model.toy.evaluation.kinds import KINDS
-    from memflow_ops.model.toy.evaluation.report import default_results, table, write_results
-    from memflow_ops.model.toy.evaluation.rows import Row, Timing
+    from memflow_ops.model.toy.evaluation.kinds import MEMORY_KINDS
+    from memflow_ops.model.toy.evaluation.report import default_results, evaluation_table, write_evaluation
     from memflow_ops.model.toy.settings import TOY_SETTINGS
     from memflow_ops.model.toy.train import HELD_OUT_SEED
 
-    kinds = list(dict.fromkeys(memory or KINDS))
+    kinds = list(dict.fromkeys(memory or MEMORY_KINDS))
     used = weights or TOY_WEIGHTS
     trial = memory or top_k or steps or weights or stories != 8 or seed != JUDGED_SEED
     so_far = out or Path("out") / "evaluate.json"
@@ -151,17 +151,17 @@ def evaluate(
     with mistakes():
         settings = replace(TOY_SETTINGS, top_k=top_k or TOY_SETTINGS.top_k, steps=steps or TOY_SETTINGS.steps)
         model = load_model(used, pick_device("cpu"))
-        evaluation_evaluate.check(kinds, stories, seed, top_k)
+        evaluation_evaluate.check_evaluation(kinds, stories, seed, top_k)
         for path in (so_far, target):  # rather now than after the evaluation
             check_target(path, ".json")
             check_target(path.with_suffix(".png"), ".png")
     if seed < HELD_OUT_SEED:
         typer.echo(f"seeds below {HELD_OUT_SEED} are for training and tuning: these stories are not held out", err=True)
-    rows: list[Row] = []
-    timings: dict[str, Timing] = {}
+    rows: list[KindFigures] = []
+    timings: dict[str, KindTiming] = {}
 
     def write(path: Path) -> None:
-        write_results(rows, timings, settings, seed=seed, stories=stories, weights=used, out=path)
+        write_evaluation(rows, timings, settings, seed=seed, stories=stories, weights=used, out=path)
 
     with Interrupts() as interrupts, Progress(console=Console(stderr=True)) as bar:
         tasks = {name: bar.add_task(name, total=None, start=False) for name in kinds}
@@ -171,7 +171,7 @@ def evaluate(
                 bar.start_task(tasks[name])
             bar.update(tasks[name], completed=done, total=total)
 
-        judged = evaluation_evaluate.evaluate(
+        judged = evaluation_evaluate.evaluate_kinds(
             model, stories=stories, kinds=kinds, seed=seed, settings=settings, report=report
         )
         try:
@@ -192,8 +192,8 @@ def evaluate(
         except KeyboardInterrupt:
             bar.console.print(f"stopped; what was judged is in {so_far}" if rows else "stopped; nothing was judged yet")
             if rows:
-                typer.echo(table(rows, timings))
+                typer.echo(evaluation_table(rows, timings))
             raise
     write(target)
-    typer.echo(table(rows, timings))
+    typer.echo(evaluation_table(rows, timings))
     typer.echo(f"written to {target} and {target.with_suffix('.png').name}")

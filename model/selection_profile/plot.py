@@ -12,25 +12,25 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from memflow_ops.model.plot_style import INK, PALE
-from memflow_ops.model.selection_profile.report import described, kinds
+from memflow_ops.model.selection_profile.report import choices_of, describe_choice
 
 if TYPE_CHECKING:
+    from memflow_ops.model.selection_profile.figures import ChoiceFigures
     from memflow_ops.model.selection_profile.quality import Choice
-    from memflow_ops.model.selection_profile.rows import Row
     from memflow_ops.model.streaming.settings import StreamSettings
 
 BLUES = ("#2f6fc4", "#d9822b", "#3d9a5f", "#8a5bb5", "#c2476b")
 MARKERS = "osD^vP"
 
 
-def draw(rows: Sequence[Row], frame_tokens: int, title: str, settings: StreamSettings) -> bytes:
+def draw_profile(rows: Sequence[ChoiceFigures], frame_tokens: int, title: str, settings: StreamSettings) -> bytes:
     """Rows -> a PNG file of three panels. settings: those of the stream, which the first two panels hold fixed, as far
     as they were measured, and the third points out.
 
     Solid: what the op selects; dashed: the oracle; dotted: at random.
     """
     block_size, query_group = settings.block_size, settings.query_group
-    found = kinds(rows)
+    found = choices_of(rows)
     groups = list(dict.fromkeys(choice.query_group for choice in found if choice.blocks == "top"))
     groups.sort(key=lambda group: group or math.inf)
     sizes = sorted({choice.block_size for choice in found})
@@ -57,7 +57,7 @@ def draw(rows: Sequence[Row], frame_tokens: int, title: str, settings: StreamSet
                 linewidth=1.1 if choice.blocks == "oracle" else 1.7,
                 marker="s" if released and choice.blocks == "top" else None,
                 markersize=4.5,
-                label=None if choice.blocks == "oracle" else described(choice, frame_tokens),
+                label=None if choice.blocks == "oracle" else describe_choice(choice, frame_tokens),
             )
 
     by_group = [c for c in found if c.block_size == block_size and c.blocks != "random"]
@@ -103,7 +103,7 @@ def draw(rows: Sequence[Row], frame_tokens: int, title: str, settings: StreamSet
 
 def _draw_cost(
     panel: Any,
-    rows: Sequence[Row],
+    rows: Sequence[ChoiceFigures],
     sizes: Sequence[int],
     of_group: dict[int | None, str],
     streamed: tuple[int, int | None, int],
@@ -122,7 +122,7 @@ def _draw_cost(
         )  # fmt: skip
         if (row.block_size, row.query_group, row.top_k) == streamed:
             panel.scatter(row.ratio, 100 * row.error, s=110, facecolors="none", edgecolors=INK, linewidths=1.2)
-    front = pareto(timed)
+    front = pareto_front(timed)
     alone = next(100 * row.error for row in rows if not row.top_k)
     panel.plot([1, *(row.ratio for row in front)], [alone, *(100 * row.error for row in front)], color=INK, linewidth=1)
     panel.scatter(1, alone, s=60, marker="*", color=INK)
@@ -146,9 +146,9 @@ def _draw_cost(
     panel.legend(handles=entries, fontsize=7.5, frameon=False)
 
 
-def pareto(rows: Sequence[Row]) -> list[Row]:
+def pareto_front(rows: Sequence[ChoiceFigures]) -> list[ChoiceFigures]:
     """The timed rows that no other beats in both time and error, by time."""
-    front: list[Row] = []
+    front: list[ChoiceFigures] = []
     for row in sorted(rows, key=lambda row: (row.ratio, row.error)):
         if not front or row.error < front[-1].error:
             front.append(row)

@@ -16,13 +16,18 @@ from torch import Tensor
 
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.views import Memory
-from memflow_ops.model.selection_profile.quality import Choice, Measured, View, choices, measure
-from memflow_ops.model.selection_profile.rows import Profile, Sampling
+from memflow_ops.model.selection_profile.figures import Sampling, SelectionProfile
+from memflow_ops.model.selection_profile.quality import (
+    Choice,
+    ChoiceSums,
+    SampledCall,
+    choices_to_compare,
+    measure_call,
+)
 from memflow_ops.model.selection_profile.timing import time_choices
+from memflow_ops.model.stories.interrupts import Interrupts
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Streamer, TextEncoder
-from memflow_ops.model.toy.generate import Interrupts
-from memflow_ops.model.toy.language import embed_prompts
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
 """For which the table says what they take; the last is what a recommendation goes by."""
@@ -32,13 +37,13 @@ from memflow_ops.model.wan.transformer import CausalVideoModel
 # ----------------------------------------------------------------------------------------------------------- the stream
 
 
-def first_full(settings: StreamSettings) -> int:
+def first_full_chunk(settings: StreamSettings) -> int:
     """The first chunk that finds the sink complete and as many remembered frames as the bank takes."""
     sink_chunks = -(-settings.sink_frames // settings.chunk_frames)
     return settings.window_frames // settings.chunk_frames + sink_chunks + max(settings.bank_frames, 0) - 1
 
 
-def check(
+def check_profile(
     settings: StreamSettings,
     chunks: int,
     frame_tokens: int,
@@ -50,15 +55,15 @@ def check(
         raise ValueError(f"only memory='memflow' selects blocks of a bank, got {settings.memory!r}")
     if not settings.sink_frames + settings.bank_frames:
         raise ValueError("without sink and bank there is nothing to select from")
-    if chunks <= first_full(settings):
+    if chunks <= first_full_chunk(settings):
         raise ValueError(
-            f"a bank of {settings.bank_frames} frames is full in chunk {first_full(settings)}, but the story ends "
-            f"after chunk {chunks - 1}: take a smaller bank (--bank-frames) or a longer story"
+            f"a bank of {settings.bank_frames} frames is full in chunk {first_full_chunk(settings)}, but the story "
+            f"ends after chunk {chunks - 1}: take a smaller bank (--bank-frames) or a longer story"
         )
-    return choices(block_sizes, query_groups, frame_tokens)
+    return choices_to_compare(block_sizes, query_groups, frame_tokens)
 
 
-def profile(
+def profile_selection(
     model: CausalVideoModel,
     spoken: Sequence[Sequence[str]],
     settings: StreamSettings,
@@ -67,10 +72,10 @@ def profile(
     query_groups: Sequence[int | None],
     sampling: Sampling | None = None,
     seed: int = 0,
-    encode: TextEncoder = embed_prompts,
+    encode: TextEncoder,
     report: Callable[[int, int], None] | None = None,
     interrupts: Interrupts | None = None,
-) -> Iterator[Profile]:
+) -> Iterator[SelectionProfile]:
     """Streams and yields, after every measured chunk, the same profile, which has grown.
 
     spoken: per chunk the prompt of every story. seed: of the stream's noise. report: called with the chunks done and
@@ -78,14 +83,14 @@ def profile(
     """
     sampling = sampling or Sampling()
     tokens = model.tokens(settings.height, settings.width)
-    compared = check(settings, len(spoken), tokens, block_sizes, query_groups)
+    compared = check_profile(settings, len(spoken), tokens, block_sizes, query_groups)
     draw = random.Random(sampling.seed)
-    eligible = range(first_full(settings), len(spoken))
+    eligible = range(first_full_chunk(settings), len(spoken))
     chosen = sorted(draw.sample(eligible, min(sampling.chunks, len(eligible))))
     watcher = _Watcher(compared, sampling, draw)
     streamer = Streamer(model, len(spoken[0]), settings, seed, encode=encode, observe=watcher.observe)
     watcher.cache = cast(FrameCache, streamer.cache)
-    result = Profile(settings.sink_frames + settings.bank_frames, tokens, compared)
+    result = SelectionProfile(settings.sink_frames + settings.bank_frames, tokens, compared)
     layers = model.config.num_layers
     # The clean pass ends before the attention of its last layer.
     calls = [(step, layer) for step in range(settings.steps + 1) for layer in range(layers)][:-1]
@@ -116,7 +121,7 @@ class _Watcher:
 
     def start(self, wanted: Sequence[tuple[int, int]], rounds: int) -> None:
         self.wanted, self.rounds = set(wanted), rounds
-        self.found: list[dict[Choice, Measured]] = []
+        self.found: list[dict[Choice, ChoiceSums]] = []
         self.seconds: dict[tuple[int, int | None, int], list[float]] = {}
         self.step = -1
 
@@ -125,11 +130,11 @@ class _Watcher:
         if (self.step, layer) not in self.wanted:
             return
         window = self.cache.window(layer)
-        self.found.append(measure(self._view(q, window, memory), self.compared, self.generator))
+        self.found.append(measure_call(self._view(q, window, memory), self.compared, self.generator))
         if self.rounds and not self.seconds:
             self.seconds = time_choices(q, window, memory, self.cache.layout.frame_tokens, self.compared, self.rounds)
 
-    def _view(self, q: Tensor, window: tuple[Tensor, Tensor], memory: Memory) -> View:
+    def _view(self, q: Tensor, window: tuple[Tensor, Tensor], memory: Memory) -> SampledCall:
         """Of a story, a few heads and queries, drawn; the bank's frames copied together."""
         story = self.draw.randrange(len(q))
         count = q.shape[2]
@@ -144,7 +149,7 @@ class _Watcher:
 
         k, v = (x[story][:, kv_heads].transpose(0, 1) for x in window)
         queries, rows = q[story][:, heads].transpose(0, 1), self._rows(q.shape[1]).to(q.device)
-        return View(queries, rows, k, v, of_bank(memory.keys), of_bank(memory.values))
+        return SampledCall(queries, rows, k, v, of_bank(memory.keys), of_bank(memory.values))
 
     def _rows(self, queries: int) -> Tensor:
         """Whole query groups, so that what a group chooses is judged by all of its queries."""

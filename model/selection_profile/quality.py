@@ -19,7 +19,7 @@ from torch import Tensor
 
 from memflow_ops import describe_blocks
 
-Blocks = Literal["top", "oracle", "random"]
+Ranking = Literal["top", "oracle", "random"]
 ELEMENTS = 1 << 25
 """Numbers of the largest intermediate result: 128 MiB in float32. A few of that size are held at a time."""
 
@@ -27,7 +27,7 @@ ELEMENTS = 1 << 25
 class Choice(NamedTuple):
     """A way to choose blocks of the bank, for any budget."""
 
-    blocks: Blocks
+    blocks: Ranking
     """those of the highest score, as `select_blocks`; of the most true mass; drawn anew for every query"""
     block_size: int
     query_group: int | None
@@ -35,7 +35,7 @@ class Choice(NamedTuple):
 
 
 @dataclass(frozen=True)
-class View:
+class SampledCall:
     """One call of attention, of one story and H heads: what its chunk's queries may choose from."""
 
     q: Tensor
@@ -59,7 +59,7 @@ class View:
 
 
 @dataclass
-class Measured:
+class ChoiceSums:
     """Sums over the measured queries, per budget (K,) and head (H,), float64, on the CPU. Budget 0 is the window
     alone, the last all blocks."""
 
@@ -80,9 +80,11 @@ def budgets(blocks: int) -> list[int]:
     return sorted(step for step in steps if step <= blocks)
 
 
-def choices(block_sizes: Sequence[int], query_groups: Sequence[int | None], frame_tokens: int) -> list[Choice]:
-    """All that `measure` compares: the groups' own and the oracle's choices, random ones, and whole frames chosen once
-    for the chunk by their means, as the released MemFlow activates them.
+def choices_to_compare(
+    block_sizes: Sequence[int], query_groups: Sequence[int | None], frame_tokens: int
+) -> list[Choice]:
+    """All that `measure_call` compares: the groups' own and the oracle's choices, random ones, and whole frames chosen
+    once for the chunk by their means, as the released MemFlow activates them.
 
     A ValueError for sizes that cannot be.
     """
@@ -103,9 +105,11 @@ def choices(block_sizes: Sequence[int], query_groups: Sequence[int | None], fram
     return sorted(found, key=lambda c: (c.block_size, c.query_group or math.inf, order.index(c.blocks)))
 
 
-def measure(view: View, compared: Sequence[Choice], generator: torch.Generator | None = None) -> dict[Choice, Measured]:
+def measure_call(
+    view: SampledCall, compared: Sequence[Choice], generator: torch.Generator | None = None
+) -> dict[Choice, ChoiceSums]:
     """What each choice captures and misses at every budget. generator: of the random choices, on the CPU."""
-    measured: dict[Choice, Measured] = {}
+    measured: dict[Choice, ChoiceSums] = {}
     for size in dict.fromkeys(choice.block_size for choice in compared):
         of_size = [choice for choice in compared if choice.block_size == size]
         measured.update(_measure(view, of_size, size, generator))
@@ -113,8 +117,8 @@ def measure(view: View, compared: Sequence[Choice], generator: torch.Generator |
 
 
 def _measure(
-    view: View, compared: Sequence[Choice], block: int, generator: torch.Generator | None
-) -> Iterator[tuple[Choice, Measured]]:
+    view: SampledCall, compared: Sequence[Choice], block: int, generator: torch.Generator | None
+) -> Iterator[tuple[Choice, ChoiceSums]]:
     heads, size = view.q.shape[0], view.q.shape[-1]
     bank_v = _blocks(_wide(view.bank_v).permute(0, 3, 1, 2), block).permute(0, 2, 3, 1)  # [H, N, block, D]
     lengths = _blocks(view.bank_k.new_ones(1, *view.bank_k.shape[1:3]), block).sum(-1)  # [1, N]
@@ -147,11 +151,11 @@ def _measure(
         captured, keys, error, dense = total.cpu().unbind(1)
         yield (
             choice,
-            Measured(steps.tolist(), captured, captured[-1], error, dense[-1], keys, len(view.rows)),
+            ChoiceSums(steps.tolist(), captured, captured[-1], error, dense[-1], keys, len(view.rows)),
         )
 
 
-def _attention(view: View, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _attention(view: SampledCall, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Dense attention of some queries: of the window the sum of its weighted values [H, n, D] and its mass [H, n], of
     the bank the probability of every key [H, n, F, T]."""
     q = _wide(view.q[:, rows]) * view.q.shape[-1] ** -0.5
@@ -161,7 +165,9 @@ def _attention(view: View, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return near @ _wide(view.v), near.sum(-1), far.unflatten(-1, view.bank_k.shape[1:3])
 
 
-def _ranked(view: View, choice: Choice, masses: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def _ranked(
+    view: SampledCall, choice: Choice, masses: Tensor, generator: torch.Generator | None
+) -> tuple[Tensor, Tensor]:
     """The rank of every block for each group that has measured queries [H, G, N], and each one's group (n,)."""
     if choice.blocks == "random":
         ranks = torch.rand(masses.shape, generator=generator).argsort(-1).to(masses.device)

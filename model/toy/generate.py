@@ -19,14 +19,14 @@ from memflow_ops.model.stories.video import VideoWriter, to_pixels
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import stream
 from memflow_ops.model.toy.language import embed_prompts
-from memflow_ops.model.toy.runs import Plan, Run
+from memflow_ops.model.toy.runs import ToyPlan, ToyRun
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
 DEMO_STORY = Path(__file__).parents[1] / "stories" / "demo.jsonl"
 """A character that is not in the sink leaves and returns after 24 frames."""
 
 
-def make_plans(
+def make_toy_plans(
     stories: Sequence[Sequence[str]],
     out: Path,
     settings: StreamSettings,
@@ -35,7 +35,7 @@ def make_plans(
     frames_per_prompt: int = 12,
     baseline: bool = True,
     weights: str = "",
-) -> list[Plan]:
+) -> list[ToyPlan]:
     """One story goes to `out` itself, several to out/story-000, out/story-001, ... with seeds seed, seed + 1, ...
 
     The history is given room for the whole story. Creates the folders; a ValueError where they cannot be written to.
@@ -50,16 +50,16 @@ def make_plans(
         else:
             room = replace(settings, host_frames=max(settings.host_frames, chunks - settings.device_frames))
         folder = out if len(stories) == 1 else out / f"story-{i:03d}"
-        plans.append(Plan(list(prompts), folder, room, seed + i, frames_per_prompt, baseline, weights))
+        plans.append(ToyPlan(list(prompts), folder, room, seed + i, frames_per_prompt, baseline, weights))
     make_folders([plan.folder for plan in plans], ("video.mp4", "frames.npz", "timeline.png", "run.json"))
     return plans
 
 
-def generate(model: CausalVideoModel, plan: Plan, report: Callable[[Run], None] | None = None) -> Run:
+def stream_toy_story(model: CausalVideoModel, plan: ToyPlan, report: Callable[[ToyRun], None] | None = None) -> ToyRun:
     """Streams one story into its folder; `make_stories` says how that may end. `report` is called after every
     chunk."""
     settings = plan.settings
-    run = Run(plan, model.patch_embedding.weight.device)
+    run = ToyRun(plan, model.patch_embedding.weight.device)
     writer = VideoWriter(
         plan.folder / "video.mp4", settings.height, settings.width, fragment_frames=settings.chunk_frames
     )
@@ -67,7 +67,7 @@ def generate(model: CausalVideoModel, plan: Plan, report: Callable[[Run], None] 
     return run
 
 
-def _rounds(model: CausalVideoModel, run: Run, writer: VideoWriter, interrupts: Interrupts) -> Iterator[None]:
+def _rounds(model: CausalVideoModel, run: ToyRun, writer: VideoWriter, interrupts: Interrupts) -> Iterator[None]:
     """Makes chunk after chunk, each with its baseline."""
     plan = run.plan
     prompts = [(prompt,) for prompt in plan.spoken]
@@ -97,7 +97,7 @@ def _rounds(model: CausalVideoModel, run: Run, writer: VideoWriter, interrupts: 
         yield
 
 
-def _files(run: Run) -> dict[str, bytes]:
+def _files(run: ToyRun) -> dict[str, bytes]:
     """The content of every file beside the video."""
     from memflow_ops.model.toy.timeline import draw_timeline  # brings matplotlib
 

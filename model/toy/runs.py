@@ -22,7 +22,7 @@ HOW_MEASURED = (
 
 
 @dataclass(frozen=True)
-class Plan:
+class ToyPlan:
     """Everything that a story's run depends on, checked before anything is generated."""
 
     prompts: list[str]
@@ -47,10 +47,10 @@ class Plan:
 
 
 @dataclass
-class Run:
+class ToyRun:
     """A story as far as it has been made."""
 
-    plan: Plan
+    plan: ToyPlan
     device: torch.device
     chunks: list[Chunk] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)

@@ -33,7 +33,7 @@ LONGEST_GAP = 240
 
 
 @dataclass(frozen=True)
-class MemoryPlan:
+class TrainingMemory:
     """What each row remembers: R rows, M = MEMORY_FRAMES frames each."""
 
     frame: Tensor
@@ -43,11 +43,11 @@ class MemoryPlan:
     valid: Tensor
     """(R, M) bool; what is not valid is not attended to"""
 
-    def to(self, device: torch.device) -> "MemoryPlan":
-        return MemoryPlan(self.frame.to(device), self.distance.to(device), self.valid.to(device))
+    def to(self, device: torch.device) -> "TrainingMemory":
+        return TrainingMemory(self.frame.to(device), self.distance.to(device), self.valid.to(device))
 
 
-def plan_memory(shows: Tensor, generator: torch.Generator) -> MemoryPlan:
+def draw_training_memory(shows: Tensor, generator: torch.Generator) -> TrainingMemory:
     """Draws the memory of every chunk of a batch of clips.
 
     shows (B, C, characters) bool: whom each chunk's prompt names.
@@ -105,7 +105,7 @@ def plan_memory(shows: Tensor, generator: torch.Generator) -> MemoryPlan:
     gap[:, :SINK_FRAMES] = gap[:, :1]
     gap = gap * (uniform(rows, 1) < 0.8)
     distance = (chunks_back * CHUNK_FRAMES - offset + gap).float()
-    return MemoryPlan(torch.cat([sink_frame, bank_chunk * CHUNK_FRAMES], dim=1), distance, valid)
+    return TrainingMemory(torch.cat([sink_frame, bank_chunk * CHUNK_FRAMES], dim=1), distance, valid)
 
 
 class TeacherForcedAttention:
@@ -117,7 +117,7 @@ class TeacherForcedAttention:
 
     def __init__(
         self,
-        plan: MemoryPlan,
+        plan: TrainingMemory,
         chunks: int,
         grid: tuple[int, int],
         head_dim: int,

@@ -19,7 +19,7 @@ from memflow_ops.model.toy.returns import colour_name
 
 if TYPE_CHECKING:
     from memflow_ops.model.streaming.streamer import Chunk
-    from memflow_ops.model.toy.runs import Run
+    from memflow_ops.model.toy.runs import ToyRun
 
 INK, PALE, PAPER = "#22262b", "#6b737c", "#f3f5f7"
 RETRIEVED, SINK = "#2f6fc4", "#9aa3ad"
@@ -74,7 +74,7 @@ class _Page:
         return target.getvalue()
 
 
-def draw_timeline(run: Run) -> bytes:
+def draw_timeline(run: ToyRun) -> bytes:
     """The picture of a run, as the content of a PNG file."""
     settings = run.plan.settings
     lines = _lines(run)
@@ -111,7 +111,7 @@ def draw_timeline(run: Run) -> bytes:
     return page.png()
 
 
-def _lines(run: Run) -> list[tuple[int, list[Chunk]]]:
+def _lines(run: ToyRun) -> list[tuple[int, list[Chunk]]]:
     """The chunks of every line with the number of their prompt, from 0; a long prompt takes several lines."""
     across = max(1, LINE_FRAMES // run.plan.settings.chunk_frames)
     lines = []
@@ -132,7 +132,7 @@ _EXPLAINED = {
 }
 
 
-def _draw_header(page: _Page, run: Run) -> None:
+def _draw_header(page: _Page, run: ToyRun) -> None:
     settings, seed = run.plan.settings, run.plan.seed
     page.text(
         MARGIN, 0.3, "What each part of the story remembered" if settings.memory == "memflow" else "The story", 17
@@ -169,7 +169,7 @@ def _draw_header(page: _Page, run: Run) -> None:
 # ---------------------------------------------------------------------------------------------------------- one prompt
 
 
-def _draw_heading(page: _Page, run: Run, number: int, chunks: Sequence[Chunk], y: float) -> None:
+def _draw_heading(page: _Page, run: ToyRun, number: int, chunks: Sequence[Chunk], y: float) -> None:
     x = page.text(MARGIN, y, f"{number + 1}  {run.plan.prompts[number]}", 12.5, fontweight="bold")
     for there in run.returns():
         if chunks[0].first_frame == there["back"]:
@@ -231,14 +231,14 @@ def _draw_memory(
 _STRIP_TEXT = 0.72
 
 
-def _comparison_height(run: Run, size: float, width: float) -> float:
+def _comparison_height(run: ToyRun, size: float, width: float) -> float:
     if run.baseline_video is None:
         return 0.0
     lines = -(-len(run.chunks) // int((width - 2 * MARGIN) / size + 1e-6))
     return 0.62 + min(lines, MOST_LINES) * (2 * size + _STRIP_TEXT)
 
 
-def _draw_comparison(page: _Page, run: Run, frames: np.ndarray, y: float, size: float) -> None:
+def _draw_comparison(page: _Page, run: ToyRun, frames: np.ndarray, y: float, size: float) -> None:
     """One frame of every chunk, with memory above and without it below."""
     without = run.baseline_video
     assert without is not None
@@ -260,7 +260,7 @@ def _draw_comparison(page: _Page, run: Run, frames: np.ndarray, y: float, size: 
         y += 2 * size + _STRIP_TEXT
 
 
-def _draw_strip_prompts(page: _Page, run: Run, chunks: Sequence[Chunk], y: float, size: float) -> None:
+def _draw_strip_prompts(page: _Page, run: ToyRun, chunks: Sequence[Chunk], y: float, size: float) -> None:
     """Under the strips, where each prompt begins; the words where they fit."""
     x = MARGIN
     for number, group in groupby(chunks, key=lambda chunk: run.plan.prompt_number(chunk.index)):

@@ -29,9 +29,9 @@ from memflow_ops.model.toy import checkpoint, judge, language, world
 from memflow_ops.model.toy.language import NOBODY
 from memflow_ops.model.toy.teacher_forcing import (
     CHUNK_FRAMES,
-    MemoryPlan,
     TeacherForcedAttention,
-    plan_memory,
+    TrainingMemory,
+    draw_training_memory,
     relevance_loss,
 )
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
@@ -56,7 +56,7 @@ HELD_OUT_SEED = 10_000
 
 
 @dataclass(frozen=True)
-class Stage:
+class TrainingStage:
     """A stretch of training at one resolution.
 
     shift: timestep shift (see sampler); more pixels need more noise to hide the same content.
@@ -71,19 +71,19 @@ class Stage:
 
 
 STAGES = (
-    Stage(steps=400, size=16, batch=8, shift=4.0, foreground=3.0),
-    Stage(steps=1000, size=32, batch=4, shift=7.0, foreground=2.0),
-    Stage(steps=2000, size=32, batch=4, shift=7.0),
+    TrainingStage(steps=400, size=16, batch=8, shift=4.0, foreground=3.0),
+    TrainingStage(steps=1000, size=32, batch=4, shift=7.0, foreground=2.0),
+    TrainingStage(steps=2000, size=32, batch=4, shift=7.0),
 )
 TOTAL_STEPS = sum(stage.steps for stage in STAGES)
 
 
 @dataclass(frozen=True)
-class Settings:
+class TrainingSettings:
     """What a run can be repeated from."""
 
     seed: int = 0
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[TrainingStage, ...] = STAGES
     learning_rate: float = 2e-3
     weight_decay: float = 0.01
     context_noise: float = 0.3
@@ -102,34 +102,38 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Batch:
+class TrainingBatch:
     """One training step's clips as rows, R = clips * CHUNKS."""
 
     target: Tensor
     """(R, 3, CHUNK_FRAMES, size, size)"""
     ids: Tensor
     """(R, 3) what each chunk's prompt says, for `text.embed_ids`"""
-    plan: MemoryPlan
+    plan: TrainingMemory
 
 
-def draw_batch(clips: int, size: int, generator: torch.Generator) -> Batch:
+def draw_batch(clips: int, size: int, generator: torch.Generator) -> TrainingBatch:
     """Random clips with prompts and memory."""
     drawn = world.random_clips(clips, CHUNKS, generator, chunk_frames=CHUNK_FRAMES, size=size)
     target = drawn.frames.unflatten(2, (CHUNKS, CHUNK_FRAMES)).transpose(1, 2).flatten(0, 1)
     shows = (drawn.ids[..., :2, None] == torch.arange(NOBODY)).any(-2)  # (B, C, characters)
-    return Batch(target, drawn.ids.flatten(0, 1), plan_memory(shows, generator))
+    return TrainingBatch(target, drawn.ids.flatten(0, 1), draw_training_memory(shows, generator))
 
 
 @dataclass(frozen=True)
-class Losses:
+class TrainingLosses:
     total: Tensor
     denoising: Tensor
     relevance: Tensor
 
 
 def training_losses(
-    model: CausalVideoModel, batch: Batch, stage: Stage, settings: Settings, generator: torch.Generator
-) -> Losses:
+    model: CausalVideoModel,
+    batch: TrainingBatch,
+    stage: TrainingStage,
+    settings: TrainingSettings,
+    generator: torch.Generator,
+) -> TrainingLosses:
     """The losses of one step; draws timesteps, noise and the kind of selection."""
     device = model.patch_embedding.weight.device
     target, rows = batch.target.to(device), len(batch.target)
@@ -167,7 +171,7 @@ def training_losses(
     denoising = ((x0 - target) ** 2 * weight).mean()
     own_text = [(keys[rows:], values[rows:]) for keys, values in encoded]
     relevance = relevance_loss(attention.frame_means, own_text, batch.ids.to(device))
-    return Losses(denoising + settings.relevance_weight * relevance, denoising, relevance)
+    return TrainingLosses(denoising + settings.relevance_weight * relevance, denoising, relevance)
 
 
 def learning_rate_factor(progress: float, step: int) -> float:
@@ -189,17 +193,17 @@ class MovingAverage:
 
 
 @dataclass(frozen=True)
-class Progress:
+class TrainingProgress:
     """What `train` reports after every step."""
 
     step: int
     total: int
-    stage: Stage
+    stage: TrainingStage
     denoising: float
     relevance: float
 
 
-def scaled_stages(stages: Sequence[Stage], steps: int) -> tuple[Stage, ...]:
+def scaled_stages(stages: Sequence[TrainingStage], steps: int) -> tuple[TrainingStage, ...]:
     """The stages with their steps scaled to `steps` in all; rounding goes to the last stage."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
@@ -212,7 +216,9 @@ def scaled_stages(stages: Sequence[Stage], steps: int) -> tuple[Stage, ...]:
 class Trainer:
     """A training run that can be stopped after any step and continued bit for bit, in another process if need be."""
 
-    def __init__(self, settings: Settings, config: ModelConfig = TOY_CONFIG, device: str | torch.device = "cpu"):
+    def __init__(
+        self, settings: TrainingSettings, config: ModelConfig = TOY_CONFIG, device: str | torch.device = "cpu"
+    ):
         self.settings, self.device = settings, torch.device(device)
         self.total = sum(stage.steps for stage in settings.stages)
         self.generator = torch.Generator().manual_seed(settings.seed)
@@ -234,7 +240,7 @@ class Trainer:
         """The smoothed losses, a point every 50 steps."""
 
     @property
-    def stage(self) -> Stage:
+    def stage(self) -> TrainingStage:
         """The stage of the coming step; the last one at the end."""
         left = self.steps_done
         for stage in self.settings.stages:
@@ -243,7 +249,7 @@ class Trainer:
             left -= stage.steps
         return self.settings.stages[-1]
 
-    def step(self) -> Progress:
+    def step(self) -> TrainingProgress:
         """One step of the optimiser."""
         started, stage = time.perf_counter(), self.stage
         for group in self.optimizer.param_groups:
@@ -265,7 +271,9 @@ class Trainer:
             point = {"step": self.steps_done, "size": stage.size}
             self.curve.append(point | {name: round(value, 5) for name, value in self.running.items()})
         self.seconds += time.perf_counter() - started
-        return Progress(self.steps_done, self.total, stage, self.running["denoising"], self.running["relevance"])
+        return TrainingProgress(
+            self.steps_done, self.total, stage, self.running["denoising"], self.running["relevance"]
+        )
 
     def averaged_model(self) -> CausalVideoModel:
         """What has been learned so far, in eval mode: a model of its own with the averaged weights."""
@@ -367,7 +375,7 @@ def train(
     files.check_target(out, ".safetensors")
     torch.set_num_threads(threads)
     partial = out.with_suffix(".partial")
-    trainer = Trainer(Settings(seed=seed, stages=scaled_stages(STAGES, steps)), device=device)
+    trainer = Trainer(TrainingSettings(seed=seed, stages=scaled_stages(STAGES, steps)), device=device)
     console = Console()
     if partial.exists() and not restart:
         machine = trainer.load(partial)

@@ -7,7 +7,7 @@ import pytest
 
 from memflow_ops.bench import where_memory_pays as pays
 from memflow_ops.bench.where_memory_pays import Setting, compared, draw, main, settings_of
-from memflow_ops.model.toy.evaluation.rows import Row, Share, Timing
+from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming, Proportion
 from memflow_ops.model.toy.settings import TOY_SETTINGS
 
 SMALL = ("--stories", "1", "--lengths", "6", "--banks", "1", "--top-k", "2", "99")
@@ -32,9 +32,11 @@ def test_a_setting_is_what_it_says():
     assert Setting("none").change(TOY_SETTINGS) == replace(TOY_SETTINGS, memory="none")
 
 
-def judged(value: float) -> Row:
-    share = Share.of([True] * round(40 * value) + [False] * round(40 * (1 - value)))
-    return Row("memflow", share, 1.0, share, 0.2, 0.5, 0.2, share, share, {}, None, None, float("nan"), 0.5, [0] * 6)
+def judged(value: float) -> KindFigures:
+    share = Proportion.of([True] * round(40 * value) + [False] * round(40 * (1 - value)))
+    return KindFigures(
+        "memflow", share, 1.0, share, 0.2, 0.5, 0.2, share, share, {}, None, None, float("nan"), 0.5, [0] * 6
+    )
 
 
 class Judge:
@@ -57,8 +59,10 @@ class Judge:
 @pytest.fixture
 def judge(monkeypatch) -> Judge:
     judge = Judge()
-    monkeypatch.setattr(pays, "evaluate", judge.evaluate)
-    monkeypatch.setattr(pays, "time_kinds", lambda model, kinds: {name: Timing(0.1, 1.5, 1.4, 1.6) for name in kinds})
+    monkeypatch.setattr(pays, "evaluate_kinds", judge.evaluate)
+    monkeypatch.setattr(
+        pays, "time_kinds", lambda model, kinds: {name: KindTiming(0.1, 1.5, 1.4, 1.6) for name in kinds}
+    )
     return judge
 
 

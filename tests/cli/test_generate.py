@@ -161,7 +161,7 @@ def test_an_error_on_the_way_keeps_what_was_made(tmp_path, weights):
     import torch
 
     from memflow_ops.model.toy.checkpoint import load_model
-    from memflow_ops.model.toy.generate import generate, make_plans
+    from memflow_ops.model.toy.generate import make_toy_plans, stream_toy_story
 
     def fail(run):
         raise RuntimeError("out of everything")
@@ -169,7 +169,7 @@ def test_an_error_on_the_way_keeps_what_was_made(tmp_path, weights):
     model = load_model(weights, torch.device("cpu"))
     settings = replace(TOY_SETTINGS, steps=1)
     with pytest.raises(RuntimeError, match="everything"):
-        generate(model, make_plans([STORY], tmp_path, settings, baseline=False)[0], fail)
+        stream_toy_story(model, make_toy_plans([STORY], tmp_path, settings, baseline=False)[0], fail)
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["frames"] == 3 and record["interrupted"] and "out of everything" in record["error"]
     assert len(read_video(tmp_path / "video.mp4")) == 3

@@ -15,7 +15,8 @@ from memflow_ops.model.streaming.streamer import Chunk
 from memflow_ops.model.toy import world
 from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
 from memflow_ops.model.toy.evaluation import held_out
-from memflow_ops.model.toy.evaluation.evaluate import check, evaluate, time_kinds
+from memflow_ops.model.toy.evaluation.evaluate import check_evaluation, evaluate_kinds, time_kinds
+from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming, Proportion
 from memflow_ops.model.toy.evaluation.held_out import (
     FRAMES_PER_PROMPT,
     Appearance,
@@ -23,9 +24,8 @@ from memflow_ops.model.toy.evaluation.held_out import (
     is_return,
     make_stories,
 )
-from memflow_ops.model.toy.evaluation.kinds import KINDS, Oracle, shown_at
-from memflow_ops.model.toy.evaluation.report import table, write_results
-from memflow_ops.model.toy.evaluation.rows import Row, Share, Timing
+from memflow_ops.model.toy.evaluation.kinds import MEMORY_KINDS, OraclePolicy, shown_at
+from memflow_ops.model.toy.evaluation.report import evaluation_table, write_evaluation
 from memflow_ops.model.toy.evaluation.summary import summarise, watch
 from memflow_ops.model.toy.language import NOBODY, parse_prompt
 from memflow_ops.model.toy.settings import TOY_SETTINGS
@@ -80,7 +80,7 @@ class Truth:
             yield Chunk(index, 3 * index, spoken, video, retrieved, empty, candidates, empty, 0.5)
 
 
-def judged(**changes: object) -> Row:
+def judged(**changes: object) -> KindFigures:
     streamed = []
     for i, stories in enumerate(make_stories(STORIES, 10_000)[:2]):
         truth = Truth(stories, seed=i)
@@ -158,18 +158,18 @@ def test_precision_asks_who_was_shown():
 
 def test_intervals_are_wilson_s():
     """95 of 100: 88.8 to 97.8 % (Wilson 1927); no case, no share."""
-    share = Share.of([True] * 95 + [False] * 5)
+    share = Proportion.of([True] * 95 + [False] * 5)
     assert (share.value, share.low, share.high) == (
         0.95,
         pytest.approx(0.8882, abs=2e-4),
         pytest.approx(0.9785, abs=2e-4),
     )
-    assert math.isnan(Share.of([]).value)
+    assert math.isnan(Proportion.of([]).value)
 
 
 def test_oracle_finds_all_who_are_named():
     story = ["empty sea", "ball sea", "star sea", "ball sea", "empty sea", "empty sea", "ball and star sea"]
-    oracle = Oracle(3, [story])
+    oracle = OraclePolicy(3, [story])
     frames = list(range(0, 60, 3))
 
     class Given:
@@ -198,18 +198,18 @@ def test_oracle_finds_all_who_are_named():
 )
 def test_what_cannot_be_judged_is_refused(arguments, says):
     with pytest.raises(ValueError, match=says):
-        check(*arguments)
+        check_evaluation(*arguments)
 
 
 def test_table_picture_and_json_show_every_row(tmp_path):
     rows = [judged(), judged(turn_returns=180)]
-    timings = {"memflow": Timing(0.5, 1.25, 1.2, 1.3)}
-    lines = table(rows, timings).splitlines()
+    timings = {"memflow": KindTiming(0.5, 1.25, 1.2, 1.3)}
+    lines = evaluation_table(rows, timings).splitlines()
     assert len(lines) == 3
     assert lines[1].startswith("memflow") and "100 % (" in lines[1] and " 0 % (" in lines[2]
     out = tmp_path / "deep" / "toy.json"
     assert lines[1].rstrip().endswith("+25 %")
-    write_results(rows, timings, TOY_SETTINGS, seed=10_000, stories=STORIES, weights=TOY_WEIGHTS, out=out)
+    write_evaluation(rows, timings, TOY_SETTINGS, seed=10_000, stories=STORIES, weights=TOY_WEIGHTS, out=out)
     written = json.loads(out.read_text())
     assert [row["hue"]["value"] for row in written["rows"]] == [1.0, 0.0]
     assert written["held_out"]
@@ -234,7 +234,7 @@ def test_memory_of_the_shipped_weights_brings_characters_back(monkeypatch):
     monkeypatch.setattr(held_out, "STORY_PROMPTS", (6,))
     rows = {
         row.memory: row
-        for row in evaluate(load_checkpoint(TOY_WEIGHTS), stories=8, kinds=["none", "memflow"], seed=20_000)
+        for row in evaluate_kinds(load_checkpoint(TOY_WEIGHTS), stories=8, kinds=["none", "memflow"], seed=20_000)
     }
     none, memflow = rows["none"], rows["memflow"]
     assert memflow.hue.count >= 8
@@ -242,5 +242,5 @@ def test_memory_of_the_shipped_weights_brings_characters_back(monkeypatch):
     assert memflow.pattern.value >= 0.75
     assert memflow.precision is not None and memflow.precision >= 0.9
     assert memflow.shape.value >= 0.9
-    assert none.precision is None and set(rows) <= set(KINDS)
+    assert none.precision is None and set(rows) <= set(MEMORY_KINDS)
     assert all(a.memory != b.memory for a, b in pairwise(rows.values()))

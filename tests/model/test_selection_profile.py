@@ -7,11 +7,18 @@ import pytest
 import torch
 
 from memflow_ops.model.selection_profile import profile as selection_profile_profile
-from memflow_ops.model.selection_profile.plot import draw, pareto
-from memflow_ops.model.selection_profile.profile import check, first_full, profile
-from memflow_ops.model.selection_profile.quality import Choice, measure
-from memflow_ops.model.selection_profile.report import GOALS, cheapest, enough, kinds, results, table
-from memflow_ops.model.selection_profile.rows import Profile, Row, Sampling
+from memflow_ops.model.selection_profile.figures import ChoiceFigures, Sampling, SelectionProfile
+from memflow_ops.model.selection_profile.plot import draw_profile, pareto_front
+from memflow_ops.model.selection_profile.profile import check_profile, first_full_chunk, profile_selection
+from memflow_ops.model.selection_profile.quality import Choice, measure_call
+from memflow_ops.model.selection_profile.report import (
+    GOALS,
+    cheapest,
+    choices_of,
+    profile_json,
+    profile_table,
+    smallest_enough,
+)
 from memflow_ops.model.stories.prompts import chunk_prompts
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Streamer, stream
@@ -48,8 +55,8 @@ def spoken() -> list[tuple[str, ...]]:
     return chunk_prompts([STORY, STORY[::-1]], 6, 3)
 
 
-def last(*arguments, **options) -> Profile:
-    (*_, whole) = profile(*arguments, **{**SIZES, **options})
+def last(*arguments, **options) -> SelectionProfile:
+    (*_, whole) = profile_selection(*arguments, **{**SIZES, "encode": embed_prompts, **options})
     return whole
 
 
@@ -63,7 +70,7 @@ def test_the_first_chunk_with_a_full_bank(model, changes):
     streamer = Streamer(model, 1, settings, encode=embed_prompts)
     full = settings.sink_frames + settings.bank_frames
     sizes = []
-    for _ in range(first_full(settings) + 2):
+    for _ in range(first_full_chunk(settings) + 2):
         sizes.append(len(streamer.next_chunk(["an empty sea"]).candidates[0]))
     assert sizes[-2:] == [full, full] and max(sizes[:-2], default=0) < full
 
@@ -89,14 +96,16 @@ def test_watching_changes_nothing_and_sees_every_call(model, spoken):
 def test_a_profile_is_of_so_many_chunks_calls_heads_and_queries(model, spoken):
     sampling = Sampling(chunks=3, calls=4, heads=2, queries=12, rounds=2)
     steps = []
-    grown = profile(model, spoken, SETTINGS, sampling=sampling, report=lambda *at: steps.append(at), **SIZES)
+    grown = profile_selection(
+        model, spoken, SETTINGS, sampling=sampling, encode=embed_prompts, report=lambda *at: steps.append(at), **SIZES
+    )
     for number, whole in enumerate(grown, 1):
         assert len(whole.chunks) == number and whole.calls == 4 * number and whole.queries == whole.calls * 2 * 12
-    assert number == 3 and min(whole.chunks) >= first_full(SETTINGS)
+    assert number == 3 and min(whole.chunks) >= first_full_chunk(SETTINGS)
     assert steps == [(i + 1, steps[-1][1]) for i in range(whole.chunks[-1] + 1)]
 
-    rows = whole.rows()
-    assert kinds(rows) == whole.compared
+    rows = whole.figures()
+    assert choices_of(rows) == whole.compared
     for row in rows:
         assert 0 <= row.captured <= 1 and 0 <= row.captured_p20 <= 1 and row.left_out <= whole.bank_mass + 1e-6
         assert row.share == pytest.approx(row.keys / (5 * 16))
@@ -111,7 +120,7 @@ def test_a_profile_is_of_so_many_chunks_calls_heads_and_queries(model, spoken):
 def test_the_same_seed_measures_the_same(model, spoken):
     sampling = Sampling(chunks=2, calls=3, heads=1, queries=6, rounds=0)
     one, same, other = (
-        last(model, spoken, SETTINGS, sampling=replace(sampling, seed=seed)).rows() for seed in (1, 1, 2)
+        last(model, spoken, SETTINGS, sampling=replace(sampling, seed=seed)).figures() for seed in (1, 1, 2)
     )
     assert one == same != other
     assert all(row.ratio is None for row in one)
@@ -130,12 +139,12 @@ def test_what_is_measured_is_the_stream_s_attention(model, spoken, monkeypatch):
         return out
 
     def watch(view, compared, generator):
-        seen.append((view, measure(view, compared, generator)))
+        seen.append((view, measure_call(view, compared, generator)))
         return seen[-1][1]
 
     whole = attend.memory_attention
     monkeypatch.setattr(attend, "memory_attention", attention)
-    monkeypatch.setattr(selection_profile_profile, "measure", watch)
+    monkeypatch.setattr(selection_profile_profile, "measure_call", watch)
     settings, calls = replace(SETTINGS, top_k=100, recache=False), (SETTINGS.steps + 1) * 2 - 1
     sampling = Sampling(chunks=1, calls=calls, heads=4, queries=48, rounds=0)
     measured = last(model, [(one,) for one, _ in spoken], settings, sampling=sampling)
@@ -150,8 +159,8 @@ def test_query_groups_are_measured_whole(model, spoken, monkeypatch):
     rows = []
     monkeypatch.setattr(
         selection_profile_profile,
-        "measure",
-        lambda view, *rest: rows.append(view.rows.tolist()) or measure(view, *rest),
+        "measure_call",
+        lambda view, *rest: rows.append(view.rows.tolist()) or measure_call(view, *rest),
     )
     last(model, spoken, SETTINGS, sampling=Sampling(chunks=2, calls=3, queries=20, rounds=0), query_groups=[4, 6, 1])
     assert len(rows) == 6 and len({tuple(some) for some in rows}) > 1
@@ -169,7 +178,7 @@ def test_query_groups_are_measured_whole(model, spoken, monkeypatch):
 )
 def test_what_cannot_be_measured_is_refused(changes, chunks, says):
     with pytest.raises(ValueError, match=says):
-        check(replace(SETTINGS, **changes), chunks, 16, [4], [1])
+        check_profile(replace(SETTINGS, **changes), chunks, 16, [4], [1])
 
 
 @pytest.mark.parametrize("name", ["chunks", "calls", "heads", "queries"])
@@ -178,8 +187,12 @@ def test_bad_samples_are_refused(name):
         Sampling(**{name: 0})
 
 
-def made_up(blocks: str, size: int, group: int | None, top_k: int, captured: float, error: float, ratio=None) -> Row:
-    return Row(blocks, size, group, top_k, top_k * size, top_k * size / 64, captured, captured, 0, error, None, ratio)
+def made_up(
+    blocks: str, size: int, group: int | None, top_k: int, captured: float, error: float, ratio=None
+) -> ChoiceFigures:
+    return ChoiceFigures(
+        blocks, size, group, top_k, top_k * size, top_k * size / 64, captured, captured, 0, error, None, ratio
+    )
 
 
 ROWS = [
@@ -195,13 +208,13 @@ ROWS = [
 
 
 def test_the_table_says_what_is_enough():
-    lines = table(ROWS, 64).splitlines()
+    lines = profile_table(ROWS, 64).splitlines()
     assert len(lines) == 1 + 3
     said = "blocks of 16, per query 2 50 % (25) 2.00 x 4 100 % (100) 4.00 x 2 50 % (100) 2.00 x"
     assert " ".join(lines[1].split()) == said
     assert lines[2].startswith("frames, per chunk, as released") and "2.50 x" in lines[2]
     assert lines[3].startswith("blocks of 16, at random")
-    assert enough(ROWS, Choice("top", 16, 1), GOALS["80 % of the mass"]).top_k == 2
+    assert smallest_enough(ROWS, Choice("top", 16, 1), GOALS["80 % of the mass"]).top_k == 2
 
 
 def test_the_quickest_is_recommended():
@@ -213,17 +226,17 @@ def test_the_quickest_is_recommended():
 
 def test_the_front_is_what_nothing_beats():
     timed = [row for row in ROWS if row.ratio is not None]
-    assert pareto(timed) == [ROWS[1], ROWS[2], ROWS[6]]
+    assert pareto_front(timed) == [ROWS[1], ROWS[2], ROWS[6]]
 
 
 def test_json_and_picture(model, spoken):
     sampling = Sampling(chunks=1, calls=2, rounds=1)
     measured = last(model, spoken, SETTINGS, sampling=sampling)
-    said = json.loads(results(measured, {"command": "x"}, sampling, interrupted=True))
+    said = json.loads(profile_json(measured, {"command": "x"}, sampling, interrupted=True))
     assert said["command"] == "x" and said["interrupted"] and said["sampling"]["calls"] == 2
-    for got, row in zip(said["rows"], measured.rows(), strict=True):
+    for got, row in zip(said["rows"], measured.figures(), strict=True):
         kept = asdict(row)
         assert got.keys() == kept.keys()
         assert all(x == (pytest.approx(kept[n], rel=1e-5) if isinstance(x, float) else kept[n]) for n, x in got.items())
-    for rows in (measured.rows(), [replace(row, ratio=None) for row in measured.rows()]):
-        assert draw(rows, 16, "a title", SETTINGS).startswith(b"\x89PNG")
+    for rows in (measured.figures(), [replace(row, ratio=None) for row in measured.figures()]):
+        assert draw_profile(rows, 16, "a title", SETTINGS).startswith(b"\x89PNG")

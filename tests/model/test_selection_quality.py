@@ -9,10 +9,12 @@ from hypothesis import strategies as st
 
 from memflow_ops import describe_blocks, memory_attention, select_blocks
 from memflow_ops.model.selection_profile import quality
-from memflow_ops.model.selection_profile.quality import Choice, View, budgets, choices, measure
+from memflow_ops.model.selection_profile.quality import Choice, SampledCall, budgets, choices_to_compare, measure_call
 
 
-def random_view(heads=2, queries=11, window=5, frames=3, tokens=7, size=4, rows=None, seed=0, whole=False) -> View:
+def random_view(
+    heads=2, queries=11, window=5, frames=3, tokens=7, size=4, rows=None, seed=0, whole=False
+) -> SampledCall:
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape: int) -> torch.Tensor:
@@ -21,7 +23,7 @@ def random_view(heads=2, queries=11, window=5, frames=3, tokens=7, size=4, rows=
 
     rows = torch.arange(queries) if rows is None else torch.tensor(rows)
     q, k, v = draw(heads, queries, size), draw(heads, window, size), draw(heads, window, size)
-    return View(q, rows, k, v, draw(heads, frames, tokens, size), draw(heads, frames, tokens, size))
+    return SampledCall(q, rows, k, v, draw(heads, frames, tokens, size), draw(heads, frames, tokens, size))
 
 
 def as_op(x: torch.Tensor) -> torch.Tensor:
@@ -36,10 +38,10 @@ def test_a_case_by_hand():
     weights = torch.tensor([[[1, 5, 2], [3, 1, 4]]], dtype=torch.float64)
     values = torch.tensor([[[1.0], [1], [9]], [[0], [0], [18]]], dtype=torch.float64)[None]
     one = torch.ones(1, 1, 1, dtype=torch.float64)
-    view = View(
+    view = SampledCall(
         one, torch.tensor([0]), one * torch.tensor(2.0).double().log(), one * 0, weights.log()[..., None], values
     )
-    found = measure(view, [Choice(blocks, 2, 1) for blocks in ("top", "oracle")])
+    found = measure_call(view, [Choice(blocks, 2, 1) for blocks in ("top", "oracle")])
     top, oracle = found.values()
     assert top.budgets == oracle.budgets == [0, 1, 2, 3, 4] and top.queries == 1
     expected = {"top": [0, 4, 10, 12, 16], "oracle": [0, 6, 10, 14, 16]}
@@ -57,8 +59,8 @@ def test_a_group_is_judged_as_a_whole():
     """Two queries that want different blocks: alone each gets its own, together they must share one."""
     q = torch.tensor([[[4.0, 0], [0, 3]]], dtype=torch.float64)
     bank = torch.tensor([[[[2.0, 0]], [[0, 2]]]], dtype=torch.float64)
-    view = View(q, torch.arange(2), q[:, :0], q[:, :0], bank, bank)
-    alone, together = measure(view, [Choice("oracle", 1, 1), Choice("oracle", 1, 2)]).values()
+    view = SampledCall(q, torch.arange(2), q[:, :0], q[:, :0], bank, bank)
+    alone, together = measure_call(view, [Choice("oracle", 1, 1), Choice("oracle", 1, 2)]).values()
     first, second = (torch.tensor([score, 0.0]).double().softmax(0) for score in (8 / 2**0.5, 6 / 2**0.5))
     torch.testing.assert_close(alone.captured[1], (first[:1] + second[:1]))
     torch.testing.assert_close(together.captured[1], (first[:1] + second[1:]))
@@ -81,7 +83,7 @@ def test_what_is_measured_is_what_the_op_does(sizes, block, group):
     """Whole numbers, so that scores tie; every budget against the op, its reference in float64."""
     view = random_view(**sizes, whole=True)
     block = min(block, sizes["tokens"])
-    (measured,) = measure(view, [Choice("top", block, group)]).values()
+    (measured,) = measure_call(view, [Choice("top", block, group)]).values()
     q, k, v, bank_k, bank_v = (as_op(x) for x in (view.q, view.k, view.v, view.bank_k, view.bank_v))
     options = {"block_size": block, "frame_tokens": sizes["tokens"], "query_group": group, "impl": "reference"}
     out = {n: memory_attention(q, k, v, bank_k, bank_v, top_k=n, **options) for n in measured.budgets[1:]}
@@ -106,7 +108,7 @@ def test_nothing_captures_more_than_the_oracle(sizes, block, group):
     block = min(block, sizes["tokens"])
     kinds = [Choice("top", block, group), Choice("oracle", block, group)]
     kinds += [Choice("random", block, 1), Choice("oracle", block, 1)]
-    found = measure(view, kinds, torch.Generator().manual_seed(1))
+    found = measure_call(view, kinds, torch.Generator().manual_seed(1))
     top, oracle, at_random, finest = (found[kind] for kind in kinds)
     assert (oracle.captured >= top.captured - 1e-12).all()
     assert (finest.captured >= at_random.captured - 1e-12).all()
@@ -121,8 +123,8 @@ def test_nothing_captures_more_than_the_oracle(sizes, block, group):
 def test_the_oracle_is_the_best_choice_there_is():
     """Of all sets of blocks, tried one by one."""
     view = random_view(heads=1, queries=3, frames=2, tokens=4)
-    (oracle,) = measure(view, [Choice("oracle", 2, None)]).values()
-    (alone,) = measure(view, [Choice("top", 2, 1)]).values()
+    (oracle,) = measure_call(view, [Choice("oracle", 2, None)]).values()
+    (alone,) = measure_call(view, [Choice("top", 2, 1)]).values()
     p = torch.softmax(view.q @ torch.cat([view.k, view.bank_k.flatten(1, 2)], 1).mT / 2, -1)
     masses = p[0, :, 5:].unflatten(-1, (4, 2)).sum((0, 2))
     for i, k in enumerate(oracle.budgets):
@@ -134,7 +136,7 @@ def test_the_oracle_is_the_best_choice_there_is():
 def test_random_choices_capture_their_share():
     """And are drawn anew for every query: no luck of one draw."""
     view = random_view(heads=4, queries=200, frames=4, tokens=8)
-    (measured,) = measure(view, [Choice("random", 2, 1)], torch.Generator().manual_seed(0)).values()
+    (measured,) = measure_call(view, [Choice("random", 2, 1)], torch.Generator().manual_seed(0)).values()
     shares = (measured.captured.sum(1) / measured.bank.sum()).tolist()
     assert shares == pytest.approx([k / 16 for k in measured.budgets], abs=0.03)
 
@@ -143,10 +145,10 @@ def test_a_part_of_the_queries(monkeypatch):
     """Only their sums, whatever the step; the groups' means are of all queries."""
     every, some = random_view(), random_view(rows=[4, 5, 6, 7])
     kinds = [Choice("top", 3, 4), Choice("oracle", 3, 4), Choice("top", 3, 1), Choice("top", 7, None)]
-    whole, part = measure(every, kinds), measure(some, kinds)
-    rest = measure(random_view(rows=[0, 1, 2, 3, 8, 9, 10]), kinds)
+    whole, part = measure_call(every, kinds), measure_call(some, kinds)
+    rest = measure_call(random_view(rows=[0, 1, 2, 3, 8, 9, 10]), kinds)
     monkeypatch.setattr(quality, "ELEMENTS", 1)
-    by_one = measure(some, kinds)
+    by_one = measure_call(some, kinds)
     for kind in kinds:
         for name in ("captured", "bank", "error", "dense", "keys"):
             torch.testing.assert_close(getattr(by_one[kind], name), getattr(part[kind], name))
@@ -156,11 +158,11 @@ def test_a_part_of_the_queries(monkeypatch):
 
 def test_half_precisions_are_measured_in_float32():
     view = random_view()
-    half = View(*(x if x.dtype == torch.int64 else x.bfloat16() for x in vars(view).values()))
-    rounded = View(*(x if x.dtype == torch.int64 else x.bfloat16().double() for x in vars(view).values()))
+    half = SampledCall(*(x if x.dtype == torch.int64 else x.bfloat16() for x in vars(view).values()))
+    rounded = SampledCall(*(x if x.dtype == torch.int64 else x.bfloat16().double() for x in vars(view).values()))
     kind = Choice("oracle", 2, 1)
     torch.testing.assert_close(
-        measure(half, [kind])[kind].error, measure(rounded, [kind])[kind].error, rtol=1e-3, atol=0
+        measure_call(half, [kind])[kind].error, measure_call(rounded, [kind])[kind].error, rtol=1e-3, atol=0
     )
 
 
@@ -170,10 +172,14 @@ def test_budgets_run_from_nothing_to_all():
 
 
 def test_what_is_compared():
-    found = choices([4, 8], [1, None], 8)
+    found = choices_to_compare([4, 8], [1, None], 8)
     assert len(set(found)) == len(found) == 2 * (4 + 1)
     assert Choice("top", 8, None) in found, "frames by their means for the whole chunk"
-    assert choices([4], [2], 8)[-3:] == [Choice("random", 8, 1), Choice("top", 8, None), Choice("oracle", 8, None)]
+    assert choices_to_compare([4], [2], 8)[-3:] == [
+        Choice("random", 8, 1),
+        Choice("top", 8, None),
+        Choice("oracle", 8, None),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -189,4 +195,4 @@ def test_what_is_compared():
 )
 def test_impossible_sizes_are_refused(blocks, groups, says):
     with pytest.raises(ValueError, match=says):
-        choices(blocks, groups, 8)
+        choices_to_compare(blocks, groups, 8)

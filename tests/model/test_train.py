@@ -14,62 +14,67 @@ from memflow_ops.model.checkpoints.native import load_checkpoint
 from memflow_ops.model.streaming.conditions import pixel_coordinates
 from memflow_ops.model.toy import language, train
 from memflow_ops.model.toy.language import NOBODY
-from memflow_ops.model.toy.teacher_forcing import CHUNK_FRAMES, TeacherForcedAttention, plan_memory, relevance_loss
-from memflow_ops.model.toy.train import CHUNKS, Settings, Stage, Trainer, draw_batch, scaled_stages
+from memflow_ops.model.toy.teacher_forcing import (
+    CHUNK_FRAMES,
+    TeacherForcedAttention,
+    draw_training_memory,
+    relevance_loss,
+)
+from memflow_ops.model.toy.train import CHUNKS, Trainer, TrainingSettings, TrainingStage, draw_batch, scaled_stages
 from memflow_ops.model.wan.transformer import CausalVideoModel
 from memflow_ops.rotary import apply_rotation, rope_rotation
 
-SMALL = Stage(steps=20, size=16, batch=2, shift=4.0, foreground=3.0)
+SMALL = TrainingStage(steps=20, size=16, batch=2, shift=4.0, foreground=3.0)
 
 
 @pytest.fixture(scope="module")
-def batch() -> train.Batch:
+def batch() -> train.TrainingBatch:
     return draw_batch(12, 16, torch.Generator().manual_seed(0))
 
 
 def test_twenty_steps_lower_the_loss_and_resume_bit_for_bit(tmp_path):
-    whole = Trainer(Settings(seed=3, stages=(SMALL,)))
+    whole = Trainer(TrainingSettings(seed=3, stages=(SMALL,)))
     losses = [whole.step().denoising for _ in range(20)]
     assert losses[-1] < 0.9 * losses[0]  # a running mean with a memory of 50 steps: the drop itself is larger
 
-    begun = Trainer(Settings(seed=3, stages=(SMALL,)))
+    begun = Trainer(TrainingSettings(seed=3, stages=(SMALL,)))
     assert [begun.step().denoising for _ in range(7)] == losses[:7]
     begun.save(tmp_path / "state")
-    resumed = Trainer(Settings(seed=3, stages=(SMALL,)))
+    resumed = Trainer(TrainingSettings(seed=3, stages=(SMALL,)))
     assert resumed.load(tmp_path / "state") == resumed.machine()
     assert [resumed.step().denoising for _ in range(13)] == losses[7:]
     assert resumed.curve == whole.curve and resumed.steps_done == 20
     for of in (lambda t: t.model.state_dict(), lambda t: t.average.weights):
         assert all(torch.equal(tensor, of(resumed)[name]) for name, tensor in of(whole).items())
 
-    other = Trainer(Settings(seed=4, stages=(SMALL,)))
+    other = Trainer(TrainingSettings(seed=4, stages=(SMALL,)))
     assert other.step().denoising != losses[0]
 
 
 def test_a_state_of_another_run_is_refused(tmp_path):
-    Trainer(Settings(seed=3, stages=(SMALL,))).save(tmp_path / "state")
+    Trainer(TrainingSettings(seed=3, stages=(SMALL,))).save(tmp_path / "state")
     with pytest.raises(ValueError, match="another settings: seed differ"):
-        Trainer(Settings(seed=4, stages=(SMALL,))).load(tmp_path / "state")
+        Trainer(TrainingSettings(seed=4, stages=(SMALL,))).load(tmp_path / "state")
     wider = replace(train.TOY_CONFIG, ffn_dim=128)
     with pytest.raises(ValueError, match="another model: ffn_dim differ"):
-        Trainer(Settings(seed=3, stages=(SMALL,)), wider).load(tmp_path / "state")
+        Trainer(TrainingSettings(seed=3, stages=(SMALL,)), wider).load(tmp_path / "state")
     torch.save([1, 2], tmp_path / "list")
     (tmp_path / "bytes").write_bytes(b"nothing")
     (tmp_path / "empty").touch()
     for name in ("list", "bytes", "empty"):
         with pytest.raises(ValueError, match=f"{name} is no training state of ours; delete it, or"):
-            Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / name)
+            Trainer(TrainingSettings(seed=3, stages=(SMALL,))).load(tmp_path / name)
     state = torch.load(tmp_path / "state", weights_only=True)
     whole = (tmp_path / "state").read_bytes()
     (tmp_path / "flipped").write_bytes(whole[: len(whole) // 3] + b"\xff" * 100 + whole[len(whole) // 3 + 100 :])
     with pytest.raises(ValueError, match="flipped is no training state of ours"):
-        Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / "flipped")
+        Trainer(TrainingSettings(seed=3, stages=(SMALL,))).load(tmp_path / "flipped")
     torch.save({name: value for name, value in state.items() if name != "machine"}, tmp_path / "old")
     with pytest.raises(ValueError, match="old is damaged"):
-        Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / "old")
+        Trainer(TrainingSettings(seed=3, stages=(SMALL,))).load(tmp_path / "old")
     torch.save(state | {"model": {}}, tmp_path / "state")
     with pytest.raises(ValueError, match="state is damaged; delete it, or"):
-        Trainer(Settings(seed=3, stages=(SMALL,))).load(tmp_path / "state")
+        Trainer(TrainingSettings(seed=3, stages=(SMALL,))).load(tmp_path / "state")
     with pytest.raises(ValueError, match=r"a \.safetensors file, got .*w\.partial"):
         train.train(tmp_path / "w.partial", steps=1)
     with pytest.raises(ValueError, match=r"cannot write to the folder .*empty/deep: .*empty is a file"):
@@ -77,7 +82,7 @@ def test_a_state_of_another_run_is_refused(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_ends_the_training():
-    trainer = Trainer(Settings(seed=3, stages=(SMALL,)))
+    trainer = Trainer(TrainingSettings(seed=3, stages=(SMALL,)))
     trainer.model.state_dict()["head.head.weight"].fill_(torch.nan)
     with pytest.raises(ValueError, match="loss of step 1 is not finite"):
         trainer.step()
@@ -86,7 +91,7 @@ def test_a_loss_that_is_not_finite_ends_the_training():
 @pytest.mark.parametrize("seed", [-1, train.HELD_OUT_SEED, 123_456])
 def test_held_out_seeds_are_refused(seed):
     with pytest.raises(ValueError, match="held out for evaluation"):
-        Settings(seed=seed)
+        TrainingSettings(seed=seed)
 
 
 def test_command_writes_weights_and_notes(tmp_path):
@@ -108,7 +113,7 @@ def test_ctrl_c_and_the_same_command_again_equal_one_run(number, tmp_path, monke
     train.train(tmp_path / "whole.safetensors", seed=5, steps=steps, threads=torch.get_num_threads())
     out, losses, done = tmp_path / "halting.safetensors", train.training_losses, []
 
-    def interrupted(*arguments: object) -> train.Losses:
+    def interrupted(*arguments: object) -> train.TrainingLosses:
         done.append(losses(*arguments))
         if len(done) == 3:
             signal.raise_signal(number)  # in the middle of a step
@@ -270,7 +275,7 @@ def test_relevance_loss_by_hand():
 
 def test_relevance_loss_reaches_the_self_attention_keys(batch):
     model = CausalVideoModel(train.TOY_CONFIG)
-    losses = train.training_losses(model, batch, SMALL, Settings(), torch.Generator().manual_seed(4))
+    losses = train.training_losses(model, batch, SMALL, TrainingSettings(), torch.Generator().manual_seed(4))
     losses.relevance.backward()
     for block in model.blocks:
         assert block.self_attn.k.weight.grad.abs().max() > 0
@@ -279,5 +284,5 @@ def test_relevance_loss_reaches_the_self_attention_keys(batch):
 
 def test_plan_repeats_with_its_generator():
     shows = torch.rand(4, 6, NOBODY, generator=torch.Generator().manual_seed(5)) < 0.3
-    one, two = (plan_memory(shows, torch.Generator().manual_seed(6)) for _ in range(2))
+    one, two = (draw_training_memory(shows, torch.Generator().manual_seed(6)) for _ in range(2))
     assert torch.equal(one.frame, two.frame) and torch.equal(one.distance, two.distance)

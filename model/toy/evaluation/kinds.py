@@ -11,17 +11,17 @@ from memflow_ops.cache.views import Candidates
 from memflow_ops.model.stories.prompts import chunk_prompts
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Chunk, Streamer
+from memflow_ops.model.toy.evaluation.figures import Story
 from memflow_ops.model.toy.evaluation.held_out import (
     FRAMES_PER_PROMPT,
 )
-from memflow_ops.model.toy.evaluation.rows import Story
 from memflow_ops.model.toy.language import embed_prompts, parse_prompt
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
 # ----------------------------------------------------------------------------------------------------------------- rows
 
 
-class Oracle:
+class OraclePolicy:
     """A control: frames that show whom the coming prompt names, by what the prompts said when they were made.
 
     `coming` is set before each chunk. Who is named takes turns, each with its frames spread over the past.
@@ -54,7 +54,7 @@ def shown_at(story: Sequence[str], frame: int) -> tuple[int, ...]:
 
 
 @dataclass(frozen=True)
-class Kind:
+class MemoryKind:
     """One kind of memory to be judged."""
 
     about: str
@@ -62,26 +62,26 @@ class Kind:
     oracle: bool = False
 
 
-KINDS = {
-    "none": Kind("the local window alone", lambda s: replace(s, memory="none")),
-    "sink": Kind("and the first frames", lambda s: replace(s, memory="sink")),
-    "full": Kind("and the whole history, dense", lambda s: replace(s, memory="full")),
-    "memflow": Kind("retrieved frames, top-k blocks", lambda s: s),
-    "random frames": Kind("frames at random, top-k blocks", lambda s: replace(s, relevance="random")),
-    "random blocks": Kind("retrieved frames, blocks at random", lambda s: replace(s, selection="random")),
-    "dense bank": Kind("retrieved frames, all blocks", lambda s: replace(s, top_k=10_000)),
-    "oracle frames": Kind("the right frames by name, top-k blocks", lambda s: s, oracle=True),
+MEMORY_KINDS = {
+    "none": MemoryKind("the local window alone", lambda s: replace(s, memory="none")),
+    "sink": MemoryKind("and the first frames", lambda s: replace(s, memory="sink")),
+    "full": MemoryKind("and the whole history, dense", lambda s: replace(s, memory="full")),
+    "memflow": MemoryKind("retrieved frames, top-k blocks", lambda s: s),
+    "random frames": MemoryKind("frames at random, top-k blocks", lambda s: replace(s, relevance="random")),
+    "random blocks": MemoryKind("retrieved frames, blocks at random", lambda s: replace(s, selection="random")),
+    "dense bank": MemoryKind("retrieved frames, all blocks", lambda s: replace(s, top_k=10_000)),
+    "oracle frames": MemoryKind("the right frames by name, top-k blocks", lambda s: s, oracle=True),
 }
 
 
-def stream_stories(
-    model: CausalVideoModel, stories: list[Story], kind: Kind, settings: StreamSettings, seed: int
+def stream_kind(
+    model: CausalVideoModel, stories: list[Story], kind: MemoryKind, settings: StreamSettings, seed: int
 ) -> Iterator[Chunk]:
     """Chunk after chunk of all stories, which have the same length, as `kind` remembers."""
     spoken = chunk_prompts(stories, FRAMES_PER_PROMPT, settings.chunk_frames)
     # Nothing is to be forgotten: what is judged is retrieval from the whole past.
     settings = kind.change(replace(settings, device_frames=max(settings.device_frames, len(spoken))))
-    oracle = Oracle(settings.bank_frames, stories) if kind.oracle else None
+    oracle = OraclePolicy(settings.bank_frames, stories) if kind.oracle else None
     streamer = Streamer(model, len(stories), settings, seed, encode=embed_prompts, policy=oracle)
     for prompts in spoken:
         if oracle is not None:

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 from memflow_ops.model.plot_style import INK, PALE
 
 if TYPE_CHECKING:
-    from memflow_ops.model.toy.evaluation.rows import Row
+    from memflow_ops.model.toy.evaluation.figures import KindFigures
 SUBJECT, OTHERS = "#2f6fc4", "#9aa3ad"
 CHANCE_SHAPE = 1 / 4
 
 
-def draw(rows: Sequence[Row]) -> bytes:
+def draw_evaluation(rows: Sequence[KindFigures]) -> bytes:
     """Rows -> a PNG file: hue with its interval, pattern, shape, and hue by gap."""
     gaps = list(rows[0].gaps)
     figure = Figure(figsize=(13, 1.7 + 0.42 * len(rows)), dpi=110, facecolor="white", layout="constrained")

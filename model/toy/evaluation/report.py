@@ -12,20 +12,20 @@ import torch
 from memflow_ops.environment import ROOT, environment
 from memflow_ops.files import sha256, write_atomically
 from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming, Proportion
 from memflow_ops.model.toy.evaluation.held_out import (
     FRAMES_PER_PROMPT,
 )
-from memflow_ops.model.toy.evaluation.rows import Row, Share, Timing
 from memflow_ops.model.toy.train import HELD_OUT_SEED
 
 
-def table(rows: Sequence[Row], timings: Mapping[str, Timing]) -> str:
+def evaluation_table(rows: Sequence[KindFigures], timings: Mapping[str, KindTiming]) -> str:
     """The rows, with what a chunk takes, as a table of fixed-width text."""
 
     def percent(x: float | None) -> str:
         return "-" if x is None or math.isnan(x) else f"{100 * x:.0f} %"
 
-    def interval(x: Share) -> str:
+    def interval(x: Proportion) -> str:
         return f"{100 * x.value:.0f} % ({100 * x.low:.0f}-{100 * x.high:.0f})" if x.count else "-"
 
     gaps = list(rows[0].gaps) if rows else []
@@ -47,9 +47,9 @@ def table(rows: Sequence[Row], timings: Mapping[str, Timing]) -> str:
     return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
 
 
-def write_results(
-    rows: Sequence[Row],
-    timings: Mapping[str, Timing],
+def write_evaluation(
+    rows: Sequence[KindFigures],
+    timings: Mapping[str, KindTiming],
     settings: StreamSettings,
     *,
     seed: int,
@@ -58,7 +58,7 @@ def write_results(
     out: Path,
 ) -> None:
     """Writes the rows as JSON to `out` and as a picture beside it."""
-    from memflow_ops.model.toy.evaluation.plot import draw
+    from memflow_ops.model.toy.evaluation.plot import draw_evaluation
 
     results = {
         "command": "memflow evaluate",
@@ -74,7 +74,7 @@ def write_results(
         "rows": [asdict(row) for row in rows],
     }
     write_atomically(out, (json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n").encode())
-    write_atomically(out.with_suffix(".png"), draw(rows))
+    write_atomically(out.with_suffix(".png"), draw_evaluation(rows))
 
 
 def without_nan(x: object) -> object:

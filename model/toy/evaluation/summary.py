@@ -9,6 +9,7 @@ import torch
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Chunk
 from memflow_ops.model.toy import judge
+from memflow_ops.model.toy.evaluation.figures import GAPS, KindFigures, Proportion, Story
 from memflow_ops.model.toy.evaluation.held_out import (
     FRAMES_PER_PROMPT,
     Appearance,
@@ -16,7 +17,6 @@ from memflow_ops.model.toy.evaluation.held_out import (
     is_return,
 )
 from memflow_ops.model.toy.evaluation.kinds import shown_at
-from memflow_ops.model.toy.evaluation.rows import GAPS, Row, Share, Story
 from memflow_ops.model.toy.language import parse_prompt
 
 Looks = dict[tuple[int, int, int | None, bool], judge.Look]
@@ -26,7 +26,7 @@ Looks = dict[tuple[int, int, int | None, bool], judge.Look]
 
 
 @dataclass(frozen=True)
-class Streamed:
+class JudgedStream:
     """Stories of one length under one kind of memory, looked at."""
 
     stories: list[Story]
@@ -38,7 +38,7 @@ class Streamed:
     chunks: int
 
 
-def watch(stories: list[Story], chunks: Iterator[Chunk], chunk_frames: int) -> Streamed:
+def watch(stories: list[Story], chunks: Iterator[Chunk], chunk_frames: int) -> JudgedStream:
     """Looks at the first and the last chunk of every appearance; nothing else is kept of the frames."""
     per_prompt = FRAMES_PER_PROMPT // chunk_frames
     slots: dict[int, list[Appearance]] = {}
@@ -58,20 +58,22 @@ def watch(stories: list[Story], chunks: Iterator[Chunk], chunk_frames: int) -> S
             frames = chunk.frames[[appearance.story for appearance in named]]
             for appearance, look in zip(named, judge.look_at(frames, [a.slot for a in named]), strict=True):
                 looks[appearance.story, prompt, appearance.slot, part > 0] = look
-    return Streamed(stories, looks, retrieved, candidates, chunk_count)
+    return JudgedStream(stories, looks, retrieved, candidates, chunk_count)
 
 
 # -------------------------------------------------------------------------------------------------------------- judging
 
 
-def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSettings, blocks_per_frame: int) -> Row:
+def summarise(
+    memory: str, streamed: Sequence[JudgedStream], settings: StreamSettings, blocks_per_frame: int
+) -> KindFigures:
     """The row of one kind of memory; settings: those that were streamed with."""
     hue: list[bool] = []
     gap_hits: dict[str, list[bool]] = {f"{low} to {high}": [] for low, high in GAPS}
     pattern, shape, both, precision, copies = [], [], [], [], []
     errors, drifts, activated, hues = [], [], [], [0] * 6
-    firsts: list[_Seen] = []
-    returned: list[_Seen] = []
+    firsts: list[_JudgedLook] = []
+    returned: list[_JudgedLook] = []
 
     for length, group in enumerate(streamed):
         pair_hits: dict[tuple[int, int], list[bool]] = {}
@@ -83,7 +85,7 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
             if look.present and last.present:
                 drifts.append(_difference(look, last))
             if it.first is None:
-                firsts.append(_Seen((length, it.story), it.character, look))
+                firsts.append(_JudgedLook((length, it.story), it.character, look))
             if it.first is None and look.present:
                 hues[min(int(look.hue // 60), 5)] += 1
                 if it.story in before and before[it.story].present:
@@ -92,7 +94,7 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
             if it.first is None or not is_return(it):
                 continue
             first = group.looks[it.story, it.first.prompt, it.first.slot, False]
-            returned.append(_Seen((length, it.story), it.character, look))
+            returned.append(_JudgedLook((length, it.story), it.character, look))
             present = first.present and look.present
             if present:
                 errors.append(_difference(first, look))
@@ -113,17 +115,17 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
 
     chance_hue, chance_pattern = _matching(firsts, returned, lambda a, b: a.story != b.story)
     others_hue, _ = _matching(firsts, returned, lambda a, b: a.story == b.story and a.character != b.character)
-    return Row(
+    return KindFigures(
         memory=memory,
-        hue=Share.of(hue),
+        hue=Proportion.of(hue),
         median_error=_median(errors),
-        pattern=Share.of(pattern),
+        pattern=Proportion.of(pattern),
         chance_hue=chance_hue,
         chance_pattern=chance_pattern,
         others_hue=others_hue,
-        shape=Share.of(shape),
-        pairs=Share.of(both),
-        gaps={name: Share.of(hits) for name, hits in gap_hits.items()},
+        shape=Proportion.of(shape),
+        pairs=Proportion.of(both),
+        gaps={name: Proportion.of(hits) for name, hits in gap_hits.items()},
         precision=round(sum(precision) / len(precision), 4) if precision else None,
         activated=round(sum(activated) / len(activated), 4) if activated else None,
         copies=round(sum(copies) / len(copies), 4) if copies else math.nan,
@@ -133,14 +135,14 @@ def summarise(memory: str, streamed: Sequence[Streamed], settings: StreamSetting
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _JudgedLook:
     story: tuple[int, int]
     character: int
     look: judge.Look
 
 
 def _matching(
-    firsts: Sequence[_Seen], returned: Sequence[_Seen], compared: Callable[[_Seen, _Seen], bool]
+    firsts: Sequence[_JudgedLook], returned: Sequence[_JudgedLook], compared: Callable[[_JudgedLook, _JudgedLook], bool]
 ) -> tuple[float, float]:
     """Share of hues and of patterns that match where returns are held against the first looks to be `compared`.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from memflow_ops.model.selection_profile.quality import Choice, Measured
+from memflow_ops.model.selection_profile.quality import Choice, ChoiceSums
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Sampling:
 
 
 @dataclass(frozen=True)
-class Row:
+class ChoiceFigures:
     """One way to choose at one budget."""
 
     blocks: str
@@ -63,7 +63,7 @@ class Row:
 
 
 @dataclass
-class Profile:
+class SelectionProfile:
     """What has been measured so far."""
 
     frames: int
@@ -75,7 +75,7 @@ class Profile:
     """times heads"""
     chunks: list[int] = field(default_factory=list)
     """whose calls were measured"""
-    sums: dict[Choice, Measured] = field(default_factory=dict)
+    sums: dict[Choice, ChoiceSums] = field(default_factory=dict)
     shares: dict[Choice, list[Tensor]] = field(default_factory=dict)
     """captured of every call and head, (K, H)"""
     seconds: dict[tuple[int, int | None, int], list[float]] = field(default_factory=dict)
@@ -87,7 +87,7 @@ class Profile:
         some = next(iter(self.sums.values()))
         return (some.bank.sum() / self.queries).item()
 
-    def add(self, chunk: int, found: Sequence[dict[Choice, Measured]]) -> None:
+    def add(self, chunk: int, found: Sequence[dict[Choice, ChoiceSums]]) -> None:
         self.chunks.append(chunk)
         for call in found:
             self.calls += 1
@@ -97,7 +97,7 @@ class Profile:
                 self.shares.setdefault(choice, []).append(_share(new.captured, new.bank))
                 self.sums[choice] = _added(self.sums.get(choice), new)
 
-    def rows(self) -> list[Row]:
+    def figures(self) -> list[ChoiceFigures]:
         rows = []
         window = self.seconds.get((0, None, 0), [])
         for choice, total in self.sums.items():
@@ -110,7 +110,7 @@ class Profile:
                 captured, bank = total.captured[i].sum(), total.bank.sum()
                 keys = (total.keys[i].sum() / self.queries).item()
                 rows.append(
-                    Row(
+                    ChoiceFigures(
                         *choice,
                         top_k,
                         keys=keys,
@@ -133,7 +133,7 @@ def _share(captured: Tensor, bank: Tensor) -> Tensor:
     return (captured / bank).nan_to_num(nan=1.0)
 
 
-def _added(total: Measured | None, new: Measured) -> Measured:
+def _added(total: ChoiceSums | None, new: ChoiceSums) -> ChoiceSums:
     if total is None:
         return replace(new)
     return replace(

@@ -8,7 +8,7 @@ GAPS = ((24, 48), (49, 120), (121, 240))
 
 
 @dataclass(frozen=True)
-class Share:
+class Proportion:
     """A share of cases with its 95 % Wilson interval."""
 
     value: float
@@ -18,7 +18,7 @@ class Share:
     """of cases in all"""
 
     @classmethod
-    def of(cls, hits: Sequence[bool]) -> "Share":
+    def of(cls, hits: Sequence[bool]) -> "Proportion":
         n, z = len(hits), 1.96
         if not n:
             return cls(math.nan, math.nan, math.nan, 0)
@@ -29,15 +29,15 @@ class Share:
 
 
 @dataclass(frozen=True)
-class Row:
+class KindFigures:
     """How returns went under one kind of memory. Hues in degrees."""
 
     memory: str
-    hue: Share
+    hue: Proportion
     """of returns: the hue of the first appearance, within 30 degrees"""
     median_error: float
     """median hue difference, over returns with the character present both times"""
-    pattern: Share
+    pattern: Proportion
     """of returns: the pattern of the first appearance"""
     chance_hue: float
     """the same with identities shuffled: of returns held against first appearances in all other stories"""
@@ -45,11 +45,11 @@ class Row:
     others_hue: float
     """of returns held against the first appearances of the others in the same story: what a memory that brings back
     the wrong one of its frames would reach"""
-    shape: Share
+    shape: Proportion
     """of all appearances: looks like the character that was named"""
-    pairs: Share
+    pairs: Proportion
     """of prompts that bring back two: both have their hue"""
-    gaps: dict[str, Share]
+    gaps: dict[str, Proportion]
     """hue, by frames of absence"""
     precision: float | None
     """share of the retrieved frames, at returns, that show somebody the prompt names; None without retrieval"""
@@ -64,7 +64,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Timing:
+class KindTiming:
     """What a chunk of four stories takes under one kind of memory, all kinds in turn, chunk by chunk."""
 
     seconds: float
