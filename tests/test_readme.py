@@ -11,8 +11,3 @@ def test_the_example_runs():
     names: dict = {}
     exec(example, names)
     assert names["out"].shape == names["q"].shape and names["out"].isfinite().all()
-
-
-def test_what_it_links_to_is_there():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README.read_text(encoding="utf-8"))
-    assert links and all((README.parent / link).exists() for link in links), links
