@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint bench bench-compare where-memory-pays aot gpu-test gpu-bench train clean
+.PHONY: help demo test lint bench bench-compare where-memory-pays aot gpu-test gpu-bench train docs pictures clean
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -55,6 +55,20 @@ gpu-test:  ## the kernels on a GPU, with this machine's own torch and triton; wr
 gpu-bench:  ## the kernels against the best dense attention on a GPU; writes bench/results
 	@$(PYTHON) -m memflow_ops.bench.gpu --out $(OUT)
 	@$(PYTHON) -m memflow_ops.bench.run --device cuda --out $(OUT)
+
+DOCS := .venv/docs
+
+$(DOCS): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	@touch $@
+
+docs: $(DOCS)  ## the pages of docs/ as a site in build/site; every link is checked
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+pictures: $(STAMP)  ## draw the README's pictures anew
+	$(BIN)/memflow toy demo --out build/pictures/with-memory
+	$(BIN)/memflow toy generate model/stories/demo.jsonl --memory none --out build/pictures/without-memory
+	$(BIN)/python docs/pictures/draw.py build/pictures/with-memory build/pictures/without-memory docs/pictures
 
 train: $(STAMP)  ## retrain the toy world's weights
 	$(BIN)/memflow train

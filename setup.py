@@ -72,6 +72,7 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "wan": wan,
+        "docs": ["mkdocs-material"],
         "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "peft", *wan],
     },
     entry_points={"console_scripts": ["memflow = memflow_ops.cli:main"]},
