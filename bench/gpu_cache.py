@@ -71,7 +71,7 @@ def retrieval(bench: Bench) -> list[dict[str, object]]:
 
     def chosen(score: str, redundancy: float | None = None) -> Call:
         return lambda: retrieve_frames(
-            text, means, 6, score=score, rows=rows, text_lengths=lengths, redundancy=redundancy, impl="triton"
+            text, means, 6, score=score, candidates=rows, text_lengths=lengths, redundancy=redundancy, impl="triton"
         )
 
     times = bench.times(

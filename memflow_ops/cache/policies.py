@@ -66,7 +66,7 @@ class _OnDevice:
             candidates.stored,
             self.bank_frames,
             score=self.score,
-            rows=candidates.rows,
+            candidates=candidates.rows,
             text_lengths=text_lengths,
             block_lengths=candidates.lengths,
             redundancy=self.redundancy,

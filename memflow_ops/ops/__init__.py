@@ -1,1 +1,1 @@
-"""The public operators: contracts in docstrings, checks of arguments, dispatch to the registered operators."""
+"""The public operators: each states its contract, checks its arguments and calls its registered operator."""

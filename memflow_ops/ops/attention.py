@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from memflow_ops.ops import checks, registration
-from memflow_ops.ops.checks import check_slots
 from memflow_ops.ops.registration import dispatch
 
 
@@ -29,43 +27,55 @@ def memory_attention(
     impl: str = "auto",
     dense_backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Attend to every key of `k` and to the `top_k` most relevant blocks of the memory bank, under one softmax.
+    """Attend to every key of a local window and to the most relevant blocks of a memory bank, under one softmax.
 
-    Drops in where `flash_attn_func(q, k, v, softmax_scale=...)` is called without dropout, causal mask or window.
-    Selection is that of `select_blocks`; what is not selected is not read, so its values (NaN included) do not
-    matter. Differentiable in q, k, v, memory_k, memory_v, once; the selection is not.
+    A query attends to all of `k` and to the `top_k` blocks of the bank that `select_blocks` gives its query group.
+    This is sparse memory activation (SMA) of MemFlow, arXiv 2512.14699, with blocks and query groups in the place of
+    frames and chunks. The function can replace `flash_attn_func(q, k, v, softmax_scale=...)` where that is called
+    without dropout, causal mask and window.
+
+    Blocks that are not selected are not read, so their values do not matter, NaN included. Gradients reach q, k, v,
+    memory_k and memory_v (first derivatives only). The selection has no gradient.
 
     Args:
-        q: (B, Lq, H, D), float16, bfloat16, float32 or float64.
-        k, v: (B, Lk, Hkv, D), always attended to; Lk may be 0, H is a multiple of Hkv.
-        memory_k, memory_v: (B, Lm, Hkv, D), whole frames of `frame_tokens` (None or Lm = 0: no bank).
-        memory_descriptors: (B, N, Hkv, D), `describe_blocks(memory_k, ...)` (None: computed here).
-        top_k: blocks that each query group attends to.
-        block_size: tokens per block; the last block of a frame may be shorter.
-        frame_tokens: tokens per frame of the bank (None: the bank is one frame).
-        query_group: consecutive queries that share a selection (1: each its own; None: all of them).
-        memory_frames: (B,) int32, how many leading frames of the bank are valid (None: all). Clamped, never read back.
-        memory_slots: (B, F) int32, the slot table, as a paged cache's block table: frame j of the bank is frame
-            `memory_slots[b, j]` of memory_k, memory_v and memory_descriptors (None: frame j). Clamped, never read back.
-        softmax_scale: factor of the scores (None: 1/sqrt(D)).
-        return_lse: also return the LSE.
-        impl: `reference` (the specification), `torch`, `triton` (D up to 256, not float64), or `auto`: `triton` on CUDA
-            and not in float64, else `torch`.
-        dense_backend: what attends to k, v, the implementation's bank part continuing its softmax: `own` (the
-            implementation itself, in one launch), `cudnn` or `flash` (torch's, float16 and bfloat16 on CUDA),
-            `flash_attn` (that package, 4, 3 or 2), `cpu` (torch's flash attention for CPUs), or `auto`: for `triton`
-            the best there is on this device, `own` for float32 and short windows; for the others `own`. Gradients are
-            made by the implementation itself in any case, and are equal bit for bit from run to run.
+        q: queries (B, Lq, H, D) in float16, bfloat16, float32 or float64. The last dimension is contiguous; the other
+            strides are free. This holds for all keys and values too.
+        k, v: keys and values of the local window, (B, Lk, Hkv, D). H is a multiple of Hkv. Lk may be 0.
+        memory_k, memory_v: keys and values of the bank, (B, Lm, Hkv, D), in whole frames of `frame_tokens`. There is no
+            bank if they are None or Lm is 0.
+        memory_descriptors: what `describe_blocks(memory_k, block_size, frame_tokens)` gives, (B, N, Hkv, D). None: they
+            are computed here.
+        top_k: the number of blocks that each query group attends to.
+        block_size: tokens per block. A block never crosses a frame, so the last block of a frame may be shorter.
+        frame_tokens: tokens per frame of the bank. None: the bank is one frame.
+        query_group: the number of consecutive queries that share a selection. 1: every query has its own. None: all
+            queries share one.
+        memory_frames: how many of the leading frames of the bank are valid, (B,) int32. None: all are. Values are
+            clamped to their range on the device; the host never reads them.
+        memory_slots: the slot table (B, F) int32, like the block table of a paged cache: frame j of the bank is frame
+            `memory_slots[b, j]` of memory_k, memory_v and memory_descriptors. None: it is frame j. Values are clamped
+            to their range on the device; the host never reads them.
+        softmax_scale: the factor of the scores. None: 1/sqrt(D).
+        return_lse: whether to return the LSE too.
+        impl: `reference` (the specification), `torch`, `triton` (D up to 256, not float64) or `auto`. `auto` is
+            `triton` on CUDA except in float64, and else `torch`.
+        dense_backend: what attends to `k` and `v`. `own`: the implementation itself, together with the bank. With any
+            other backend the implementation continues the backend's softmax over the bank: `cudnn` or `flash` (torch's
+            own, for float16 and bfloat16 on CUDA), `flash_attn` (the package, version 4, 3 or 2) or `cpu` (torch's
+            flash attention for CPUs). `auto`: for `triton` the best backend of the device, but `own` for short windows
+            and where no backend takes the dtype; for other implementations `own`. The implementation itself computes
+            all gradients in every case. They are equal bit for bit in every run.
 
     Returns:
-        out (B, Lq, H, D), contiguous, zero where a query has no key; with `return_lse` also the natural-log LSE of
-        the scaled scores (B, H, Lq), float32 (float64 for float64 inputs), -inf where a query has no key.
+        out (B, Lq, H, D) in the dtype of q, contiguous, 0 where a query has no key. With `return_lse` a pair of out and
+        the LSE (B, H, Lq): the natural logarithm of the sum of the exponentials of the scaled scores, in float32
+        (float64 for float64 inputs), -inf where a query has no key.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; says what was got and what is expected.
+        ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
     """
     checks.check_query(q)
-    _check_pair("k", k, "v", v, q)
+    checks.check_pair("k", k, "v", v, q)
     if (memory_k is None) != (memory_v is None):
         raise ValueError("memory_k and memory_v must be given together")
     top_k = checks.check_positive("top_k", top_k)
@@ -78,32 +88,28 @@ def memory_attention(
         checks.check_integers("memory_frames", memory_frames, (q.shape[0],), q)
     frame = 1 if frame_tokens is None else checks.check_positive("frame_tokens", frame_tokens)
     if memory_k is not None and memory_v is not None:
-        _check_pair("memory_k", memory_k, "memory_v", memory_v, q)
+        checks.check_pair("memory_k", memory_k, "memory_v", memory_v, q)
         if memory_k.shape[2] != k.shape[2]:
             raise ValueError(f"memory_k must have the heads of k, {k.shape[2]}, got {memory_k.shape[2]}")
         frame = checks.frame_size(frame_tokens, memory_k.shape[1], "memory_k")
         block_size = min(block_size, frame)
         frames = memory_k.shape[1] // frame
         if memory_slots is not None:
-            check_slots(memory_slots, q, frames)
+            checks.check_slots(memory_slots, q, frames)
         if memory_descriptors is not None:
             blocks = frames * -(-frame // block_size)
             checks.check_tensor("memory_descriptors", memory_descriptors, "B N Hkv D", like=q)
             checks.check_shape("memory_descriptors", memory_descriptors, (q.shape[0], blocks, *memory_k.shape[2:]))
         if frames == 0 or (memory_slots is not None and memory_slots.shape[1] == 0):
-            memory_k = memory_v = memory_descriptors = memory_slots = None
+            memory_k = memory_v = memory_descriptors = memory_slots = memory_frames = None
     else:
         given = {"memory_descriptors": memory_descriptors, "memory_slots": memory_slots, "memory_frames": memory_frames}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} is given without memory_k and memory_v")
-    if memory_k is None:
-        memory_frames = None
-    chosen = dispatch.resolve(impl, q)
-    out, lse, _ = registration.memory_attention(
-        q, k, v, memory_k, memory_v, memory_descriptors, memory_frames, memory_slots,
-        top_k, block_size, frame, group, scale, chosen, dense_backend,
-    )  # fmt: skip
+    bank = (memory_k, memory_v, memory_descriptors, memory_frames, memory_slots)
+    sizes = (top_k, block_size, frame, group, scale)
+    out, lse, _ = registration.memory_attention(q, k, v, *bank, *sizes, dispatch.resolve(impl, q), dense_backend)
     return (out, lse) if return_lse else out
 
 
@@ -121,25 +127,30 @@ def attend_selected(
     softmax_scale: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Attend to selected blocks of a memory bank, optionally continuing the softmax of another attention.
+    """Attend to given blocks of a memory bank. On request this continues the softmax of attention over other keys.
+
+    Gradients reach q, k, v and the resumed state (first derivatives only).
 
     Args:
-        q: (B, Lq, H, D).
-        k, v: the bank (B, Lm, Hkv, D), whole frames of `frame_tokens`; H is a multiple of Hkv.
-        indices: (B, H, G, K) int32 of `select_blocks`, G = ceil(Lq / query_group); entries outside the bank (-1) are
-            unused. A block listed twice counts twice.
+        q: queries (B, Lq, H, D).
+        k, v: keys and values of the bank, (B, Lm, Hkv, D), in whole frames of `frame_tokens`. H is a multiple of Hkv.
+        indices: the selection (B, H, G, K) int32 of `select_blocks`, where G = ceil(Lq / query_group). Entries outside
+            of the bank, such as -1, are unused. A block that is listed twice counts twice.
         block_size, frame_tokens, query_group, memory_slots, softmax_scale, impl: as in `memory_attention`.
-        resume: `(out, lse)`, (B, Lq, H, D) and natural-log (B, H, Lq), of attention over other keys.
+        resume: the state `(out, lse)` of attention over other keys: out (B, Lq, H, D) in the dtype of q, and the
+            natural-log LSE (B, H, Lq) in float32 (float64 for float64 inputs). None: start afresh.
 
     Returns:
-        out (B, Lq, H, D) and LSE (B, H, Lq), over the selected keys and those behind `resume`.
+        out (B, Lq, H, D) and the natural-log LSE (B, H, Lq) over the selected keys and those behind `resume`; 0 and
+        -inf where a query has no key.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; says what was got and what is expected. So is a `resume` whose out
-            needs a gradient and whose LSE carries none (a backend without one): its gradient would be silently wrong.
+        ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
+        ValueError: the out of `resume` needs a gradient, but its LSE carries none, because the backend that made it
+            does not differentiate its LSE. The gradient would be silently wrong.
     """
     checks.check_query(q)
-    _check_pair("k", k, "v", v, q)
+    checks.check_pair("k", k, "v", v, q)
     block_size = checks.check_positive("block_size", block_size)
     frame = checks.frame_size(frame_tokens, k.shape[1], "k")
     block_size = min(block_size, frame)
@@ -149,64 +160,41 @@ def attend_selected(
     scale = checks.scale_of(softmax_scale, q)
     checks.check_impl(impl)
     if memory_slots is not None:
-        check_slots(memory_slots, q, k.shape[1] // frame)
+        checks.check_slots(memory_slots, q, k.shape[1] // frame)
     if not k.shape[1] or (memory_slots is not None and not memory_slots.shape[1]):
-        indices = indices[..., :0]  # an empty bank
+        indices = indices[..., :0]  # An empty bank has no blocks to select.
     resume_out = resume_lse = None
     if resume is not None:
         if not isinstance(resume, (tuple, list)) or len(resume) != 2:
             raise TypeError(f"resume must be a pair (out, lse), got {type(resume).__name__}")
         resume_out, resume_lse = resume
-        _check_state("resume", resume_out, resume_lse)
+        checks.check_state("resume", resume_out, resume_lse)
         checks.check_tensor("resume's out", resume_out, "B Lq H D", like=q)
         checks.check_shape("resume's out", resume_out, tuple(q.shape))
-    chosen = dispatch.resolve(impl, q)
-    return registration.attend_selected(
-        q, k, v, indices, memory_slots, resume_out, resume_lse, block_size, frame, group, scale, chosen
-    )
+    tensors = (q, k, v, indices, memory_slots, resume_out, resume_lse)
+    return registration.attend_selected(*tensors, block_size, frame, group, scale, dispatch.resolve(impl, q))
 
 
 def merge_states(out_a: Tensor, lse_a: Tensor, out_b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
-    """Merge attention over two disjoint sets of keys into attention over both; exact, differentiable.
+    """Merge the states of attention over two disjoint sets of keys into the state of attention over both.
+
+    The result is exact and differentiable. Each out is weighted by the share exp(its LSE - the merged LSE).
 
     Args:
-        out_a, out_b: (B, Lq, H, D); ignored where their LSE is -inf.
-        lse_a, lse_b: natural-log LSE (B, H, Lq), float32 (float64 for float64 outs).
+        out_a, out_b: (B, Lq, H, D). An out is ignored, NaN included, where its LSE is -inf.
+        lse_a, lse_b: natural-log LSE (B, H, Lq) in float32 (float64 for float64 outs).
 
     Returns:
-        out (B, Lq, H, D) in out_a's dtype, rounded once, and LSE (B, H, Lq).
+        out (B, Lq, H, D) in the dtype of out_a, rounded once, and the LSE (B, H, Lq).
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices differ, or an LSE carries no gradient where its out needs one.
+        ValueError, TypeError: shapes, dtypes or devices differ.
+        ValueError: an out needs a gradient, but its LSE carries none.
     """
-    _check_state("a", out_a, lse_a)
-    _check_state("b", out_b, lse_b)
+    checks.check_state("a", out_a, lse_a)
+    checks.check_state("b", out_b, lse_b)
     checks.check_shape("out_b", out_b, tuple(out_a.shape))
     if out_a.dtype != out_b.dtype:
         raise TypeError(f"out_b must have the dtype of out_a, {out_a.dtype}, got {out_b.dtype}")
     checks.check_device("out_b", out_b, out_a)
     return registration.merge_states(out_a, lse_a, out_b, lse_b)
-
-
-def _check_pair(k_name: str, k: object, v_name: str, v: object, q: Tensor) -> None:
-    """Keys and values that fit the queries and each other."""
-    checks.check_tensor(k_name, k, "B L Hkv D", like=q)
-    checks.check_tensor(v_name, v, "B L Hkv D", like=q)
-    assert isinstance(k, Tensor) and isinstance(v, Tensor)
-    checks.check_heads(q, k, k_name)
-    checks.check_shape(v_name, v, tuple(k.shape))
-
-
-def _check_state(name: str, out: Tensor, lse: Tensor) -> None:
-    """An attention state: out and LSE that belong together, and carry gradients together."""
-    checks.check_tensor(f"the out of {name}", out, "B Lq H D")
-    wide = torch.promote_types(out.dtype, torch.float32)
-    if not isinstance(lse, Tensor) or lse.dtype != wide:
-        raise TypeError(f"the LSE of {name} must be a {wide} tensor, got {getattr(lse, 'dtype', type(lse).__name__)}")
-    checks.check_shape(f"the LSE of {name}", lse, (out.shape[0], out.shape[2], out.shape[1]))
-    checks.check_device(f"the LSE of {name}", lse, out)
-    if dispatch.needs_grad(out) and not lse.requires_grad:
-        raise ValueError(
-            f"the out of {name} needs a gradient, but its LSE carries none (its backend does not differentiate it), so "
-            f"gradients would be wrong: use memory_attention, which is one autograd node, or detach both"
-        )

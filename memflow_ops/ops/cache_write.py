@@ -1,4 +1,4 @@
-"""Writing a chunk's keys and values into a cache straight from their projections."""
+"""Writing keys and values into a cache straight from their projections."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from memflow_ops.ops.registration import dispatch
 
 
 class QKNorm(NamedTuple):
-    """The RMSNorm of queries and keys, over all heads of a token together, as Wan has it."""
+    """The RMSNorm of queries and keys over all heads of a token together, as in Wan."""
 
-    weight_q: Tensor  # (H * D,)
-    weight_k: Tensor  # (Hkv * D,)
+    weight_q: Tensor
+    """(H * D,)"""
+    weight_k: Tensor
+    """(Hkv * D,)"""
     eps: float
 
 
@@ -36,37 +38,38 @@ def write_projections(
     mean_size: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
-    """Normalise and rotate the queries and keys of whole frames, and put keys and values into a cache: in one pass.
+    """Normalise and rotate the queries and keys of whole frames, and write keys and values into a cache, in one pass.
 
-    Norm and rotation are in float32, with a single rounding to the inputs' dtype at the end:
-    y = x / sqrt(mean(x^2) + eps) * weight, the mean over all heads of the token; then each pair (y[2i], y[2i + 1]) of a
-    head is turned by its angle (RoPE, arXiv 2104.09864). Not differentiable. Writes in place, in one launch (two where
-    there are descriptors or means), and waits for nothing.
+    For every token, y = x / sqrt(mean(x^2) + eps) * weight, where the mean is over all heads of the token. Then each
+    pair (y[2i], y[2i + 1]) of a head is turned by the pair's angle (RoPE, arXiv 2104.09864). All this is in float32
+    (float64 for float64 inputs) and rounded once at the end. The function writes in place, in one launch, or two with
+    descriptors or means, and the host waits for nothing. Not differentiable.
 
     Args:
-        q, k, v: projections (B, F * T, H, D), (B, F * T, Hkv, D) twice, of F frames of T tokens; any strides with a
-            contiguous last dimension, D even.
-        rotation: cosines and sines of every token's D / 2 angles, each (1 or B, F * T, 1, D / 2) float32, for positions
-            of any size: see `rope_rotation` of the model.
-        memory_k, memory_v: (B, P * T, Hkv, D), a pool of P frame places, written.
-        places: (B, F) int32, the frame place of each frame, all different in a story. A frame whose place is not one of
-            the pool's is not written. Never read back.
+        q, k, v: projections of F frames of T tokens: q (B, F * T, H, D), k and v (B, F * T, Hkv, D). D is even. The
+            last dimension is contiguous; the other strides are free.
+        rotation: the cosines and the sines of the D / 2 angles of every token, two float32 tensors
+            (1 or B, F * T, 1, D / 2); see `memflow_ops.rotary.rope_rotation`.
+        memory_k, memory_v: (B, P * T, Hkv, D), a pool of P frame places, which is written.
+        places: the frame place of each frame, (B, F) int32, all different in a batch element. A frame whose place is
+            not one of the pool's is not written. The host never reads it.
         frame_tokens: T.
-        norm: weights and epsilon (None: q and k are normalised already).
-        descriptors: (B, P * ceil(T / block_size), Hkv, D), written at the frames' places: `describe_blocks` of the keys
-            as they are stored. None: not wanted.
-        block_size: tokens of a block.
-        means: (B, M, n, Hkv, D), M up to F, written: of the first M frames, the means of every `mean_size` tokens' keys
-            before rotation, float32 and rounded once, n = ceil(T / mean_size). Retrieval compares them with a prompt.
-            None: not wanted.
-        mean_size: tokens behind a mean (None: T).
-        impl: `auto` (by device), `reference`, `torch` or `triton`.
+        norm: weights and epsilon. None: q and k are normalised already.
+        descriptors: (B, P * ceil(T / block_size), Hkv, D), which is written at the frames' places with what
+            `describe_blocks` gives for the keys as they are stored. None: no descriptors are wanted.
+        block_size: tokens per block.
+        means: (B, M, n, Hkv, D), which is written for the first M of the F frames: the means of every `mean_size`
+            tokens' keys before rotation, n = ceil(T / mean_size), computed in float32 and rounded once. Retrieval
+            compares them with a prompt. None: no means are wanted.
+        mean_size: tokens per mean. None: T.
+        impl: `reference`, `torch`, `triton` or `auto`, as in `memory_attention`.
 
     Returns:
         The rotated q (B, F * T, H, D), contiguous.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; says what was got and what is expected. Nothing has been written.
+        ValueError, TypeError: an argument is wrong. The message says what was given and what is expected. Nothing has
+            been written then.
         NotImplementedError: a gradient is needed.
     """
     checks.check_query(q)
@@ -112,14 +115,13 @@ def write_projections(
         raise NotImplementedError(
             "write_projections has no backward: call it under torch.no_grad(), or normalise, rotate and write yourself"
         )
-    return registration.write_projections(
-        q, k, v, cosines, sines, memory_k, memory_v, places, weight_q, weight_k, descriptors, means, frame, block_size,
-        mean_size, float(eps), dispatch.resolve(impl, q),
-    )  # fmt: skip
+    written = (memory_k, memory_v, places, weight_q, weight_k, descriptors, means)
+    sizes = (frame, block_size, mean_size, float(eps))
+    return registration.write_projections(q, k, v, cosines, sines, *written, *sizes, dispatch.resolve(impl, q))
 
 
 def _angles(name: str, x: object, q: Tensor) -> Tensor:
-    """Cosines or sines as (1 or B, L, D / 2), contiguous."""
+    """Cosines or sines x (1 or B, L, 1, D / 2), checked, as (1 or B, L, D / 2), contiguous."""
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} of rotation must be a float32 tensor, got {got}")

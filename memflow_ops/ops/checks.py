@@ -1,4 +1,4 @@
-"""Argument checks: each raises a TypeError or ValueError that says what was got and what is expected."""
+"""Checks of arguments. Each raises a TypeError or a ValueError that says what was given and what is expected."""
 
 from __future__ import annotations
 
@@ -8,14 +8,18 @@ import torch
 from torch import Tensor
 
 from memflow_ops.impl import dense
-from memflow_ops.ops import checks
+from memflow_ops.impl.precision import wide_dtype
+from memflow_ops.ops.registration import dispatch
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 
 
 def check_tensor(name: str, x: object, dims: str, like: Tensor | None = None) -> None:
-    """A floating tensor with a dimension per word of `dims`, the last contiguous, of `like`'s dtype and device."""
+    """x is a floating tensor with a dimension per word of `dims`, contiguous in the last, and is like `like`.
+
+    That means that it has the dtype and the device of `like`, which is q (None: any).
+    """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor ({dims.replace(' ', ', ')}), got {type(x).__name__}")
     words = dims.split()
@@ -39,7 +43,7 @@ def check_device(name: str, x: Tensor, like: Tensor) -> None:
 
 
 def check_integers(name: str, x: object, shape: tuple[int, ...], like: Tensor) -> None:
-    """`x` is an int32 tensor of `shape` (-1: any size) on `like`'s device."""
+    """x is an int32 tensor of `shape` (-1: any size) on `like`'s device."""
     expected = ", ".join("any" if n < 0 else str(n) for n in shape)
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be an int32 tensor of shape ({expected}), got {type(x).__name__}")
@@ -56,6 +60,7 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def check_positive(name: str, value: object) -> int:
+    """The value, which is an int of at least 1. A symbolic int of torch.compile is one too."""
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
@@ -64,7 +69,7 @@ def check_positive(name: str, value: object) -> int:
 
 
 def check_heads(q: Tensor, k: Tensor, name: str) -> None:
-    """`k` (B, ..., Hkv, D) fits `q` (B, Lq, H, D): the same batch and head size, H a multiple of Hkv."""
+    """k (B, ..., Hkv, D) has the batch and head size of q (B, Lq, H, D), and H is a multiple of Hkv."""
     if k.shape[0] != q.shape[0]:
         raise ValueError(f"{name} must have the batch size of q, {q.shape[0]}, got {k.shape[0]}")
     if k.shape[-1] != q.shape[-1]:
@@ -73,7 +78,32 @@ def check_heads(q: Tensor, k: Tensor, name: str) -> None:
         raise ValueError(f"the {q.shape[-2]} heads of q must be a multiple of the heads of {name}, got {k.shape[-2]}")
 
 
+def check_pair(k_name: str, k: object, v_name: str, v: object, q: Tensor) -> None:
+    """Keys and values are (B, L, Hkv, D), of one shape, and fit the queries."""
+    check_tensor(k_name, k, "B L Hkv D", like=q)
+    check_tensor(v_name, v, "B L Hkv D", like=q)
+    assert isinstance(k, Tensor) and isinstance(v, Tensor)
+    check_heads(q, k, k_name)
+    check_shape(v_name, v, tuple(k.shape))
+
+
+def check_state(name: str, out: Tensor, lse: Tensor) -> None:
+    """An attention state: out (B, Lq, H, D) and LSE (B, H, Lq) belong together, and carry gradients together."""
+    check_tensor(f"the out of {name}", out, "B Lq H D")
+    wide = wide_dtype(out.dtype)
+    if not isinstance(lse, Tensor) or lse.dtype != wide:
+        raise TypeError(f"the LSE of {name} must be a {wide} tensor, got {getattr(lse, 'dtype', type(lse).__name__)}")
+    check_shape(f"the LSE of {name}", lse, (out.shape[0], out.shape[2], out.shape[1]))
+    check_device(f"the LSE of {name}", lse, out)
+    if dispatch.needs_grad(out) and not lse.requires_grad:
+        raise ValueError(
+            f"the out of {name} needs a gradient, but its LSE carries none (its backend does not differentiate it), so "
+            f"gradients would be wrong: use memory_attention, which is one autograd node, or detach both"
+        )
+
+
 def check_query(q: object) -> None:
+    """q is a floating tensor (B, Lq, H, D) that is not empty."""
     check_tensor("q", q, "B Lq H D")
     assert isinstance(q, Tensor)
     if 0 in q.shape:
@@ -91,12 +121,12 @@ def check_dense_backend(dense_backend: object) -> None:
 
 
 def group_size(query_group: int | None, queries: int) -> int:
-    """Queries per selection as an int: None is the whole chunk."""
+    """The number of queries that share a selection. None stands for all queries."""
     return queries if query_group is None else min(check_positive("query_group", query_group), queries)
 
 
 def frame_size(frame_tokens: int | None, tokens: int, name: str) -> int:
-    """Tokens per frame as an int: None is one frame of all `tokens`."""
+    """The number of tokens per frame, of which `tokens` is a multiple. None stands for one frame of all tokens."""
     size = tokens if frame_tokens is None else check_positive("frame_tokens", frame_tokens)
     if size and tokens % size:
         raise ValueError(f"{name} must hold whole frames of {size} tokens (frame_tokens), got {tokens} tokens")
@@ -104,6 +134,7 @@ def frame_size(frame_tokens: int | None, tokens: int, name: str) -> int:
 
 
 def scale_of(softmax_scale: float | None, q: Tensor) -> float:
+    """The factor of the scores, a finite number. None stands for 1/sqrt(D)."""
     if softmax_scale is None:
         return float(q.shape[-1]) ** -0.5
     if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
@@ -114,7 +145,7 @@ def scale_of(softmax_scale: float | None, q: Tensor) -> float:
 
 
 def check_slots(memory_slots: Tensor, q: Tensor, frames: int) -> None:
-    """The slot table is (B, F) int32, and there are frames for it to point to."""
-    checks.check_integers("memory_slots", memory_slots, (q.shape[0], -1), q)
+    """The slot table is (B, F) int32, and the memory holds frames that it can name."""
+    check_integers("memory_slots", memory_slots, (q.shape[0], -1), q)
     if memory_slots.shape[1] and not frames:
         raise ValueError(f"memory_slots names {memory_slots.shape[1]} frames, but the memory holds none")

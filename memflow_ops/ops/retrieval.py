@@ -1,4 +1,7 @@
-"""How relevant every past frame is to a prompt, and which to take: retrieval (NAM in MemFlow, arXiv 2512.14699)."""
+"""The relevance of past frames to a prompt, and the choice of the memory bank.
+
+This is narrative adaptive memory (NAM) of MemFlow, arXiv 2512.14699.
+"""
 
 from __future__ import annotations
 
@@ -23,25 +26,27 @@ def frame_relevance(
     block_lengths: Sequence[int] | None = None,
     softmax_scale: float | None = None,
 ) -> Tensor:
-    """Score the frames of a history against a prompt; differentiable.
+    """Score the frames of a history against a prompt. Differentiable.
 
-    `linear`: the mean over text tokens and heads of q . (mean key of the frame), as the authors released it.
-    `softmax`: their equation S_i = mean(softmax(Q K^T / sqrt(d))), normalised over the blocks of all frames jointly
-    (inside one frame it would be constant), a block counting as many times as it has tokens.
+    `linear` is the score of the code that the authors of MemFlow released: the mean of q . (mean key of the frame) over
+    text tokens and heads. `softmax` is the equation of their paper, S_i = mean(softmax(Q K^T / sqrt(d))), with one
+    softmax over the blocks of all frames, because a softmax over one frame would be constant. A block counts as often
+    as it has tokens.
 
     Args:
-        text_q: the prompt's queries (B, Lt, H, D).
-        frame_keys: (B, F, n, Hkv, D), n block means per frame (1: frame means); H is a multiple of Hkv. Give keys
-            from before RoPE: rotated means move with the frame index.
-        text_lengths: (B,) int32, valid text tokens (None: all); padding takes no part.
-        block_lengths: tokens of each of the n blocks (None: equal).
-        softmax_scale: factor of the scores (None: 1/sqrt(D)).
+        text_q: queries of the prompt, (B, Lt, H, D).
+        frame_keys: the means of the n blocks of every frame, (B, F, n, Hkv, D); n = 1: means of whole frames. H is a
+            multiple of Hkv. The keys should be from before RoPE, because rotated means change with the frame index.
+        score: `linear` or `softmax`.
+        text_lengths: the number of valid text tokens, (B,) int32; the rest is padding and takes no part. None: all.
+        block_lengths: the number of tokens of each of the n blocks. None: all blocks have equally many.
+        softmax_scale: the factor of the products. None: 1/sqrt(D).
 
     Returns:
-        (B, F) float32 (float64 for float64 inputs).
+        The scores (B, F) in float32 (float64 for float64 inputs).
 
     Raises:
-        ValueError, TypeError: an argument is wrong; says what was got and what is expected.
+        ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
     """
     checks.check_tensor("text_q", text_q, "B Lt H D")
     checks.check_tensor("frame_keys", frame_keys, "B F n Hkv D")
@@ -66,42 +71,49 @@ def retrieve_frames(
     count: int,
     *,
     score: str = "linear",
-    rows: Tensor | None = None,
+    candidates: Tensor | None = None,
     text_lengths: Tensor | None = None,
     block_lengths: Sequence[int] | None = None,
     redundancy: float | None = None,
     softmax_scale: float | None = None,
     impl: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """Choose the memory bank: up to `count` frames for each story, one choice for all layers.
+    """Choose the memory bank: up to `count` frames for each batch element, one choice for all layers.
 
-    `linear`, `softmax`: the frames of the highest `frame_relevance`, averaged over layers, best first. A frame whose
-    mean key (all layers and heads) has a larger cosine than `redundancy` with one already taken waits until there are
-    no others. `coverage`: a word's relevance is shared out over the frames by a softmax over all candidates of its text
-    key . frame mean (mean over heads, sum over layers); each time the frame is taken that adds most to the sum over
-    words of sqrt(share gathered so far), so that every word is answered. Equal numbers go to the lower index; NaN ranks
-    last. Not differentiable. A handful of launches however many layers there are; waits for nothing.
+    `linear` and `softmax` take the frames of the highest `frame_relevance`, averaged over the layers, best first. A
+    frame is put behind all others while the cosine of its mean key (over all layers and heads) and that of a frame
+    already taken is larger than `redundancy`.
+
+    `coverage` answers every word of the prompt. The relevance of frames to a word is text key . mean key of the frame,
+    averaged over heads and summed over layers; a softmax over all candidates makes shares of it. Each time that frame
+    is taken which adds most to the sum over words of sqrt(share gathered so far).
+
+    Equal numbers go to the lower index, and NaN ranks last. The number of launches does not depend on the number of
+    layers, and the host waits for nothing. Not differentiable.
 
     Args:
-        text_keys: the coming prompts' keys of the text cross-attention (layers, B, Lt, H, D).
-        means: (layers, B, R, n, Hkv, D), n block means per stored frame (1: frame means), before RoPE; H is a multiple
-            of Hkv.
-        count: frames to take; all if there are fewer.
-        score: "linear", "softmax" or "coverage".
-        rows: (B, F) int32, which of the R stored frames are candidates (None: all, F = R). Clamped, never read back.
-        text_lengths: (B,) int32, valid text tokens (None: all); padding takes no part. Clamped, never read back.
-        block_lengths: tokens of each of the n blocks (None: equal).
-        redundancy: a cosine, -1 to 1 (None: take the best whatever they look like); not with "coverage". The kernels
-            hold a few times B * F^2 float32 for it.
-        softmax_scale: factor of the products (None: 1/sqrt(D)).
-        impl: `auto` (by device), `reference`, `torch` or `triton`.
+        text_keys: the keys that text cross-attention has for the coming prompts, (layers, B, Lt, H, D).
+        means: the means of the n blocks of every stored frame before RoPE, (layers, B, R, n, Hkv, D); n = 1: means of
+            whole frames. H is a multiple of Hkv.
+        count: the number of frames to take. All are taken if there are fewer.
+        score: `linear`, `softmax` or `coverage`.
+        candidates: which of the R stored frames can be chosen, (B, F) int32. None: all, F = R. Values are clamped to
+            their range on the device; the host never reads them.
+        text_lengths: the number of valid text tokens, (B,) int32; the rest is padding and takes no part. None: all.
+            Values are clamped to their range on the device; the host never reads them.
+        block_lengths: the number of tokens of each of the n blocks. None: all blocks have equally many.
+        redundancy: a cosine from -1 to 1, not with `coverage`. None: frames may be alike. The kernels hold a few times
+            B * F^2 float32 numbers for it.
+        softmax_scale: the factor of the products. None: 1/sqrt(D).
+        impl: `reference`, `torch`, `triton` or `auto`, as in `memory_attention`.
 
     Returns:
-        indices (B, K) int32 into the candidates, in the order of taking, K = min(count, F), and the scores of these
-        (B, K) float32 (float64 for float64 inputs): relevance, for coverage the mean share over the words.
+        Indices (B, K) int32 into the candidates in the order of taking, K = min(count, F), and the scores of these
+        frames, (B, K) in float32 (float64 for float64 inputs): the relevance, or for `coverage` the mean share over the
+        words.
 
     Raises:
-        ValueError, TypeError: an argument is wrong; says what was got and what is expected.
+        ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
     """
     checks.check_tensor("text_keys", text_keys, "layers B Lt H D")
     checks.check_tensor("means", means, "layers B R n Hkv D")
@@ -113,24 +125,25 @@ def retrieve_frames(
     checks.check_device("means", means, text_keys)
     if score not in RETRIEVAL_SCORES:
         raise ValueError(f"score must be one of {', '.join(RETRIEVAL_SCORES)}, got {score!r}")
-    batch, candidates = text_keys.shape[1], means.shape[2]
-    if rows is not None:
-        checks.check_integers("rows", rows, (batch, -1), text_keys)
-        candidates = rows.shape[1]
-        if not candidates:
-            raise ValueError("rows must name a candidate at least, got none")
+    batch, frames = text_keys.shape[1], means.shape[2]
+    if candidates is not None:
+        checks.check_integers("candidates", candidates, (batch, -1), text_keys)
+        frames = candidates.shape[1]
+        if not frames:
+            raise ValueError("candidates must name a frame at least, got none")
     if text_lengths is not None:
         checks.check_integers("text_lengths", text_lengths, (batch,), text_keys)
     check_redundancy(redundancy, score)
     checks.check_impl(impl)
     weights = _block_weights(block_lengths, means.shape[3], text_keys)
-    return registration.retrieve_frames(
-        text_keys, means, rows, text_lengths, weights, min(checks.check_positive("count", count), candidates), score,
-        redundancy, checks.scale_of(softmax_scale, text_keys), dispatch.resolve(impl, text_keys),
-    )  # fmt: skip
+    count = min(checks.check_positive("count", count), frames)
+    scale = checks.scale_of(softmax_scale, text_keys)
+    tensors = (text_keys, means, candidates, text_lengths, weights)
+    return registration.retrieve_frames(*tensors, count, score, redundancy, scale, dispatch.resolve(impl, text_keys))
 
 
 def check_redundancy(redundancy: float | None, score: str) -> None:
+    """`redundancy` is None, or a cosine and the score one that has such a limit."""
     if redundancy is None:
         return
     if score == "coverage":
@@ -140,15 +153,15 @@ def check_redundancy(redundancy: float | None, score: str) -> None:
 
 
 def _block_weights(block_lengths: Sequence[int] | None, blocks: int, like: Tensor) -> Tensor:
-    """(n,) float64, the share of each block in its frame."""
-    lengths = (
-        [1] * blocks if block_lengths is None else [checks.check_positive("block_lengths", n) for n in block_lengths]
-    )
+    """The share of each block in its frame, (n,) float64."""
+    lengths = [1] * blocks
+    if block_lengths is not None:
+        lengths = [checks.check_positive("block_lengths", n) for n in block_lengths]
     if len(lengths) != blocks:
         raise ValueError(f"block_lengths must name the {blocks} blocks of a frame, got {len(lengths)}")
-    # Filled, not copied from the host: that could not be part of a CUDA graph.
+    # The tensor is filled, because a copy from the host could not be part of a CUDA graph.
     weights = torch.full((blocks,), lengths[0] / sum(lengths), dtype=torch.float64, device=like.device)
     for block, length in enumerate(lengths):
-        if length != lengths[0]:  # as a rule the last alone
+        if length != lengths[0]:  # Usually this is the last block alone.
             weights[block] = length / sum(lengths)
     return weights

@@ -14,6 +14,7 @@ from memflow_ops.bench.cases import parts, registry, streams
 from memflow_ops.bench.harness import ceilings, contest, correctness
 from memflow_ops.bench.sizes import TINY
 from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.geometry import Geometry
 from memflow_ops.impl import torch as torch_impl
 from memflow_ops.impl.torch import cache_write as torch_write
 
@@ -72,8 +73,8 @@ def other_blocks_inside(patch: pytest.MonkeyPatch) -> None:
     other_blocks(patch)
 
     def right(q, descriptors, top_k, *, query_group, memory_frames=None, memory_slots=None, blocks_per_frame):
-        group = query_group or q.shape[1]
-        return select(q, descriptors, top_k, group, memory_frames, memory_slots, blocks_per_frame)
+        geometry = Geometry(1, blocks_per_frame, query_group or q.shape[1], 1.0, memory_slots, memory_frames)
+        return select(q, descriptors, top_k, geometry)
 
     for module in (cases_attention, parts, streams):
         patch.setattr(module, "select_blocks", right)

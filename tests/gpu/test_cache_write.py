@@ -137,7 +137,7 @@ def test_a_wan_history(score, redundancy):
     assert (indices == expected[0]).double().mean() >= 0.75
     torch.testing.assert_close(scores.double()[:, 0], expected[1][:, 0], rtol=1e-3, atol=1e-6)
     graph, replayed = captured(run)
-    low["rows"].copy_(low["rows"].flip(1))
+    low["candidates"].copy_(low["candidates"].flip(1))
     graph.replay()
     assert all(torch.equal(a, b) for a, b in zip(replayed, run(), strict=True))
 
@@ -174,6 +174,12 @@ def test_registered_rightly(score):
     case = to_gpu(rounded(make_case(candidates=4), torch.float32))
     weights = torch.ones(1, dtype=torch.float64, device="cuda")
     redundancy = None if score == "coverage" else 0.5
-    arguments = (*(case[n] for n in ("text_keys", "means", "rows", "text_lengths")), weights, 3, score, redundancy)
+    arguments = (
+        *(case[n] for n in ("text_keys", "means", "candidates", "text_lengths")),
+        weights,
+        3,
+        score,
+        redundancy,
+    )
     result = opcheck(torch.ops.memflow_ops.retrieve_frames.default, (*arguments, 0.4, "triton"))
     assert set(result.values()) == {"SUCCESS"}

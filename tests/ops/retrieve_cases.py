@@ -32,11 +32,11 @@ def make_case(
             return torch.randint(-2, 3, shape, generator=generator).double()
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    rows = [torch.randperm(stored, generator=generator)[:candidates] for _ in range(batch)]
+    taken = [torch.randperm(stored, generator=generator)[:candidates] for _ in range(batch)]
     return {
         "text_keys": random(layers, batch, words, heads[0], head_dim),
         "means": random(layers, batch, stored, parts, heads[1], head_dim),
-        "rows": None if candidates is None else torch.stack(rows).int(),
+        "candidates": None if candidates is None else torch.stack(taken).int(),
         "text_lengths": torch.randint(1, words + 1, (batch,), generator=generator).int(),
         "block_lengths": list(range(parts, 0, -1)),
     }

@@ -72,7 +72,7 @@ def test_frames_are_written_where_a_tensor_says():
     want = pool.clone()
     for story, frame, place in ((0, 0, 6), (0, 1, 0), (0, 2, 2), (2, 1, 0), (2, 2, 1)):
         want[1, story, place] = new[story, frame]
-    for write in (registration.write_frames, cache_write._write_frames_on_device):
+    for write in (registration.write_frames, cache_write.write_frames_on_device):
         got = pool.clone()
         write(got[1], places, new)
         assert torch.equal(got, want)

@@ -41,12 +41,12 @@ def test_padding_rows_and_other_stories_do_not_matter(score, impl):
     for story, length in enumerate((2, 4)):
         case["text_keys"][:, story, length:] = torch.nan
     unused = torch.ones(2, 10, dtype=torch.bool)
-    unused[torch.arange(2)[:, None], case["rows"].long()] = False
+    unused[torch.arange(2)[:, None], case["candidates"].long()] = False
     case["means"][:, unused] = torch.nan
     for got, want in zip(ops.retrieve_frames(**case, count=3, score=score, impl=impl), expected, strict=True):
         assert torch.equal(got, want)
     alone = {name: x[:, 1:] if name in ("text_keys", "means") else x for name, x in case.items()}
-    alone |= {name: case[name][1:] for name in ("rows", "text_lengths")}
+    alone |= {name: case[name][1:] for name in ("candidates", "text_lengths")}
     assert torch.equal(ops.retrieve_frames(**alone, count=3, score=score, impl=impl)[0], expected[0][1:])
 
 
@@ -66,7 +66,13 @@ def test_opcheck(score, impl):
     case = make_case(parts=2, candidates=4)
     weights = torch.tensor([2 / 3, 1 / 3], dtype=torch.float64)
     redundancy = None if score == "coverage" else 0.5
-    arguments = (*(case[n] for n in ("text_keys", "means", "rows", "text_lengths")), weights, 3, score, redundancy)
+    arguments = (
+        *(case[n] for n in ("text_keys", "means", "candidates", "text_lengths")),
+        weights,
+        3,
+        score,
+        redundancy,
+    )
     result = opcheck(torch.ops.memflow_ops.retrieve_frames.default, (*arguments, 0.4, impl))
     assert set(result.values()) == {"SUCCESS"}
 
@@ -81,8 +87,8 @@ def test_opcheck(score, impl):
         ({"means": torch.zeros(3, 2, 9, 1, 2, 8)}, ValueError, "means must have the 2 layers of text_keys, got 3"),
         ({"means": torch.zeros(2, 2, 0, 1, 2, 8)}, ValueError, "nothing must be empty"),
         ({"means": torch.zeros(2, 2, 9, 1, 3, 8)}, ValueError, "2 heads of q must be a multiple of the heads of means"),
-        ({"rows": torch.zeros(2, 3)}, TypeError, "rows must be int32, got torch.float32"),
-        ({"rows": torch.zeros(2, 0, dtype=torch.int32)}, ValueError, "rows must name a candidate at least"),
+        ({"candidates": torch.zeros(2, 3)}, TypeError, "candidates must be int32, got torch.float32"),
+        ({"candidates": torch.zeros(2, 0, dtype=torch.int32)}, ValueError, "candidates must name a frame at least"),
         ({"block_lengths": [1, 2]}, ValueError, "block_lengths must name the 1 blocks of a frame, got 2"),
         ({"text_lengths": torch.ones(3, dtype=torch.int32)}, ValueError, r"text_lengths must have shape \(2\)"),
     ],

@@ -44,16 +44,16 @@ def write_projections(
         for frame in range(means.shape[1]):
             tokens = plain_k[:, frame * frame_tokens : (frame + 1) * frame_tokens]
             means[:, frame] = describe_blocks(tokens, mean_size, frame_tokens).to(means.dtype)
-    for story, frames in enumerate(places.tolist()):
+    for b, frames in enumerate(places.tolist()):
         for frame, place in enumerate(frames):
             if not 0 <= place < memory_k.shape[1] // frame_tokens:
                 continue
             source = slice(frame * frame_tokens, (frame + 1) * frame_tokens)
             target = slice(place * frame_tokens, (place + 1) * frame_tokens)
-            memory_k[story, target], memory_v[story, target] = rotated_k[story, source], v[story, source]
+            memory_k[b, target], memory_v[b, target] = rotated_k[b, source], v[b, source]
             if descriptors is not None:
-                described = describe_blocks(rotated_k[story : story + 1, source], block_size, frame_tokens)[0]
-                descriptors[story, place * len(described) : (place + 1) * len(described)] = described
+                described = describe_blocks(rotated_k[b : b + 1, source], block_size, frame_tokens)[0]
+                descriptors[b, place * len(described) : (place + 1) * len(described)] = described
     return rotated(plain_q, cosines, sines).to(q.dtype).contiguous()
 
 

@@ -11,7 +11,7 @@ from memflow_ops.impl.precision import widened
 def retrieve_frames(
     text_keys: Tensor,
     means: Tensor,
-    rows: Tensor | None,
+    candidates: Tensor | None,
     text_lengths: Tensor | None,
     weights: Tensor,
     *,
@@ -21,7 +21,7 @@ def retrieve_frames(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """
-    for every story:
+    for every batch element:
         s[l, h, w, f, j] = scale * text key (word w, head h of layer l) . mean j of frame f
         linear:   score of f = mean over l, h, w of sum_j weight_j s
         softmax:  score of f = mean over l, h, w of sum_j softmax_(f, j)(s + log weight_j)
@@ -37,25 +37,27 @@ def retrieve_frames(
     for b in range(batch):
         lowest = 0 if score == "coverage" else 1
         length = words if text_lengths is None else min(max(int(text_lengths[b]), lowest), words)
-        chosen = range(means.shape[2]) if rows is None else [min(max(int(r), 0), means.shape[2] - 1) for r in rows[b]]
-        stored = means[:, b, list(chosen)].repeat_interleave(heads // means.shape[4], 3)  # (layers, F, n, H, D)
+        frames = list(range(means.shape[2]))
+        if candidates is not None:
+            frames = [min(max(int(f), 0), len(frames) - 1) for f in candidates[b]]
+        stored = means[:, b, frames].repeat_interleave(heads // means.shape[4], 3)  # (layers, F, n, H, D)
         s = softmax_scale * torch.einsum("lwhd,lfjhd->lhwfj", text[:, b, :length], stored)
         if score == "linear":
-            of_story = _finite((s * weights).sum(4).mean((0, 1, 2)))
+            relevance = _finite((s * weights).sum(4).mean((0, 1, 2)))
         elif score == "softmax":
             mass = (s + weights.log()).flatten(3).softmax(3).view(s.shape).sum(4)
-            of_story = _finite(mass.mean((0, 1, 2)))
+            relevance = _finite(mass.mean((0, 1, 2)))
         else:
             shares = _finite((s * weights).sum(4).mean(1).sum(0)).softmax(1)
-            of_story = shares.sum(0) / max(length, 1)
+            relevance = shares.sum(0) / max(length, 1)
         if score == "coverage":
             taken = _cover(shares, count)
         else:
-            direction = torch.einsum("lfjhd,j->flhd", means[:, b, list(chosen)], weights).flatten(1)
+            direction = torch.einsum("lfjhd,j->flhd", means[:, b, frames], weights).flatten(1)
             unit = direction / direction.norm(dim=1, keepdim=True).clamp(min=1e-12)
-            taken = _take_unlike(of_story, unit @ unit.T, count, redundancy)
+            taken = _take_unlike(relevance, unit @ unit.T, count, redundancy)
         indices.append(taken)
-        scores.append(of_story[taken])
+        scores.append(relevance[taken])
     return torch.tensor(indices, dtype=torch.int32, device=means.device), torch.stack(scores)
 
 

@@ -12,26 +12,27 @@ from memflow_ops.rotary import turn_pairs
 
 
 def write_frames(pool: Tensor, places: Tensor, new: Tensor) -> None:
-    """Copies frame i of story b of new (B, F, T, Hkv, D) to place places[b, i] of pool (B, P, T, Hkv, D).
+    """Write frame i of batch element b of new (B, F, T, Hkv, D) to place places[b, i] of pool (B, P, T, Hkv, D).
 
     A frame whose place is not one of the pool's is not written.
     """
-    if pool.device.type == "cpu":  # Reading the places costs nothing here, and a frame is one copy.
-        for story, row in enumerate(places.tolist()):
-            for i, place in enumerate(row):
+    if pool.device.type == "cpu":  # Here the host can read the places at no cost, and a frame is one copy.
+        for b, of_element in enumerate(places.tolist()):
+            for i, place in enumerate(of_element):
                 if 0 <= place < pool.shape[1]:
-                    pool[story, place] = new[story, i]
+                    pool[b, place] = new[b, i]
     else:
-        _write_frames_on_device(pool, places, new)
+        write_frames_on_device(pool, places, new)
 
 
-def _write_frames_on_device(pool: Tensor, places: Tensor, new: Tensor) -> None:
-    stories = torch.arange(len(pool), device=pool.device)
+def write_frames_on_device(pool: Tensor, places: Tensor, new: Tensor) -> None:
+    """`write_frames` without reading the places on the host."""
+    each = torch.arange(len(pool), device=pool.device)
     for i in range(new.shape[1]):
         place = places[:, i].long()
         there = (place >= 0) & (place < pool.shape[1])
         place = place.clamp(0, pool.shape[1] - 1)
-        pool[stories, place] = torch.where(there.view(-1, 1, 1, 1), new[:, i], pool[stories, place])
+        pool[each, place] = torch.where(there.view(-1, 1, 1, 1), new[:, i], pool[each, place])
 
 
 def write_projections(
@@ -70,7 +71,7 @@ def write_projections(
 
 
 def _normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
-    """x (B, L, H, D) in float32 or wider."""
+    """x (B, L, H, D) in float32 or wider, after RMSNorm over all heads of a token (weight None: as it is)."""
     x = widened(x)
     if weight is None:
         return x

@@ -12,7 +12,7 @@ from memflow_ops.impl.precision import wide_dtype, without_autocast
 def retrieve_frames(
     text_keys: Tensor,
     means: Tensor,
-    rows: Tensor | None,
+    candidates: Tensor | None,
     text_lengths: Tensor | None,
     weights: Tensor,
     *,
@@ -21,9 +21,9 @@ def retrieve_frames(
     redundancy: float | None,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    if rows is not None:
-        stories = torch.arange(means.shape[1], device=means.device)[:, None]
-        means = means[:, stories, rows.clamp(0, means.shape[2] - 1).long()]
+    if candidates is not None:
+        each = torch.arange(means.shape[1], device=means.device)[:, None]
+        means = means[:, each, candidates.clamp(0, means.shape[2] - 1).long()]
     wide = wide_dtype(text_keys.dtype, means.dtype)
     if score == "coverage":
         shares = _word_shares(text_keys, means, text_lengths, weights, softmax_scale, wide)
@@ -32,7 +32,9 @@ def retrieve_frames(
         scores = shares.sum(1) / lengths
     else:
         scores = torch.zeros(means.shape[1:3], dtype=wide, device=means.device)
-        for text, of_layer in zip(text_keys, means, strict=True):  # softmax makes words x blocks numbers of each
+        for text, of_layer in zip(
+            text_keys, means, strict=True
+        ):  # One layer at a time, because softmax makes words x blocks numbers of it.
             scores += frame_relevance(text.to(wide), of_layer.to(wide), text_lengths, weights, score, softmax_scale)
         scores = (scores / len(means)).nan_to_num(nan=torch.finfo(torch.float32).min)
         cosines = None
@@ -47,11 +49,13 @@ def retrieve_frames(
 def _word_shares(
     text_keys: Tensor, means: Tensor, lengths: Tensor | None, weights: Tensor, scale: float, wide: torch.dtype
 ) -> Tensor:
-    """(B, Lt, F), of each word one in all; nothing for padding."""
+    """The shares (B, Lt, F) of the frames in every word: they add up to 1, and to 0 for padding."""
     logits = torch.zeros((), dtype=wide, device=means.device)
     for text, of_layer in zip(text_keys, means, strict=True):
         frame_means = torch.einsum("bfnkd,n->bfkd", of_layer.to(wide), weights.to(wide))
-        grouped = text.to(wide).unflatten(2, (frame_means.shape[2], -1)).mean(3)  # heads that share a key head
+        grouped = (
+            text.to(wide).unflatten(2, (frame_means.shape[2], -1)).mean(3)
+        )  # The mean over the heads that share a key head.
         logits = logits + torch.einsum("bwkd,bfkd->bwf", grouped, frame_means) * (scale / grouped.shape[2])
     shares = logits.nan_to_num(nan=torch.finfo(torch.float32).min).softmax(-1)
     if lengths is None:
@@ -61,8 +65,8 @@ def _word_shares(
 
 
 def _take_unlike(scores: Tensor, cosines: Tensor | None, count: int, redundancy: float | None) -> Tensor:
-    """(B, K) in the order of taking. Best first; while there is a candidate unlike all that were taken, those alike
-    wait."""
+    """Indices (B, K) in the order of taking, best first. A frame that is alike to one already taken comes behind all
+    others."""
     each = torch.arange(len(scores), device=scores.device)
     left, alike = scores.clone(), torch.zeros_like(scores, dtype=torch.bool)
     order = []
@@ -77,11 +81,11 @@ def _take_unlike(scores: Tensor, cosines: Tensor | None, count: int, redundancy:
 
 
 def _cover(shares: Tensor, count: int) -> Tensor:
-    """(B, K) in the order of taking: each time what adds most to the sum over words of sqrt(share gathered so far)."""
-    stories, words, frames = shares.shape
-    each = torch.arange(stories, device=shares.device)
-    gathered = shares.new_zeros(stories, words, 1)
-    taken = torch.zeros(stories, frames, dtype=torch.bool, device=shares.device)
+    """Indices (B, K) in the order of taking: each time what adds most to the sum over words of sqrt(share gathered)."""
+    batch, words, frames = shares.shape
+    each = torch.arange(batch, device=shares.device)
+    gathered = shares.new_zeros(batch, words, 1)
+    taken = torch.zeros(batch, frames, dtype=torch.bool, device=shares.device)
     order = []
     for _ in range(count):
         gain = ((gathered + shares).sqrt() - gathered.sqrt()).sum(1)
@@ -108,12 +112,12 @@ def frame_relevance(
         share = text_q.new_full((batch, tokens), 1.0 / (tokens * heads))
     else:
         lengths = text_lengths.clamp(1, tokens).unsqueeze(1)
-        share = (positions < lengths).to(wide) / (lengths * heads)  # padding takes no part
+        share = (positions < lengths).to(wide) / (lengths * heads)  # Padding takes no part.
         text_q = torch.where((positions < lengths)[:, :, None, None], text_q, 0.0)
-    text_q = text_q.unflatten(2, (frame_keys.shape[3], -1))  # a group of query heads per key head
+    text_q = text_q.unflatten(2, (frame_keys.shape[3], -1))  # [B, Lt, Hkv, heads per key head, D]
     with without_autocast(text_q):
         if score == "linear":
-            # an inner product of means: nothing of size text x history is made
+            # An inner product of means: nothing of the size of text x history is made.
             frame_means = torch.einsum("bfnkd,n->bfkd", frame_keys, block_weights.to(wide))
             text_sum = torch.einsum("btkgd,bt->bkd", text_q, share)
             return torch.einsum("bkd,bfkd->bf", text_sum, frame_means) * softmax_scale

@@ -32,11 +32,11 @@ def write_projections(
     eps: float,
     impl: str,
 ) -> Tensor:
+    inputs = (q, k, v, cosines, sines)
+    written = (memory_k, memory_v, places, weight_q, weight_k, descriptors, means)
+    sizes = dict(frame_tokens=frame_tokens, block_size=block_size, mean_size=mean_size)
     with without_autocast(q):
-        return implementation_of(impl).write_projections(
-            q, k, v, cosines, sines, memory_k, memory_v, places, weight_q, weight_k, descriptors, means,
-            frame_tokens=frame_tokens, block_size=block_size, mean_size=mean_size, eps=eps,
-        )  # fmt: skip
+        return implementation_of(impl).write_projections(*inputs, *written, **sizes, eps=eps)
 
 
 @write_projections.register_fake
@@ -46,10 +46,10 @@ def _(q, *arguments) -> Tensor:
 
 @torch.library.custom_op("memflow_ops::write_frames", mutates_args=("pool",))
 def write_frames(pool: Tensor, places: Tensor, new: Tensor) -> None:
-    """Puts frames new (B, F, T, Hkv, D) into a pool (B, P, T, Hkv, D), frame i of story b into place places[b, i].
+    """Write frame i of batch element b of new (B, F, T, Hkv, D) to place places[b, i] of pool (B, P, T, Hkv, D).
 
-    places (B, F) int32, different in a story; a frame whose place is not one of the pool's is not written. Never read
-    back from a device, so that a CUDA graph of it follows the places.
+    places: (B, F) int32, all different in a batch element. A frame whose place is not one of the pool's is not written.
+    On a device the host never reads the places, so that a CUDA graph of this follows them.
     """
     cache_write.write_frames(pool, places, new)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from memflow_ops.impl import implementation_of
-from memflow_ops.impl.precision import without_autocast
+from memflow_ops.impl.precision import wide_dtype, without_autocast
 from memflow_ops.impl.torch import retrieval
 
 _library = torch.library.Library("memflow_ops", "FRAGMENT")
@@ -23,7 +23,7 @@ frame_relevance = torch.ops.memflow_ops.frame_relevance
 def retrieve_frames(
     text_keys: Tensor,
     means: Tensor,
-    rows: Tensor | None,
+    candidates: Tensor | None,
     text_lengths: Tensor | None,
     weights: Tensor,
     count: int,
@@ -32,15 +32,15 @@ def retrieve_frames(
     softmax_scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
+    tensors = (text_keys, means, candidates, text_lengths, weights)
     with without_autocast(text_keys):
         return implementation_of(impl).retrieve_frames(
-            text_keys, means, rows, text_lengths, weights, count=count, score=score, redundancy=redundancy,
-            softmax_scale=softmax_scale,
-        )  # fmt: skip
+            *tensors, count=count, score=score, redundancy=redundancy, softmax_scale=softmax_scale
+        )
 
 
 @retrieve_frames.register_fake
-def _(text_keys, means, rows, text_lengths, weights, count, *rest) -> tuple[Tensor, Tensor]:
-    wide = torch.promote_types(torch.promote_types(text_keys.dtype, means.dtype), torch.float32)
+def _(text_keys, means, candidates, text_lengths, weights, count, *rest) -> tuple[Tensor, Tensor]:
+    wide = wide_dtype(text_keys.dtype, means.dtype)
     size = (text_keys.shape[1], count)
     return text_keys.new_empty(size, dtype=torch.int32), text_keys.new_empty(size, dtype=wide)

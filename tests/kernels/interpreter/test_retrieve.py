@@ -44,7 +44,7 @@ def test_nothing_but_the_candidates_and_the_words_is_read():
     for story, length in enumerate((2, 4)):
         case["text_keys"][:, story, length:] = torch.nan
     unused = torch.ones(2, 10, dtype=torch.bool)
-    unused[torch.arange(2)[:, None], case["rows"].long()] = False
+    unused[torch.arange(2)[:, None], case["candidates"].long()] = False
     case["means"][:, unused] = torch.nan
     for score in SCORES:
         for got, want in zip(
@@ -56,7 +56,9 @@ def test_nothing_but_the_candidates_and_the_words_is_read():
 def test_what_is_out_of_range_is_clamped():
     case = rounded(make_case(words=6, stored=10, candidates=5), torch.float32)
     wild, tame = dict(case), dict(case)
-    wild["rows"], tame["rows"] = (torch.tensor([x] * 2, dtype=torch.int32) for x in ([-3, 4, 99, 2], [0, 4, 9, 2]))
+    wild["candidates"], tame["candidates"] = (
+        torch.tensor([x] * 2, dtype=torch.int32) for x in ([-3, 4, 99, 2], [0, 4, 9, 2])
+    )
     wild["text_lengths"], tame["text_lengths"] = (torch.tensor(x, dtype=torch.int32) for x in ([99, -5], [6, 1]))
     for score in ("linear", "softmax"):
         got, want = (ops.retrieve_frames(**x, count=3, score=score, impl="triton") for x in (wild, tame))
