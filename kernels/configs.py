@@ -120,6 +120,10 @@ def attend_config(
         block_n = min(block_n, 32)  # the rows' places in their lists do not fit beside 64
     if not by_row:
         block_m = min(block_m, max(triton.next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
+    if block_m <= 64 and dim <= 128 and dtype != torch.float32:
+        # Two groups of four warps would split the keys of so few rows, and ptxas serialises their products (C7515).
+        # Heads of 256 dimensions stay at 8 warps: 4 spill registers.
+        warps = 4
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim), dict(num_warps=warps, num_stages=stages), by_row
 
 

@@ -118,7 +118,8 @@ def attend_kernel(
             descriptors += batch * descriptor_strides[0] + kv_head * descriptor_strides[2]
             if means is None:
                 group_rows = load_rows(query_rows, row_mask, columns, HEAD_DIM).to(tl.float32)  # [BLOCK_M, DIM]
-                mean = tl.sum(group_rows, 0) / tl.sum(row_mask.to(tl.float32), 0)
+                count_rows = tl.sum(row_mask.to(tl.float32), 0)
+                mean = tl.div_rn(tl.sum(group_rows, 0), tl.zeros([DIM], tl.float32) + count_rows)
             else:
                 means += batch * mean_strides[0] + group.to(tl.int64) * mean_strides[1] + head * mean_strides[2]
                 mean = tl.load(means + columns, mask=columns < HEAD_DIM, other=0.0)

@@ -58,6 +58,19 @@ def test_shipped_configurations(case):
             assert machine.tensor_core_products == 0, f"{name}: scores of groups are IEEE float32 products"
 
 
+def test_the_mean_of_a_group_is_a_correctly_rounded_quotient():
+    """A product with the rounded reciprocal would break ties between scores that are equal."""
+    (launch,) = table.shipped()["one launch"](90)
+    assert "div.rn.f32" in compiled(launch).ptx
+
+
+@pytest.mark.parametrize("query_group", [64, 128])
+def test_few_rows_get_four_warps(query_group):
+    launch = table.memory_attention(90, query_group=query_group)[-1]
+    assert launch.arguments["BLOCK_M"] == query_group and launch.options["num_warps"] == query_group // 16
+    assert compiled(launch).spills == 0
+
+
 @pytest.mark.parametrize(
     ("case", "kernels"),
     [

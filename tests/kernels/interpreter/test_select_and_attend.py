@@ -144,6 +144,23 @@ def test_every_split_of_a_tile_selects_the_same_blocks(monkeypatch, launches):
     check(arguments, got)
 
 
+def test_a_tie_between_means_of_a_group_of_120():
+    """Sums of 360 and 120 over 120 queries are means of exactly 3 and 1: both blocks score 3, and the first one wins.
+
+    360 times the rounded reciprocal of 120 would be 3.0000002.
+    """
+    arguments = arguments_of(torch.bfloat16, heads=(1, 1), queries=(120, 120), bank=(1, 32, 16), top_k=1)
+    arguments["q"].zero_()[..., 0] = 3
+    arguments["q"][..., 1] = 1
+    arguments["descriptors"].zero_()[0, :, 0, :2] = torch.tensor([[0.0, 3.0], [1.0, 0.0]])
+    for name in ("memory_k", "memory_v"):
+        arguments[name] = torch.randn_like(arguments[name])
+    planned, _, _, indices = call(plan_select_and_attend, arguments, launches=1)
+    assert [launch.kernel.fn.__name__ for launch in planned] == ["attend_kernel"]
+    planned[0].run()
+    assert indices.flatten().tolist() == [0]
+
+
 def test_one_launch_is_refused_where_it_cannot_be():
     arguments = arguments_of(torch.float32, queries=(64, 70))
     with pytest.raises(ValueError, match="groups of 64"):  # two tiles of float32
