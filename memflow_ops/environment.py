@@ -1,4 +1,4 @@
-"""What a figure depends on besides the code: device, versions, commit; and what this machine can run."""
+"""What a measurement depends on (device, versions, commit), and what this machine can run."""
 
 from __future__ import annotations
 
@@ -16,11 +16,14 @@ from memflow_ops.impl import dense
 from memflow_ops.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
-"""The checkout, where there is one; else the folder that the package is installed in."""
+"""The folder of the checkout, or else the one that the package is installed in."""
 
 
 def pick_device(name: str) -> torch.device:
-    """auto (CUDA where there is one, else the CPU), cpu, cuda or cuda:N; a ValueError for what is not there."""
+    """The device of a name: auto (CUDA if there is any, else the CPU), cpu, cuda or cuda:N.
+
+    Raises a ValueError for any other name and for a device that is not there.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     found = re.fullmatch(r"cpu|cuda(?::(\d+))?", name)
@@ -32,7 +35,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What the device calls itself; a CPU with the threads that torch uses of it."""
+    """The model of the device; for a CPU also the number of threads that torch uses."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     about = Path("/proc/cpuinfo")
@@ -42,7 +45,7 @@ def device_name(device: torch.device) -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, marked where the tree has changes; None where this is no checkout."""
+    """The commit of the checkout, with "-dirty" if the tree has changes; None if there is no checkout."""
     if not (ROOT / ".git").exists():
         return None
     try:
@@ -53,7 +56,7 @@ def commit() -> str | None:
 
 
 def version(distribution: str) -> str | None:
-    """The installed version of a distribution; None where it is not installed."""
+    """The installed version of a distribution; None if it is not installed."""
     try:
         return metadata.version(distribution)
     except metadata.PackageNotFoundError:
@@ -61,7 +64,7 @@ def version(distribution: str) -> str | None:
 
 
 def environment(device: torch.device) -> dict[str, object]:
-    """The head of every result file, as JSON takes it."""
+    """The facts at the head of every result file, ready for JSON."""
     return {
         "device": device_name(device),
         "date": date.today().isoformat(),
@@ -73,7 +76,7 @@ def environment(device: torch.device) -> dict[str, object]:
 
 
 def implementations() -> dict[str, str]:
-    """Every implementation of the ops -> "" where it runs here, else why it does not."""
+    """For every implementation of the operators the reason why it does not run here; "" if it runs."""
     return {"reference": "", "torch": "", "triton": _why_no_triton()}
 
 
@@ -88,7 +91,7 @@ def _why_no_triton() -> str:
 
 
 def why_not_compile(device: torch.device) -> str:
-    """Why torch.compile cannot make code for `device`; "" if it can."""
+    """The reason why torch.compile cannot make code for `device`; "" if it can."""
     if device.type == "cuda":
         return "" if importlib.util.find_spec("triton") is not None else "triton is not installed (pip install triton)"
     from torch._inductor.cpp_builder import get_cpp_compiler
@@ -102,7 +105,7 @@ def why_not_compile(device: torch.device) -> str:
 
 
 def dense_backends() -> dict[str, str]:
-    """Everything that attends to the local window -> "" where it runs here, else why it does not."""
+    """For everything that can attend to the local window the reason why it does not run here; "" if it runs."""
     no_device = "" if torch.cuda.is_available() else "no CUDA device"
     flash_attn = "" if dense.flash_attn_module() else "not installed (pip install 'memflow-ops[flash]')"
     return {

@@ -10,9 +10,10 @@ from pathlib import Path
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Gives a temporary name to write to; a reader, or a crash, sees the old file or the new one, never a part.
+    """Give a temporary name to write to, and rename the file in the end, so that nobody ever sees a part of it.
 
-    The temporary file lies beside the target, because only inside one file system is a rename atomic.
+    The temporary file lies beside the target, because a rename is atomic only inside one file system. An error leaves
+    the old file as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -20,7 +21,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # safetensors makes files that only their owner may read
+        temporary.chmod(0o666 & ~_umask())  # Safetensors makes files that only their owner may read.
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -28,7 +29,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
-    """Only one process at a time is inside for this path; it may read the file and write it anew.
+    """Let only one process at a time be inside for this path, where it may read the file and write it anew.
 
     Others wait, or with wait=False get a ValueError. The lock is a file beside `path`, which is there while it is held.
     """
@@ -59,7 +60,7 @@ def _umask() -> int:
 
 
 def check_folder(folder: Path) -> None:
-    """A ValueError where no files can be written to a folder, or it cannot be made; makes nothing."""
+    """Raise a ValueError if the folder cannot be made, or no files can be written to it. Makes nothing."""
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"cannot write to the folder {folder}: {there} is a file")
@@ -72,18 +73,18 @@ def check_folder(folder: Path) -> None:
 
 
 def check_target(path: Path, suffix: str) -> None:
-    """A ValueError where no file of that name and suffix can be written; makes nothing."""
+    """Raise a ValueError if the path does not have the suffix, or no file can be written there. Makes nothing."""
     if path.suffix != suffix or path.is_dir():
         raise ValueError(f"what is written takes the name of a {suffix} file, got {path}")
     check_folder(path.parent)
 
 
 def sha256(path: Path) -> str:
-    """Which file it was, in a result that depends on it."""
+    """The SHA-256 of a file's content in hexadecimal: a result names a file that it depends on by this."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_atomically(path: Path, content: bytes) -> None:
-    """Writes a file whole or not at all; see `replacing`."""
+    """Write a file whole or not at all; see `replacing`."""
     with replacing(path) as temporary:
         temporary.write_bytes(content)

@@ -1,4 +1,4 @@
-"""RoPE (arXiv 2104.09864) as every implementation in plain torch computes it."""
+"""Rotary position embeddings (RoPE, arXiv 2104.09864) in plain torch."""
 
 from collections.abc import Callable
 
@@ -7,25 +7,29 @@ from torch import Tensor
 
 
 def turn_pairs(x: Tensor, turn: Tensor) -> Tensor:
-    """Each pair (x[2i], x[2i + 1]) of the last dimension as a complex number, times `turn`: one pass over memory, six
-    times faster than products of the halves.
+    """Multiply each pair (x[2i], x[2i + 1]) of the last dimension, as a complex number, by `turn`.
 
-    x (..., D) float32 or float64, any strides · turn (..., D / 2) complex of that precision, broadcast -> like x.
+    This takes one pass over memory, and is six times faster than products of the halves.
+
+    x (..., D) is float32 or float64 and may have any strides. turn (..., D / 2) is complex of the same precision, and
+    is broadcast. Returns a tensor like x.
     """
     x = x.contiguous()
-    # torch sees pairs only where they are aligned, and torch.compile cannot ask where x lies
+    # Torch views pairs as complex numbers only where they are aligned, and torch.compile cannot ask where x lies.
     if torch.compiler.is_compiling() or x.storage_offset() % 2:
         x = x.clone()
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * turn).flatten(-2)
 
 
 def rope_rotation(head_dim: int, frames: Tensor, rows: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of 3-D RoPE for a grid of tokens.
+    """The cosines and sines of 3-D RoPE for a grid of tokens.
 
-    frames (F,) or (B, F), rows (h,), columns (w,): positions of any size, integer or not.
-    Returns two float32 tensors (B or 1, F * h * w, 1, head_dim / 2). A head of D channels has D - 4 (D // 6) of them
-    for time, 2 (D // 6) for the row and as many for the column, as interleaved pairs. Angles are float64, so that frame
-    100,000 is as exact as frame 0; there is no table to run out of.
+    frames (F,) or (B, F), rows (h,) and columns (w,) are positions of any size, whole or not. Returns two float32
+    tensors (B or 1, F * h * w, 1, head_dim / 2).
+
+    Of the D channels of a head, D - 4 (D // 6) turn with the frame, 2 (D // 6) with the row and as many with the
+    column, in interleaved pairs. Angles are computed in float64, so that frame 100,000 is as exact as frame 0, and no
+    table limits the positions.
     """
     frames = frames if frames.dim() == 2 else frames[None]
     spatial = 2 * (head_dim // 6)
@@ -45,5 +49,5 @@ def rope_rotation(head_dim: int, frames: Tensor, rows: Tensor, columns: Tensor) 
 
 
 def apply_rotation(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """Rotates the interleaved pairs of x (B, tokens, heads, head_dim) in float32; the result has x's dtype."""
+    """Rotate the interleaved pairs of x (B, tokens, heads, head_dim) in float32. Returns a tensor in the dtype of x."""
     return turn_pairs(x.float(), torch.complex(cosines, sines)).to(x.dtype)

@@ -1,4 +1,4 @@
-"""Dense attention to the local window by the best backend there is, with the LSE that our kernels continue from."""
+"""Dense attention to the local window by backends of others, with the LSE from which our implementations continue."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# With fewer keys than this the window costs less inside our own launch than a backend's launch and the state it hands
-# over (out and LSE, written and read once). An estimate for sm_90: no GPU has measured it.
 OWN_BELOW_KEYS = 512
-# Queries whose scores are looked at again at a time.
-_ROWS = 256
+"""With fewer keys than this, `auto` leaves the window to our own launch.
+
+A backend costs a launch more, and its state (out and LSE) is written and read once. This is an estimate for sm_90: no
+GPU has measured it.
+"""
+# `cpu_attention` looks again at the scores of so many queries at a time.
+_QUERIES_AT_ONCE = 256
 
 FLASH_ATTENTION = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
-"""Where flash-attn 4, 3 and 2 have their `flash_attn_func`; the first that can be imported is used."""
+"""The modules in which flash-attn 4, 3 and 2 have their `flash_attn_func`. The first that is installed is used."""
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -31,15 +34,20 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tenso
 
 
 def cpu_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Torch's fused attention for CPUs: out (B, H, Lq, D), LSE (B, H, Lq); bias (B, H, 1 or Lq, Lk) of 0 and -inf."""
+    """Torch's fused attention for CPUs, with its LSE.
+
+    q (B, H, Lq, D), k and v (B, H, Lk, D); bias (B, H, 1 or Lq, Lk) holds 0 and -inf. Returns out (B, H, Lq, D) and the
+    natural-log LSE (B, H, Lq), 0 and -inf where a query has no key.
+    """
     if any(s == 1 and n > 1 for s, n in zip(q.stride()[:3], q.shape[:3], strict=True)):
-        q = q.contiguous()  # the kernel lays its output out like q, and takes another stride of 1 for the last
+        # The kernel lays its output out like q, and would take this stride of 1 for that of the last dimension.
+        q = q.contiguous()
     if bias is not None:
         bias = bias.expand(-1, -1, q.shape[2], -1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
-    # it gives 0 as the LSE of a query whose scores are all -inf
+    # The kernel gives 0 as the LSE of a query whose scores are all -inf.
     for b, h in (lse == 0).any(-1).nonzero().tolist():
-        for rows in (lse[b, h] == 0).nonzero()[:, 0].split(_ROWS):
+        for rows in (lse[b, h] == 0).nonzero()[:, 0].split(_QUERIES_AT_ONCE):
             scores = q[b, h, rows].to(lse.dtype) @ k[b, h].to(lse.dtype).T * scale
             if bias is not None:
                 scores += bias[b, h, rows]
@@ -62,24 +70,25 @@ def _flash_attn_func() -> Callable[..., object]:
 
 
 def flash_attn_module() -> str:
-    """The module whose `flash_attn_func` the backend `flash_attn` calls; "" where there is none."""
+    """The name of the module whose `flash_attn_func` the backend `flash_attn` calls; "" if none is installed."""
     for name in FLASH_ATTENTION:
         try:
             if importlib.util.find_spec(name) is not None:
                 return name
-        except ModuleNotFoundError:  # of a parent package
+        except ModuleNotFoundError:  # The parent package of the module is missing.
             continue
     return ""
 
 
-# Each takes q (B, H, Lq, D) and k, v (B, H, Lk, D) -> out like q, and the natural-log LSE (B, H, Lq or more); cuDNN's
-# has a last dimension of 1 in some versions of torch, and some of flash-attn round the length up.
+# Each takes q (B, H, Lq, D) and k, v (B, H, Lk, D), and returns out like q and the natural-log LSE (B, H, Lq or more).
+# The LSE of cuDNN has a last dimension of 1 in some versions of torch, and some of flash-attn round its length up.
 _BACKENDS = {"cudnn": _cudnn, "flash": _flash, "flash_attn": _flash_attn, "cpu": cpu_attention}
 NAMES = ("auto", "own", *_BACKENDS)
+"""What `dense_backend` of memory_attention can be."""
 
 
 def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """Why this backend cannot attend from q to k, v (B, L, H, D); "" if it can. Reads no values."""
+    """The reason why this backend cannot attend from q to k, v (B, L, heads, D); "" if it can. Reads no values."""
     if backend == "own":
         return ""
     if backend == "cpu":
@@ -92,11 +101,11 @@ def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
         return f"it needs a head size that is a multiple of 8, got {q.shape[-1]}"
     if backend == "flash_attn" and not flash_attn_module():
         return f"none of {', '.join(FLASH_ATTENTION)} is installed"
-    if not all(_aligned(x) for x in (q, k, v)):
+    if not all(is_aligned(x) for x in (q, k, v)):
         return "it needs keys, values and queries that lie at multiples of 16 bytes"
     if backend == "flash_attn":
         return ""
-    # It asks for shapes and types alone: as many query heads as key heads stand for the folded ones.
+    # Torch asks for shapes and dtypes alone, so as many query heads as key heads can stand for the folded ones.
     by_head = q[:, :, : k.shape[2]].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     parameters = torch.backends.cuda.SDPAParams(*by_head, None, 0.0, False, False)
     can_use = {
@@ -106,14 +115,17 @@ def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
     return "" if can_use(parameters) else f"torch cannot use it for head size {q.shape[-1]} on this device"
 
 
-def _aligned(x: Tensor) -> bool:
-    """Whether every row of x can be read 16 bytes at a time."""
+def is_aligned(x: Tensor) -> bool:
+    """Whether every vector of the last dimension of x starts at a multiple of 16 bytes."""
     steps = (x.stride(i) for i in range(x.dim() - 1) if x.shape[i] > 1)
     return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
 
 
 def resolve(backend: str, impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """What `auto` stands for, by implementation, device, dtype and length; a ValueError for one that cannot."""
+    """The name of the backend that attends; `auto` is chosen by implementation, device, dtype and length of the window.
+
+    Raises a ValueError, with the reason, if `backend` cannot attend here.
+    """
     if k.shape[1] == 0:
         return "own"
     if backend != "auto":
@@ -130,7 +142,7 @@ def resolve(backend: str, impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
 
 
 def _preferred(q: Tensor) -> tuple[str, ...]:
-    """Best first. torch's flash attention is version 2, which does not use what Hopper added."""
+    """The backends to try, best first. Torch's flash attention is version 2, which does not use what Hopper added."""
     if q.device.type != "cuda":
         return ("cpu",)
     if torch.cuda.get_device_capability(q.device) >= (9, 0):
@@ -138,22 +150,27 @@ def _preferred(q: Tensor) -> tuple[str, ...]:
     return ("flash", "flash_attn", "cudnn")
 
 
-def _folded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L, H, D) -> q (B, Hkv, H/Hkv * Lq, D), k and v (B, Hkv, Lk, D).
+def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Dense attention from q (B, Lq, H, D) to k, v (B, Lk, Hkv, D): out (B, Lq, H, D) and LSE (B, H, Lq) float32."""
+    return attend_folded(_BACKENDS[backend], q, k, v, scale)
 
-    The query heads that share a key head become more queries of it: a view where there is one per key head.
+
+def attend_folded(
+    attention: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, Tensor]],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention from q (B, Lq, H, D) to k, v (B, Lk, Hkv, D) by one of the signature of `_BACKENDS`: out and LSE.
+
+    The query heads that share a key head become more queries of it: q becomes (B, Hkv, H / Hkv * Lq, D), which is a
+    view where H is Hkv.
     """
     batch, queries, heads, size = q.shape
-    kv_heads = k.shape[2]
-    folded = q.transpose(1, 2).reshape(batch, kv_heads, heads // kv_heads * queries, size)
-    return folded, k.transpose(1, 2), v.transpose(1, 2)
-
-
-def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Dense attention from q (B, Lq, H, D) to k, v (B, Lk, Hkv, D): out (B, Lq, H, D), LSE (B, H, Lq) float32."""
-    batch, queries, heads, size = q.shape
-    q, k, v = _folded(q, k, v)
-    out, lse = _BACKENDS[backend](q, k, v, scale)
+    kv_heads, rows = k.shape[2], heads // k.shape[2] * queries
+    folded = q.transpose(1, 2).reshape(batch, kv_heads, rows, size)
+    out, lse = attention(folded, k.transpose(1, 2), v.transpose(1, 2), scale)
     out = out.reshape(batch, heads, queries, size).transpose(1, 2)
-    lse = lse.reshape(batch, q.shape[1], -1)[..., : q.shape[2]]
+    lse = lse.reshape(batch, kv_heads, -1)[..., :rows]
     return out.contiguous(), lse.reshape(batch, heads, queries).contiguous()

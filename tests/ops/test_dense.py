@@ -78,10 +78,10 @@ def test_whatever_form_the_lse_has(form, monkeypatch):
 
 def test_what_can_be_read_16_bytes_at_a_time():
     x = torch.zeros(2, 3, 2, 8, dtype=torch.bfloat16)
-    assert dense._aligned(x) and dense._aligned(x[1:, 1:, 1:])
-    assert not dense._aligned(torch.zeros(97, dtype=torch.bfloat16)[1:].view(2, 3, 2, 8))
-    assert not dense._aligned(torch.zeros(2, 3, 2, 12, dtype=torch.bfloat16)[..., :8])
-    assert dense._aligned(torch.zeros(1, 3, 1, 8, dtype=torch.bfloat16).as_strided((1, 3, 1, 8), (3, 8, 5, 1)))
+    assert dense.is_aligned(x) and dense.is_aligned(x[1:, 1:, 1:])
+    assert not dense.is_aligned(torch.zeros(97, dtype=torch.bfloat16)[1:].view(2, 3, 2, 8))
+    assert not dense.is_aligned(torch.zeros(2, 3, 2, 12, dtype=torch.bfloat16)[..., :8])
+    assert dense.is_aligned(torch.zeros(1, 3, 1, 8, dtype=torch.bfloat16).as_strided((1, 3, 1, 8), (3, 8, 5, 1)))
 
 
 def test_flash_attn_is_called_by_its_own_convention(monkeypatch):

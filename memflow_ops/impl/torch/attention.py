@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from memflow_ops.geometry import Geometry
-from memflow_ops.impl.dense import cpu_attention
+from memflow_ops.impl.dense import attend_folded, cpu_attention
 from memflow_ops.impl.precision import wide_dtype
 from memflow_ops.impl.torch.gather import (
     PLANNED_KEYS,
@@ -43,17 +43,6 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | Non
     return out, lse
 
 
-def _dense(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Attention from q (B, Lq, H, D) to k and v (B, Lk, Hkv, D): out (B, Lq, H, D) and LSE (B, H, Lq)."""
-    batch, queries, heads, size = q.shape
-    kv_heads = k.shape[2]
-    # The query heads that share a key head become more queries of it.
-    folded = q.transpose(1, 2).reshape(batch, kv_heads, heads // kv_heads * queries, size)
-    out, lse = _attention(folded, k.transpose(1, 2), v.transpose(1, 2), scale)
-    out = out.reshape(batch, heads, queries, size).transpose(1, 2).contiguous()
-    return out, lse.reshape(batch, heads, queries).contiguous()
-
-
 def attend(
     q: Tensor,
     k: Tensor | None,
@@ -67,7 +56,7 @@ def attend(
     batch, queries, heads, _ = q.shape
     scale = geometry.softmax_scale
     if k is not None and v is not None and k.shape[1]:
-        out, lse = _dense(q, k, v, scale)
+        out, lse = attend_folded(_attention, q, k, v, scale)
     elif resume is not None:
         without_keys = (resume[1] == -torch.inf).transpose(1, 2).unsqueeze(-1)
         out = resume[0].masked_fill(without_keys, 0.0).contiguous()
