@@ -12,7 +12,7 @@ $(STAMP): setup.py constraints.txt
 	@touch $@
 
 demo: $(STAMP)  ## stream the shipped story with memory; writes out/demo
-	$(BIN)/memflow demo --out out/demo
+	$(BIN)/memflow toy demo --out out/demo
 
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest
@@ -71,7 +71,7 @@ pictures: $(STAMP)  ## draw the README's pictures anew
 	$(BIN)/python docs/pictures/draw.py build/pictures/with-memory build/pictures/without-memory docs/pictures
 
 train: $(STAMP)  ## retrain the toy world's weights
-	$(BIN)/memflow train
+	$(BIN)/memflow toy train
 
 clean:  ## remove what the other commands made
 	rm -rf .venv build out *.egg-info

@@ -42,6 +42,7 @@ FLOORS = (
     ("bench.report",),
     ("bench",),
     ("cli",),
+    ("__main__",),
 )
 HEIGHT = {f"memflow_ops.{name}".rstrip("."): height for height, names in enumerate(FLOORS) for name in names}
 

@@ -1,147 +1,217 @@
-"""What the commands do with real checkpoints, and the words they choose."""
+"""`memflow generate`: videos from a real checkpoint; and `load_stories`, which `verify` and the profile use too."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import typer
 
+from memflow_ops.cli.errors import one_line_errors
+from memflow_ops.cli.options import (
+    MEMORY,
+    SPEED,
+    Checkpoint,
+    Compile,
+    CudaGraphs,
+    Device,
+    Dtype,
+    FramesPerPrompt,
+    Height,
+    HistoryFrames,
+    LoraAlpha,
+    LoraFile,
+    NumHeads,
+    Out,
+    QueryGroup,
+    Recache,
+    Seed,
+    Steps,
+    Story,
+    TextEncoder,
+    TopK,
+    Vae,
+    WanBankFrames,
+    Width,
+    as_settings,
+    check_used,
+    typed,
+)
 from memflow_ops.cli.progress import run_stories
+from memflow_ops.environment import pick_device
+from memflow_ops.model.checkpoints.pretrained import Pretrained
+from memflow_ops.model.pipeline import generate as pipeline
+from memflow_ops.model.pipeline.plan import Free, Plan, make_plans
+from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT, OF_A_KIND, WAN_SETTINGS
+from memflow_ops.model.pipeline.sources import Parts, Sources, latent_size, load_parts
+from memflow_ops.model.stories.prompts import read_stories
+from memflow_ops.model.stories.run import make_folders
+from memflow_ops.model.streaming.settings import MemoryMode, StreamSettings
 
-if TYPE_CHECKING:
-    from memflow_ops.model.checkpoints.pretrained import Pretrained
-    from memflow_ops.model.pipeline.generate import Run
-    from memflow_ops.model.pipeline.plan import Plan
-    from memflow_ops.model.pipeline.sources import Parts, Sources
-    from memflow_ops.model.pipeline.verify import Outcome
-    from memflow_ops.model.streaming.settings import StreamSettings
+HEIGHT, WIDTH = 480, 832
+"""The video's size in pixels by default: what Wan 2.1 1.3B is trained at."""
 
 
-def prepare(
-    story: Path,
+def generate(
+    context: typer.Context,
+    story: Story,
+    checkpoint: Checkpoint,
+    text_encoder: TextEncoder,
+    vae: Vae,
+    out: Out,
+    lora: LoraFile = None,
+    lora_alpha: LoraAlpha = None,
+    num_heads: NumHeads = None,
+    dtype: Dtype = "auto",
+    seed: Seed = 0,
+    frames_per_prompt: FramesPerPrompt = FRAMES_PER_PROMPT,
+    steps: Steps = WAN_SETTINGS.steps,
+    height: Height = HEIGHT,
+    width: Width = WIDTH,
+    memory: Annotated[
+        MemoryMode | None,
+        typer.Option(
+            help="What a chunk sees of the past. none: the local window alone. sink: the first frames too. full: every "
+            "past frame. memflow: what each query group selects of the first and the retrieved frames. released: the "
+            "memory of MemFlow's authors.",
+            metavar="KIND",
+            show_default="what the checkpoint was tuned for",
+            rich_help_panel=MEMORY,
+        ),
+    ] = None,
+    bank_frames: WanBankFrames = None,
+    top_k: TopK = WAN_SETTINGS.top_k,
+    query_group: QueryGroup = WAN_SETTINGS.query_group or 0,
+    history_frames: HistoryFrames = None,
+    recache: Recache = WAN_SETTINGS.recache,
+    device: Device = "auto",
+    batch: Annotated[
+        int,
+        typer.Option(
+            help="Stream up to this many stories together, if they have equally many prompts. Each comes out as if "
+            "it were alone, except for rounding.",
+            min=1,
+            metavar="N",
+            rich_help_panel=SPEED,
+        ),
+    ] = 1,
+    cuda_graphs: CudaGraphs = None,
+    compile: Compile = False,
+) -> None:
+    """Generate a video of every story in a file, with a checkpoint of the Wan 2.1 family.
+
+    Writes video.mp4 and run.json (settings, times, what was retrieved). One
+    story goes straight into DIR; several go into DIR/story-000,
+    DIR/story-001, ... with the seeds SEED, SEED + 1, ...
+
+    Before it starts, the command prints how much memory the stream will
+    take, and refuses a stream that does not fit. The video grows as
+    video.part.mp4; files of an earlier run are replaced when the new ones
+    are complete. Ctrl-C keeps what has been generated.
+
+    Example, with a whole diffusers pipeline in the folder wan/:
+
+      memflow generate story.jsonl --checkpoint wan --text-encoder wan \\
+          --vae wan --out out/story
+    """
+    settings = as_settings(
+        bank_frames=bank_frames,
+        top_k=top_k,
+        query_group=query_group,
+        steps=steps,
+        recache=recache,
+        height=height,
+        width=width,
+    )
+    with one_line_errors():
+        sources = Sources(checkpoint, text_encoder, vae, lora, lora_alpha, num_heads, dtype)
+        parts, streams = load_stories(
+            read_stories(story, any_prompt),
+            out,
+            sources,
+            settings,
+            memories=() if memory is None else (memory,),
+            given=typed(context),
+            device=device,
+            seed=seed,
+            frames_per_prompt=frames_per_prompt,
+            history_frames=history_frames,
+            batch=batch,
+            cuda_graphs=cuda_graphs,
+            compiled=compile,
+        )
+
+    def stream(plans: Sequence[Plan], report: Callable[[pipeline.Run], None]) -> list[pipeline.Run]:
+        return pipeline.generate(parts, plans, sources, report)
+
+    for runs in run_stories(streams, stream, _speed_so_far, _written):
+        for run in runs:
+            typer.echo(_written(run))
+        typer.echo(_speed(runs[0]))
+
+
+def load_stories(
+    stories: Sequence[Sequence[str]],
     out: Path,
     sources: Sources,
+    settings: Mapping[str, Any],
     *,
-    memories: Sequence[str] | None = None,
-    most: int | None = None,
-    seed: int = 0,
-    frames_per_prompt: int | None = None,
-    history_frames: int | None = None,
+    memories: Sequence[str] = (),
+    given: Collection[str] = (),
     device: str = "auto",
-    height: int = 480,
-    width: int = 832,
-    cuda_graphs: bool | None = None,
-    compile: bool = False,
-    batch: int = 1,
     names: Sequence[str] = ("video.mp4", "run.json"),
-    **settings: Any,
+    **planning: Any,
 ) -> tuple[Parts, list[list[Plan]]]:
-    """Checks everything that can be wrong, says what memory the streams will take, and loads all parts.
+    """Check everything that can be wrong, print what memory the streams will take, and load all parts of the pipeline.
 
-    memories: plans for each of them and each story (None: the one that the checkpoint was tuned for), in streams of up
-    to `batch` stories. most: stories to take. names: of the files that will be written into each folder. settings: what
-    differs from `WAN_SETTINGS`. What cannot fit is refused before anything is on the device.
+    stories: the prompts of each. out: the folder that the files go to; it is created. settings: what the user asks for,
+    as fields of `StreamSettings`, but height and width in pixels. memories: the kinds of memory, each of which streams
+    every story; none of them means the kind that the checkpoint was tuned for. given: the names of the options that the
+    user typed. names: the files that will be written for each story. planning: arguments of `make_plans`.
+
+    Gives the parts and the plans of every stream. Raises a ValueError or an OSError for what cannot work; a stream that
+    does not fit into memory is refused before anything is on the device.
     """
-    from memflow_ops.cli.options import check_used
-    from memflow_ops.environment import pick_device
-    from memflow_ops.model.pipeline.plan import Free, make_plans
-    from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT
-    from memflow_ops.model.pipeline.sources import latent_size, load_parts
-    from memflow_ops.model.stories.prompts import read_stories
-    from memflow_ops.model.stories.run import make_folders
-
-    stories = read_stories(story, any_prompt)[:most]
     sources.check()
-    size = dict(zip(("height", "width"), latent_size(sources.vae, height, width), strict=True))
-    for memory in memories or ():
-        _settings(memory, **settings, **size)  # refuses what cannot be before the weights are read
-    asked = settings if history_frames is None else {**settings, "history_frames": history_frames}
+    latent_height, latent_width = latent_size(sources.vae, settings["height"], settings["width"])
+    settings = {**settings, "height": latent_height, "width": latent_width}
+    for memory in memories:
+        _settings(memory, settings)  # refuses impossible settings before the weights are read
     if memories:
-        check_used(asked, memories)
+        check_used(given, memories)
     free = Free.now(pick_device(device))
     pretrained = sources.read()
     if not memories:
-        check_used(asked, [pretrained.memory], ", which this checkpoint was tuned for")
+        check_used(given, [pretrained.memory], ", which this checkpoint was tuned for")
     typer.echo(described(pretrained))
     streams = []
-    for memory in dict.fromkeys(memories or (pretrained.memory,)):
-        streams += make_plans(
-            stories, out, _settings(memory, **settings, **size), sources, pretrained, free, seed=seed,
-            frames_per_prompt=frames_per_prompt or FRAMES_PER_PROMPT, history_frames=history_frames,
-            cuda_graphs=cuda_graphs, compiled=compile, batch=batch,
-        )  # fmt: skip
+    for kind in dict.fromkeys(memories or (pretrained.memory,)):
+        streams += make_plans(stories, out, _settings(kind, settings), sources, pretrained, free, **planning)
     plans = [plan for stream in streams for plan in stream]
     largest = max(plans, key=lambda plan: plan.budget.device_bytes + plan.budget.host_bytes)
     typer.echo("\n".join(largest.budget.lines()))
-    if batch > 1 and len(plans) > 1:
+    if planning.get("batch", 1) > 1 and len(plans) > 1:
         several = "stream" if len(streams) == 1 else "streams"
         typer.echo(f"{len(plans)} stories in {len(streams)} {several}: those with equally many prompts run together")
     make_folders([plan.folder for plan in plans], names)
     prompts = [prompt for story in stories for prompt in story]
-    return load_parts(sources, pretrained, prompts, free.device, compile), streams
+    return load_parts(sources, pretrained, prompts, free.device, plans[0].compiled), streams
 
 
-def _settings(memory: str, **changes: Any) -> StreamSettings:
-    """Those of a kind of memory, with room on the device until the history is divided."""
-    from memflow_ops.model.pipeline.settings import OF_A_KIND, WAN_SETTINGS
-
+def _settings(memory: str, changes: Mapping[str, Any]) -> StreamSettings:
+    """The settings of a kind of memory. The device's share of the history is only divided later, by `make_plans`."""
     changes = {**OF_A_KIND.get(memory, {}), **changes, "memory": memory}
-    bank = changes.get("bank_frames", WAN_SETTINGS.bank_frames)
-    return replace(
-        WAN_SETTINGS, **changes, device_frames=max(WAN_SETTINGS.device_frames, bank + WAN_SETTINGS.window_frames)
-    )
+    bank_frames = changes.get("bank_frames", WAN_SETTINGS.bank_frames)
+    least = bank_frames + WAN_SETTINGS.window_frames
+    return replace(WAN_SETTINGS, **changes, device_frames=max(WAN_SETTINGS.device_frames, least))
 
 
 def any_prompt(prompt: str) -> None:
+    """Accept every prompt for a real text encoder, except an empty one: that is a ValueError."""
     if not prompt.strip():
         raise ValueError("a prompt is empty")
-
-
-def stream_stories(parts: Parts, streams: Sequence[Sequence[Plan]], sources: Sources) -> Iterator[Sequence[Run]]:
-    """Makes one stream of stories after another; yields each when its files are written."""
-    from memflow_ops.model.pipeline.generate import generate
-
-    def so_far(run: Run) -> str:
-        seconds = sum(chunk.seconds for chunk in run.chunks) + sum(run.decode_seconds)
-        return f"{run.frames * run.plan.together / seconds:.1f} frames/s"
-
-    return run_stories(streams, lambda plans, report: generate(parts, plans, sources, report), so_far, made)
-
-
-def verify(parts: Parts, plans: Sequence[Plan]) -> Iterator[Outcome]:
-    """Streams every plan behind progress bars; yields each kind of memory when its video is written."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from memflow_ops.model.pipeline.verify import verify
-
-    with Progress(console=Console(stderr=True)) as bar:
-        tasks = {str(plan.settings.memory): bar.add_task(plan.settings.memory, total=None) for plan in plans}
-        yield from verify(parts, plans, lambda kind, done, total: bar.update(tasks[kind], completed=done, total=total))
-
-
-def made(run: Run) -> str:
-    return (
-        f"Files in {run.plan.folder}:\n"
-        f"  video.mp4     the video, {run.frames} frames\n"
-        f"  run.json      settings, versions, times, and what was retrieved"
-    )
-
-
-def speed(run: Run) -> str:
-    """The run's speed in words."""
-    measured: dict[str, Any] | None = run.speed()
-    if measured is None:
-        return "It was too short to tell its speed."
-    of_stories = f" of {run.plan.together} stories" if run.plan.together > 1 else ""
-    return (
-        f"A chunk{of_stories} took {measured['seconds_per_chunk']:.2f} s, {measured['frames_per_second']:.1f} frames/s "
-        f"(the transformer alone; with the VAE {measured['frames_per_second_decoded']:.1f}), median of "
-        f"{measured['chunks']} chunks."
-    )
 
 
 def described(pretrained: Pretrained) -> str:
@@ -156,43 +226,29 @@ def described(pretrained: Pretrained) -> str:
     return words + (f"\nLoRA merged: {pretrained.lora}" if pretrained.lora else "")
 
 
-def compared(outcomes: Sequence[Outcome], said: dict[str, Any], folder: Path) -> str:
-    """What `memflow verify` found, as a table."""
-    from memflow_ops.model.pipeline.budget import size
+def _written(run: pipeline.Run) -> str:
+    """The files that a run has left, in words."""
+    return (
+        f"Files in {run.plan.folder}:\n"
+        f"  video.mp4     the video, {run.frames} frames\n"
+        f"  run.json      settings, versions, times, and what was retrieved"
+    )
 
-    first = outcomes[0].memory
-    rows = [
-        ("memory", "s/chunk", "frames/s", "with VAE", "cache", "peak", f"differs from {first}", "in the last chunk")
-    ]
-    for kind in said["kinds"]:
-        measured = kind["speed"]
-        numbers = ("-", "-", "-")
-        if measured:
-            numbers = (
-                f"{measured['seconds_per_chunk']:.3f}",
-                f"{measured['frames_per_second']:.1f}",
-                f"{measured['frames_per_second_decoded']:.1f}",
-            )
-        start = kind["first_chunk_that_differs"]
-        rows.append(
-            (
-                kind["memory"],
-                *numbers,
-                size(kind["cache_bytes"] + kind["cache_bytes_in_host_memory"]),
-                size(kind["peak_bytes"]) if kind["peak_bytes"] else "-",
-                "never" if start is None else f"from chunk {start} on",
-                f"{kind[f'difference_to_{first}'][-1]:.3f}",
-            )
-        )
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    table = ["  ".join(f"{word:<{width}}" for word, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    return "\n".join(
-        [
-            *table,
-            said["how"],
-            f"Files in {folder}:",
-            "  frames.png    frames of every kind of memory, side by side",
-            "  report.json   all of this in numbers",
-            *(f"  {outcome.memory + '.mp4':<13} its video" for outcome in outcomes),
-        ]
+
+def _speed_so_far(run: pipeline.Run) -> str:
+    """The speed that the progress bar shows, the VAE's time included."""
+    seconds = sum(chunk.seconds for chunk in run.chunks) + sum(run.decode_seconds)
+    return f"{run.frames * run.plan.together / seconds:.1f} frames/s"
+
+
+def _speed(run: pipeline.Run) -> str:
+    """The speed of a whole run in words."""
+    measured: dict[str, Any] | None = run.speed()
+    if measured is None:
+        return "It was too short to tell its speed."
+    of_stories = f" of {run.plan.together} stories" if run.plan.together > 1 else ""
+    return (
+        f"A chunk{of_stories} took {measured['seconds_per_chunk']:.2f} s, {measured['frames_per_second']:.1f} frames/s "
+        f"(the transformer alone; with the VAE {measured['frames_per_second_decoded']:.1f}), median of "
+        f"{measured['chunks']} chunks."
     )

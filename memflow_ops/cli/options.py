@@ -1,153 +1,219 @@
-"""Options that several commands share, and how commands read them."""
+"""Options that several commands share, and which of them the user has given.
+
+Each command states its own defaults in its signature, so that an option means one thing in each help text.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
-Story = Annotated[Path, typer.Argument(help='JSON lines, a story each: {"prompts": ["a ball in the meadow", ...]}')]
-Out = Annotated[Path, typer.Option(help="Folder to write to.", metavar="DIR")]
-Seed = Annotated[int, typer.Option(help="Of the noise. The same seed makes the same video.", min=0, metavar="N")]
-Device = Annotated[str, typer.Option(help="auto (CUDA where there is one), cpu, cuda or cuda:N.", metavar="NAME")]
-Weights = Annotated[
-    Path | None,
-    typer.Option(help="A checkpoint of `memflow train`. Default: the toy weights that come with the package."),
+from memflow_ops.model.pipeline.settings import OF_A_KIND, WAN_SETTINGS
+from memflow_ops.model.streaming.settings import USED_BY
+
+VIDEO = "Video"
+MEMORY = "Memory"
+CHECKPOINT = "Checkpoint"
+SPEED = "Device and speed"
+
+Story = Annotated[
+    Path, typer.Argument(help='A file with one story a line, as JSON: {"prompts": ["a ball in the meadow", ...]}')
 ]
-# What both worlds have; without a value each has its own default.
-BankFrames = Annotated[
-    int | None,
-    typer.Option(help="Past frames retrieved for a chunk. Default: 3; with a checkpoint 64.", min=0, metavar="N"),
-]
-TopK = Annotated[
-    int | None,
+Out = Annotated[Path, typer.Option(help="The folder to write to.", metavar="DIR")]
+Seed = Annotated[
+    int,
     typer.Option(
-        help="Memory blocks that each query group attends to. Default: 8; with a checkpoint 24.", min=1, metavar="N"
-    ),
-]
-QueryGroup = Annotated[
-    int | None,
-    typer.Option(
-        help="Queries that share a selection; 0: the whole chunk. Default: 16; with a checkpoint 128.",
-        min=0,
-        metavar="N",
+        help="The seed of the noise. The same seed gives the same video.", min=0, metavar="N", rich_help_panel=VIDEO
     ),
 ]
 FramesPerPrompt = Annotated[
-    int | None,
-    typer.Option(
-        help="How long each prompt lasts, in latent frames. Default: 12; with a checkpoint 40 (10 seconds).",
-        min=1,
-        metavar="N",
-    ),
+    int,
+    typer.Option(help="How long each prompt lasts, in latent frames.", min=1, metavar="N", rich_help_panel=VIDEO),
 ]
-Steps = Annotated[
-    int | None,
-    typer.Option(help="Denoising passes per chunk. Default: 16; with a checkpoint 4.", min=1, metavar="N"),
+Steps = Annotated[int, typer.Option(help="Denoising steps per chunk.", min=1, metavar="N", rich_help_panel=VIDEO)]
+Height = Annotated[
+    int,
+    typer.Option(help="The video's height in pixels, a multiple of 16.", min=16, metavar="N", rich_help_panel=VIDEO),
 ]
-RecacheOrNot = Annotated[
-    bool | None,
-    typer.Option(
-        "--recache/--no-recache",
-        help="At a prompt switch pass the local window again under the new prompt. Default: no; with a checkpoint yes.",
-    ),
+Width = Annotated[
+    int,
+    typer.Option(help="The video's width in pixels, a multiple of 16.", min=16, metavar="N", rich_help_panel=VIDEO),
 ]
 
-# What real checkpoints need.
-TextEncoder = Annotated[
-    Path | None,
-    typer.Option(help="Folder of its UMT5 and tokenizer, or of a whole diffusers pipeline.", metavar="PATH"),
+BankFrames = Annotated[
+    int,
+    typer.Option(help="How many past frames are retrieved for each chunk.", min=0, metavar="N", rich_help_panel=MEMORY),
 ]
-Vae = Annotated[
-    Path | None,
-    typer.Option(help="Folder of its AutoencoderKLWan, or of a whole diffusers pipeline.", metavar="PATH"),
-]
-LoraFile = Annotated[Path | None, typer.Option("--lora", help="A LoRA to merge into it, peft's form.", metavar="PATH")]
-LoraAlpha = Annotated[
-    float | None, typer.Option(help="The LoRA's alpha, where its file does not say. Default: its rank.", metavar="X")
-]
-NumHeads = Annotated[
+WanBankFrames = Annotated[
     int | None,
-    typer.Option(help="Attention heads, where no config.json says. Default: width / 128.", min=1, metavar="N"),
+    typer.Option(
+        help="How many past frames are retrieved for each chunk.",
+        min=0,
+        metavar="N",
+        show_default=f"{WAN_SETTINGS.bank_frames}; {OF_A_KIND['released']['bank_frames']} with --memory released",
+        rich_help_panel=MEMORY,
+    ),
 ]
-Dtype = Annotated[
-    str, typer.Option(help="auto (bfloat16 on CUDA, float32 on a CPU), float32, bfloat16 or float16.", metavar="NAME")
+TopK = Annotated[
+    int,
+    typer.Option(
+        help="How many memory blocks each query group attends to.", min=1, metavar="N", rich_help_panel=MEMORY
+    ),
 ]
-Height = Annotated[
-    int | None,
-    typer.Option(help="Of the video, in pixels; a multiple of 16. Default: 480.", min=16, metavar="N"),
+QueryGroup = Annotated[
+    int,
+    typer.Option(
+        help="How many consecutive queries share one selection of blocks; 0 means all of the chunk.",
+        min=0,
+        metavar="N",
+        rich_help_panel=MEMORY,
+    ),
 ]
-Width = Annotated[int | None, typer.Option(help="Likewise. Default: 832.", min=16, metavar="N")]
+Recache = Annotated[
+    bool,
+    typer.Option(
+        "--recache/--no-recache",
+        help="When the prompt changes, compute the local window's keys and values again under the new prompt.",
+        rich_help_panel=MEMORY,
+    ),
+]
 HistoryFrames = Annotated[
     int | None,
     typer.Option(
-        help="Past frames remembered at most, on the device or in host memory; the oldest beyond are forgotten. "
-        "Default: all.",
+        help="Keep at most this many past frames, on the device or in host memory, and forget the oldest beyond.",
         min=1,
         metavar="N",
+        show_default="all",
+        rich_help_panel=MEMORY,
     ),
 ]
-Batch = Annotated[
+
+Checkpoint = Annotated[
+    Path,
+    typer.Option(
+        help="The transformer: a file or folder that `memflow convert` reads or writes.",
+        metavar="PATH",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
+TextEncoder = Annotated[
+    Path,
+    typer.Option(
+        help="The folder of its UMT5 text encoder and tokenizer, or of a whole diffusers pipeline.",
+        metavar="PATH",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
+Vae = Annotated[
+    Path,
+    typer.Option(
+        help="The folder of its AutoencoderKLWan, or of a whole diffusers pipeline.",
+        metavar="PATH",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
+LoraFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--lora", help="A LoRA in peft's form, merged into the weights.", metavar="PATH", rich_help_panel=CHECKPOINT
+    ),
+]
+LoraAlpha = Annotated[
+    float | None,
+    typer.Option(
+        help="The LoRA's alpha, where its file does not state it.",
+        metavar="X",
+        show_default="its rank",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
+NumHeads = Annotated[
     int | None,
     typer.Option(
-        help="Stories streamed together at most, where they have equally many prompts; each as if alone, but for "
-        "rounding. Default: 1.",
+        help="The number of attention heads, where no config.json states it.",
         min=1,
         metavar="N",
+        show_default="width / 128",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"],
+    typer.Option(
+        help="The dtype to compute in: auto (bfloat16 on CUDA, float32 on a CPU), float32, bfloat16 or float16.",
+        metavar="NAME",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
+
+Device = Annotated[
+    str,
+    typer.Option(
+        help="auto (CUDA where there is a device, else the CPU), cpu, cuda or cuda:N.",
+        metavar="NAME",
+        rich_help_panel=SPEED,
+        autocompletion=lambda: ["auto", "cpu", "cuda"],
     ),
 ]
 CudaGraphs = Annotated[
     bool | None,
     typer.Option(
         "--cuda-graphs/--no-cuda-graphs",
-        help="Record the passes that come again as CUDA graphs. Changes no result. Default: on CUDA yes.",
+        help="Record passes that repeat as CUDA graphs. This changes no result.",
+        show_default="yes on CUDA",
+        rich_help_panel=SPEED,
     ),
 ]
 Compile = Annotated[
     bool,
     typer.Option(
         "--compile",
-        help="Compile the transformer's blocks, which takes a while once; results move by rounding.",
+        help="Compile the transformer's blocks. This takes a while once, and moves results by rounding.",
+        rich_help_panel=SPEED,
+    ),
+]
+
+ToyWeights = Annotated[
+    Path | None,
+    typer.Option(
+        help="A file that `memflow toy train` has written.",
+        metavar="FILE",
+        show_default="the weights that come with the package",
     ),
 ]
 
 
-def given(**options: Any) -> dict[str, Any]:
-    """The options that have a value; a query group of 0 is the whole chunk."""
-    values = {name: value for name, value in options.items() if value is not None}
-    if "query_group" in values:
-        values["query_group"] = values["query_group"] or None
-    return values
+def typed(context: typer.Context) -> set[str]:
+    """The names of the options that the user gave on the command line, whatever their values."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
 
 
-def check_used(options: dict[str, Any], memories: Sequence[str], why: str = "") -> None:
-    """A ValueError that names the options which none of these kinds of memory looks at: who gives one expects that it
-    changes something. why: one kind was not asked for by name, in words."""
-    from memflow_ops.model.streaming.settings import USED_BY
-
-    users = {**USED_BY, "history_frames": ("memflow", "full"), "baseline": ("sink", "full", "memflow", "released")}
-    unused = {name: users[name] for name in options if not set(memories) & set(users.get(name, memories))}
-    if unused:
-        kinds = " and ".join(dict.fromkeys(memories))
-        others = "; ".join(f"{named({name: None})} is for {', '.join(users)}" for name, users in unused.items())
-        raise ValueError(f"{named(unused)} would change nothing with --memory {kinds}{why}: {others}")
+def as_settings(**options: Any) -> dict[str, Any]:
+    """Options as fields of `StreamSettings`: without those that are None, and a query group of 0 as the whole chunk."""
+    changes = {name: value for name, value in options.items() if value is not None}
+    if "query_group" in changes:
+        changes["query_group"] = changes["query_group"] or None
+    return changes
 
 
-def named(options: dict[str, Any]) -> str:
+def named(options: Iterable[str]) -> str:
+    """The names of options as the user types them."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in options)
 
 
-def sources_of(
-    checkpoint: Path, dtype: str, real: dict[str, Any], needed: Sequence[str] = ("text_encoder", "vae")
-) -> tuple[Any, dict[str, Any]]:
-    """The paths of a real pipeline, and the options that are none."""
-    from memflow_ops.model.pipeline.sources import Sources
+def check_used(options: Collection[str], memories: Collection[str], why: str = "") -> None:
+    """Refuse options that none of these kinds of memory uses: who gives an option expects that it changes something.
 
-    missing = set(needed) - real.keys()
-    if missing:
-        raise ValueError(f"a --checkpoint also needs {named(dict.fromkeys(sorted(missing)))}")
-    names = Sources.__dataclass_fields__.keys() & real.keys()
-    sources = Sources(checkpoint, dtype=dtype, **{"vae": None} | {name: real[name] for name in names})
-    return sources, {name: value for name, value in real.items() if name not in names}
+    options: the names of those that were given. why: explains the kind of memory where the user has not named it.
+    Raises a ValueError that names the options and the kinds of memory that use them.
+    """
+    users = {**USED_BY, "history_frames": ("memflow", "full"), "baseline": ("sink", "full", "memflow", "released")}
+    unused = [name for name in users if name in options and not set(memories) & set(users[name])]
+    if unused:
+        kinds = " and ".join(dict.fromkeys(memories))
+        others = "; ".join(f"{named([name])} is for {', '.join(users[name])}" for name in unused)
+        raise ValueError(f"{named(unused)} would change nothing with --memory {kinds}{why}: {others}")

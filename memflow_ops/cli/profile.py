@@ -1,186 +1,394 @@
-"""What `memflow profile-selection` does, and the words it chooses."""
+"""`memflow profile-selection` and `memflow toy profile-selection`: what a choice of blocks keeps, and what it costs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
 
-from memflow_ops.cli.progress import fail, mistakes
+from memflow_ops.cli.errors import fail, one_line_errors
+from memflow_ops.cli.generate import HEIGHT, WIDTH, any_prompt, load_stories
+from memflow_ops.cli.options import (
+    MEMORY,
+    VIDEO,
+    BankFrames,
+    Checkpoint,
+    Device,
+    Dtype,
+    FramesPerPrompt,
+    Height,
+    HistoryFrames,
+    LoraAlpha,
+    LoraFile,
+    NumHeads,
+    Steps,
+    TextEncoder,
+    TopK,
+    ToyWeights,
+    Width,
+    as_settings,
+    typed,
+)
+from memflow_ops.environment import environment, pick_device
+from memflow_ops.files import check_target, sha256, write_atomically
+from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT, WAN_SETTINGS
+from memflow_ops.model.pipeline.sources import Sources, latent_size
+from memflow_ops.model.pipeline.verify import STORY
+from memflow_ops.model.selection_profile import profile as library
+from memflow_ops.model.selection_profile import timing
+from memflow_ops.model.selection_profile.figures import ChoiceFigures, Sampling, SelectionProfile
+from memflow_ops.model.selection_profile.profile import check_profile, first_full_chunk
+from memflow_ops.model.selection_profile.report import (
+    GOALS,
+    cheapest,
+    choices_of,
+    describe_choice,
+    profile_json,
+    profile_table,
+)
+from memflow_ops.model.stories.interrupts import Interrupts
+from memflow_ops.model.stories.prompts import chunk_prompts, read_stories
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.streaming.streamer import TextEncoder as Encode
+from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
+from memflow_ops.model.toy.evaluation import held_out
+from memflow_ops.model.toy.language import embed_prompts, parse_prompt
+from memflow_ops.model.toy.settings import TOY_SETTINGS
+from memflow_ops.model.toy.train import HELD_OUT_SEED
+from memflow_ops.model.wan.transformer import CausalVideoModel
 
-if TYPE_CHECKING:
-    from memflow_ops.model.pipeline.sources import Sources
-    from memflow_ops.model.selection_profile.figures import SelectionProfile
-    from memflow_ops.model.streaming.settings import StreamSettings
-    from memflow_ops.model.streaming.streamer import TextEncoder
-    from memflow_ops.model.wan.transformer import CausalVideoModel
-
-TOY_SIZES = ((8, 16, 32, 64), (1, 16, 0))
-"""Block sizes, a frame of the toy's being 64 tokens, and query groups; 0: the chunk."""
-WAN_SIZES = ((16, 32, 64, 128), (1, 128, 0))
+MEASUREMENT = "Measurement"
+TOY_BLOCK_SIZES, TOY_QUERY_GROUPS = [8, 16, 32, 64], [1, 16, 0]
+"""A frame of the toy world is 64 tokens. A query group of 0 is the whole chunk."""
+WAN_BLOCK_SIZES, WAN_QUERY_GROUPS = [16, 32, 64, 128], [1, 128, 0]
 STORY_LENGTH = 2
-"""Which of the lengths of held-out stories the toy world streams: 24 prompts."""
+"""Index into the lengths of held-out stories: the toy world streams stories of 24 prompts."""
+SAMPLING = Sampling()
+
+ProfileOut = Annotated[Path, typer.Option(help="The .json file to write; a picture goes beside it.", metavar="FILE")]
+BlockSizes = Annotated[
+    list[int],
+    typer.Option(
+        "--block-size",
+        help="A number of tokens per block to compare. May be repeated.",
+        metavar="N",
+        rich_help_panel=MEASUREMENT,
+    ),
+]
+QueryGroups = Annotated[
+    list[int],
+    typer.Option(
+        "--query-group",
+        help="A number of queries that share a selection to compare; 0 means all of the chunk. May be repeated.",
+        min=0,
+        metavar="N",
+        rich_help_panel=MEASUREMENT,
+    ),
+]
+Chunks = Annotated[
+    int,
+    typer.Option(
+        help="How many chunks are measured, drawn at random.", min=1, metavar="N", rich_help_panel=MEASUREMENT
+    ),
+]
+Calls = Annotated[
+    int,
+    typer.Option(
+        help="How many calls of attention (a layer in a pass) are measured in each chunk.",
+        min=1,
+        metavar="N",
+        rich_help_panel=MEASUREMENT,
+    ),
+]
+Heads = Annotated[
+    int,
+    typer.Option(help="How many heads are measured in each call.", min=1, metavar="N", rich_help_panel=MEASUREMENT),
+]
+Queries = Annotated[
+    int,
+    typer.Option(help="How many queries are measured in each call.", min=1, metavar="N", rich_help_panel=MEASUREMENT),
+]
+Rounds = Annotated[
+    int,
+    typer.Option(
+        help="How often each setting is timed; 0 leaves the timing out.",
+        min=0,
+        metavar="N",
+        rich_help_panel=MEASUREMENT,
+    ),
+]
+ProfileSeed = Annotated[
+    int,
+    typer.Option(
+        help="The seed of the noise and of everything that is drawn at random.",
+        min=0,
+        metavar="N",
+        rich_help_panel=MEASUREMENT,
+    ),
+]
 
 
 @dataclass(frozen=True)
-class Watched:
-    """A stream that is to be profiled, checked."""
+class ProfiledStream:
+    """A stream that is to be profiled, checked and loaded."""
 
     model: CausalVideoModel
     spoken: Sequence[Sequence[str]]
+    """per chunk the prompt of every story"""
     settings: StreamSettings
-    encode: TextEncoder
+    encode: Encode
     block_sizes: list[int]
     query_groups: list[int | None]
+    """None: the whole chunk"""
     name: str
-    """of the model, in the picture"""
+    """of the model, in the picture's title"""
     about: dict[str, Any]
-    """what the results say of it"""
+    """what the results say of the stream"""
 
 
-def toy(
-    story: Path | None,
-    out: Path,
-    stories: int,
-    weights: Path | None,
-    device: str,
-    block_sizes: list[int] | None,
-    query_groups: list[int] | None,
-    options: dict[str, Any],
-) -> Watched:
-    """The toy world: held-out stories, or the first of a file. options: what differs from `TOY_SETTINGS`."""
-    from memflow_ops.environment import pick_device
-    from memflow_ops.files import check_target, sha256
-    from memflow_ops.model.selection_profile.profile import check_profile
-    from memflow_ops.model.stories.prompts import chunk_prompts, read_stories
-    from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
-    from memflow_ops.model.toy.evaluation.held_out import FRAMES_PER_PROMPT, make_stories
-    from memflow_ops.model.toy.language import embed_prompts, parse_prompt
-    from memflow_ops.model.toy.settings import TOY_SETTINGS
-    from memflow_ops.model.toy.train import HELD_OUT_SEED
+def profile_selection(
+    context: typer.Context,
+    checkpoint: Checkpoint,
+    text_encoder: TextEncoder,
+    story: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A file of stories as for `memflow generate`; its first story is streamed.",
+            show_default="a story that comes with the package",
+        ),
+    ] = None,
+    out: ProfileOut = Path("out/selection.json"),
+    lora: LoraFile = None,
+    lora_alpha: LoraAlpha = None,
+    num_heads: NumHeads = None,
+    dtype: Dtype = "auto",
+    block_size: BlockSizes = WAN_BLOCK_SIZES,
+    query_group: QueryGroups = WAN_QUERY_GROUPS,
+    chunks: Chunks = SAMPLING.chunks,
+    calls: Calls = SAMPLING.calls,
+    heads: Heads = SAMPLING.heads,
+    queries: Queries = SAMPLING.queries,
+    rounds: Rounds = SAMPLING.rounds,
+    seed: ProfileSeed = SAMPLING.seed,
+    frames_per_prompt: FramesPerPrompt = FRAMES_PER_PROMPT,
+    steps: Steps = WAN_SETTINGS.steps,
+    height: Height = HEIGHT,
+    width: Width = WIDTH,
+    bank_frames: Annotated[
+        int | None,
+        typer.Option(
+            help="How many past frames are retrieved for each chunk.",
+            min=0,
+            metavar="N",
+            show_default=f"{WAN_SETTINGS.bank_frames}, or what is full for a quarter of a shorter story",
+            rich_help_panel=MEMORY,
+        ),
+    ] = None,
+    top_k: TopK = WAN_SETTINGS.top_k,
+    history_frames: HistoryFrames = None,
+    device: Device = "auto",
+) -> None:
+    """Measure what top_k, block_size and query_group keep of a checkpoint's attention, and what they cost.
 
-    check_target(out, ".json")
-    check_target(out.with_suffix(".png"), ".png")
-    frames = options.pop("frames_per_prompt", FRAMES_PER_PROMPT)
-    told = read_stories(story, parse_prompt)[:1] if story else make_stories(stories, HELD_OUT_SEED)[STORY_LENGTH]
-    spoken = chunk_prompts(told, frames, TOY_SETTINGS.chunk_frames)
-    bank = options.get("bank_frames", TOY_SETTINGS.bank_frames)
-    room = max(TOY_SETTINGS.device_frames, len(spoken), bank + TOY_SETTINGS.window_frames)
-    settings = replace(TOY_SETTINGS, **options, device_frames=room)
-    model = load_model(weights or TOY_WEIGHTS, pick_device(device))
-    sizes = _sizes(block_sizes, query_groups, TOY_SIZES)
-    check_profile(settings, len(spoken), model.tokens(settings.height, settings.width), *sizes)
-    file = weights or TOY_WEIGHTS
-    about = {"weights": {"name": file.name, "sha256": sha256(file)}, "stories": told, "frames_per_prompt": frames}
-    return Watched(model, spoken, settings, embed_prompts, *sizes, "The toy world", about)
+    Use it to choose these settings for your model: defaults that suit one
+    model do not suit another. The command streams a story. At calls drawn at
+    random it compares every setting with dense attention over the whole
+    bank: the share of the attention that the chosen blocks hold, the error of
+    the output, and the time of the op on these tensors. Three other choices
+    stand beside them: frames chosen once for a chunk, as the released MemFlow
+    does, blocks at random, and an oracle. Ctrl-C keeps what has been measured.
 
+    Example, with a whole diffusers pipeline in the folder wan/:
 
-def real(
-    story: Path | None,
-    out: Path,
-    sources: Sources,
-    block_sizes: list[int] | None,
-    query_groups: list[int] | None,
-    options: dict[str, Any],
-) -> Watched:
-    """A real checkpoint. options: as for `cli_wan.prepare`."""
-    from memflow_ops.cli import generate
-    from memflow_ops.files import check_target
-    from memflow_ops.model.pipeline import settings as pipeline_settings
-    from memflow_ops.model.pipeline import verify
-    from memflow_ops.model.pipeline.sources import latent_size
-    from memflow_ops.model.selection_profile.profile import check_profile, first_full_chunk
-    from memflow_ops.model.stories.prompts import read_stories
-
-    check_target(out, ".json")
-    check_target(out.with_suffix(".png"), ".png")
-    story = story or verify.STORY
-    (told,) = read_stories(story, generate.any_prompt)[:1]
-    frames = options.get("frames_per_prompt", pipeline_settings.FRAMES_PER_PROMPT)
-    chunks = -(-len(told) * frames // pipeline_settings.WAN_SETTINGS.chunk_frames)
-    if "bank_frames" not in options:  # as large as is full for a quarter of the story
-        beyond = first_full_chunk(replace(pipeline_settings.WAN_SETTINGS, bank_frames=0))
-        options["bank_frames"] = max(
-            0, min(pipeline_settings.WAN_SETTINGS.bank_frames, chunks - chunks // 4 - 1 - beyond)
+      memflow profile-selection --checkpoint wan --text-encoder wan
+    """
+    settings = as_settings(bank_frames=bank_frames, top_k=top_k, steps=steps, height=height, width=width)
+    with one_line_errors():
+        _check_targets(out)
+        told = read_stories(story or STORY, any_prompt)[:1]
+        latent_height, latent_width = latent_size(None, height, width)
+        tokens = latent_height * latent_width // 4
+        total = len(chunk_prompts(told, frames_per_prompt, WAN_SETTINGS.chunk_frames))
+        if bank_frames is None:  # as large as is full for a quarter of the story
+            beyond = first_full_chunk(replace(WAN_SETTINGS, bank_frames=0))
+            settings["bank_frames"] = max(0, min(WAN_SETTINGS.bank_frames, total - total // 4 - 1 - beyond))
+        if "block_size" not in typed(context):
+            block_size = [size for size in block_size if size <= tokens] or [tokens]
+        sizes = _compared_sizes(block_size, query_group)
+        # Checked before the weights are read, which takes long.
+        check_profile(replace(WAN_SETTINGS, bank_frames=settings["bank_frames"]), total, tokens, *sizes)
+        sources = Sources(checkpoint, text_encoder, None, lora, lora_alpha, num_heads, dtype)
+        parts, ((plan,),) = load_stories(
+            told,
+            out.parent,
+            sources,
+            settings,
+            memories=("memflow",),
+            given=typed(context),
+            device=device,
+            seed=seed,
+            frames_per_prompt=frames_per_prompt,
+            history_frames=history_frames,
+            cuda_graphs=False,
         )
-    sizes = _sizes(block_sizes, query_groups, WAN_SIZES)
-    height, width = latent_size(None, options.get("height", 480), options.get("width", 832))
-    if block_sizes is None:
-        sizes = [size for size in sizes[0] if size <= height * width // 4] or [height * width // 4], sizes[1]
-    check_profile(
-        replace(pipeline_settings.WAN_SETTINGS, bank_frames=options["bank_frames"]), chunks, height * width // 4, *sizes
-    )  # before the weights are read
-    parts, ((plan,),) = generate.prepare(
-        story, out.parent, sources, memories=["memflow"], most=1, cuda_graphs=False, **options
-    )
-    about = {"sources": sources.described(), "stories": [plan.prompts], "frames_per_prompt": frames}
+        sampling = Sampling(chunks, calls, heads, queries, rounds, seed)
+    about = {
+        "command": "memflow profile-selection",
+        "sources": sources.described(),
+        "stories": [plan.prompts],
+        "frames_per_prompt": frames_per_prompt,
+    }
     spoken = [(prompt,) for prompt in plan.spoken]
-    return Watched(parts.model, spoken, plan.settings, parts.encode, *sizes, sources.checkpoint.name, about)
+    _profile(
+        ProfiledStream(parts.model, spoken, plan.settings, parts.encode, *sizes, checkpoint.name, about), out, sampling
+    )
 
 
-def profile(watched: Watched, out: Path, drawn: dict[str, int]) -> None:
-    """Streams behind a progress bar, writes after every measured chunk, prints the table."""
-    from rich.console import Console
-    from rich.progress import Progress
+def toy_profile_selection(
+    context: typer.Context,
+    story: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A file of stories as for `memflow toy generate`; its first story is streamed.",
+            show_default="held-out stories",
+        ),
+    ] = None,
+    out: ProfileOut = Path("out/selection.json"),
+    weights: ToyWeights = None,
+    block_size: BlockSizes = TOY_BLOCK_SIZES,
+    query_group: QueryGroups = TOY_QUERY_GROUPS,
+    chunks: Chunks = SAMPLING.chunks,
+    calls: Calls = SAMPLING.calls,
+    heads: Heads = SAMPLING.heads,
+    queries: Queries = SAMPLING.queries,
+    rounds: Rounds = SAMPLING.rounds,
+    seed: ProfileSeed = SAMPLING.seed,
+    stories: Annotated[
+        int,
+        typer.Option(help="How many held-out stories are streamed.", min=1, metavar="N", rich_help_panel=VIDEO),
+    ] = 2,
+    frames_per_prompt: FramesPerPrompt = held_out.FRAMES_PER_PROMPT,
+    steps: Steps = TOY_SETTINGS.steps,
+    bank_frames: BankFrames = TOY_SETTINGS.bank_frames,
+    top_k: TopK = TOY_SETTINGS.top_k,
+    device: Device = "auto",
+) -> None:
+    """Measure what top_k, block_size and query_group keep of the toy world's attention, and what they cost.
 
-    from memflow_ops.environment import environment
-    from memflow_ops.files import write_atomically
-    from memflow_ops.model.selection_profile import profile as selection_profile_profile
-    from memflow_ops.model.selection_profile import timing
-    from memflow_ops.model.selection_profile.figures import Sampling
-    from memflow_ops.model.selection_profile.plot import draw_profile
-    from memflow_ops.model.selection_profile.report import profile_json, profile_table
-    from memflow_ops.model.stories.interrupts import Interrupts
+    The same measurement as `memflow profile-selection`, which says more, but
+    without a checkpoint: it streams held-out stories, or one of your own.
 
-    settings, device = watched.settings, watched.model.patch_embedding.weight.device
-    with mistakes():
-        sampling = Sampling(**drawn)
-    about = {"command": "memflow profile-selection", **environment(device), **watched.about}
+    Examples:
+
+      memflow toy profile-selection
+      memflow toy profile-selection story.jsonl --bank-frames 8
+    """
+    with one_line_errors():
+        _check_targets(out)
+        if story and "stories" in typed(context):
+            raise ValueError("--stories would change nothing: the story is that of the file")
+        if story:
+            told = read_stories(story, parse_prompt)[:1]
+        else:
+            told = held_out.make_stories(stories, HELD_OUT_SEED)[STORY_LENGTH]
+        spoken = chunk_prompts(told, frames_per_prompt, TOY_SETTINGS.chunk_frames)
+        room = max(TOY_SETTINGS.device_frames, len(spoken), bank_frames + TOY_SETTINGS.window_frames)
+        settings = replace(TOY_SETTINGS, bank_frames=bank_frames, top_k=top_k, steps=steps, device_frames=room)
+        file = weights or TOY_WEIGHTS
+        model = load_model(file, pick_device(device))
+        sizes = _compared_sizes(block_size, query_group)
+        check_profile(settings, len(spoken), model.tokens(settings.height, settings.width), *sizes)
+        sampling = Sampling(chunks, calls, heads, queries, rounds, seed)
+    about = {
+        "command": "memflow toy profile-selection",
+        "weights": {"name": file.name, "sha256": sha256(file)},
+        "stories": told,
+        "frames_per_prompt": frames_per_prompt,
+    }
+    _profile(ProfiledStream(model, spoken, settings, embed_prompts, *sizes, "The toy world", about), out, sampling)
+
+
+def _check_targets(out: Path) -> None:
+    """Refuse a place that cannot be written to, before anything is loaded."""
+    check_target(out, ".json")
+    check_target(out.with_suffix(".png"), ".png")
+
+
+def _compared_sizes(block_sizes: Sequence[int], query_groups: Sequence[int]) -> tuple[list[int], list[int | None]]:
+    """Block sizes and query groups without repetitions; a query group of 0 becomes None, the whole chunk."""
+    return list(dict.fromkeys(block_sizes)), list(dict.fromkeys(group or None for group in query_groups))
+
+
+def _profile(profiled: ProfiledStream, out: Path, sampling: Sampling) -> None:
+    """SelectionProfile behind a progress bar, write after every measured chunk, and print the table."""
+    settings, device = profiled.settings, profiled.model.patch_embedding.weight.device
+    about = {"command": profiled.about["command"], **environment(device), **profiled.about}
     about |= {"settings": asdict(settings), "clock": timing.clock(device)}
-    measured: SelectionProfile | None = None
-    interrupted = False
-
-    def write() -> None:
-        assert measured is not None
-        said = profile_json(measured, about, sampling, interrupted=interrupted)
-        write_atomically(out, said.encode())
-
     with Interrupts() as interrupts:
-        with Progress(console=Console(stderr=True)) as bar:
-            task = bar.add_task("chunk", total=None)
-            report: Callable[[int, int], None] = lambda done, of: bar.update(task, completed=done, total=of)  # noqa: E731
-            try:
-                for measured in selection_profile_profile.profile_selection(  # noqa: B007 - it grows
-                    watched.model, watched.spoken, settings, block_sizes=watched.block_sizes,
-                    query_groups=watched.query_groups, sampling=sampling, seed=sampling.seed, encode=watched.encode,
-                    report=report, interrupts=interrupts,
-                ):  # fmt: skip
-                    write()
-            except KeyboardInterrupt:
-                interrupted = True
-        if measured is None:
-            fail("interrupted before the first chunk was measured; nothing was written", code=130)
+        measured, interrupted = _measure(profiled, sampling, interrupts, about, out)
         rows = measured.figures()
-        write()
         title = (
-            f"{watched.name}: {100 * measured.bank_mass:.0f} % of attention falls on a bank of {measured.frames} "
+            f"{profiled.name}: {100 * measured.bank_mass:.0f} % of attention falls on a bank of {measured.frames} "
             f"frames of {measured.frame_tokens} tokens, sink included (solid: as the op selects, dashed: the oracle)"
         )
+        from memflow_ops.model.selection_profile.plot import (
+            draw_profile,  # brings matplotlib, which no other command needs
+        )
+
         write_atomically(out.with_suffix(".png"), draw_profile(rows, measured.frame_tokens, title, settings))
     typer.echo(profile_table(rows, measured.frame_tokens))
-    typer.echo(said(measured, rows))
+    typer.echo(_conclusion(measured, rows))
     typer.echo(f"written to {out} and {out.with_suffix('.png').name}")
     if interrupted:
         fail(f"interrupted after {len(measured.chunks)} measured chunks; they are kept", code=130)
 
 
-def said(measured: SelectionProfile, rows: Sequence[Any]) -> str:
-    """What to take from it, in words."""
-    from memflow_ops.model.selection_profile.report import GOALS, cheapest, choices_of, describe_choice
+def _measure(
+    profiled: ProfiledStream, sampling: Sampling, interrupts: Interrupts, about: dict[str, Any], out: Path
+) -> tuple[SelectionProfile, bool]:
+    """Stream and measure, writing the results after every measured chunk. Gives them, and whether Ctrl-C came."""
+    measured: SelectionProfile | None = None
+    interrupted = False
 
+    def write(measured: SelectionProfile) -> None:
+        write_atomically(out, profile_json(measured, about, sampling, interrupted=interrupted).encode())
+
+    with Progress(console=Console(stderr=True)) as bar:
+        task = bar.add_task("chunk", total=None)
+
+        def report(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        growing = library.profile_selection(
+            profiled.model,
+            profiled.spoken,
+            profiled.settings,
+            block_sizes=profiled.block_sizes,
+            query_groups=profiled.query_groups,
+            sampling=sampling,
+            seed=sampling.seed,
+            encode=profiled.encode,
+            report=report,
+            interrupts=interrupts,
+        )
+        try:
+            for measured in growing:
+                write(measured)
+        except KeyboardInterrupt:
+            interrupted = True
+    if measured is None:
+        fail("interrupted before the first chunk was measured; nothing was written", code=130)
+    write(measured)
+    return measured, interrupted
+
+
+def _conclusion(measured: SelectionProfile, rows: Sequence[ChoiceFigures]) -> str:
+    """What to take from a profile, in words."""
     goal, reaches = list(GOALS.items())[-1]
     best = cheapest(rows, reaches)
     (choice,) = [c for c in choices_of(rows) if c == (best.blocks, best.block_size, best.query_group)]
@@ -189,15 +397,7 @@ def said(measured: SelectionProfile, rows: Sequence[Any]) -> str:
     return (
         f"{100 * measured.bank_mass:.0f} % of attention falls on the bank; without it the output is off by "
         f"{100 * alone:.0f} %. The {'quickest' if best.ratio else 'fewest keys'} for an {goal}: "
-        f"{describe_choice(choice, measured.frame_tokens)}, top_k {best.top_k}, with {100 * best.captured:.0f} % of "
-        f"the bank's mass in {100 * best.share:.0f} % of its keys{time}. Measured on {measured.calls} calls of "
-        f"attention in {len(measured.chunks)} chunks."
+        f"{describe_choice(choice, measured.frame_tokens)}, top_k {best.top_k}, with {100 * best.captured:.0f} % of the "
+        f"bank's mass in {100 * best.share:.0f} % of its keys{time}. Measured on {measured.calls} calls of attention "
+        f"in {len(measured.chunks)} chunks."
     )
-
-
-def _sizes(
-    block_sizes: list[int] | None, query_groups: list[int] | None, defaults: tuple[Sequence[int], Sequence[int]]
-) -> tuple[list[int], list[int | None]]:
-    """Without repetitions; a query group of 0 is the whole chunk."""
-    groups = [group or None for group in query_groups or defaults[1]]
-    return list(dict.fromkeys(block_sizes or defaults[0])), list(dict.fromkeys(groups))

@@ -1,90 +1,74 @@
-"""What commands share: stories behind a progress bar, and errors that are one line on stderr."""
+"""The progress bar behind which commands stream stories."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any, NoReturn, Protocol, TypeVar
+from typing import TypeVar
 
 import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-
-class StoryPlan(Protocol):
-    """A story that is to be streamed."""
-
-    @property
-    def folder(self) -> Any: ...
-    @property
-    def spoken(self) -> list[str]: ...
-
-
-class StoryRun(Protocol):
-    """A story as far as it has been streamed."""
-
-    @property
-    def chunks(self) -> Sequence[Any]: ...
-    @property
-    def interrupted(self) -> bool: ...
-
+from memflow_ops.cli.errors import fail
+from memflow_ops.model.stories.run import StoryPlan, StoryRun
 
 PlanType = TypeVar("PlanType", bound=StoryPlan)
 RunType = TypeVar("RunType", bound=StoryRun)
-
-
-@contextmanager
-def mistakes(code: int = 2) -> Iterator[None]:
-    """What the user can mend becomes one line and an exit code."""
-    try:
-        yield
-    except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
-        fail(str(error), code=code)
-
-
-def fail(message: str, code: int) -> NoReturn:
-    """One line on stderr, and the end."""
-    typer.echo(f"memflow: {' '.join(message.split())}", err=True)
-    raise typer.Exit(code)
 
 
 def run_stories(
     streams: Sequence[Sequence[PlanType]],
     generate: Callable[[Sequence[PlanType], Callable[[RunType], None]], Sequence[RunType]],
     speed: Callable[[RunType], str],
-    made: Callable[[RunType], str],
+    written: Callable[[RunType], str],
 ) -> Iterator[Sequence[RunType]]:
-    """Makes one stream of stories after another behind a progress bar; yields each when its files are written.
+    """Generate one stream of stories after another behind a progress bar. Yield each when its files are written.
 
-    generate: streams plans together and calls back after every chunk. speed, made: words for the bar and for what was
-    written.
+    streams: the plans of the stories that are streamed together, for every stream. generate: streams such plans and
+    calls back after every chunk. speed: the words that the bar shows beside the time that is left. written: the words
+    that say which files a run has left, printed where a stream is interrupted.
     """
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    text, fast = TextColumn("{task.description}", markup=False), TextColumn("{task.fields[speed]}")
-    columns = (text, TextColumn("chunk"), MofNCompleteColumn(), BarColumn(bar_width=24), fast, TimeRemainingColumn())
     stories = sum(map(len, streams))
     for plans in streams:
-        spoken = plans[0].spoken
-        with Progress(*columns, console=Console(stderr=True)) as bar:
-            more = f" and {len(plans) - 1} more" if len(plans) > 1 else ""
-            which = f"{plans[0].folder.name}{more}: " if stories > 1 else ""
-            task = bar.add_task(which + spoken[0], total=len(spoken), speed="")
-
-            def report(run: RunType) -> None:
-                done = len(run.chunks)
-                prompt = spoken[min(done, len(spoken) - 1)]  # noqa: B023
-                bar.update(task, completed=done, description=which + prompt, speed=speed(run))  # noqa: B023
-
-            try:
-                runs = generate(plans, report)
-            except OSError as error:
-                folders = " and ".join(str(plan.folder) for plan in plans)
-                fail(f"{error}; what was made is in {folders}", code=1)
-        done = len(runs[0].chunks)
+        runs = _run_stream(plans, generate, speed, several=stories > 1)
+        done, chunks = len(runs[0].chunks), len(plans[0].spoken)
         if runs[0].interrupted and not done:
             fail("interrupted before the first chunk was made; nothing was written", code=130)
         if runs[0].interrupted:
             for run in runs:
-                typer.echo(made(run))
-            fail(f"interrupted after chunk {done} of {len(spoken)}; what was made is kept", code=130)
+                typer.echo(written(run))
+            fail(f"interrupted after chunk {done} of {chunks}; what was made is kept", code=130)
         yield runs
+
+
+def _run_stream(
+    plans: Sequence[PlanType],
+    generate: Callable[[Sequence[PlanType], Callable[[RunType], None]], Sequence[RunType]],
+    speed: Callable[[RunType], str],
+    several: bool,
+) -> Sequence[RunType]:
+    """Generate one stream. several: the command has more than one story, so the bar names the folder."""
+    spoken = plans[0].spoken
+    more = f" and {len(plans) - 1} more" if len(plans) > 1 else ""
+    which = f"{plans[0].folder.name}{more}: " if several else ""
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        TextColumn("chunk"),
+        MofNCompleteColumn(),
+        BarColumn(bar_width=24),
+        TextColumn("{task.fields[speed]}"),
+        TimeRemainingColumn(),
+    )
+    with Progress(*columns, console=Console(stderr=True)) as bar:
+        task = bar.add_task(which + spoken[0], total=len(spoken), speed="")
+
+        def report(run: RunType) -> None:
+            done = len(run.chunks)
+            prompt = spoken[min(done, len(spoken) - 1)]
+            bar.update(task, completed=done, description=which + prompt, speed=speed(run))
+
+        try:
+            return generate(plans, report)
+        except OSError as error:
+            folders = " and ".join(str(plan.folder) for plan in plans)
+            fail(f"{error}; what was made is in {folders}", code=1)

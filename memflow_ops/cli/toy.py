@@ -1,73 +1,349 @@
-"""What the commands of the toy world do, and the words they choose."""
+"""`memflow toy demo`, `generate`, `train` and `evaluate`: the toy world, which runs on a laptop's CPU."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import typer
+from rich.console import Console
+from rich.progress import Progress
 
-from memflow_ops.cli.progress import mistakes, run_stories
+from memflow_ops.cli.errors import one_line_errors
+from memflow_ops.cli.options import (
+    MEMORY,
+    BankFrames,
+    Device,
+    FramesPerPrompt,
+    Out,
+    QueryGroup,
+    Recache,
+    Seed,
+    Steps,
+    Story,
+    TopK,
+    ToyWeights,
+    as_settings,
+    check_used,
+    typed,
+)
+from memflow_ops.cli.progress import run_stories
+from memflow_ops.environment import pick_device
+from memflow_ops.files import check_target
+from memflow_ops.model.stories.interrupts import Interrupts
+from memflow_ops.model.stories.prompts import read_stories
+from memflow_ops.model.streaming.settings import MemoryMode
+from memflow_ops.model.toy import train as training
+from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
+from memflow_ops.model.toy.evaluation import evaluate as evaluation
+from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming
+from memflow_ops.model.toy.evaluation.held_out import FRAMES_PER_PROMPT, JUDGED_SEED
+from memflow_ops.model.toy.evaluation.kinds import MEMORY_KINDS
+from memflow_ops.model.toy.evaluation.report import default_results, evaluation_table, write_evaluation
+from memflow_ops.model.toy.generate import DEMO_STORY, make_toy_plans, stream_toy_story
+from memflow_ops.model.toy.language import parse_prompt
+from memflow_ops.model.toy.returns import colour_name
+from memflow_ops.model.toy.runs import ToyPlan, ToyRun
+from memflow_ops.model.toy.settings import TOY_SETTINGS
+from memflow_ops.model.wan.transformer import CausalVideoModel
 
-if TYPE_CHECKING:
-    from memflow_ops.model.toy.runs import ToyPlan, ToyRun
-    from memflow_ops.model.wan.transformer import CausalVideoModel
 
+def demo(
+    out: Out = Path("out/demo"),
+    seed: Seed = 0,
+    steps: Steps = TOY_SETTINGS.steps,
+    weights: ToyWeights = None,
+    device: Device = "auto",
+) -> None:
+    """Stream a story in which a character leaves and returns, and say whether it came back the same.
 
-def prepare(
-    story: Path,
-    out: Path,
-    *,
-    seed: int = 0,
-    frames_per_prompt: int = 12,
-    device: str = "auto",
-    weights: Path | None = None,
-    baseline: bool | None = None,
-    **settings: Any,
-) -> tuple[CausalVideoModel, list[ToyPlan]]:
-    """Checks everything that can be wrong, before anything is generated or written; folders come last.
+    The story comes with the package and takes a minute or two on a laptop.
+    It is streamed with memory and without, so that you see the difference.
 
-    baseline: None where nobody asked for it; then the story is streamed without memory too, if it has one. settings:
-    what differs from `TOY_SETTINGS`.
+    Example:
+
+      memflow toy demo --out out/demo
     """
-    from memflow_ops.cli.options import check_used
-    from memflow_ops.environment import pick_device
-    from memflow_ops.model.stories.prompts import read_stories
-    from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
-    from memflow_ops.model.toy.generate import make_toy_plans
-    from memflow_ops.model.toy.language import parse_prompt
-    from memflow_ops.model.toy.settings import TOY_SETTINGS
+    with one_line_errors():
+        stories = read_stories(DEMO_STORY, parse_prompt)
+        model, plans = _prepare(stories, out, {"steps": steps}, weights=weights, device=device, seed=seed)
+    for run in _stream(model, plans):
+        typer.echo(f"The story: {', then '.join(run.plan.prompts)}.\n")
+        for there in run.returns():
+            typer.echo(_returned(there) + "\n")
+        typer.echo(_cost(run) + "\n")
+        typer.echo(_written(run))
 
-    stories = read_stories(story, parse_prompt)
-    bank_frames = settings.get("bank_frames", TOY_SETTINGS.bank_frames)
-    room = max(TOY_SETTINGS.device_frames, bank_frames + TOY_SETTINGS.window_frames)
-    chosen = replace(TOY_SETTINGS, **settings, device_frames=room)
-    check_used({**settings, **({"baseline": True} if baseline else {})}, [chosen.memory])
+
+def generate(
+    context: typer.Context,
+    story: Story,
+    out: Out,
+    weights: ToyWeights = None,
+    seed: Seed = 0,
+    frames_per_prompt: FramesPerPrompt = FRAMES_PER_PROMPT,
+    steps: Steps = TOY_SETTINGS.steps,
+    memory: Annotated[
+        MemoryMode,
+        typer.Option(
+            help="What a chunk sees of the past. none: the local window alone. sink: the first frames too. full: every "
+            "past frame. memflow: what each query group selects of the first and the retrieved frames. released: the "
+            "memory of MemFlow's authors.",
+            metavar="KIND",
+            rich_help_panel=MEMORY,
+        ),
+    ] = TOY_SETTINGS.memory,
+    bank_frames: BankFrames = TOY_SETTINGS.bank_frames,
+    top_k: TopK = TOY_SETTINGS.top_k,
+    query_group: QueryGroup = TOY_SETTINGS.query_group or 0,
+    recache: Recache = TOY_SETTINGS.recache,
+    baseline: Annotated[
+        bool,
+        typer.Option(
+            "--baseline/--no-baseline",
+            help="Stream the story without memory too, chunk by chunk in turn, to measure what memory costs. This "
+            "doubles the time.",
+            rich_help_panel=MEMORY,
+        ),
+    ] = True,
+    device: Device = "auto",
+) -> None:
+    """Generate a video of every story in a file, in the toy world.
+
+    A prompt says who is where: a ball, a box, a star, a ring, two of them,
+    or nobody (empty); in a meadow, a desert, at sea or at night.
+
+    Writes video.mp4, timeline.png (what each chunk remembered), frames.npz
+    (the frames as numbers) and run.json (settings, times, what was
+    retrieved). One story goes straight into DIR; several go into
+    DIR/story-000, DIR/story-001, ... with the seeds SEED, SEED + 1, ...
+
+    The video grows as video.part.mp4; files of an earlier run are replaced
+    when the new ones are complete. Ctrl-C keeps what has been generated.
+
+    Examples:
+
+      memflow toy generate story.jsonl --out out/story
+      memflow toy generate story.jsonl --out out/sink --memory sink
+    """
+    given = typed(context) - (set() if baseline else {"baseline"})
+    settings = as_settings(
+        memory=memory, bank_frames=bank_frames, top_k=top_k, query_group=query_group, steps=steps, recache=recache
+    )
+    with one_line_errors():
+        stories = read_stories(story, parse_prompt)
+        check_used(given, [memory])
+        model, plans = _prepare(
+            stories,
+            out,
+            settings,
+            weights=weights,
+            device=device,
+            seed=seed,
+            frames_per_prompt=frames_per_prompt,
+            baseline=baseline,
+        )
+    for run in _stream(model, plans):
+        typer.echo(_written(run))
+        if cost := _cost(run):
+            typer.echo(cost)
+
+
+def train(
+    context: typer.Context,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The .safetensors file to write.",
+            metavar="FILE",
+            show_default="the package's own weights; out/toy.safetensors with --seed or --steps",
+        ),
+    ] = None,
+    seed: Annotated[
+        int,
+        typer.Option(help=f"The seed of everything random, below {training.HELD_OUT_SEED}.", min=0, metavar="N"),
+    ] = 0,
+    steps: Annotated[
+        int, typer.Option(help="Training steps in all; fewer shorten every stage of the schedule.", min=1, metavar="N")
+    ] = training.TOTAL_STEPS,
+    threads: Annotated[int, typer.Option(help="CPU threads.", min=1, metavar="N")] = 2,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew, even where an unfinished run could be continued.")
+    ] = False,
+    device: Device = "cpu",
+) -> None:
+    """Train the toy world's model from scratch.
+
+    The state of an unfinished run is saved every minute. After Ctrl-C or a
+    kill, the same command continues where it was.
+
+    Examples:
+
+      memflow toy train
+      memflow toy train --steps 50 --out out/short.safetensors
+    """
+    # Only the whole of their training replaces the weights that come with the package.
+    target = out or (Path("out") / TOY_WEIGHTS.name if typed(context) & {"seed", "steps"} else TOY_WEIGHTS)
+    with one_line_errors():
+        check_target(target, ".safetensors")  # before the training, which takes long
+        training.train(
+            target, seed=seed, steps=steps, threads=threads, device=str(pick_device(device)), restart=restart
+        )
+
+
+def evaluate(
+    context: typer.Context,
+    weights: ToyWeights = None,
+    stories: Annotated[int, typer.Option(help="How many held-out stories of each length.", min=1, metavar="N")] = 8,
+    seed: Annotated[
+        int,
+        typer.Option(
+            help=f"The seed of the stories and their noise; stories are held out from {training.HELD_OUT_SEED} on.",
+            min=0,
+            metavar="N",
+        ),
+    ] = JUDGED_SEED,
+    memory: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A kind of memory, such as none, memflow or 'random frames'. May be repeated.",
+            metavar="KIND",
+            show_default="all",
+            autocompletion=lambda: list(MEMORY_KINDS),
+        ),
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option(help="How many memory blocks each query group attends to.", min=1, metavar="N")
+    ] = TOY_SETTINGS.top_k,
+    steps: Annotated[int, typer.Option(help="Denoising steps per chunk.", min=1, metavar="N")] = TOY_SETTINGS.steps,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The .json file to write; a picture goes beside it.",
+            metavar="FILE",
+            show_default="bench/results/toy-cpu.json, or out/evaluate.json with any other option",
+        ),
+    ] = None,
+) -> None:
+    """Measure how often characters come back the same, with every kind of memory.
+
+    Streams held-out stories in which characters leave and return, and judges
+    from the pixels alone. Prints a table, and writes it as JSON with a
+    picture. Ctrl-C ends early and keeps the kinds that are finished.
+
+    Examples:
+
+      memflow toy evaluate
+      memflow toy evaluate --stories 2 --memory none --memory memflow
+    """
+    given = typed(context)
+    kinds = list(dict.fromkeys(memory or MEMORY_KINDS))
+    used = weights or TOY_WEIGHTS
+    so_far = out or Path("out") / "evaluate.json"
+    # Only the whole evaluation replaces the results that the repository states.
+    target = so_far if given else default_results() or so_far
+    with one_line_errors():
+        settings = replace(TOY_SETTINGS, top_k=top_k, steps=steps)
+        model = load_model(used, pick_device("cpu"))
+        evaluation.check_evaluation(kinds, stories, seed, top_k if "top_k" in given else None)
+        for path in (so_far, target):  # before the evaluation, which takes long
+            check_target(path, ".json")
+            check_target(path.with_suffix(".png"), ".png")
+    if seed < training.HELD_OUT_SEED:
+        words = f"seeds below {training.HELD_OUT_SEED} are for training and tuning: these stories are not held out"
+        typer.echo(words, err=True)
+    rows: list[KindFigures] = []
+    timings: dict[str, KindTiming] = {}
+
+    def write(path: Path) -> None:
+        write_evaluation(rows, timings, settings, seed=seed, stories=stories, weights=used, out=path)
+
+    try:
+        with Interrupts() as interrupts, Progress(console=Console(stderr=True)) as bar:
+            judged = evaluation.evaluate_kinds(
+                model, stories=stories, kinds=kinds, seed=seed, settings=settings, report=_kind_bars(bar, kinds)
+            )
+            for row in _interruptible(judged, interrupts):
+                rows.append(row)
+                write(so_far)
+                if not bar.console.is_terminal:
+                    share = f"{100 * row.hue.value:.0f} % of {row.hue.count} returns"
+                    bar.console.print(f"{row.memory}: same hue in {share}")
+            bar.add_task("timing", total=None)
+            with interrupts.allowed():
+                timings.update(evaluation.time_kinds(model, kinds, settings, seed))
+    except KeyboardInterrupt:
+        typer.echo(f"stopped; what was judged is in {so_far}" if rows else "stopped; nothing was judged yet", err=True)
+        if rows:
+            typer.echo(evaluation_table(rows, timings))
+        raise
+    write(target)
+    typer.echo(evaluation_table(rows, timings))
+    typer.echo(f"written to {target} and {target.with_suffix('.png').name}")
+
+
+def _kind_bars(bar: Progress, kinds: Sequence[str]) -> Callable[[str, int, int], None]:
+    """A progress bar for each kind of memory. Gives what moves one on: a function of name, chunks done and chunks."""
+    tasks = {name: bar.add_task(name, total=None, start=False) for name in kinds}
+
+    def report(name: str, done: int, total: int) -> None:
+        if done == 1:
+            bar.start_task(tasks[name])
+        bar.update(tasks[name], completed=done, total=total)
+
+    return report
+
+
+def _interruptible(rows: Iterator[KindFigures], interrupts: Interrupts) -> Iterator[KindFigures]:
+    """The rows, with Ctrl-C let through while the next one is being computed, and held back while it is written."""
+    while True:
+        with interrupts.allowed():
+            row = next(rows, None)
+        if row is None:
+            return
+        yield row
+
+
+def _prepare(
+    stories: Sequence[Sequence[str]],
+    out: Path,
+    changes: Mapping[str, Any],
+    *,
+    weights: Path | None,
+    device: str,
+    **planning: Any,
+) -> tuple[CausalVideoModel, list[ToyPlan]]:
+    """Load the model and plan every story, so that what cannot work is refused before anything is written.
+
+    changes: what differs from `TOY_SETTINGS`. planning: arguments of `make_toy_plans`.
+    """
+    bank_frames = changes.get("bank_frames", TOY_SETTINGS.bank_frames)
+    least = bank_frames + TOY_SETTINGS.window_frames
+    settings = replace(TOY_SETTINGS, **changes, device_frames=max(TOY_SETTINGS.device_frames, least))
     model = load_model(weights or TOY_WEIGHTS, pick_device(device))
     name = str(weights) if weights else f"memflow_ops/model/weights/{TOY_WEIGHTS.name}"
-    measured = baseline is not False
-    plans = make_toy_plans(
-        stories, out, chosen, seed=seed, frames_per_prompt=frames_per_prompt, baseline=measured, weights=name
-    )
-    return model, plans
+    return model, make_toy_plans(stories, out, settings, weights=name, **planning)
 
 
-def stream_stories(model: CausalVideoModel, plans: Sequence[ToyPlan]) -> Iterator[ToyRun]:
-    """Makes one story after another; yields each when its files are written."""
-    from memflow_ops.model.toy.generate import stream_toy_story
+def _stream(model: CausalVideoModel, plans: Sequence[ToyPlan]) -> Iterator[ToyRun]:
+    """Generate one story after another. Yield each when its files are written."""
 
-    def speed(run: ToyRun) -> str:
-        # With memory; the baseline's share of the time is not counted.
-        return f"{sum(map(len, run.frames)) / sum(chunk.seconds for chunk in run.chunks):.1f} frames/s"
+    def stream(plans: Sequence[ToyPlan], report: Callable[[ToyRun], None]) -> list[ToyRun]:
+        return [stream_toy_story(model, plan, report) for plan in plans]
 
-    streams = [[plan] for plan in plans]
-    for (run,) in run_stories(streams, lambda plans, report: [stream_toy_story(model, plans[0], report)], speed, made):
+    for (run,) in run_stories([[plan] for plan in plans], stream, _speed, _written):
         yield run
 
 
-def made(run: ToyRun) -> str:
+def _speed(run: ToyRun) -> str:
+    """The speed with memory; the time of the baseline does not count."""
+    return f"{sum(map(len, run.frames)) / sum(chunk.seconds for chunk in run.chunks):.1f} frames/s"
+
+
+def _written(run: ToyRun) -> str:
+    """The files that a run has left, in words."""
     frames = sum(map(len, run.frames))
     return (
         f"Files in {run.plan.folder}:\n"
@@ -78,34 +354,34 @@ def made(run: ToyRun) -> str:
     )
 
 
-def cost(run: ToyRun) -> str:
-    paid: dict[str, Any] | None = run.overhead()
-    if paid is None:
+def _cost(run: ToyRun) -> str:
+    """What memory has cost, in words; empty where it was not measured."""
+    measured: dict[str, Any] | None = run.overhead()
+    if measured is None:
         return ""
     return (
-        f"Memory took {100 * (paid['ratio'] - 1):+.0f} % time per chunk against no memory: "
-        f"{paid['seconds_per_chunk']:.2f} s against {paid['baseline_seconds_per_chunk']:.2f} s "
-        f"(median of {paid['chunks_compared']} chunks made in turn; for 20 to 80 % of them it lay between "
-        f"{100 * (paid['ratio_p20'] - 1):+.0f} % and {100 * (paid['ratio_p80'] - 1):+.0f} %)."
+        f"Memory took {100 * (measured['ratio'] - 1):+.0f} % time per chunk against no memory: "
+        f"{measured['seconds_per_chunk']:.2f} s against {measured['baseline_seconds_per_chunk']:.2f} s "
+        f"(median of {measured['chunks_compared']} chunks made in turn; for 20 to 80 % of them it lay between "
+        f"{100 * (measured['ratio_p20'] - 1):+.0f} % and {100 * (measured['ratio_p80'] - 1):+.0f} %)."
     )
 
 
-def returned(there: dict[str, Any]) -> str:
-    """A return in plain words, with memory and without."""
+def _returned(there: Mapping[str, Any]) -> str:
+    """A return in plain words, with memory and without. there: an entry of `ToyRun.returns`."""
     character = there["character"]
-    words = [
+    lines = [
         f"The {character} leaves after frame {there['last_seen']} and returns at frame {there['back']}. "
         f"Judged from the pixels, hues within 30 degrees and equal patterns counting as the same:"
     ]
     for name, seen in (("With memory", there["with_memory"]), ("Without memory", there["without_memory"])):
         if seen is not None:
-            words.append(f"  {name + ':':<16}{colours(seen, character)}")
-    return "\n".join(words)
+            lines.append(f"  {name + ':':<16}{looks(seen, character)}")
+    return "\n".join(lines)
 
 
-def colours(seen: dict[str, Any], character: str) -> str:
-    from memflow_ops.model.toy.returns import colour_name
-
+def looks(seen: Mapping[str, Any], character: str) -> str:
+    """How a character looked before it left and after it came back, in words. seen: a `Judgement` as a dict."""
     before, after = seen["hue_before"], seen["hue_after"]
     if before is None or after is None:
         when = "when it should have left" if before is None else "when it should have returned"
@@ -115,85 +391,3 @@ def colours(seen: dict[str, Any], character: str) -> str:
         f"it came back {verdict}: {colour_name(before)} {seen['pattern_before']}, hue {before:.0f} degrees, when it "
         f"left, {colour_name(after)} {seen['pattern_after']}, hue {after:.0f}, on return."
     )
-
-
-def evaluate(
-    weights: Path | None,
-    stories: int,
-    seed: int,
-    memory: list[str] | None,
-    top_k: int | None,
-    steps: int | None,
-    out: Path | None,
-) -> None:
-    """Judges the toy weights behind progress bars, prints the table and writes it to a file."""
-    from rich.console import Console
-    from rich.progress import Progress
-
-    from memflow_ops.environment import pick_device
-    from memflow_ops.files import check_target
-    from memflow_ops.model.stories.interrupts import Interrupts
-    from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
-    from memflow_ops.model.toy.evaluation import evaluate as evaluation_evaluate
-    from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming
-    from memflow_ops.model.toy.evaluation.held_out import JUDGED_SEED
-    from memflow_ops.model.toy.evaluation.kinds import MEMORY_KINDS
-    from memflow_ops.model.toy.evaluation.report import default_results, evaluation_table, write_evaluation
-    from memflow_ops.model.toy.settings import TOY_SETTINGS
-    from memflow_ops.model.toy.train import HELD_OUT_SEED
-
-    kinds = list(dict.fromkeys(memory or MEMORY_KINDS))
-    used = weights or TOY_WEIGHTS
-    trial = memory or top_k or steps or weights or stories != 8 or seed != JUDGED_SEED
-    so_far = out or Path("out") / "evaluate.json"
-    # What the repository states is only replaced by the whole of it.
-    target = so_far if out or trial else default_results() or so_far
-    with mistakes():
-        settings = replace(TOY_SETTINGS, top_k=top_k or TOY_SETTINGS.top_k, steps=steps or TOY_SETTINGS.steps)
-        model = load_model(used, pick_device("cpu"))
-        evaluation_evaluate.check_evaluation(kinds, stories, seed, top_k)
-        for path in (so_far, target):  # rather now than after the evaluation
-            check_target(path, ".json")
-            check_target(path.with_suffix(".png"), ".png")
-    if seed < HELD_OUT_SEED:
-        typer.echo(f"seeds below {HELD_OUT_SEED} are for training and tuning: these stories are not held out", err=True)
-    rows: list[KindFigures] = []
-    timings: dict[str, KindTiming] = {}
-
-    def write(path: Path) -> None:
-        write_evaluation(rows, timings, settings, seed=seed, stories=stories, weights=used, out=path)
-
-    with Interrupts() as interrupts, Progress(console=Console(stderr=True)) as bar:
-        tasks = {name: bar.add_task(name, total=None, start=False) for name in kinds}
-
-        def report(name: str, done: int, total: int) -> None:
-            if done == 1:
-                bar.start_task(tasks[name])
-            bar.update(tasks[name], completed=done, total=total)
-
-        judged = evaluation_evaluate.evaluate_kinds(
-            model, stories=stories, kinds=kinds, seed=seed, settings=settings, report=report
-        )
-        try:
-            while True:
-                with interrupts.allowed():
-                    row = next(judged, None)
-                if row is None:
-                    break
-                rows.append(row)
-                write(so_far)
-                if not bar.console.is_terminal:
-                    bar.console.print(
-                        f"{row.memory}: same hue in {100 * row.hue.value:.0f} % of {row.hue.count} returns"
-                    )
-            bar.add_task("timing", total=None)
-            with interrupts.allowed():
-                timings.update(evaluation_evaluate.time_kinds(model, kinds, settings, seed))
-        except KeyboardInterrupt:
-            bar.console.print(f"stopped; what was judged is in {so_far}" if rows else "stopped; nothing was judged yet")
-            if rows:
-                typer.echo(evaluation_table(rows, timings))
-            raise
-    write(target)
-    typer.echo(evaluation_table(rows, timings))
-    typer.echo(f"written to {target} and {target.with_suffix('.png').name}")

@@ -12,8 +12,13 @@ from memflow_ops.model.stories.video import VideoWriter
 
 
 class StoryPlan(Protocol):
+    """A story that is to be streamed."""
+
     @property
     def folder(self) -> Path: ...
+    @property
+    def spoken(self) -> Sequence[str]:
+        """The prompt of every chunk."""
 
 
 class StoryRun(Protocol):

@@ -1,15 +1,14 @@
-"""`memflow profile-selection` in the toy world."""
+"""`memflow toy profile-selection` world."""
 
 import inspect
 import json
-import sys
 
 import pytest
 
 from memflow_ops.cli import main, profile
 from memflow_ops.files import sha256
 from memflow_ops.model.selection_profile import profile as selection_profile_profile
-from memflow_ops.model.selection_profile.figures import Sampling
+from memflow_ops.model.selection_profile.rows import Sampling
 
 QUICK = (
     "--steps",
@@ -46,9 +45,9 @@ def story(tmp_path):
 def test_a_story_is_profiled(tmp_path, weights, story, capfd):
     out = tmp_path / "deep" / "selection.json"
     options = ("--bank-frames", 2, "--frames-per-prompt", 6, "--seed", 3, "--weights", weights)
-    assert memflow("profile-selection", story, "--out", out, *QUICK, *options) == 0
+    assert memflow("toy", "profile-selection", story, "--out", out, *QUICK, *options) == 0
     said = json.loads(out.read_text())
-    assert said["command"] == "memflow profile-selection" and not said["interrupted"] and said["torch"]
+    assert said["command"] == "memflow toy profile-selection" and not said["interrupted"] and said["torch"]
     assert said["stories"] == [PROMPTS] and said["weights"] == {"name": weights.name, "sha256": sha256(weights)}
     assert said["clock"] in ("wall time", "CPU time of the thread")
     assert said["settings"]["bank_frames"] == 2 and said["settings"]["steps"] == 1
@@ -68,7 +67,10 @@ def test_a_story_is_profiled(tmp_path, weights, story, capfd):
 def test_held_out_stories_are_the_default(tmp_path, weights, capfd, monkeypatch):
     monkeypatch.setattr(profile, "STORY_LENGTH", 0)
     out = tmp_path / "selection.json"
-    assert memflow("profile-selection", "--out", out, *QUICK, "--weights", weights, "--stories", 3, "--rounds", 0) == 0
+    assert (
+        memflow("toy", "profile-selection", "--out", out, *QUICK, "--weights", weights, "--stories", 3, "--rounds", 0)
+        == 0
+    )
     said = json.loads(out.read_text())
     assert [len(story) for story in said["stories"]] == [6, 6, 6]
     assert "fewest keys" in capfd.readouterr().out
@@ -86,7 +88,7 @@ def test_ctrl_c_keeps_what_was_measured(tmp_path, weights, story, capfd, monkeyp
 
     monkeypatch.setattr(selection_profile_profile, "Streamer", Interrupted)
     out = tmp_path / "selection.json"
-    assert memflow("profile-selection", story, "--out", out, *QUICK, "--chunks", 99, "--weights", weights) == 130
+    assert memflow("toy", "profile-selection", story, "--out", out, *QUICK, "--chunks", 99, "--weights", weights) == 130
     printed = capfd.readouterr()
     if measured:
         said = json.loads(out.read_text())
@@ -104,11 +106,11 @@ def test_what_was_measured_is_on_disk_before_the_end(tmp_path, weights, story, m
         yield next(whole(*arguments, **options))
         raise RuntimeError("out of everything")
 
-    whole = selection_profile_profile.profile_selection
-    monkeypatch.setattr(selection_profile_profile, "profile_selection", broken)
+    whole = selection_profile_profile.profile
+    monkeypatch.setattr(profile, "profile", broken)
     out = tmp_path / "selection.json"
     with pytest.raises(RuntimeError):
-        main([str(w) for w in ("profile-selection", story, "--out", out, *QUICK, "--weights", weights)])
+        main([str(w) for w in ("toy", "profile-selection", story, "--out", out, *QUICK, "--weights", weights)])
     assert len(json.loads(out.read_text())["chunks_measured"]) == 1
 
 
@@ -117,12 +119,7 @@ BAD = {
     "no block": (("--block-size", 0), "block_size must be a positive number, got 0"),
     "bank": (("--bank-frames", 40), "a bank of 40 frames is full in chunk 42, but the story ends after chunk 15"),
     "target": (("--out", "selection.txt"), ".json"),
-    "real option": (("--text-encoder", "/there"), "--text-encoder need a --checkpoint"),
-    "toy option": (
-        ("--checkpoint", "/there", "--text-encoder", "/there", "--stories", 2),
-        "--stories belong to the toy",
-    ),
-    "encoder": (("--checkpoint", "/there"), "also needs --text-encoder"),
+    "real option": (("--text-encoder", "/there"), "No such option: --text-encoder"),
     "weights": (("--weights", "/no/such/file"), "/no/such/file"),
 }
 
@@ -130,13 +127,17 @@ BAD = {
 @pytest.mark.parametrize("options, expected", BAD.values(), ids=BAD.keys())
 def test_bad_options_are_refused_before_anything_is_written(tmp_path, story, capfd, options, expected):
     out = tmp_path / "out"
-    assert memflow("profile-selection", story, "--out", out / "selection.json", *QUICK, *options) == 2
+    assert memflow("toy", "profile-selection", story, "--out", out / "selection.json", *QUICK, *options) == 2
     said = capfd.readouterr().err
     assert expected in said and said.count("\n") == 1 and said.startswith("memflow: ")
     assert not out.exists()
 
 
-@pytest.mark.parametrize("more", [(), ("--checkpoint", "/there", "--text-encoder", "/there")], ids=["toy", "real"])
+@pytest.mark.parametrize(
+    "command",
+    [("toy", "profile-selection"), ("profile-selection", "--checkpoint", "/there", "--text-encoder", "/there")],
+    ids=["toy", "real"],
+)
 @pytest.mark.parametrize(
     "out, expected",
     [
@@ -147,21 +148,19 @@ def test_bad_options_are_refused_before_anything_is_written(tmp_path, story, cap
     ],
 )
 def test_places_that_cannot_be_written_to_are_named_before_anything_is_loaded(
-    tmp_path, story, capfd, monkeypatch, more, out, expected
+    tmp_path, story, capfd, monkeypatch, command, out, expected
 ):
-    monkeypatch.setattr("memflow_ops.model.toy.checkpoint.load_model", None)
-    monkeypatch.setattr("memflow_ops.model.stories.prompts.read_stories", None)
+    monkeypatch.setattr(profile, "load_model", None)
+    monkeypatch.setattr(profile, "read_stories", None)
     (tmp_path / "p.png").mkdir()
-    assert memflow("profile-selection", story, "--out", tmp_path / out, *QUICK, *more) == 2
+    assert memflow(*command, story, "--out", tmp_path / out, *QUICK) == 2
     said = capfd.readouterr().err
     assert expected in said and said.count("\n") == 1 and said.startswith("memflow: ")
     assert {path.name for path in tmp_path.iterdir()} == {"story.jsonl", "p.png"}
 
 
 def test_defaults_are_those_of_the_library():
-    parameters = inspect.signature(sys.modules["memflow_ops.cli.main"].profile_selection).parameters
     defaults = vars(Sampling())
-    assert {name: parameters[name].default for name in defaults} == defaults
-    helps = str(parameters["block_size"].annotation) + str(parameters["query_group"].annotation)
-    for sizes in (*profile.TOY_SIZES, *profile.WAN_SIZES):
-        assert ", ".join(map(str, sizes)) in helps
+    for command in (profile.profile_selection, profile.toy_profile_selection):
+        parameters = inspect.signature(command).parameters
+        assert {name: parameters[name].default for name in defaults} == defaults

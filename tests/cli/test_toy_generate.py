@@ -1,4 +1,4 @@
-"""`memflow generate`: what it writes, read back."""
+"""`memflow toy generate`: what it writes, read back."""
 
 import json
 import signal
@@ -39,7 +39,7 @@ def made(tmp_path_factory, weights):
     folder = tmp_path_factory.mktemp("generate")
     story = write_story(folder / "story.jsonl", STORY)
     options = ("--steps", 1, "--frames-per-prompt", 6, "--seed", 3, "--top-k", 5, "--device", "cpu")
-    assert memflow("generate", story, "--out", folder / "out", "--weights", weights, *options) == 0
+    assert memflow("toy", "generate", story, "--out", folder / "out", "--weights", weights, *options) == 0
     return folder / "out"
 
 
@@ -111,7 +111,7 @@ def test_timeline_is_a_picture_of_this_story(made):
 def test_seed_decides_and_baseline_does_not(made, tmp_path, weights):
     story = write_story(tmp_path / "two.jsonl", STORY, STORY)
     options = ("--steps", 1, "--frames-per-prompt", 6, "--seed", 2, "--top-k", 5, "--device", "cpu", "--no-baseline")
-    assert memflow("generate", story, "--out", tmp_path / "out", "--weights", weights, *options) == 0
+    assert memflow("toy", "generate", story, "--out", tmp_path / "out", "--weights", weights, *options) == 0
     frames = [np.load(tmp_path / "out" / f"story-{i:03d}" / "frames.npz")["frames"] for i in range(2)]
     # Seeds 2 and 3: the second is the run above, but for its baseline.
     assert (frames[1] == np.load(made / "frames.npz")["frames"]).all()
@@ -123,7 +123,7 @@ def test_seed_decides_and_baseline_does_not(made, tmp_path, weights):
 def test_other_kinds_of_memory(tmp_path, weights, memory):
     story = write_story(tmp_path / "story.jsonl", STORY[:2])
     options = ("--memory", memory, "--steps", 1, "--frames-per-prompt", 6, "--device", "cpu")
-    assert memflow("generate", story, "--out", tmp_path, "--weights", weights, *options) == 0
+    assert memflow("toy", "generate", story, "--out", tmp_path, "--weights", weights, *options) == 0
     record = json.loads((tmp_path / "run.json").read_text())
     assert record["frames"] == 12 and (record["overhead"] is None) == (memory == "none")
     assert imread(tmp_path / "timeline.png").shape[1] > 900
@@ -132,7 +132,7 @@ def test_other_kinds_of_memory(tmp_path, weights, memory):
 @pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "ended", "killed"])
 def test_a_run_that_is_ended_leaves_a_playable_video(tmp_path, weights, end):
     story = write_story(tmp_path / "story.jsonl", STORY * 200)
-    words = ["generate", story, "--out", str(tmp_path), "--weights", str(weights), "--device", "cpu"]
+    words = ["toy", "generate", story, "--out", str(tmp_path), "--weights", str(weights), "--device", "cpu"]
     command = [sys.executable, "-c", "from memflow_ops.cli import main; main()", *words]
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     growing = tmp_path / "video.part.mp4"
@@ -195,7 +195,7 @@ BAD_STORIES = {
 def test_bad_story(tmp_path, weights, capfd, text, expected):
     (tmp_path / "story.jsonl").write_text(text)
     out = tmp_path / "out"
-    assert memflow("generate", tmp_path / "story.jsonl", "--out", out, "--weights", weights) == 2
+    assert memflow("toy", "generate", tmp_path / "story.jsonl", "--out", out, "--weights", weights) == 2
     said = capfd.readouterr().err
     assert expected in said and said.count("\n") == 1
     assert not out.exists()
@@ -203,7 +203,7 @@ def test_bad_story(tmp_path, weights, capfd, text, expected):
 
 def test_unknown_words_list_the_vocabulary(tmp_path, capfd):
     (tmp_path / "story.jsonl").write_text(BAD_STORIES["unknown word"][0])
-    assert memflow("generate", tmp_path / "story.jsonl", "--out", tmp_path / "out") == 2
+    assert memflow("toy", "generate", tmp_path / "story.jsonl", "--out", tmp_path / "out") == 2
     said = capfd.readouterr().err
     assert all(word in said for word in ("ball", "box", "star", "ring", "empty", "meadow", "desert", "sea", "night"))
 
@@ -228,7 +228,7 @@ def test_bad_option(tmp_path, weights, capfd, options):
     (tmp_path / "story.jsonl").write_text(GOOD)
     out = tmp_path / "out"
     all_options = ("--weights", weights, *options)
-    assert memflow("generate", tmp_path / "story.jsonl", "--out", out, *all_options) == 2
+    assert memflow("toy", "generate", tmp_path / "story.jsonl", "--out", out, *all_options) == 2
     said = capfd.readouterr().err
     assert said.startswith("memflow: ") and said.count("\n") == 1
     assert not out.exists()
@@ -238,13 +238,13 @@ def test_files_that_are_in_the_way(tmp_path, weights, capfd):
     story = write_story(tmp_path / "story.jsonl", STORY)
     (tmp_path / "taken").write_text("mine")
     for out in (tmp_path / "taken", tmp_path / "taken" / "below"):
-        assert memflow("generate", story, "--out", out, "--weights", weights) == 2
+        assert memflow("toy", "generate", story, "--out", out, "--weights", weights) == 2
         assert "cannot write" in capfd.readouterr().err
-    assert memflow("generate", tmp_path / "missing.jsonl", "--out", tmp_path / "out", "--weights", weights) == 2
+    assert memflow("toy", "generate", tmp_path / "missing.jsonl", "--out", tmp_path / "out", "--weights", weights) == 2
     assert "missing.jsonl" in capfd.readouterr().err
-    assert memflow("generate", tmp_path, "--out", tmp_path / "out", "--weights", weights) == 2
+    assert memflow("toy", "generate", tmp_path, "--out", tmp_path / "out", "--weights", weights) == 2
     (tmp_path / "text.safetensors").write_text("mine")
-    assert memflow("generate", story, "--out", tmp_path / "out", "--weights", tmp_path / "text.safetensors") == 2
+    assert memflow("toy", "generate", story, "--out", tmp_path / "out", "--weights", tmp_path / "text.safetensors") == 2
     assert (tmp_path / "taken").read_text() == "mine" and not (tmp_path / "out").exists()
 
 
@@ -252,7 +252,7 @@ def test_files_that_are_in_the_way(tmp_path, weights, capfd):
 def test_a_folder_in_the_place_of_a_file(tmp_path, weights, capfd, name):
     story, out = write_story(tmp_path / "story.jsonl", STORY), tmp_path / "out"
     (out / name).mkdir(parents=True)
-    assert memflow("generate", story, "--out", out, "--weights", weights) == 2
+    assert memflow("toy", "generate", story, "--out", out, "--weights", weights) == 2
     assert f"cannot write {out / name}: a folder is in its place" in capfd.readouterr().err
     assert [path.name for path in out.iterdir()] == [name]
 
@@ -295,7 +295,7 @@ UNUSED = {
 def test_options_that_would_change_nothing_are_refused(tmp_path, weights, capfd, options, expected):
     """Even where they have the value that they have by default: who gives one expects something of it."""
     story, out = write_story(tmp_path / "story.jsonl", STORY), tmp_path / "out"
-    assert memflow("generate", story, "--out", out, "--weights", weights, "--memory", *options) == 2
+    assert memflow("toy", "generate", story, "--out", out, "--weights", weights, "--memory", *options) == 2
     said = capfd.readouterr().err
     assert expected in said and said.startswith("memflow: ") and said.count("\n") == 1
     assert not out.exists()
