@@ -397,7 +397,7 @@ def _conclusion(measured: SelectionProfile, rows: Sequence[ChoiceFigures]) -> st
     return (
         f"{100 * measured.bank_mass:.0f} % of attention falls on the bank; without it the output is off by "
         f"{100 * alone:.0f} %. The {'quickest' if best.ratio else 'fewest keys'} for an {goal}: "
-        f"{describe_choice(choice, measured.frame_tokens)}, top_k {best.top_k}, with {100 * best.captured:.0f} % of the "
-        f"bank's mass in {100 * best.share:.0f} % of its keys{time}. Measured on {measured.calls} calls of attention "
-        f"in {len(measured.chunks)} chunks."
+        f"{describe_choice(choice, measured.frame_tokens)}, top_k {best.top_k}, with {100 * best.captured:.0f} % of "
+        f"the bank's mass in {100 * best.share:.0f} % of its keys{time}. Measured on {measured.calls} calls of "
+        f"attention in {len(measured.chunks)} chunks."
     )

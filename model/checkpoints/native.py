@@ -39,7 +39,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> CausalVid
     """
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"no weights at {path}; `memflow train` makes them")
+        raise FileNotFoundError(f"no weights at {path}; `memflow toy train` makes them")
     weights, metadata = read_safetensors(path)
     model = CausalVideoModel(config_of(metadata, str(path)))
     check_state_dict(model, weights, str(path))

@@ -1,4 +1,4 @@
-"""Trains the toy world's model on a CPU: `memflow train`, or `python -m memflow_ops.model.toy.train --out PATH`.
+"""Trains the toy world's model on a CPU: `memflow toy train`, or `python -m memflow_ops.model.toy.train --out PATH`.
 
 The schedule is counted in steps and every random number comes from the seed, so a run can be repeated. The model
 predicts the clean chunk; the loss is that of the velocity, |x0 - target|^2 / max(sigma, 0.1)^2. The first steps run at
@@ -52,7 +52,7 @@ CHUNKS = 8
 """Chunks per training clip."""
 TOP_K = 8
 HELD_OUT_SEED = 10_000
-"""Seeds below are for training and tuning; from here on they are held out for `memflow evaluate`."""
+"""Seeds below are for training and tuning; from here on they are held out for `memflow toy evaluate`."""
 
 
 @dataclass(frozen=True)

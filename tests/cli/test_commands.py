@@ -48,7 +48,7 @@ def test_defaults_are_those_of_the_library(command):
     library = {
         "demo": vars(TOY_SETTINGS),
         "train": {name: p.default for name, p in inspect.signature(train.train).parameters.items()},
-        "evaluate": {name: p.default for name, p in inspect.signature(evaluate.evaluate).parameters.items()},
+        "evaluate": {name: p.default for name, p in inspect.signature(evaluate.evaluate_kinds).parameters.items()},
     }[command]
     shared = (defaults.keys() & library.keys()) - {"out", "weights"}
     assert len(shared) >= 1

@@ -8,7 +8,7 @@ import pytest
 from memflow_ops.cli import main, profile
 from memflow_ops.files import sha256
 from memflow_ops.model.selection_profile import profile as selection_profile_profile
-from memflow_ops.model.selection_profile.rows import Sampling
+from memflow_ops.model.selection_profile.figures import Sampling
 
 QUICK = (
     "--steps",
@@ -106,8 +106,8 @@ def test_what_was_measured_is_on_disk_before_the_end(tmp_path, weights, story, m
         yield next(whole(*arguments, **options))
         raise RuntimeError("out of everything")
 
-    whole = selection_profile_profile.profile
-    monkeypatch.setattr(profile, "profile", broken)
+    whole = selection_profile_profile.profile_selection
+    monkeypatch.setattr(selection_profile_profile, "profile_selection", broken)
     out = tmp_path / "selection.json"
     with pytest.raises(RuntimeError):
         main([str(w) for w in ("toy", "profile-selection", story, "--out", out, *QUICK, "--weights", weights)])

@@ -52,7 +52,7 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, model, change, message):
 
 
 def test_foreign_files_are_refused(tmp_path):
-    with pytest.raises(FileNotFoundError, match="memflow train"):
+    with pytest.raises(FileNotFoundError, match="memflow toy train"):
         load_checkpoint(tmp_path / "nothing.safetensors")
     (tmp_path / "text.safetensors").write_text("hello, this is no tensor")
     with pytest.raises(ValueError, match="not a safetensors file"):

@@ -8,7 +8,7 @@ import numpy as np
 from memflow_ops.model.toy.language import CHARACTERS, PLACES, Scene, describe, parse_prompt
 
 JUDGED_SEED = 30_000
-"""Of the stories of `memflow evaluate`: unlike those of 10,000, nobody looked at them while world and training were
+"""Of the stories of `memflow toy evaluate`: unlike those of 10,000, nobody looked at them while world and training were
 being made. Training refuses all seeds from 10,000 on."""
 FRAMES_PER_PROMPT = 12
 STORY_PROMPTS = (6, 12, 24, 40)

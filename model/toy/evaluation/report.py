@@ -61,7 +61,7 @@ def write_evaluation(
     from memflow_ops.model.toy.evaluation.plot import draw_evaluation
 
     results = {
-        "command": "memflow evaluate",
+        "command": "memflow toy evaluate",
         **environment(torch.device("cpu")),
         "weights": {"name": weights.name, "sha256": sha256(weights)},
         "seed": seed,
