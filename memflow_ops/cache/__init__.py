@@ -1,8 +1,36 @@
-"""What a streaming model keeps of its past, how it chooses from it, and how a chunk attends to it."""
+"""What a streaming model keeps of its past, how it chooses from it, and how a chunk attends to it.
 
+A cache (`FrameCache`, or `ReleasedCache` for what the authors' checkpoints were tuned with) is made of a layout, which
+states every size and its cost in bytes. A policy (`Relevance`, `Coverage`, `Random`, or any class with `choose`)
+chooses the bank of a chunk, and `attend_to_memory` makes the `Attend` that a model is called with.
+"""
+
+from memflow_ops.cache.attend import Attend, AttendProjections, BlockSelection, attend_to_memory
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.cache.policies import Coverage, DeviceChoice, DevicePolicy, Policy, Random, Relevance, Retrieved
 from memflow_ops.cache.released_cache import ReleasedCache
 from memflow_ops.cache.released_layout import ReleasedLayout
+from memflow_ops.cache.ring import RingCache
+from memflow_ops.cache.views import Candidates, Memory
 
-__all__ = ["CacheLayout", "FrameCache", "ReleasedCache", "ReleasedLayout"]
+__all__ = [
+    "Attend",
+    "AttendProjections",
+    "BlockSelection",
+    "CacheLayout",
+    "Candidates",
+    "Coverage",
+    "DeviceChoice",
+    "DevicePolicy",
+    "FrameCache",
+    "Memory",
+    "Policy",
+    "Random",
+    "Relevance",
+    "ReleasedCache",
+    "ReleasedLayout",
+    "Retrieved",
+    "RingCache",
+    "attend_to_memory",
+]

@@ -1,4 +1,15 @@
-"""What a chunk attends to: the `attend` that the streaming loop hands to the model, over a cache of the past."""
+"""The contract between a model and its past, and the `Attend` that fulfils it with a cache.
+
+A model computes queries, keys and values of a chunk in every self-attention layer and leaves the attention itself to an
+`Attend` that it is called with. The model knows no cache, no positions and no memory; the `Attend` rotates queries and
+keys to their absolute frames (RoPE), writes keys and values to the cache, and attends to what the cache offers. So any
+model that calls an `Attend` can be given any kind of memory. `attend_to_memory` makes one for a pass over a chunk:
+
+    cache.begin_chunk()
+    attend = attend_to_memory(cache, rotation, BlockSelection(top_k=24))
+    out = attend(layer, q, k, v)  # in every layer, in order
+    cache.commit()
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -7,138 +18,107 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from memflow_ops.cache.frame_cache import FrameCache
-from memflow_ops.cache.layout import CacheLayout
-from memflow_ops.cache.released_cache import ReleasedCache
+from memflow_ops.cache.ring import RingCache
 from memflow_ops.cache.views import Memory
 from memflow_ops.ops.attention import memory_attention
 from memflow_ops.ops.cache_write import QKNorm
-from memflow_ops.ops.registration.dispatch import needs_grad
-from memflow_ops.rotary import apply_rotation
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+"""attend(layer, q, k, v) -> out: the self-attention of a layer over a chunk and its past.
+
+q and out (B, chunk tokens, H, D), k and v (B, chunk tokens, Hkv, D), with q and k normalised and not rotated. A pass
+calls it once per layer, in order.
+"""
 
 
 @dataclass(frozen=True)
 class AttendProjections:
-    """An `Attend` that takes queries and keys before their norm too, and is given them so under `torch.no_grad`:
-    what normalises, rotates and writes them does it in one pass."""
+    """An `Attend` that can also normalise queries and keys, so that norm, RoPE and cache write are one pass over memory.
+
+    Under `torch.no_grad` a model may call `projections` with q and k as their linear layers give them; the fused
+    operator behind it has no backward.
+    """
 
     projections: Callable[[int, Tensor, Tensor, Tensor, QKNorm | None], Tensor]
-    """(layer, q, k, v, norm) -> out; without a norm, q and k have theirs behind them."""
+    """projections(layer, q, k, v, norm) -> out; without a norm, q and k are normalised already."""
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self.projections(layer, q, k, v, None)
 
 
+@dataclass(frozen=True)
+class BlockSelection:
+    """How many blocks of the bank each query group attends to: MemFlow's activation (arXiv 2512.14699)."""
+
+    top_k: int
+    """Blocks per query group and head."""
+    query_group: int | None = 128
+    """Consecutive queries that share a selection; None: the whole chunk."""
+    random: torch.Generator | None = None
+    """Draws the blocks at random instead of taking the most relevant; a control."""
+
+
 Observer = Callable[[int, Tensor, Memory], None]
-"""observe(layer, q, memory): a chunk's rotated queries, (B, tokens, heads, head_dim), and what they choose from."""
+"""observe(layer, q, memory): sees a chunk's rotated queries, (B, tokens, heads, head_dim), and what they choose from."""
 
 
 def attend_to_memory(
-    cache: FrameCache,
+    cache: RingCache,
     rotation: tuple[Tensor, Tensor],
+    selection: BlockSelection | None,
     *,
-    sparse: bool,
-    top_k: int,
-    query_group: int | None,
-    impl: str = "auto",
-    chance: torch.Generator | None = None,
     remember: bool = False,
     keys_only: bool = False,
     observe: Observer | None = None,
+    impl: str = "auto",
 ) -> Attend:
-    """The local window and what the cache remembers beyond it; writes the chunk's keys and values.
+    """An `Attend` for one pass over the open chunk of a cache; it overwrites what an earlier pass has written.
 
-    rotation: of `rope_rotation`, for the chunk's tokens.
-    sparse: each query group chooses `top_k` blocks of sink and bank; else everything that the cache keeps is dense.
-    chance: the blocks are drawn at random instead, a control.
-    remember: the clean pass of a new chunk, which takes the means for retrieval.
-    keys_only: the last layer writes and does not attend, for `CausalVideoModel.forward_keys`.
-    observe: is shown what each layer chooses from, where there is a choice.
+    rotation: cosines and sines of the chunk's tokens, see `rope_rotation`.
+    selection: the pass attends to the local window in full and to the selected blocks of sink and bank; None: to all
+        that the cache keeps, in full.
+    remember: this is the clean pass of a new chunk, whose means of keys retrieval will go by.
+    keys_only: the last layer writes and does not attend, for a pass that is only made for its keys and values. Its
+        result is then the rotated q.
+    observe: sees what each layer chooses from, where there is a choice.
+    impl: of `memory_attention`.
+
+    Returns an `AttendProjections` where the cache can write from projections.
     """
-    has_bank = sparse and any(cache.bank_sizes())
-    last = cache.layout.layers - 1
-
-    def write(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None) -> Tensor:
-        """Into the cache; the rotated queries."""
-        if not needs_grad(q, k, v):
-            return cache.write_projections(layer, q, k, v, rotation, norm, remember=remember, impl=impl)
-        cache.write(layer, apply_rotation(k, *rotation), v)
-        if remember:
-            cache.remember(layer, k)
-        return apply_rotation(q, *rotation)
+    has_bank = selection is not None and cache.has_bank()
+    layout = cache.layout
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None) -> Tensor:
-        q = write(layer, q, k, v, norm)
+        q = cache.write_projections(layer, q, k, v, rotation, norm, remember=remember, impl=impl)
         memory = cache.memory(layer)
-        if has_bank and chance is not None:  # of descriptors without meaning every subset is as likely as any other
-            meaningless = torch.randn(memory.descriptors.shape, generator=chance).to(memory.descriptors)
+        if has_bank and selection.random is not None:
+            # Of descriptors without meaning, every subset of the blocks is as likely as any other.
+            meaningless = torch.randn(memory.descriptors.shape, generator=selection.random).to(memory.descriptors)
             memory = memory._replace(descriptors=meaningless)
         if has_bank and observe is not None:
             observe(layer, q, memory)
-        if keys_only and layer == last:
+        if keys_only and layer == layout.layers - 1:
             return q
-        if not has_bank:
-            # Sparse without a candidate yet: the window alone.
-            keys, values = cache.window(layer) if sparse else cache.dense(layer)
+        if selection is None or not has_bank:
+            keys, values = cache.dense(layer) if selection is None else cache.window(layer)
             return cast(Tensor, memory_attention(q, keys, values, impl=impl))
-        return _attend_selected(q, cache.window(layer), memory, cache.layout, top_k, query_group, impl)
+        attended = memory_attention(
+            q,
+            *cache.window(layer),
+            memory.keys,
+            memory.values,
+            memory_descriptors=memory.descriptors,
+            top_k=selection.top_k,
+            block_size=layout.block_size,
+            frame_tokens=layout.frame_tokens,
+            query_group=selection.query_group,
+            memory_frames=memory.frames,
+            memory_slots=memory.slots,
+            impl=impl,
+        )
+        return cast(Tensor, attended)
 
-    return AttendProjections(attend)
+    def attend_normalised(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend(layer, q, k, v, None)
 
-
-def attend_as_released(
-    cache: ReleasedCache,
-    rotation: tuple[Tensor, Tensor],
-    top_frames: int | None,
-    *,
-    impl: str = "auto",
-    keys_only: bool = False,
-    observe: Observer | None = None,
-) -> Attend:
-    """Sink, bank and local window as the released MemFlow attends to them; otherwise as `attend_to_memory`.
-
-    top_frames: frames of sink and bank that each head of a chunk keeps (sparse memory activation); None: all.
-    """
-    last = cache.layout.layers - 1
-
-    def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        q = apply_rotation(q, *rotation)
-        cache.write(layer, apply_rotation(k, *rotation), v)
-        memory = cache.memory(layer)
-        if top_frames is not None and observe is not None:
-            observe(layer, q, memory)
-        if keys_only and layer == last:
-            return q
-        if top_frames is None:
-            return cast(Tensor, memory_attention(q, *cache.dense(layer), impl=impl))
-        return _attend_selected(q, cache.window(layer), memory, cache.layout, top_frames, None, impl)
-
-    return attend
-
-
-def _attend_selected(
-    q: Tensor,
-    window: tuple[Tensor, Tensor],
-    memory: Memory,
-    layout: CacheLayout,
-    top_k: int,
-    query_group: int | None,
-    impl: str,
-) -> Tensor:
-    attended = memory_attention(
-        q,
-        *window,
-        memory.keys,
-        memory.values,
-        memory_descriptors=memory.descriptors,
-        top_k=top_k,
-        block_size=layout.block_size,
-        frame_tokens=layout.frame_tokens,
-        query_group=query_group,
-        memory_frames=memory.frames,
-        memory_slots=memory.slots,
-        impl=impl,
-    )
-    return cast(Tensor, attended)
+    return AttendProjections(attend) if cache.takes_projections else attend_normalised

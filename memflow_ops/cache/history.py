@@ -29,7 +29,7 @@ class Story:
         self.layout, self._pools = layout, pools
         self.history: dict[int, Prototype] = {}  # by frame index, ascending
         self.free_host: list[tuple[Tensor, ...]] = []
-        self.bank: list[int] = []  # retrieved frames, ascending
+        self.retrieved: list[int] = []  # frames of the current bank, ascending
         self.evicted = False  # whether a prototype has ever had to leave the device
 
     def free_row(self) -> int:

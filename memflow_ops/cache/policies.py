@@ -17,22 +17,36 @@ from memflow_ops.cache.views import Candidates
 from memflow_ops.ops.retrieval import check_redundancy, retrieve_frames
 
 
+class BankChoice(Protocol):
+    """The frames that were chosen for a chunk's bank, known to the host or only to the device."""
+
+    def read(self) -> "Retrieved":
+        """The choice as the host knows it; waits for the device where it has to."""
+
+
 class Retrieved(NamedTuple):
-    """A policy's choice, in its order of preference."""
+    """A choice that the host knows, the most relevant frame first."""
 
     frames: list[list[int]]  # per story absolute frame indices
     scores: list[list[float]]  # per story the relevance of each
 
+    def read(self) -> "Retrieved":
+        return self
 
-class Chosen(NamedTuple):
-    """A policy's choice on the device, in its order of preference."""
+    @classmethod
+    def nothing(cls, stories: int) -> "Retrieved":
+        """No frame for any of so many stories."""
+        return cls([[] for _ in range(stories)], [[] for _ in range(stories)])
+
+
+class DeviceChoice(NamedTuple):
+    """A choice that is still on the device, the most relevant frame first."""
 
     candidates: list[list[int]]  # per story absolute frame indices
     indices: Tensor  # (B, K) int32 into these
     scores: Tensor  # (B, K)
 
     def read(self) -> Retrieved:
-        """Waits for the device."""
         indices, scores = torch.stack([self.indices.double(), self.scores.double()]).tolist()
         return Retrieved([[of[int(i)] for i in row] for of, row in zip(self.candidates, indices, strict=True)], scores)
 
@@ -45,7 +59,7 @@ class Policy(Protocol):
 
 @runtime_checkable
 class DevicePolicy(Policy, Protocol):
-    def choose_on_device(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Chosen:
+    def choose_on_device(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> DeviceChoice:
         """As `choose`, without waiting for the device."""
 
 
@@ -60,7 +74,7 @@ class _OnDevice:
     def choose(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Retrieved:
         return self.choose_on_device(candidates, text_keys, text_lengths).read()
 
-    def choose_on_device(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Chosen:
+    def choose_on_device(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> DeviceChoice:
         chosen = retrieve_frames(
             torch.stack(list(text_keys)),
             candidates.stored,
@@ -72,7 +86,7 @@ class _OnDevice:
             redundancy=self.redundancy,
             impl=self.impl,
         )
-        return Chosen(candidates.frames, *chosen)
+        return DeviceChoice(candidates.frames, *chosen)
 
 
 class Relevance(_OnDevice):

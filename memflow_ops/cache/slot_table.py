@@ -1,4 +1,4 @@
-"""The bank of a `FrameCache`: what retrieval chooses from, and its choice as the kernels read it."""
+"""The slot table of a bank: which frame places of the pool the kernels take for its frames."""
 
 from collections.abc import Sequence
 
@@ -9,24 +9,45 @@ from memflow_ops.cache.history import Story
 from memflow_ops.cache.layout import CacheLayout, on_device
 
 
-class Bank:
-    """The slot table: in each story the visible sink, then the retrieved frames, all of them on the device."""
+class SlotTable:
+    """Per story the frame place of every bank frame, in tensors that kernels read."""
 
-    def __init__(self, layout: CacheLayout, stories: Sequence[Story], device: torch.device):
-        """stories: looked at in their place, so that there are others when their list is filled anew."""
-        self.layout, self.device, self._stories = layout, device, stories
-        # Read by kernels, so they stay where they are and are overwritten; entries past the valid frames are place 0.
-        places = (layout.batch, layout.sink_frames + layout.bank_frames)
-        self.slots = torch.zeros(places, dtype=torch.int32, device=device)
+    def __init__(self, layout: CacheLayout, device: torch.device):
+        self.layout, self.device = layout, device
+        # Kernels and recorded passes read these, so they stay where they are and are overwritten.
+        self.slots = torch.zeros((layout.batch, layout.sink_frames + layout.bank_frames), dtype=torch.int32, device=device)
+        """(B, sink_frames + bank_frames) int32; entries past a story's length are place 0."""
         self.lengths = torch.zeros(layout.batch, dtype=torch.int32, device=device)
-        self.retrieved = [0] * layout.batch  # how many frames, which the host knows in any case
-        # Choices that the device alone knows: number of the chunk, indices into the history, which is read before any
-        # frame of it is forgotten. The frames themselves are not kept: there may be very many chunks.
+        """(B,) int32: the bank frames of each story."""
+
+    def write(self, places: Sequence[Sequence[int]]) -> None:
+        """Takes each story's frame places. The copy is queued and waits for nothing."""
+        width = self.slots.shape[1]
+        rows = [[*row, *[0] * (width - len(row))] for row in places]
+        self.slots.copy_(on_device(rows, torch.int32, self.device))
+        self.lengths.copy_(on_device([len(row) for row in places], torch.int32, self.device))
+
+
+class HistorySlotTable(SlotTable):
+    """The slot table of a `FrameCache`: in each story the visible sink, then the retrieved frames of its history.
+
+    The retrieved frames are named by the host (`retrieve`) or by indices that only the device knows
+    (`retrieve_on_device`) and that the host reads when it must know them (`read`).
+    """
+
+    def __init__(self, layout: CacheLayout, device: torch.device, stories: Sequence[Story]):
+        """stories: kept as it is, so that the table follows when the list is filled with other stories."""
+        super().__init__(layout, device)
+        self._stories = stories
+        self.retrieved = [0] * layout.batch
+        """How many frames each story has retrieved; the host knows this in any case."""
+        # Choices that only the device knows: number of the chunk, and indices into the history, which is read before any
+        # frame of it is forgotten. The frames themselves are not kept, because there may be very many chunks.
         self._unread: list[tuple[int, Tensor]] = []
-        self._last_unread = False  # the last of them is the bank
+        self._last_unread = False  # whether the last of them is the current bank
 
     def check(self, chosen: Sequence[Sequence[int]], candidates: Sequence[Sequence[int]]) -> None:
-        """A ValueError unless `write` can take this choice of candidates."""
+        """A ValueError unless `retrieve` can take this choice of candidates."""
         if len(chosen) != self.layout.batch:
             raise ValueError(f"set_bank takes one list of frames per story, {self.layout.batch}, got {len(chosen)}")
         for number, (frames, possible) in enumerate(zip(chosen, candidates, strict=True)):
@@ -41,27 +62,27 @@ class Bank:
                     f"candidates, the prototypes that have left the window and are still remembered"
                 )
 
-    def write(self, sink: int, chosen: list[list[int]]) -> None:
-        """Fills the slot table. sink: frames of it that are visible. chosen: per story, ascending."""
+    def retrieve(self, sink: int, chosen: list[list[int]]) -> None:
+        """Fills the table with the first `sink` frames of the sink and the chosen frames, per story and ascending."""
         self._last_unread = False
         self.retrieved = [len(frames) for frames in chosen]
         visible = [self.layout.sink_frames - 1 - frame for frame in range(sink)]
-        rows, width = [], self.slots.shape[1]
+        places = []
         for story, frames in zip(self._stories, chosen, strict=True):
-            story.bank = frames
-            row = visible + [story.place_of(story.history[frame]) for frame in frames]
-            rows.append(row + [0] * (width - len(row)))
-        self.slots.copy_(on_device(rows, torch.int32, self.device))
-        lengths = [sink + len(frames) for frames in chosen]
-        self.lengths.copy_(on_device(lengths, torch.int32, self.device))
+            story.retrieved = frames
+            places.append(visible + [story.place_of(story.history[frame]) for frame in frames])
+        self.write(places)
 
     def clear(self, sink: int) -> None:
-        """Nothing is retrieved."""
-        self.write(sink, [[] for _ in self._stories])
+        """Leaves only the first `sink` frames of the sink."""
+        self.retrieve(sink, [[] for _ in self._stories])
 
-    def write_on_device(self, sink: int, chunk: int, candidates: list[list[int]], indices: Tensor) -> None:
-        """As `write`, with a choice that only the device knows: indices (B, K) int32 into the candidates, all of which
-        are on the device. chunk: the coming one. Waits for nothing; a ValueError for indices of another form."""
+    def retrieve_on_device(self, sink: int, chunk: int, candidates: list[list[int]], indices: Tensor) -> None:
+        """As `retrieve`, with a choice that only the device knows. Waits for nothing.
+
+        chunk: number of the coming chunk. candidates: per story the frames to choose from, all of them on the device.
+        indices: (B, K) int32 into the candidates; a ValueError where they have another form.
+        """
         most = min(self.layout.bank_frames, len(candidates[0]))
         if indices.dtype != torch.int32 or indices.dim() != 2 or indices.shape[0] != self.layout.batch:
             raise ValueError(f"indices must be (batch, K) int32, got {tuple(indices.shape)} {indices.dtype}")
@@ -86,7 +107,7 @@ class Bank:
         self._last_unread = True
 
     def read(self) -> None:
-        """Books the choices that the device alone knew, in one read."""
+        """Notes in the stories what only the device knew: which frames were retrieved when. Waits for the device."""
         if not self._unread:
             return
         read = torch.cat([order for _, order in self._unread], 1).tolist()
@@ -98,10 +119,10 @@ class Bank:
                 for frame in chosen:
                     story.history[frame].last_used = max(story.history[frame].last_used, chunk)
                 if self._last_unread:
-                    story.bank = chosen  # the last one stays
+                    story.retrieved = chosen  # those of the last choice stay
             start += order.shape[1]
         self._unread, self._last_unread = [], False
 
     def forget_unread(self) -> None:
-        """Where the stories are others now."""
+        """Drops the choices that have not been read, when the stories are about to be replaced."""
         self._unread = []

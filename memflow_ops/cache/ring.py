@@ -1,0 +1,341 @@
+"""What both caches share: pools of frame places, the ring of the local window, and the life of a chunk in it.
+
+A chunk is opened, written by as many passes as the sampler needs, and committed; `abort` goes back to the last commit.
+Every step may be interrupted between any two lines, by Ctrl-C for one. Therefore the line that makes a step true stands
+last in it, and whatever an interruption leaves half done, `abort` either undoes or completes.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from memflow_ops.cache.layout import CacheLayout, on_device
+from memflow_ops.cache.policies import BankChoice, Policy
+from memflow_ops.cache.slot_table import SlotTable
+from memflow_ops.cache.views import Memory
+from memflow_ops.ops import registration
+from memflow_ops.ops.cache_write import QKNorm
+
+PassMarks = tuple[frozenset[int], ...]
+"""The layers that the passes over an open chunk have dealt with so far, by what was done in them."""
+
+
+class RingCache(ABC):
+    """Pools of frame places for a batch of stories that advance together, with a ring for the local window.
+
+    Each frame of the window has a place in the ring, and a new frame takes the place of the one that leaves the window.
+    Keys have no order, so attention reads the ring as it lies.
+
+    This is all that a stream has to know of a cache. Per chunk it calls `update_bank` and `choose_bank`, after a prompt
+    switch `restart_window`, then `begin_chunk`, lets `attend_to_memory` write and read in every pass, and calls
+    `commit`. Calls out of order raise a RuntimeError and bad tensors a ValueError or TypeError, in both cases before
+    anything is changed.
+
+    A subclass says where its pools have the ring, what a finished chunk leaves behind, and what its bank is.
+    """
+
+    takes_projections: ClassVar[bool]
+    """Whether `write_projections` also normalises queries and keys."""
+
+    _table: SlotTable
+    """The bank as kernels read it; a subclass makes it."""
+
+    def __init__(self, layout: CacheLayout, device: torch.device | str, ring_start: int):
+        """ring_start: the frame place at which the ring begins."""
+        self.layout, self.device, self._ring_start = layout, torch.device(device), ring_start
+        self._keys, self._values = layout.allocate_tokens(self.device), layout.allocate_tokens(self.device)
+        blocks = (layout.layers, layout.batch, layout.pool_frames * layout.blocks_per_frame)
+        vectors = (layout.kv_heads, layout.head_dim)
+        self._descriptors = torch.empty(*blocks, *vectors, dtype=layout.dtype, device=self.device)
+        # The same memory with one index per frame place: (layers, B, P, tokens or blocks, Hkv, D).
+        self._places = [t.unflatten(2, (layout.pool_frames, -1)) for t in (self._keys, self._values, self._descriptors)]
+        # The place of each frame of the open chunk, per story; -1 where the frame is not to be written. Kernels read
+        # this tensor, so it stays where it is and is overwritten.
+        self._chunk_places = torch.zeros((layout.batch, layout.chunk_frames), dtype=torch.int32, device=self.device)
+        self._written: set[int] = set()  # layers
+        self._marks: tuple[set[int], ...] = (self._written,)
+        self._go_on_after(0, [])
+
+    def _go_on_after(self, committed: int, ring: Sequence[int]) -> None:
+        """The state between two chunks: `committed` of them are finished, and the ring holds these frames."""
+        self._committed = committed
+        self._ring = list(ring)  # frame per ring place, those of the open chunk included
+        self._ring_before = list(ring)  # what `abort` goes back to
+        self._to_recache: list[int] = []  # numbers of the chunks still to be passed again, oldest first
+        self._rewritten = [True] * self.layout.batch  # the stories that re-caching rewrites
+        self._closing: int | None = None  # number of the finished chunk whose commit is under way
+        self._open: int | None = None  # number of the chunk between `begin_chunk` and `commit`
+
+    # ------------------------------------------------------------------------------------------------------ the chunk
+
+    @property
+    def committed(self) -> int:
+        """How many chunks are finished."""
+        return self._committed
+
+    def begin_chunk(self) -> int:
+        """Opens the next chunk (after `restart_window`: the next one to be re-cached) and returns its first frame.
+
+        Its frames take the ring places of those that leave the window.
+        """
+        if self._open is not None:
+            raise RuntimeError("begin_chunk: the current chunk has not been committed")
+        if not self._to_recache:
+            self._ring_before = self._ring.copy()
+        self._open = self._to_recache[0] if self._to_recache else self._committed
+        first_frame = self._open * self.layout.chunk_frames
+        places = self._places_of(range(first_frame, first_frame + self.layout.chunk_frames))
+        rewritten = self._rewritten if self._to_recache else [True] * self.layout.batch
+        rows = [places if of_story else [-1] * len(places) for of_story in rewritten]
+        self._chunk_places.copy_(on_device(rows, torch.int32, self.device))
+        for marked in self._marks:
+            marked.clear()
+        return first_frame
+
+    def write(self, layer: int, k: Tensor, v: Tensor) -> None:
+        """Puts a layer's rotated keys and its values of the current chunk, (B, chunk tokens, Hkv, D), into place.
+
+        Every pass overwrites the last. While re-caching, only the stories whose prompt changed are written.
+        """
+        self._check_open("write")
+        self.layout.check_chunk_tensor("k", layer, k, self.device)
+        self.layout.check_chunk_tensor("v", layer, v, self.device)
+        for pool, new in zip(self._places, (k, v), strict=False):
+            frames = new.detach().unflatten(1, (self.layout.chunk_frames, -1))
+            registration.write_frames(pool[layer], self._chunk_places, frames)
+        self._describe_written(layer, k)
+        self._written.add(layer)
+
+    @abstractmethod
+    def write_projections(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        norm: QKNorm | None = None,
+        *,
+        remember: bool = False,
+        impl: str = "auto",
+    ) -> Tensor:
+        """Rotates queries and keys, and writes the keys and values of a layer as `write` does.
+
+        q (B, chunk tokens, H, D), k and v (B, chunk tokens, Hkv, D), before RoPE. rotation: cosines and sines of the
+        chunk's tokens, see `rope_rotation`. norm: what q and k have still to be normalised with, only where the cache
+        `takes_projections`; None: they are normalised. remember: this is the clean pass of a new chunk. impl: of
+        `memflow_ops.write_projections`. Returns the rotated q.
+        """
+
+    def pass_marks(self) -> PassMarks:
+        """What the passes over the open chunk have done so far, for `restore_pass_marks`."""
+        return tuple(map(frozenset, self._marks))
+
+    def restore_pass_marks(self, marks: PassMarks) -> None:
+        """Marks the layers that a replayed CUDA graph has just written.
+
+        A replay runs no Python, so the cache cannot record this itself. `marks` is what `pass_marks` returned after the
+        recorded pass.
+        """
+        self._check_open("restore_pass_marks")
+        for kept, new in zip(self._marks, marks, strict=True):
+            kept.clear()
+            kept.update(new)
+
+    def commit(self) -> None:
+        """Closes the chunk after its clean pass."""
+        self._check_open("commit")
+        missing = set(range(self.layout.layers)) - self._written
+        if missing:
+            raise RuntimeError(f"commit: layers {sorted(missing)} have not been written")
+        if self._to_recache:
+            self._to_recache.pop(0)
+            self._open = None
+            return
+        self._check_clean_pass()
+        # From here on the chunk is finished; if the rest is interrupted, `abort` does it again.
+        self._closing = self._committed
+        self._committed += 1
+        self._close(self._closing)
+
+    def _close(self, chunk: int) -> None:
+        self._leave_behind(chunk)
+        self._open = None
+        self._clear_bank()
+        self._closing = None
+
+    def abort(self) -> None:
+        """Forgets a chunk that was begun and not committed, and a re-caching that was not completed.
+
+        Chunks that were being re-cached must be re-cached again before the next one. A commit that was interrupted is
+        completed. Does nothing where everything is committed.
+        """
+        if self._to_recache or self._open == self._committed:
+            self._ring = self._ring_before.copy()
+            self._to_recache, self._closing = [], None
+            self._clear_bank()
+        elif self._closing is not None:
+            self._close(self._closing)
+        self._open = None
+
+    def restart_window(self, stories: Sequence[bool] | None = None) -> list[int]:
+        """Empties the ring at a prompt switch, so that the window can be re-cached under the new prompt.
+
+        Returns the first frames of the chunks that stay in the coming chunk's window. Each must be passed again under
+        the new text, oldest first, which is the order in which `begin_chunk` opens them. The ring grows with them, so
+        each of these passes sees only what has been passed again. Sink and history keep what they hold.
+
+        stories: whose prompt changed (None: all). The others keep their keys and values as they are.
+        """
+        layout = self.layout
+        if self._open is not None:
+            raise RuntimeError("restart_window: the current chunk has not been committed")
+        if self._to_recache:
+            raise RuntimeError(f"restart_window: {len(self._to_recache)} chunks are still to be re-cached")
+        if layout.window_frames % layout.chunk_frames:
+            raise RuntimeError(
+                f"restart_window: a window of {layout.window_frames} frames does not hold whole chunks of "
+                f"{layout.chunk_frames}, so its oldest cannot be passed again"
+            )
+        if stories is not None and len(stories) != layout.batch:
+            raise ValueError(f"stories must have {layout.batch} entries, got {len(stories)}")
+        self._rewritten = [True] * layout.batch if stories is None else [bool(switched) for switched in stories]
+        kept = sorted(self._ring)
+        kept = kept[max(0, len(kept) + layout.chunk_frames - layout.window_frames) :]
+        if not all(self._rewritten):
+            self._order_ring(kept)
+        self._ring_before = kept
+        self._to_recache = sorted({frame // layout.chunk_frames for frame in kept})
+        self._ring = []  # last, so that `abort` knows that there is something to go back to
+        return [chunk * layout.chunk_frames for chunk in self._to_recache]
+
+    # ------------------------------------------------------------------------------------------------- what is attended
+
+    @abstractmethod
+    def pass_shape(self, sparse: bool) -> tuple[object, ...]:
+        """All that a pass over the open chunk depends on and that no tensor holds.
+
+        Passes of one shape run the same kernels on the same memory, so that one CUDA graph can be all of them.
+
+        sparse: the pass attends to `window` and to the bank in `memory`; otherwise to `dense`.
+        """
+
+    def window(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the ring, (B, window tokens so far, Hkv, D), as views, the current chunk included."""
+        self._check_open("window")
+        return self._view(layer, self._ring_start, self._ring_start + len(self._ring))
+
+    @abstractmethod
+    def dense(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of all that the cache remembers, (B, tokens, Hkv, D), the current chunk included."""
+
+    def memory(self, layer: int) -> Memory:
+        """The bank, sink included, for `memory_attention` beside the dense `window`."""
+        self._check_open("memory")
+        pools = self._keys[layer], self._values[layer], self._descriptors[layer]
+        return Memory(*pools, self._table.slots, self._table.lengths)
+
+    def window_frames(self) -> list[int]:
+        """Absolute indices of the frames in the ring, as they lie there."""
+        return self._ring.copy()
+
+    # --------------------------------------------------------------------------------------------------------- the bank
+
+    def update_bank(self, text_keys: Sequence[Tensor]) -> None:
+        """Before a chunk, and before its prompt is encoded: takes in what the last finished chunk leaves to the bank.
+
+        text_keys: per layer the keys (B, text_len, H, D) of the text cross-attention for the *last* chunk's prompt,
+        padding included. A cache that does not need them has taken everything in at `commit`, and does nothing here.
+        """
+
+    @abstractmethod
+    def choose_bank(self, policy: Policy | None, text_keys: Sequence[Tensor], text_lengths: Tensor) -> BankChoice:
+        """Chooses the frames that the coming chunk may attend to beyond its window, and says which they are.
+
+        policy: what chooses (None: the cache chooses nothing, or has a rule of its own).
+        text_keys, text_lengths: of the *coming* chunk's prompts, see `Policy.choose`.
+        """
+
+    @abstractmethod
+    def has_bank(self) -> bool:
+        """Whether attention over selected blocks should look at `memory` in the open chunk. Waits for nothing."""
+
+    @abstractmethod
+    def bank_by_layer(self) -> list[list[list[int]]]:
+        """Per layer and story the absolute index of every frame in `memory`, in its order. Waits for the device."""
+
+    # -------------------------------------------------------------------------------------------------------- the state
+
+    @abstractmethod
+    def state_dict(self) -> dict[str, Any]:
+        """All that later chunks will see, in host memory: tensors, numbers and lists, as `torch.save` takes them.
+
+        Only between chunks: a RuntimeError otherwise.
+        """
+
+    @abstractmethod
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Goes on where a cache of the same layout was when it made `state`.
+
+        Frames lie in the same places, so that the sums of attention are the same to the bit. A ValueError, before
+        anything is changed, when the state does not fit.
+        """
+
+    def _check_between_chunks(self, what: str) -> None:
+        if self._open is not None or self._to_recache:
+            raise RuntimeError(f"{what}: a chunk is open or still to be re-cached; commit or abort it first")
+
+    # ---------------------------------------------------------------------------------------- what a subclass may change
+
+    def _places_of(self, frames: Sequence[int]) -> list[int]:
+        """The frame place that each frame of the opening chunk is written to; -1 for none."""
+        return [self._ring_place(frame) for frame in frames]
+
+    def _describe_written(self, layer: int, k: Tensor) -> None:
+        """Keeps the layer's descriptors in step with keys k (B, chunk tokens, Hkv, D) that were just written."""
+
+    def _check_clean_pass(self) -> None:
+        """A RuntimeError unless the passes over a new chunk have left all that `commit` needs."""
+
+    def _leave_behind(self, chunk: int) -> None:
+        """Copies what stays of a finished chunk out of the ring. Called again if it was interrupted."""
+
+    def _clear_bank(self) -> None:
+        """Forgets the choice of `choose_bank`, which is valid for one chunk."""
+
+    # ---------------------------------------------------------------------------------------------------------- details
+
+    def _ring_place(self, frame: int) -> int:
+        """Gives a frame the place of the one that leaves the window."""
+        if len(self._ring) < self.layout.window_frames:
+            self._ring.append(frame)
+        else:
+            self._ring[self._ring.index(min(self._ring))] = frame
+        return self._place_in_ring(frame)
+
+    def _place_in_ring(self, frame: int) -> int:
+        return self._ring_start + self._ring.index(frame)
+
+    def _order_ring(self, kept: list[int]) -> None:
+        """Moves the kept frames to the beginning of the ring, oldest first.
+
+        Only for a switch that concerns some stories of a batch: `begin_chunk` hands the places out again in that order,
+        and the frames of the other stories must lie where they will be looked for.
+        """
+        order = on_device([self._place_in_ring(frame) for frame in kept], torch.long, self.device)
+        for pool in self._places[:2]:
+            for layer in range(self.layout.layers):  # layer by layer, so that the copy in between stays small
+                pool[layer, :, self._ring_start : self._ring_start + len(kept)] = pool[layer][:, order]
+        self._ring = kept.copy()
+
+    def _view(self, layer: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """Keys and values of the frame places first to end - 1."""
+        tokens = slice(first * self.layout.frame_tokens, end * self.layout.frame_tokens)
+        return self._keys[layer, :, tokens], self._values[layer, :, tokens]
+
+    def _check_open(self, what: str) -> None:
+        if self._open is None:
+            raise RuntimeError(f"{what}: no chunk is open, call begin_chunk first")
