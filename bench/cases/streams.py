@@ -25,7 +25,7 @@ from memflow_ops.bench.harness.correctness import (
     selected_tokens,
 )
 from memflow_ops.bench.sizes import Size
-from memflow_ops.cache.attend import Attend, AttendProjections, attend_to_memory
+from memflow_ops.cache.attend import Attend, AttendProjections, BlockSelection, attend_to_memory
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.model.streaming.streamer import Streamer, StreamSettings
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
@@ -199,9 +199,8 @@ def layer_contenders(
             cache.set_bank([cache.candidate_frames()[0][: kind.bank_frames]])
         cache.begin_chunk()
         rotation = rotation_of(cache, size, chunks)
-        attend = attend_to_memory(
-            cache, rotation, sparse=kind.memory == "memflow", top_k=size.top_k, query_group=size.query_group,
-        )  # fmt: skip
+        selection = BlockSelection(size.top_k, size.query_group) if kind.memory == "memflow" else None
+        attend = attend_to_memory(cache, rotation, selection)
 
         def call(how: Attend = attend) -> Tensor:
             return cast(Tensor, model.blocks[0](x, time, text, 0, how))

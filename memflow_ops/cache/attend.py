@@ -26,14 +26,14 @@ from memflow_ops.ops.cache_write import QKNorm
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q, k, v) -> out: the self-attention of a layer over a chunk and its past.
 
-q and out (B, chunk tokens, H, D), k and v (B, chunk tokens, Hkv, D), with q and k normalised and not rotated. A pass
+q and out (B, chunk tokens, H, D), k and v (B, chunk tokens, Hkv, D); q and k are normalised and not rotated. A pass
 calls it once per layer, in order.
 """
 
 
 @dataclass(frozen=True)
 class AttendProjections:
-    """An `Attend` that can also normalise queries and keys, so that norm, RoPE and cache write are one pass over memory.
+    """An `Attend` that can also normalise queries and keys, so that norm, RoPE and write are one pass over memory.
 
     Under `torch.no_grad` a model may call `projections` with q and k as their linear layers give them; the fused
     operator behind it has no backward.
@@ -59,7 +59,7 @@ class BlockSelection:
 
 
 Observer = Callable[[int, Tensor, Memory], None]
-"""observe(layer, q, memory): sees a chunk's rotated queries, (B, tokens, heads, head_dim), and what they choose from."""
+"""observe(layer, q, memory) sees a chunk's rotated queries, (B, tokens, H, D), and the bank that they choose from."""
 
 
 def attend_to_memory(
@@ -85,21 +85,21 @@ def attend_to_memory(
 
     Returns an `AttendProjections` where the cache can write from projections.
     """
-    has_bank = selection is not None and cache.has_bank()
+    active = selection if selection is not None and cache.has_bank() else None
     layout = cache.layout
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None) -> Tensor:
         q = cache.write_projections(layer, q, k, v, rotation, norm, remember=remember, impl=impl)
         memory = cache.memory(layer)
-        if has_bank and selection.random is not None:
+        if active is not None and active.random is not None:
             # Of descriptors without meaning, every subset of the blocks is as likely as any other.
-            meaningless = torch.randn(memory.descriptors.shape, generator=selection.random).to(memory.descriptors)
+            meaningless = torch.randn(memory.descriptors.shape, generator=active.random).to(memory.descriptors)
             memory = memory._replace(descriptors=meaningless)
-        if has_bank and observe is not None:
+        if active is not None and observe is not None:
             observe(layer, q, memory)
         if keys_only and layer == layout.layers - 1:
             return q
-        if selection is None or not has_bank:
+        if active is None:
             keys, values = cache.dense(layer) if selection is None else cache.window(layer)
             return cast(Tensor, memory_attention(q, keys, values, impl=impl))
         attended = memory_attention(
@@ -108,10 +108,10 @@ def attend_to_memory(
             memory.keys,
             memory.values,
             memory_descriptors=memory.descriptors,
-            top_k=selection.top_k,
+            top_k=active.top_k,
             block_size=layout.block_size,
             frame_tokens=layout.frame_tokens,
-            query_group=selection.query_group,
+            query_group=active.query_group,
             memory_frames=memory.frames,
             memory_slots=memory.slots,
             impl=impl,

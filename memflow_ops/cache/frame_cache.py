@@ -39,8 +39,8 @@ class FrameCache(RingCache):
     """Ring, sink and history of a batch of stories that advance chunk by chunk together.
 
     Per chunk: `choose_bank` (or `candidates` and `set_bank`, for a choice of one's own), `begin_chunk`, passes that
-    write every layer and attend to `window`, `dense` or `memory`, and `commit`. A pass writes with `write`, in the last,
-    clean pass also with `remember`; `write_projections` does both in one. At a prompt switch `restart_window` comes
+    write every layer and attend to `window`, `dense` or `memory`, and `commit`. A pass writes with `write`, and the
+    last, clean pass also calls `remember`; `write_projections` does both. At a prompt switch `restart_window` comes
     between retrieval and `begin_chunk`. After an interruption `abort` goes back to the last commit. Calls out of order
     raise a RuntimeError, bad tensors a ValueError or TypeError, in both cases before anything is changed.
 
@@ -189,6 +189,9 @@ class FrameCache(RingCache):
     def visible_sink(self) -> int:
         """Sink frames that have left the coming (or current) chunk's window; always the first ones."""
         return min(self.layout.sink_frames, self._first_in_window())
+
+    def update_bank(self, text_keys: Sequence[Tensor]) -> None:
+        """Nothing: `commit` has stored the chunk's prototype, whatever the prompt was."""
 
     def candidate_frames(self) -> list[list[int]]:
         """Per story the prototypes that have left the coming (or current) chunk's window, ascending.

@@ -59,7 +59,9 @@ class Policy(Protocol):
 
 @runtime_checkable
 class DevicePolicy(Policy, Protocol):
-    def choose_on_device(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> DeviceChoice:
+    def choose_on_device(
+        self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor
+    ) -> DeviceChoice:
         """As `choose`, without waiting for the device."""
 
 
@@ -74,7 +76,9 @@ class _OnDevice:
     def choose(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Retrieved:
         return self.choose_on_device(candidates, text_keys, text_lengths).read()
 
-    def choose_on_device(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> DeviceChoice:
+    def choose_on_device(
+        self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor
+    ) -> DeviceChoice:
         chosen = retrieve_frames(
             torch.stack(list(text_keys)),
             candidates.stored,

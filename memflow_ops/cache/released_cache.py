@@ -104,6 +104,15 @@ class ReleasedCache(RingCache):
             described = describe_blocks(k[:, : len(sink) * tokens].detach(), tokens, tokens)
             self._places[2][layer, :, sink.start : sink.stop, 0] = described
 
+    def _check_clean_pass(self) -> None:
+        """Nothing: every pass does all that a commit needs."""
+
+    def _leave_behind(self, chunk: int) -> None:
+        """Nothing: `update_bank` takes the chunk's first frame while it is still in the ring or in the sink."""
+
+    def _clear_bank(self) -> None:
+        """Nothing: the bank is not chosen for a chunk, it stays."""
+
     def write_projections(
         self,
         layer: int,
@@ -130,8 +139,8 @@ class ReleasedCache(RingCache):
     def update_bank(self, text_keys: Sequence[Tensor]) -> None:
         """Before each chunk: the first frame of the last finished chunk enters the bank.
 
-        With n = (chunk - 1) // record_interval + 1 it takes place n of the bank, over whichever frame has it. When there
-        is no such place, it takes, layer by layer, the place of the frame that is least relevant to the prompt.
+        With n = (chunk - 1) // record_interval + 1 it takes place n of the bank, whichever frame had it. Where there is
+        no such place, it takes, layer by layer, the place of the frame that is least relevant to the prompt.
 
         text_keys: per layer the keys (B, text_len, H, D) of the text cross-attention, padding included, of the *last*
             finished chunk's prompt. The score is the mean over positions and heads of (text key) . (mean rotated key of

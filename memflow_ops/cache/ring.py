@@ -244,11 +244,14 @@ class RingCache(ABC):
 
     # --------------------------------------------------------------------------------------------------------- the bank
 
+    @abstractmethod
     def update_bank(self, text_keys: Sequence[Tensor]) -> None:
-        """Before a chunk, and before its prompt is encoded: takes in what the last finished chunk leaves to the bank.
+        """Takes in what the last finished chunk leaves to the bank, where that depends on the prompt of that chunk.
+
+        Comes before a chunk, and before the chunk's own prompt is encoded.
 
         text_keys: per layer the keys (B, text_len, H, D) of the text cross-attention for the *last* chunk's prompt,
-        padding included. A cache that does not need them has taken everything in at `commit`, and does nothing here.
+        padding included.
         """
 
     @abstractmethod
@@ -288,21 +291,25 @@ class RingCache(ABC):
         if self._open is not None or self._to_recache:
             raise RuntimeError(f"{what}: a chunk is open or still to be re-cached; commit or abort it first")
 
-    # ---------------------------------------------------------------------------------------- what a subclass may change
+    # -------------------------------------------------------------------------------------------- what a subclass does
 
     def _places_of(self, frames: Sequence[int]) -> list[int]:
         """The frame place that each frame of the opening chunk is written to; -1 for none."""
         return [self._ring_place(frame) for frame in frames]
 
+    @abstractmethod
     def _describe_written(self, layer: int, k: Tensor) -> None:
         """Keeps the layer's descriptors in step with keys k (B, chunk tokens, Hkv, D) that were just written."""
 
+    @abstractmethod
     def _check_clean_pass(self) -> None:
         """A RuntimeError unless the passes over a new chunk have left all that `commit` needs."""
 
+    @abstractmethod
     def _leave_behind(self, chunk: int) -> None:
         """Copies what stays of a finished chunk out of the ring. Called again if it was interrupted."""
 
+    @abstractmethod
     def _clear_bank(self) -> None:
         """Forgets the choice of `choose_bank`, which is valid for one chunk."""
 

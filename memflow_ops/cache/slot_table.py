@@ -15,7 +15,9 @@ class SlotTable:
     def __init__(self, layout: CacheLayout, device: torch.device):
         self.layout, self.device = layout, device
         # Kernels and recorded passes read these, so they stay where they are and are overwritten.
-        self.slots = torch.zeros((layout.batch, layout.sink_frames + layout.bank_frames), dtype=torch.int32, device=device)
+        self.slots = torch.zeros(
+            (layout.batch, layout.sink_frames + layout.bank_frames), dtype=torch.int32, device=device
+        )
         """(B, sink_frames + bank_frames) int32; entries past a story's length are place 0."""
         self.lengths = torch.zeros(layout.batch, dtype=torch.int32, device=device)
         """(B,) int32: the bank frames of each story."""
@@ -41,8 +43,8 @@ class HistorySlotTable(SlotTable):
         self._stories = stories
         self.retrieved = [0] * layout.batch
         """How many frames each story has retrieved; the host knows this in any case."""
-        # Choices that only the device knows: number of the chunk, and indices into the history, which is read before any
-        # frame of it is forgotten. The frames themselves are not kept, because there may be very many chunks.
+        # Choices that only the device knows: chunk number, and indices into the history. They are read before any
+        # frame is forgotten. The frames themselves are not kept, because there may be very many chunks.
         self._unread: list[tuple[int, Tensor]] = []
         self._last_unread = False  # whether the last of them is the current bank
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from memflow_ops.cache.attend import Attend, attend_to_memory
+from memflow_ops.cache.attend import Attend, BlockSelection, attend_to_memory
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Policy, Relevance, Retrieved
@@ -80,7 +80,8 @@ def attach_memory(
         block_size=block_size,
         dtype=weight.dtype,
     )
-    memory = WanMemory(transformer, layout, grid, top_k, query_group, policy or Relevance(bank_frames), impl)
+    selection = BlockSelection(top_k, query_group)
+    memory = WanMemory(transformer, layout, grid, selection, policy or Relevance(bank_frames), impl)
     for layer, block in enumerate(transformer.blocks):
         block.attn1.set_processor(WanMemoryProcessor(memory, layer, block.attn1.processor))
     return memory
@@ -94,13 +95,12 @@ class WanMemory:
         transformer: Any,
         layout: CacheLayout,
         grid: tuple[int, int],
-        top_k: int,
-        query_group: int | None,
+        selection: BlockSelection,
         policy: Policy,
         impl: str,
     ):
         self.transformer, self.layout, self.grid, self.policy = transformer, layout, grid, policy
-        self.top_k, self.query_group, self.impl = top_k, query_group, impl
+        self.selection, self.impl = selection, impl
         self.device = transformer.patch_embedding.weight.device
         self.cache = FrameCache(layout, self.device)
         self._rotation: tuple[Tensor, Tensor] | None = None
@@ -159,15 +159,7 @@ class WanMemory:
 
     def _attend_to(self, remember: bool = False) -> Attend:
         assert self._rotation is not None
-        return attend_to_memory(
-            self.cache,
-            self._rotation,
-            sparse=True,
-            top_k=self.top_k,
-            query_group=self.query_group,
-            impl=self.impl,
-            remember=remember,
-        )
+        return attend_to_memory(self.cache, self._rotation, self.selection, remember=remember, impl=self.impl)
 
     def _text_keys(self, text: Tensor) -> list[Tensor]:
         """Per layer the keys of the text cross-attention (B, Lt, heads, head_dim)."""

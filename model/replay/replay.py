@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from memflow_ops import select_blocks
-from memflow_ops.cache.attend import attend_as_released
+from memflow_ops.cache.attend import BlockSelection, attend_to_memory
 from memflow_ops.cache.released_cache import ReleasedCache
 from memflow_ops.cache.released_layout import ReleasedLayout
 from memflow_ops.cache.views import Memory
@@ -56,6 +56,7 @@ def replay(fixture: Fixture, mode: str) -> Iterator[Outcome]:
     cache = ReleasedCache(_layout(fixture))
     banks: list[list[int]] = [[] for _ in range(config.num_layers)]  # frame per slot, as the recording's choices say
     top_frames = fixture.top_frames if mode == "sma" else None
+    selection = None if top_frames is None else BlockSelection(top_frames, query_group=None)
     rows, columns = (torch.arange(n) for n in fixture.grid)
     text, noise = model.encode_text(fixture.context), fixture.noise()
     for chunk in range(fixture.chunks(mode)):
@@ -72,7 +73,7 @@ def replay(fixture: Fixture, mode: str) -> Iterator[Outcome]:
             if chunk and step == 0:
                 wrong += _advance_banks(fixture, call, banks, cache)
             activation = _Activation(cache, top_frames)
-            attend = attend_as_released(cache, rotation, top_frames, observe=activation.observe)
+            attend = attend_to_memory(cache, rotation, selection, observe=activation.observe)
             y = model(x, torch.full((1, len(frames)), timestep), text, attend)
             x = x - 0.25 * y
             wrong += activation.wrong(call, banks)
@@ -112,9 +113,9 @@ def _advance_banks(fixture: Fixture, call: Call, banks: list[list[int]], cache: 
             bank[(call.chunk - 1) // fixture.record_interval :] = [staged]
             continue
         bank[:] = [bank[slot] for slot in call.kept[layer]]
-        assert cache.choice is not None
-        frames, scores = (of[layer, 0].tolist() for of in cache.choice[:2])
-        scale = cache.choice.scales[layer, 0].item()
+        assert cache.kept is not None
+        frames, scores = (of[layer, 0].tolist() for of in cache.kept[:2])
+        scale = cache.kept.scales[layer, 0].item()
         wrong += _compared(f"layer {layer}, bank", bank, frames, dict(zip(frames, scores, strict=True)), scale)
         bank.append(staged)
     return wrong
@@ -146,7 +147,7 @@ class _Activation:
     def wrong(self, call: Call, banks: list[list[int]]) -> list[str]:
         """Where the recorded choices, over the recording's banks, are others."""
         lines = []
-        candidates = self.cache.candidates()[:, 0].tolist()
+        candidates = [of_layer[0] for of_layer in self.cache.bank_by_layer()]
         sink = list(range(len(candidates[0]) - len(banks[0])))
         for layer, (heads, (chosen, scores, scales)) in enumerate(zip(call.activated, self.seen, strict=True)):
             for head, recorded in enumerate(heads):

@@ -3,7 +3,7 @@
 A recording repeats kernels with the memory and the numbers that it was made with. So whatever changes from chunk to
 chunk is read from tensors that stay where they are: noisy latents, time embedding, RoPE's angles and text keys (of the
 `Streamer`), the chunk's places in the ring, slot table and lengths of the bank (of the cache). What no tensor holds is
-the shape of a pass: how full the ring is, and so on, see `FrameCache.pass_shape`.
+the shape of a pass: how full the ring is, and so on, see `RingCache.pass_shape`.
 
 Few shapes come again, so there are few graphs. Once the local window is full, a chunk has two kinds of pass (noisy, and
 clean, which ends early); a prompt switch passes each chunk that stays in the window again, one graph for each. With a
@@ -18,8 +18,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from memflow_ops.cache.frame_cache import FrameCache
-from memflow_ops.cache.released_cache import ReleasedCache
+from memflow_ops.cache.ring import PassMarks, RingCache
 from memflow_ops.model.streaming.settings import StreamSettings
 
 OnePass = Callable[[], Tensor | None]
@@ -77,13 +76,13 @@ def why_not(device: torch.device, settings: StreamSettings) -> str:
 class Recording(NamedTuple):
     replay: Callable[[], None]
     out: Tensor | None
-    notes: tuple[frozenset[int], ...]  # of the cache, after the pass
+    marks: PassMarks  # of the cache, after the pass
 
 
 class Passes:
     """Runs the passes of one stream, eagerly or as recordings; the results are the same to the bit."""
 
-    def __init__(self, cache: FrameCache | ReleasedCache, recorder: Recorder | None, insist: bool = False):
+    def __init__(self, cache: RingCache, recorder: Recorder | None, insist: bool = False):
         """cache: what the passes write. recorder: None runs everything eagerly. insist: an error while recording is
         raised; otherwise it is a RuntimeWarning, and the stream goes on eagerly."""
         self.cache, self.recorder, self.insist = cache, recorder, insist
@@ -113,9 +112,9 @@ class Passes:
                 return self.recorder.warm_up(one_pass)
             if not self._record(shape, one_pass):
                 return one_pass()
-        replay, out, notes = self._recorded[shape]
+        replay, out, marks = self._recorded[shape]
         replay()
-        self.cache.note(notes)
+        self.cache.restore_pass_marks(marks)
         self.replayed += 1
         return None if out is None else out.clone()  # the next replay overwrites it
 
@@ -131,5 +130,5 @@ class Passes:
             self.recorder = None
             self._recorded.clear()
             return False
-        self._recorded[shape] = Recording(replay, out, self.cache.notes())
+        self._recorded[shape] = Recording(replay, out, self.cache.pass_marks())
         return True

@@ -27,13 +27,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from memflow_ops.cache.attend import Attend, Observer, attend_as_released, attend_to_memory
+from memflow_ops.cache.attend import Attend, BlockSelection, Observer, attend_to_memory
 from memflow_ops.cache.frame_cache import FrameCache
-from memflow_ops.cache.policies import Chosen, Coverage, DevicePolicy, Policy, Random, Relevance, Retrieved
+from memflow_ops.cache.policies import Coverage, Policy, Random, Relevance, Retrieved
 from memflow_ops.cache.released_cache import ReleasedCache
 from memflow_ops.cache.released_layout import ReleasedLayout
+from memflow_ops.cache.ring import RingCache
 from memflow_ops.cache.views import Memory
-from memflow_ops.model.streaming.activation import Activation, held_by_layers
+from memflow_ops.model.streaming.activation import Activation
 from memflow_ops.model.streaming.conditions import pixel_coordinates
 from memflow_ops.model.streaming.cuda_graphs import CudaGraphs, OnePass, Passes, why_not
 from memflow_ops.model.streaming.sampler import FlowMatchSampler
@@ -152,7 +153,7 @@ class Streamer:
         config = model.config
         self.device = model.patch_embedding.weight.device
         layout = settings.cache_layout(model, batch)
-        self.cache = (
+        self.cache: RingCache = (
             ReleasedCache(layout, self.device)
             if isinstance(layout, ReleasedLayout)
             else FrameCache(layout, self.device)
@@ -166,7 +167,7 @@ class Streamer:
         self.passes = Passes(self.cache, recorder, insist=bool(cuda_graphs))
         self.sampler = FlowMatchSampler(settings.steps, settings.shift, settings.stochastic, config.prediction)
         self.policy: Policy | None = None
-        if isinstance(self.cache, FrameCache) and layout.bank_frames:
+        if settings.memory == "memflow" and layout.bank_frames:
             if policy is not None:
                 self.policy = policy
             elif settings.relevance == "coverage":
@@ -220,10 +221,9 @@ class Streamer:
         self.cache.abort()  # what an interruption may have left
         self.passes.new_chunk()
         index = self.cache.committed
-        if isinstance(self.cache, ReleasedCache):
-            self.cache.update_bank([keys for keys, _ in self._text])
+        self.cache.update_bank([keys for keys, _ in self._text])
         self._set_text(prompts, embeddings)
-        retrieved = self._retrieve()
+        choice = self.cache.choose_bank(self.policy, [keys for keys, _ in self._text], self._text_lengths)
         if self.settings.recache and self._past and self._window_prompts != prompts:
             self._recache(prompts)
         self._chance = self._generator(self.seeds[0], 1)
@@ -238,12 +238,7 @@ class Streamer:
         # and may be interrupted, so it comes before the commit: a chunk that is not returned has not been.
         nothing: tuple[list[list[int]], list[list[float]]] = [[] for _ in prompts], [[] for _ in prompts]
         candidates, shares = self._activation.read() if self._activation else nothing
-        if not self.report:
-            retrieved = Retrieved(*nothing)
-        elif isinstance(retrieved, Chosen):
-            retrieved = retrieved.read()
-        if self.report and isinstance(self.cache, ReleasedCache):
-            retrieved = held_by_layers(self.cache.bank())
+        retrieved = choice.read() if self.report else Retrieved(*nothing)
         self._past[index] = x
         self._window_prompts = list(prompts)
         self.cache.commit()
@@ -276,22 +271,6 @@ class Streamer:
             self._text_lengths[story] = ((embedding != 0).any(-1) * positions).amax()
             self._embeddings[story] = embedding
             self._prompts[story] = prompts[story]
-
-    def _retrieve(self) -> Retrieved | Chosen:
-        """Chooses the coming chunk's bank with the coming prompts. The choice stays on the device, unless frames have
-        to be moved between device and host."""
-        cache = self.cache
-        if self.policy is None or isinstance(cache, ReleasedCache) or not cache.candidate_frames()[0]:
-            nothing: list[list[int]] = [[] for _ in self.seeds]
-            return Retrieved(nothing, [[] for _ in self.seeds])
-        text_keys = [keys for keys, _ in self._text]
-        if isinstance(self.policy, DevicePolicy) and cache.moves_nothing():
-            chosen = self.policy.choose_on_device(cache.candidates(), text_keys, self._text_lengths)
-            cache.set_bank_on_device(chosen.indices)
-            return chosen
-        retrieved = self.policy.choose(cache.candidates(), text_keys, self._text_lengths)
-        cache.set_bank(retrieved.frames)
-        return retrieved
 
     def _recache(self, prompts: list[str]) -> None:
         """Passes the window's past chunks again under the new text; see `FrameCache.restart_window`."""
@@ -358,7 +337,7 @@ class Streamer:
         self._run("clean", one_pass)
 
     def _run(self, kind: str, one_pass: OnePass) -> Tensor | None:
-        return self.passes.run((kind, *self.cache.pass_shape(self.settings.memory == "memflow")), one_pass)
+        return self.passes.run((kind, *self.cache.pass_shape(self._selection() is not None)), one_pass)
 
     def _set_inputs(self, x: Tensor, timestep: float) -> None:
         self._x.copy_(x)
@@ -367,39 +346,32 @@ class Streamer:
 
     def _attend(self, keys_only: bool = False, remember: bool = False) -> Attend:
         """How the open chunk sees the past."""
-        cache, settings = self.cache, self.settings
         counted = self._activation.observe if self._activation and remember else None
         observe = _in_turn(counted, self.observe if remember or not keys_only else None)
-        if isinstance(cache, ReleasedCache):
-            return attend_as_released(
-                cache,
-                self._rotation,
-                settings.top_frames,
-                impl=settings.impl,
-                keys_only=keys_only,
-                observe=observe,
-            )
         return attend_to_memory(
-            cache,
+            self.cache,
             self._rotation,
-            sparse=settings.memory == "memflow",
-            top_k=settings.top_k,
-            query_group=settings.query_group,
-            impl=settings.impl,
-            chance=self._chance if settings.selection == "random" else None,
+            self._selection(),
             remember=remember,
             keys_only=keys_only,
             observe=observe,
+            impl=self.settings.impl,
         )
 
-    def _counted(self) -> Activation | None:
-        """Counts what is selected, where something is."""
+    def _selection(self) -> BlockSelection | None:
+        """The blocks that a pass attends to beside the window; None where it attends to all that is kept."""
         settings = self.settings
-        if self.report and settings.memory == "memflow":
-            return Activation(self.cache, settings.top_k, settings.query_group, settings.impl)
-        if self.report and settings.memory == "released" and settings.top_frames:
-            return Activation(self.cache, settings.top_frames, None, settings.impl)
-        return None  # a dense mode activates nothing: its sink is always attended to in full
+        if settings.memory == "memflow":
+            chance = self._chance if settings.selection == "random" else None
+            return BlockSelection(settings.top_k, settings.query_group, chance)
+        if settings.memory == "released" and settings.top_frames:
+            return BlockSelection(settings.top_frames, query_group=None)
+        return None
+
+    def _counted(self) -> Activation | None:
+        """Counts what is selected, where something is selected and the user asks for a report."""
+        selection = self._selection()
+        return Activation(self.cache, selection, self.settings.impl) if self.report and selection else None
 
     @torch.no_grad()
     def _time(self, timestep: float) -> TimeEmbedding:

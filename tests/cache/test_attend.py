@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from memflow_ops import QKNorm
-from memflow_ops.cache.attend import attend_to_memory
+from memflow_ops.cache.attend import BlockSelection, attend_to_memory
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig, RMSNorm
@@ -124,14 +124,14 @@ def test_the_model_hands_over_projections_unless_a_gradient_is_needed(monkeypatc
     def run() -> torch.Tensor:
         cache = FrameCache(layout)
         cache.begin_chunk()
-        attend = attend_to_memory(cache, rotation_of(0), sparse=True, top_k=2, query_group=5, remember=True)
+        attend = attend_to_memory(cache, rotation_of(0), BlockSelection(2, query_group=5), remember=True)
         return model(x, t, text, attend)
 
     with torch.no_grad():
         expected = run()
     assert norms == [True]
     out = run()
-    assert norms == [True], "gradients are needed"
+    assert norms == [True, False], "where gradients are needed, the model normalises"
     assert torch.equal(out, expected)
     out.sum().backward()
     assert model.blocks[0].self_attn.q.weight.grad.abs().max() > 0

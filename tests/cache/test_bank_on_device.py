@@ -61,7 +61,7 @@ def test_the_choice_is_read_for_a_saved_state_and_dropped_by_an_interruption():
     by_device.begin_chunk()
     by_device.abort()
     assert by_device.bank() == [[0, 1, 2]] * 2
-    assert by_device.bank_sizes() == by_device._bank.lengths.tolist() == [3, 3]
+    assert by_device.bank_sizes() == by_device._table.lengths.tolist() == [3, 3]
     indices = chosen_of(99, len(candidates[0])).tolist()
     by_host.set_bank([[of[i] for i in row] for of, row in zip(candidates, indices, strict=True)])
     assert by_host.state_dict()["history"] == by_device.state_dict()["history"]

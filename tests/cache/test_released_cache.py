@@ -105,7 +105,7 @@ def check(cache: ReleasedCache, naive: Naive, end: int, local: list[int]) -> Non
                     want = torch.cat([kv[part] for kv in near])
                     assert torch.equal(multiset(window[part][story]), multiset(want))
             known = dict([*sink, *bank])
-            frames = cache.candidates()[layer, story].tolist()
+            frames = cache.bank_by_layer()[layer][story]
             assert frames[: len(sink)] == [f for f, _ in sink] and int(memory.frames[story]) == len(frames)
             assert sorted(frames[len(sink) :]) == sorted(f for f, _ in bank)
             for frame, slot in zip(frames, memory.slots[story].tolist(), strict=False):
@@ -143,10 +143,10 @@ def test_against_lists_of_frames(sizes):
         if naive.kept is not None:
             compressed += 1
             for (layer, story), (frames, scores) in naive.kept.items():
-                assert cache.choice.frames[layer, story].tolist() == frames
-                torch.testing.assert_close(cache.choice.scores[layer, story].double(), torch.tensor(scores).double())
+                assert cache.kept.frames[layer, story].tolist() == frames
+                torch.testing.assert_close(cache.kept.scores[layer, story].double(), torch.tensor(scores).double())
         else:
-            assert cache.choice is None
+            assert cache.kept is None
         if chunk % 5 == 4 and layout.window_frames % layout.chunk_frames == 0:  # a prompt switch
             stories = None if chunk == 9 else [choice.random() < 0.5 for _ in range(layout.batch)]
             again = cache.restart_window(stories)
@@ -295,4 +295,4 @@ def test_a_broken_frame_is_the_first_to_go():
             kv[0] = torch.nan
         write(cache, kv)
         cache.commit()
-    assert sorted(cache.bank()[0, 0].tolist()) == [0, 6, 9]
+    assert sorted(cache.recorded()[0, 0].tolist()) == [0, 6, 9]

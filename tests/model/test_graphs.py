@@ -152,7 +152,7 @@ def test_only_the_memory_of_the_stream_is_read():
     streamer, _ = stream(model_of(), settings_of(), recorder)
     cache, lasting = streamer.cache, set()
     own = [*streamer.model.parameters(), *streamer._rotation, streamer._x, *streamer._now, *tree_leaves(streamer._text)]
-    own += [x for of in (cache, cache._bank, streamer._activation) for x in vars(of).values()]
+    own += [x for of in (cache, cache._table, streamer._activation) for x in vars(of).values()]
     for tensor in tree_leaves(own):
         if isinstance(tensor, Tensor):
             lasting.add(tensor.untyped_storage().data_ptr())
