@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from cache_write_cases import WriteCase, assert_written, write_cases
+from cache_write_cases import make_case as make_write_case
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from retrieve_cases import make_case, retrieve_cases, rounded
+from retrieval_cases import make_case, retrieve_cases, rounded
 from torch.library import opcheck
-from write_cases import WriteCase, assert_written, write_cases
-from write_cases import make_case as make_write_case
 
 import memflow_ops as ops
 from memflow_ops.cache.frame_cache import FrameCache

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from hypothesis import strategies as st
 from torch import Tensor
 
-import memflow_ops as ops
+import memflow_ops
 
 
 @dataclass
@@ -46,7 +46,7 @@ class Case:
         return [x for x in self.tensors().values() if x is not None]
 
     def run(self, impl: str) -> tuple[Tensor, Tensor]:
-        return ops.memory_attention(*self.tensors().values(), **self.options, return_lse=True, impl=impl)
+        return memflow_ops.memory_attention(*self.tensors().values(), **self.options, return_lse=True, impl=impl)
 
     def indices(self, impl: str) -> Tensor | None:
         """The selection alone; None without a bank."""
@@ -54,9 +54,9 @@ class Case:
             return None
         names = ("top_k", "query_group", "memory_frames", "memory_slots")
         size, frame = self.options["block_size"], self.options["frame_tokens"]
-        descriptors = ops.describe_blocks(self.memory_k, size, frame, impl=impl)
+        descriptors = memflow_ops.describe_blocks(self.memory_k, size, frame, impl=impl)
         chosen = {name: self.options[name] for name in names}
-        return ops.select_blocks(self.q, descriptors, blocks_per_frame=-(-frame // size), impl=impl, **chosen)
+        return memflow_ops.select_blocks(self.q, descriptors, blocks_per_frame=-(-frame // size), impl=impl, **chosen)
 
 
 @st.composite
@@ -96,6 +96,14 @@ def cases(draw, integers: bool = False) -> Case:
     if not frames and draw(st.booleans()):
         bank = (None, None)
     return Case(tensor(queries, heads), tensor(dense, kv_heads), tensor(dense, kv_heads), *bank, options)
+
+
+def small_case(**options) -> Case:
+    """Two ragged frames of 10 tokens, GQA, groups of 3 of 7 queries."""
+    make = lambda tokens, heads: torch.randn(2, tokens, heads, 8, dtype=torch.float64)  # noqa: E731
+    defaults = dict(top_k=3, block_size=4, frame_tokens=10, query_group=3, memory_frames=None, memory_slots=None)
+    tensors = (make(7, 4), make(5, 2), make(5, 2), make(20, 2), make(20, 2))
+    return Case(*tensors, {**defaults, "softmax_scale": None, **options})
 
 
 def visible(case: Case, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,9 +1,20 @@
 """Every bad argument that the host can see is refused before anything runs, with what was got and what is expected."""
 
+import cache_write_cases
 import pytest
+import retrieval_cases
 import torch
 
-import memflow_ops as ops
+from memflow_ops import (
+    attend_selected,
+    describe_blocks,
+    frame_relevance,
+    memory_attention,
+    merge_states,
+    retrieve_frames,
+    select_blocks,
+    write_projections,
+)
 
 
 def valid(**changes):
@@ -65,12 +76,12 @@ def test_memory_attention_refuses(name, monkeypatch):
     changes, error, message = BAD[name]
     monkeypatch.setattr("memflow_ops.ops.registration.memory_attention", lambda *_: pytest.fail("the op ran"))
     with pytest.raises(error, match=message):
-        ops.memory_attention(**valid(**changes))
+        memory_attention(**valid(**changes))
 
 
 def test_memory_attention_accepts_what_is_valid():
-    assert ops.memory_attention(**valid()).shape == (2, 6, 4, 8)
-    assert ops.memory_attention(**valid(memory_k=X(2, 0, 2, 8), memory_v=X(2, 0, 2, 8))).shape == (2, 6, 4, 8)
+    assert memory_attention(**valid()).shape == (2, 6, 4, 8)
+    assert memory_attention(**valid(memory_k=X(2, 0, 2, 8), memory_v=X(2, 0, 2, 8))).shape == (2, 6, 4, 8)
 
 
 Q, K = X(2, 6, 4, 8), X(2, 12, 2, 8)
@@ -78,23 +89,23 @@ OUT, LSE = X(2, 6, 4, 8), X(2, 4, 6)
 
 
 def resumed(state):
-    return ops.attend_selected(Q, K, K, INT(2, 4, 2, 2), block_size=4, query_group=3, resume=state)
+    return attend_selected(Q, K, K, INT(2, 4, 2, 2), block_size=4, query_group=3, resume=state)
 
 
 OTHERS = {
-    "describe-block-size": (lambda: ops.describe_blocks(K, -4), ValueError, "block_size must be at least 1, got -4"),
-    "describe-frames": (lambda: ops.describe_blocks(K, 4, 5), ValueError, "whole frames of 5 tokens"),
+    "describe-block-size": (lambda: describe_blocks(K, -4), ValueError, "block_size must be at least 1, got -4"),
+    "describe-frames": (lambda: describe_blocks(K, 4, 5), ValueError, "whole frames of 5 tokens"),
     "select-blocks-per-frame": (
-        lambda: ops.select_blocks(Q, K, 2, blocks_per_frame=5), ValueError, "whole frames of 5 blocks, got 12",
+        lambda: select_blocks(Q, K, 2, blocks_per_frame=5), ValueError, "whole frames of 5 blocks, got 12",
     ),
-    "select-top-k": (lambda: ops.select_blocks(Q, K, 0), ValueError, "top_k must be at least 1"),
-    "select-heads": (lambda: ops.select_blocks(Q, X(2, 12, 3, 8), 2), ValueError, "multiple"),
+    "select-top-k": (lambda: select_blocks(Q, K, 0), ValueError, "top_k must be at least 1"),
+    "select-heads": (lambda: select_blocks(Q, X(2, 12, 3, 8), 2), ValueError, "multiple"),
     "attend-indices-shape": (
-        lambda: ops.attend_selected(Q, K, K, INT(2, 4, 3, 2), block_size=4, query_group=3), ValueError,
+        lambda: attend_selected(Q, K, K, INT(2, 4, 3, 2), block_size=4, query_group=3), ValueError,
         r"indices must have shape \(2, 4, 2, any\), got \(2, 4, 3, 2\)",
     ),
     "attend-indices-dtype": (
-        lambda: ops.attend_selected(Q, K, K, INT(2, 4, 2, 2).long(), block_size=4, query_group=3), TypeError, "int32",
+        lambda: attend_selected(Q, K, K, INT(2, 4, 2, 2).long(), block_size=4, query_group=3), TypeError, "int32",
     ),
     "attend-resume-shape": (
         lambda: resumed((OUT[:, 1:], LSE[..., 1:])),
@@ -107,15 +118,15 @@ OTHERS = {
         TypeError, "LSE of resume must be a torch.float32 tensor, got torch.float16",
     ),
     "merge-lse-shape": (
-        lambda: ops.merge_states(OUT, LSE.transpose(1, 2), OUT, LSE), ValueError, r"LSE of a must have .* \(2, 4, 6\)",
+        lambda: merge_states(OUT, LSE.transpose(1, 2), OUT, LSE), ValueError, r"LSE of a must have .* \(2, 4, 6\)",
     ),
-    "merge-shapes": (lambda: ops.merge_states(OUT, LSE, OUT[:1], LSE[:1]), ValueError, "out_b must have shape"),
+    "merge-shapes": (lambda: merge_states(OUT, LSE, OUT[:1], LSE[:1]), ValueError, "out_b must have shape"),
     "relevance-score": (
-        lambda: ops.frame_relevance(Q, K.unsqueeze(1), score="cosine"), ValueError, "one of linear, softmax",
+        lambda: frame_relevance(Q, K.unsqueeze(1), score="cosine"), ValueError, "one of linear, softmax",
     ),
-    "relevance-dims": (lambda: ops.frame_relevance(Q, K), ValueError, "frame_keys must have 5 dimensions"),
+    "relevance-dims": (lambda: frame_relevance(Q, K), ValueError, "frame_keys must have 5 dimensions"),
     "relevance-lengths": (
-        lambda: ops.frame_relevance(Q, K.unsqueeze(1), block_lengths=[3]), ValueError, "the 12 blocks of a frame",
+        lambda: frame_relevance(Q, K.unsqueeze(1), block_lengths=[3]), ValueError, "the 12 blocks of a frame",
     ),
 }  # fmt: skip
 
@@ -125,3 +136,72 @@ def test_the_other_ops_refuse(name):
     call, error, message = OTHERS[name]
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"score": "cosine"}, ValueError, "score must be one of linear, softmax, coverage, got 'cosine'"),
+        ({"count": 0}, ValueError, "count must be at least 1, got 0"),
+        ({"redundancy": 2.0}, ValueError, "redundancy is a cosine, -1 to 1, or None, got 2.0"),
+        ({"redundancy": 0.5, "score": "coverage"}, ValueError, "coverage has no redundancy limit"),
+        ({"means": torch.zeros(3, 2, 9, 1, 2, 8)}, ValueError, "means must have the 2 layers of text_keys, got 3"),
+        ({"means": torch.zeros(2, 2, 0, 1, 2, 8)}, ValueError, "nothing must be empty"),
+        ({"means": torch.zeros(2, 2, 9, 1, 3, 8)}, ValueError, "2 heads of q must be a multiple of the heads of means"),
+        ({"candidates": torch.zeros(2, 3)}, TypeError, "candidates must be int32, got torch.float32"),
+        ({"candidates": torch.zeros(2, 0, dtype=torch.int32)}, ValueError, "candidates must name a frame at least"),
+        ({"block_lengths": [1, 2]}, ValueError, "block_lengths must name the 1 blocks of a frame, got 2"),
+        ({"text_lengths": torch.ones(3, dtype=torch.int32)}, ValueError, r"text_lengths must have shape \(2\)"),
+    ],
+)
+def test_retrieve_frames_refuses(changes, error, message):
+    with pytest.raises(error, match=message):
+        retrieve_frames(**{**retrieval_cases.make_case(), "count": 2, **changes})
+
+
+def write_with(**changes) -> None:
+    case = cache_write_cases.make_case(batch=2, options={"block_size": 5}).to(torch.float32)
+    case.mean_frames = 1
+    arguments = dict(
+        q=case.q, k=case.k, v=case.v, rotation=case.rotation, places=case.places, frame_tokens=case.frame_tokens,
+        norm=case.norm, **case.outputs(), **case.options,
+    )  # fmt: skip
+    arguments |= {name: change(arguments[name]) for name, change in changes.items()}
+    before = {name: arguments[name].clone() for name in ("memory_k", "memory_v") if name not in changes}
+    try:
+        write_projections(**arguments)
+    finally:
+        assert all(torch.equal(arguments[name], x) for name, x in before.items())
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "error", "message"),
+    [
+        ("q", lambda q: q[:, 1:], ValueError, r"whole frames of 12 tokens and an even head size, got \(2, 23, 2, 16\)"),
+        ("k", lambda k: k[:, :12], ValueError, r"k must have shape \(2, 24, 2, 16\), got \(2, 12, 2, 16\)"),
+        ("v", lambda v: v.double(), TypeError, "v must have the dtype of q, torch.float32, got torch.float64"),
+        ("memory_v", lambda x: x[:, :12], ValueError, r"memory_v must have shape \(2, 60, 2, 16\)"),
+        ("memory_k", lambda x: x[:, :50], ValueError, "memory_k must hold whole frames of 12 tokens"),
+        ("places", lambda x: x.long(), TypeError, "places must be int32, got torch.int64"),
+        ("places", lambda x: x[:, :1], ValueError, r"places must have shape \(2, 2\), got \(2, 1\)"),
+        ("rotation", lambda r: (r[0].double(), r[1]), TypeError, "cosines of rotation must be a float32 tensor"),
+        ("rotation", lambda r: (r[0], r[1][:, 1:]), ValueError, r"sines of rotation must have shape \(1 or 2, \(24, 1"),
+        (
+            "norm",
+            lambda n: n._replace(weight_k=n.weight_k[1:]),
+            ValueError,
+            r"weight_k of norm must have shape \(32,\)",
+        ),
+        ("descriptors", lambda x: x[:, 1:], ValueError, r"descriptors must have shape \(2, 15, 2, 16\)"),
+        ("means", lambda x: x.repeat(1, 3, 1, 1, 1), ValueError, "means must be of 1 to 2 frames"),
+        ("block_size", lambda n: 0, ValueError, "block_size must be at least 1, got 0"),
+    ],
+)
+def test_write_projections_refuses_before_anything_is_written(name, change, error, message):
+    with pytest.raises(error, match=message):
+        write_with(**{name: change})
+
+
+def test_write_projections_refuses_gradients():
+    with pytest.raises(NotImplementedError, match="no backward"):
+        write_with(q=lambda q: q.requires_grad_())

@@ -6,7 +6,7 @@ from attention_cases import cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import memflow_ops as ops
+import memflow_ops
 
 BOTH = pytest.mark.parametrize("impl", ["reference", "torch"])
 
@@ -23,7 +23,7 @@ def test_descriptors_are_means_of_blocks_rounded_once(case, dtype):
         for start in range(0, frame, size)
     ]
     for impl in ("reference", "torch"):
-        ours = ops.describe_blocks(k, size, frame, impl=impl)
+        ours = memflow_ops.describe_blocks(k, size, frame, impl=impl)
         assert ours.dtype == dtype and ours.shape[1] == len(expected)
         if expected:
             # float32 accumulation may round a tie the other way: one unit in the last place at most
@@ -41,10 +41,10 @@ def test_integer_valued_inputs_select_alike_ties_included(case):
     frame = case.options["frame_tokens"]
     options = {name: case.options[name] for name in ("top_k", "memory_frames", "memory_slots")}
     options |= dict(query_group=min(case.options["query_group"] or 1, 2), blocks_per_frame=frame)
-    both = [ops.select_blocks(case.q, case.memory_k, impl=impl, **options) for impl in ("reference", "torch")]
+    both = [memflow_ops.select_blocks(case.q, case.memory_k, impl=impl, **options) for impl in ("reference", "torch")]
     assert torch.equal(*both)
     low = case.to(torch.bfloat16)
-    assert torch.equal(ops.select_blocks(low.q, low.memory_k, impl="torch", **options), both[0])
+    assert torch.equal(memflow_ops.select_blocks(low.q, low.memory_k, impl="torch", **options), both[0])
 
 
 @given(cases())
@@ -57,11 +57,11 @@ def test_random_inputs_select_alike_where_the_margin_is_clear(case):
     size, frame = case.options["block_size"], case.options["frame_tokens"]
     options = {name: case.options[name] for name in ("top_k", "memory_frames", "memory_slots", "query_group")}
     options |= dict(blocks_per_frame=-(-frame // size))
-    descriptors = ops.describe_blocks(low.memory_k, size, frame)
-    exact = ops.select_blocks(low.q.double(), descriptors.double(), impl="reference", **options)
+    descriptors = memflow_ops.describe_blocks(low.memory_k, size, frame)
+    exact = memflow_ops.select_blocks(low.q.double(), descriptors.double(), impl="reference", **options)
     scale = (low.q.abs().amax() * descriptors.abs().amax() * low.q.shape[-1]).item()
     for impl in ("reference", "torch"):
-        ours = ops.select_blocks(low.q, descriptors, impl=impl, **options)
+        ours = memflow_ops.select_blocks(low.q, descriptors, impl=impl, **options)
         for b, h, g in (ours != exact).any(-1).nonzero().tolist():
             assert margin(low.q, descriptors, options, b, h, g) <= 2**-18 * scale, f"{impl} at {b, h, g}"
 
@@ -88,7 +88,7 @@ def select(scores: list[float], top_k: int, impl: str, dtype=torch.float32, **op
     """The selection of one query whose score with block j is `scores[j]`."""
     q = torch.ones(1, 1, 1, 1, dtype=dtype)
     descriptors = torch.tensor(scores, dtype=dtype).view(1, -1, 1, 1)
-    return ops.select_blocks(q, descriptors, top_k, impl=impl, blocks_per_frame=1, **options).flatten().tolist()
+    return memflow_ops.select_blocks(q, descriptors, top_k, impl=impl, blocks_per_frame=1, **options).flatten().tolist()
 
 
 @BOTH
@@ -126,10 +126,22 @@ def test_slots_choose_in_bank_order(impl):
 
 def test_selection_is_not_differentiable():
     q = torch.randn(1, 4, 1, 8, requires_grad=True)
-    assert not ops.select_blocks(q, torch.randn(1, 6, 1, 8), 2).requires_grad
+    assert not memflow_ops.select_blocks(q, torch.randn(1, 6, 1, 8), 2).requires_grad
 
 
 @BOTH
 def test_descriptors_have_a_gradient(impl):
     k = torch.randn(2, 10, 1, 3, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(lambda x: ops.describe_blocks(x, 4, 5, impl=impl), k)
+    assert torch.autograd.gradcheck(lambda x: memflow_ops.describe_blocks(x, 4, 5, impl=impl), k)
+
+
+def test_selection_ignores_what_precision_other_products_may_have():
+    q, descriptors = torch.randn(1, 64, 4, 64), torch.randn(1, 400, 4, 64)
+    select = lambda: memflow_ops.select_blocks(q, descriptors, 8, query_group=1, blocks_per_frame=1)  # noqa: E731
+    exact = select()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert torch.equal(select(), exact)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from retrieve_cases import assert_retrieves, make_case, retrieve_cases, rounded
+from retrieval_cases import assert_retrieves, make_case, retrieve_cases, rounded
 
 import memflow_ops as ops
 

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from cache_write_cases import assert_written, make_case, write_cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from write_cases import assert_written, make_case, write_cases
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

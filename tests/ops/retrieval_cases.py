@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-import memflow_ops as ops
+import memflow_ops
 
 
 def make_case(
@@ -71,8 +71,8 @@ def rounded(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 def assert_retrieves(case: dict[str, Any], options: dict[str, Any], dtype: torch.dtype, impl: str) -> None:
     """In `dtype` the frames and scores of the reference in float64, from the same numbers."""
     low = rounded(case, dtype)
-    expected = ops.retrieve_frames(**rounded(low, torch.float64), **options, impl="reference")
-    indices, scores = ops.retrieve_frames(**low, **options, impl=impl)
+    expected = memflow_ops.retrieve_frames(**rounded(low, torch.float64), **options, impl="reference")
+    indices, scores = memflow_ops.retrieve_frames(**low, **options, impl=impl)
     assert indices.dtype == torch.int32 and scores.dtype == torch.promote_types(dtype, torch.float32)
     message = f"{impl} {dtype} {options} {[tuple(low[n].shape) for n in ('text_keys', 'means')]}"
     assert torch.equal(indices, expected[0]), f"{message}: {indices.tolist()} instead of {expected[0].tolist()}"

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-import memflow_ops as ops
+import memflow_ops
 from memflow_ops.rotary import rope_rotation
 
 # Written where the op must not write.
@@ -24,18 +24,20 @@ class WriteCase:
     places: Tensor
     pool_frames: int
     frame_tokens: int
-    norm: ops.QKNorm | None
+    norm: memflow_ops.QKNorm | None
     options: dict[str, int | None] = field(default_factory=dict)
     mean_frames: int = 0
     described: bool = True
 
     def to(self, dtype: torch.dtype) -> WriteCase:
         """The same numbers, rounded to `dtype`."""
-        norm = self.norm and ops.QKNorm(self.norm.weight_q.to(dtype), self.norm.weight_k.to(dtype), self.norm.eps)
+        norm = self.norm and memflow_ops.QKNorm(
+            self.norm.weight_q.to(dtype), self.norm.weight_k.to(dtype), self.norm.eps
+        )
         return replace(self, q=self.q.to(dtype), k=self.k.to(dtype), v=self.v.to(dtype), norm=norm)
 
     def moved(self, device: str) -> WriteCase:
-        norm = self.norm and ops.QKNorm(*(x.to(device) for x in self.norm[:2]), self.norm.eps)
+        norm = self.norm and memflow_ops.QKNorm(*(x.to(device) for x in self.norm[:2]), self.norm.eps)
         tensors = {name: getattr(self, name).to(device) for name in ("q", "k", "v", "places")}
         return replace(self, **tensors, rotation=tuple(x.to(device) for x in self.rotation), norm=norm)
 
@@ -58,7 +60,7 @@ class WriteCase:
         """All that the op writes, and the rotated q."""
         out = self.outputs()
         memory_k, memory_v = out.pop("memory_k"), out.pop("memory_v")
-        q = ops.write_projections(
+        q = memflow_ops.write_projections(
             self.q, self.k, self.v, self.rotation, memory_k, memory_v, self.places, frame_tokens=self.frame_tokens,
             norm=self.norm, impl=impl, **out, **self.options,
         )  # fmt: skip
@@ -94,7 +96,7 @@ def make_case(
     rotation = rope_rotation(head_dim, positions, *(torch.arange(n) for n in grid))
     # some frames have no place: before the pool, or beyond it
     places = torch.stack([torch.randperm(pool_frames + 2, generator=generator)[:frames] - 1 for _ in range(batch)])
-    norm = ops.QKNorm(1 + random(widths[0]) / 4, 1 + random(widths[1]) / 4, 1e-6) if with_norm else None
+    norm = memflow_ops.QKNorm(1 + random(widths[0]) / 4, 1 + random(widths[1]) / 4, 1e-6) if with_norm else None
     return WriteCase(q, k, v, rotation, places.int(), pool_frames, tokens, norm, **options)
 
 
@@ -134,7 +136,7 @@ def assert_written(case: WriteCase, dtype: torch.dtype, impl: str) -> None:
             keys = got["memory_k"].double()
             size = min(case.options["block_size"], case.frame_tokens)
             x = torch.where(
-                x == UNTOUCHED, UNTOUCHED, ops.describe_blocks(keys, size, case.frame_tokens, impl="reference")
+                x == UNTOUCHED, UNTOUCHED, memflow_ops.describe_blocks(keys, size, case.frame_tokens, impl="reference")
             )
         untouched = x == UNTOUCHED
         assert torch.equal(mine == UNTOUCHED, untouched), f"{name}: wrote elsewhere, or not at all"

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import memflow_ops as ops
+import memflow_ops
 from memflow_ops.geometry import Geometry
 from memflow_ops.impl import dense
 from memflow_ops.impl.reference import attention
@@ -25,13 +25,15 @@ def test_continued_by_any_implementation(impl, heads):
     tensors = [x.requires_grad_() for x in inputs(heads=heads)]
     states, gradients = [], []
     for backend in ("own", "cpu", "auto"):
-        out, lse = ops.memory_attention(*tensors, impl=impl, dense_backend=backend, **OPTIONS)
+        out, lse = memflow_ops.memory_attention(*tensors, impl=impl, dense_backend=backend, **OPTIONS)
         states.append((out, lse))
         gradients.append(torch.autograd.grad((out * out).sum() + lse.sum(), tensors))
     for other in (1, 2):
         torch.testing.assert_close(states[other], states[0])
         torch.testing.assert_close(gradients[other], gradients[0])
-    window = [ops.memory_attention(*tensors[:3], dense_backend=name, return_lse=True) for name in ("own", "cpu")]
+    window = [
+        memflow_ops.memory_attention(*tensors[:3], dense_backend=name, return_lse=True) for name in ("own", "cpu")
+    ]
     torch.testing.assert_close(window[1], window[0])
 
 
@@ -39,9 +41,9 @@ def test_any_strides():
     q, k, v, _, _ = inputs()
     wide = torch.randn(2, 7, 4, 3, 8, dtype=torch.float64)[:, :, :, 1].copy_(q)
     far = torch.randn(2, 2, 5, 9, dtype=torch.float64).transpose(1, 2)[..., :8].copy_(k)
-    got = ops.memory_attention(wide, far, v, dense_backend="cpu")
+    got = memflow_ops.memory_attention(wide, far, v, dense_backend="cpu")
     assert got.is_contiguous()
-    torch.testing.assert_close(got, ops.memory_attention(q, k, v, impl="reference"))
+    torch.testing.assert_close(got, memflow_ops.memory_attention(q, k, v, impl="reference"))
 
 
 def test_what_auto_stands_for_on_a_cpu():
@@ -54,10 +56,10 @@ def test_what_auto_stands_for_on_a_cpu():
 def test_refused_where_it_cannot_be_used():
     tensors = inputs(torch.bfloat16)
     with pytest.raises(ValueError, match="dense_backend must be one of auto, own, cudnn, flash, flash_attn, cpu, got"):
-        ops.memory_attention(*tensors, dense_backend="fastest", **OPTIONS)
+        memflow_ops.memory_attention(*tensors, dense_backend="fastest", **OPTIONS)
     for name in ("cudnn", "flash", "flash_attn"):
         with pytest.raises(ValueError, match=f"dense_backend='{name}' cannot attend here: it needs a CUDA device"):
-            ops.memory_attention(*tensors, dense_backend=name, **OPTIONS)
+            memflow_ops.memory_attention(*tensors, dense_backend=name, **OPTIONS)
 
 
 @pytest.mark.parametrize("form", ["a last dimension of 1", "longer"])
@@ -87,7 +89,7 @@ def test_what_can_be_read_16_bytes_at_a_time():
 def test_flash_attn_is_called_by_its_own_convention(monkeypatch):
     """Stand-ins with the layout and the arguments of flash-attn 2 and 4; 3 is called like 2."""
     q, k, v, *_ = inputs(torch.float32)
-    expected = ops.memory_attention(q, k, v, impl="reference", return_lse=True, softmax_scale=0.3)
+    expected = memflow_ops.memory_attention(q, k, v, impl="reference", return_lse=True, softmax_scale=0.3)
     seen = []
 
     def version_2(q, k, v, dropout_p=0.0, softmax_scale=None, return_attn_probs=False):
