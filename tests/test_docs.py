@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 import pytest
+import typer.main
 
 from memflow_ops import __version__
+from memflow_ops.cli.main import app
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -53,3 +55,29 @@ def test_a_missing_file_is_seen(tmp_path):
 def test_citation_and_changelog_state_the_version():
     assert f"\nversion: {__version__}\n" in read(ROOT / "CITATION.cff")
     assert f"\n## {__version__} " in read(ROOT / "CHANGELOG.md")
+
+
+def commands():
+    """Name of a command, such as `toy demo` -> its options."""
+    found = {}
+
+    def walk(command, words):
+        if subcommands := getattr(command, "commands", None):
+            for name, below in subcommands.items():
+                walk(below, (*words, name))
+        else:
+            found[" ".join(words)] = {flag for option in command.params for flag in option.opts + option.secondary_opts}
+
+    walk(typer.main.get_command(app), ())
+    return found
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_commands_that_a_page_shows_exist_with_their_options(page):
+    known = commands()
+    shown = re.findall(r"(?:`|^)memflow ([a-z][^`\n#]*)", read(page), re.MULTILINE)
+    for line in shown:
+        words = line.split()
+        name = next((" ".join(words[:n]) for n in (2, 1) if " ".join(words[:n]) in known), None)
+        assert name, f"memflow {line}"
+        assert {word for word in words if word.startswith("--")} <= known[name] | {"--help"}, f"memflow {line}"
