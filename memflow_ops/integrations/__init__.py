@@ -1,4 +1,7 @@
-"""Long memory in other people's models: diffusers' `WanTransformer3DModel`, and attention of the Self-Forcing kind.
+"""Long memory in the models of other projects.
 
-`memflow_ops.integrations.diffusers` and `memflow_ops.integrations.self_forcing`; neither imports the other project.
+- `memflow_ops.integrations.diffusers`: a frame cache and retrieval for diffusers' `WanTransformer3DModel`.
+- `memflow_ops.integrations.self_forcing`: block selection over the own cache of models of the Self-Forcing kind.
+
+Neither imports the other project.
 """

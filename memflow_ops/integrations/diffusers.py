@@ -1,16 +1,16 @@
 """An attention processor that gives diffusers' `WanTransformer3DModel` a frame cache and long memory.
 
-    memory = attach_memory(transformer, height=60, width=104)
-    for text in prompts:                                     # one chunk of 3 latent frames each
-        memory.begin_chunk(text)                             # text embeddings; retrieves what they ask for
+    memory = attach_memory(transformer, height=60, width=104)    # the size of its latents
+    for text in prompts:                                         # text embeddings, for a chunk of 3 latent frames each
+        memory.begin_chunk(text)                                 # retrieves the past frames that the prompt asks for
         for t in timesteps:
-            velocity = transformer(latents, t, text).sample  # and a step of the sampler
+            velocity = transformer(latents, t, text).sample      # then a step of the sampler
         with memory.clean():
-            transformer(latents, zero, text)                 # leaves the keys that later chunks see
+            transformer(latents, torch.zeros(1), text)           # leaves the keys that later chunks see
         memory.commit()
 
-The transformer must have been trained to generate causally, chunk by chunk (Self-Forcing and its kin, converted):
-memory does not make a bidirectional model causal. Between `commit` and `begin_chunk` it behaves as without memory.
+The transformer must have been trained to generate causally, chunk by chunk, as by Self-Forcing: memory does not make a
+bidirectional model causal. Between `commit` and `begin_chunk` the transformer behaves as without memory.
 """
 
 from __future__ import annotations
@@ -47,15 +47,18 @@ def attach_memory(
     policy: Policy | None = None,
     impl: str = "auto",
 ) -> WanMemory:
-    """Puts our processor into the self-attention of every block. `WanMemory.detach` puts the old ones back.
+    """Puts our processor into the self-attention of every block, and returns the memory that the processors share.
 
-    transformer: diffusers' WanTransformer3DModel, on its device and in its dtype.
-    height, width: of the latents. batch: stories that advance together.
-    chunk_frames to host_frames, block_size: sizes of the cache, see `CacheLayout`.
-    top_k, query_group, impl: of `memory_attention`.
-    policy: what chooses the bank (None: `Relevance(bank_frames)`).
+    transformer: diffusers' WanTransformer3DModel, on the device and in the dtype that it will run with.
+    height, width: rows and columns of the latents.
+    batch: stories that advance together.
+    chunk_frames, window_frames, sink_frames, bank_frames, device_frames, host_frames, block_size: of `CacheLayout`.
+    top_k, query_group: blocks that each query group attends to, see `BlockSelection`.
+    policy: chooses the bank; None: `Relevance(bank_frames)`.
+    impl: implementation of the operators: auto, reference, torch or triton.
 
-    A ValueError or TypeError where the sizes do not fit, before anything is changed.
+    `WanMemory.detach` puts the old processors back. A ValueError or TypeError where the sizes do not fit, before
+    anything is changed.
     """
     config, weight = transformer.config, transformer.patch_embedding.weight
     patch_frames, patch_height, patch_width = config.patch_size
@@ -88,7 +91,7 @@ def attach_memory(
 
 
 class WanMemory:
-    """The state of a stream of stories through one transformer: cache, bank, and the chunk that is open."""
+    """The memory of the stories that are streamed through one transformer; `attach_memory` makes it."""
 
     def __init__(
         self,
@@ -105,29 +108,29 @@ class WanMemory:
         self.cache = FrameCache(layout, self.device)
         self._rotation: tuple[Tensor, Tensor] | None = None
         self.attend: Attend | None = None
-        """Of the pass that runs; None between chunks."""
+        """What the processors call in the current pass; None between chunks."""
 
     @property
     def is_open(self) -> bool:
-        """Between `begin_chunk` and `commit`."""
+        """Whether a chunk has been begun and not committed."""
         return self.attend is not None
 
     @torch.no_grad()
     def begin_chunk(self, text: Tensor, text_lengths: Sequence[int] | None = None) -> Retrieved:
-        """Opens the next chunk with the frames that its prompts retrieve.
+        """Opens the next chunk with the frames that its prompts retrieve, and returns those frames.
 
-        text: embeddings (B, Lt, text_dim), as the transformer is given them. text_lengths: how many of each story's are
-        no padding (None: up to the last that is not all zeros). Returns what was retrieved, absolute frame indices.
+        text: embeddings (B, Lt, text_dim), as the transformer is given them.
+        text_lengths: how many leading embeddings of each story are no padding; None: up to the last that is not zero.
         """
-        retrieved = Retrieved([[]] * self.layout.batch, [[]] * self.layout.batch)
+        retrieved = Retrieved.nothing(self.layout.batch)
         if self.layout.bank_frames and self.cache.candidate_frames()[0]:
             if text_lengths is None:
                 positions = torch.arange(1, text.shape[1] + 1, device=text.device, dtype=torch.int32)
                 lengths = ((text != 0).any(-1) * positions).amax(1).to(self.device, torch.int32)
             else:
                 lengths = torch.tensor(text_lengths, dtype=torch.int32, device=self.device)
-            retrieved = self.policy.choose(self.cache.candidates(), self._text_keys(text.to(self.device)), lengths)
-            self.cache.set_bank(retrieved.frames)
+            text_keys = self._text_keys(text.to(self.device))
+            retrieved = self.cache.choose_bank(self.policy, text_keys, lengths).read()
         first = self.cache.begin_chunk()
         frames = torch.arange(first, first + self.layout.chunk_frames, device=self.device)
         rows, columns = (torch.arange(n, device=self.device) for n in self.grid)
@@ -137,7 +140,7 @@ class WanMemory:
 
     @contextmanager
     def clean(self) -> Iterator[None]:
-        """Around the pass at timestep 0 over the finished latents, the last of a chunk."""
+        """Encloses the last pass of a chunk, over its finished latents at timestep 0."""
         if not self.is_open:
             raise RuntimeError("clean: no chunk is open, call begin_chunk first")
         before, self.attend = self.attend, self._attend_to(remember=True)
@@ -169,7 +172,7 @@ class WanMemory:
 
 
 class WanMemoryProcessor:
-    """The processor of one self-attention layer; `before` is what it replaced and does the work between chunks."""
+    """The processor of one self-attention layer; `before` is the one that it replaced, which runs between chunks."""
 
     def __init__(self, memory: WanMemory, layer: int, before: Any):
         self.memory, self.layer, self.before = memory, layer, before
@@ -183,7 +186,7 @@ class WanMemoryProcessor:
         rotary_emb: tuple[Tensor, Tensor] | None = None,
         **options: Any,
     ) -> Tensor:
-        """As diffusers calls it; rotary_emb, which starts at frame 0 in every chunk, gives way to absolute frames."""
+        """Called by diffusers. rotary_emb begins at frame 0 in every chunk, so the cache's own rotation replaces it."""
         if self.memory.attend is None:
             return self.before(attn, hidden_states, encoder_hidden_states, attention_mask, rotary_emb, **options)
         if encoder_hidden_states is not None or attention_mask is not None:

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from memflow_ops import memory_attention
-from memflow_ops.integrations.self_forcing import attend_with_cache, restore_attention, swap_attention
+from memflow_ops.integrations.self_forcing import CacheAttention, attend_with_cache, restore_attention, swap_attention
 from memflow_ops.model.wan.transformer import RMSNorm
 from memflow_ops.rotary import apply_rotation, rope_rotation
 
@@ -106,9 +106,8 @@ def test_old_frames_are_attended_to_by_blocks():
     cache, past = new_cache(20), 11 * T
     for first in range(0, 15, 3):
         q, k, v = torch.randn(3, 1, 3 * T, HEADS, HEAD_DIM)
-        out, end = attend_with_cache(
-            q, k, v, cache, first * T, frame_tokens=T, window_frames=4, top_k=2, block_size=4, query_group=6
-        )
+        attention = CacheAttention(window_frames=4, top_k=2, block_size=4, query_group=6)
+        out, end = attend_with_cache(q, k, v, cache, first * T, attention, frame_tokens=T)
     assert end == 15 * T
     keys, values = cache["k"][:, :end], cache["v"][:, :end]
     expected = memory_attention(
@@ -118,6 +117,20 @@ def test_old_frames_are_attended_to_by_blocks():
     assert torch.equal(out, expected)
     full = memory_attention(q, keys, values)
     assert (out - full).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("block_size", [4, T], ids=["blocks", "a-frame-is-a-block"])
+def test_descriptors_move_with_the_keys_of_an_eviction(block_size):
+    """A cache that has evicted frames attends as one that is described anew from the same keys."""
+    attention = CacheAttention(window_frames=3, top_k=2, block_size=block_size, query_group=6)
+    cache = new_cache(9)
+    for first in range(0, 18, 3):
+        before = {name: tensor.clone() for name, tensor in cache.items() if isinstance(tensor, torch.Tensor)}
+        q, k, v = torch.randn(3, 1, 3 * T, HEADS, HEAD_DIM)
+        out, _ = attend_with_cache(q, k, v, cache, first * T, attention, frame_tokens=T, sink_frames=2)
+        anew, _ = attend_with_cache(q, k, v, before, first * T, attention, frame_tokens=T, sink_frames=2)
+        assert torch.equal(cache["k"], before["k"])
+        assert (out - anew).abs().max() <= 1e-6
 
 
 def test_caches_that_others_write_are_described_anew():
@@ -202,5 +215,5 @@ def test_what_does_not_fit_is_refused():
             call(ours, torch.randn(1, frames * T, DIM), cache, first)
     q = torch.randn(1, T + 1, HEADS, HEAD_DIM)
     with pytest.raises(ValueError, match="whole frames"):
-        attend_with_cache(q, q, q, cache, 0, frame_tokens=T)
+        attend_with_cache(q, q, q, cache, 0, CacheAttention(), frame_tokens=T)
     assert torch.equal(cache["k"], before) and math.prod(cache["global_end_index"].shape) == 1
