@@ -58,8 +58,8 @@ from memflow_ops.model.streaming.streamer import TextEncoder as Encode
 from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
 from memflow_ops.model.toy.evaluation import held_out
 from memflow_ops.model.toy.language import embed_prompts, parse_prompt
+from memflow_ops.model.toy.schedule import HELD_OUT_SEED
 from memflow_ops.model.toy.settings import TOY_SETTINGS
-from memflow_ops.model.toy.train import HELD_OUT_SEED
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
 MEASUREMENT = "Measurement"

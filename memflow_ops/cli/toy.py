@@ -46,6 +46,7 @@ from memflow_ops.model.toy.generate import DEMO_STORY, make_toy_plans, stream_to
 from memflow_ops.model.toy.language import parse_prompt
 from memflow_ops.model.toy.returns import colour_name
 from memflow_ops.model.toy.runs import ToyPlan, ToyRun
+from memflow_ops.model.toy.schedule import HELD_OUT_SEED, TOTAL_STEPS
 from memflow_ops.model.toy.settings import TOY_SETTINGS
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
@@ -163,11 +164,11 @@ def train(
     ] = None,
     seed: Annotated[
         int,
-        typer.Option(help=f"The seed of everything random, below {training.HELD_OUT_SEED}.", min=0, metavar="N"),
+        typer.Option(help=f"The seed of everything random, below {HELD_OUT_SEED}.", min=0, metavar="N"),
     ] = 0,
     steps: Annotated[
         int, typer.Option(help="Training steps in all; fewer shorten every stage of the schedule.", min=1, metavar="N")
-    ] = training.TOTAL_STEPS,
+    ] = TOTAL_STEPS,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1, metavar="N")] = 2,
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew, even where an unfinished run could be continued.")
@@ -200,7 +201,7 @@ def evaluate(
     seed: Annotated[
         int,
         typer.Option(
-            help=f"The seed of the stories and their noise; stories are held out from {training.HELD_OUT_SEED} on.",
+            help=f"The seed of the stories and their noise; stories are held out from {HELD_OUT_SEED} on.",
             min=0,
             metavar="N",
         ),
@@ -251,8 +252,8 @@ def evaluate(
         for path in (so_far, target):  # before the evaluation, which takes long
             check_target(path, ".json")
             check_target(path.with_suffix(".png"), ".png")
-    if seed < training.HELD_OUT_SEED:
-        words = f"seeds below {training.HELD_OUT_SEED} are for training and tuning: these stories are not held out"
+    if seed < HELD_OUT_SEED:
+        words = f"seeds below {HELD_OUT_SEED} are for training and tuning: these stories are not held out"
         typer.echo(words, err=True)
     rows: list[KindFigures] = []
     timings: dict[str, KindTiming] = {}

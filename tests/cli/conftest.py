@@ -7,7 +7,7 @@ import torch
 
 from memflow_ops.model.checkpoints.native import save_checkpoint
 from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
-from memflow_ops.model.toy.train import TOY_CONFIG
+from memflow_ops.model.toy.schedule import TOY_CONFIG
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
 

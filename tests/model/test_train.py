@@ -2,25 +2,36 @@
 
 import json
 import signal
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from memflow_ops.cli import main
 from memflow_ops.model.checkpoints.native import load_checkpoint
 from memflow_ops.model.streaming.conditions import pixel_coordinates
-from memflow_ops.model.toy import language, train
+from memflow_ops.model.toy import language, train, trainer
 from memflow_ops.model.toy.language import NOBODY
-from memflow_ops.model.toy.teacher_forcing import (
-    CHUNK_FRAMES,
-    TeacherForcedAttention,
-    draw_training_memory,
+from memflow_ops.model.toy.losses import (
+    CHUNKS,
+    TrainingBatch,
+    TrainingLosses,
+    draw_batch,
     relevance_loss,
+    training_losses,
 )
-from memflow_ops.model.toy.train import CHUNKS, Trainer, TrainingSettings, TrainingStage, draw_batch, scaled_stages
+from memflow_ops.model.toy.schedule import (
+    HELD_OUT_SEED,
+    STAGES,
+    TOTAL_STEPS,
+    TOY_CONFIG,
+    TrainingSettings,
+    TrainingStage,
+    scaled_stages,
+)
+from memflow_ops.model.toy.teacher_forcing import CHUNK_FRAMES, TeacherForcedAttention, draw_training_memory
+from memflow_ops.model.toy.trainer import Trainer
 from memflow_ops.model.wan.transformer import CausalVideoModel
 from memflow_ops.rotary import apply_rotation, rope_rotation
 
@@ -28,7 +39,7 @@ SMALL = TrainingStage(steps=20, size=16, batch=2, shift=4.0, foreground=3.0)
 
 
 @pytest.fixture(scope="module")
-def batch() -> train.TrainingBatch:
+def batch() -> TrainingBatch:
     return draw_batch(12, 16, torch.Generator().manual_seed(0))
 
 
@@ -55,7 +66,7 @@ def test_a_state_of_another_run_is_refused(tmp_path):
     Trainer(TrainingSettings(seed=3, stages=(SMALL,))).save(tmp_path / "state")
     with pytest.raises(ValueError, match="another settings: seed differ"):
         Trainer(TrainingSettings(seed=4, stages=(SMALL,))).load(tmp_path / "state")
-    wider = replace(train.TOY_CONFIG, ffn_dim=128)
+    wider = replace(TOY_CONFIG, ffn_dim=128)
     with pytest.raises(ValueError, match="another model: ffn_dim differ"):
         Trainer(TrainingSettings(seed=3, stages=(SMALL,)), wider).load(tmp_path / "state")
     torch.save([1, 2], tmp_path / "list")
@@ -88,55 +99,65 @@ def test_a_loss_that_is_not_finite_ends_the_training():
         trainer.step()
 
 
-@pytest.mark.parametrize("seed", [-1, train.HELD_OUT_SEED, 123_456])
+@pytest.mark.parametrize("seed", [-1, HELD_OUT_SEED, 123_456])
 def test_held_out_seeds_are_refused(seed):
     with pytest.raises(ValueError, match="held out for evaluation"):
         TrainingSettings(seed=seed)
 
 
-def test_command_writes_weights_and_notes(tmp_path):
+def test_command_writes_weights_and_notes(tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "STAGES", (SMALL,))
     out = tmp_path / "w.safetensors"
-    command = [sys.executable, "-m", "memflow_ops.model.toy.train", "--out", out, "--steps", "4", "--threads", "1"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert load_checkpoint(out).config == train.TOY_CONFIG
+    with pytest.raises(SystemExit) as end:
+        main(["toy", "train", "--out", str(out), "--steps", "4", "--threads", str(torch.get_num_threads())])
+    assert not end.value.code
+    assert load_checkpoint(out).config == TOY_CONFIG
     notes = json.loads(out.with_suffix(".json").read_text())
     assert notes["settings"]["seed"] == 0 and notes["steps_done"] == 4 and notes["seconds"] > 0
     assert notes["loss"][-1]["denoising"] > 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["w.json", "w.safetensors"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
-def test_ctrl_c_and_the_same_command_again_equal_one_run(number, tmp_path, monkeypatch, capsys):
-    """Interrupted in the third step: what three steps learned is on disk, and the rest follows bit for bit."""
-    steps = 6
-    train.train(tmp_path / "whole.safetensors", seed=5, steps=steps, threads=torch.get_num_threads())
-    out, losses, done = tmp_path / "halting.safetensors", train.training_losses, []
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory) -> bytes:
+    """The weights of a run that nothing interrupts."""
+    out = tmp_path_factory.mktemp("whole") / "w.safetensors"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "STAGES", (SMALL,))
+        train.train(out, seed=5, steps=6, threads=torch.get_num_threads())
+    return out.read_bytes()
 
-    def interrupted(*arguments: object) -> train.TrainingLosses:
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM], ids=["Ctrl-C", "SIGTERM"])
+def test_ctrl_c_and_the_same_command_again_equal_one_run(number, tmp_path, monkeypatch, capsys, whole_run):
+    """Three steps are done when the run ends; what they learned is on disk, and the rest follows bit for bit."""
+    out, losses, done = tmp_path / "halting.safetensors", trainer.training_losses, []
+
+    def interrupted(*arguments: object) -> TrainingLosses:
         done.append(losses(*arguments))
         if len(done) == 3:
             signal.raise_signal(number)  # in the middle of a step
         return done[-1]
 
-    monkeypatch.setattr(train, "training_losses", interrupted)
+    monkeypatch.setattr(train, "STAGES", (SMALL,))
+    monkeypatch.setattr(trainer, "training_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.train(out, seed=5, steps=steps, threads=torch.get_num_threads())
+        train.train(out, seed=5, steps=6, threads=torch.get_num_threads())
     assert not out.exists() and out.with_suffix(".partial").is_file()
-    monkeypatch.setattr(train, "training_losses", losses)
-    train.train(out, seed=5, steps=steps, threads=torch.get_num_threads())
+    monkeypatch.setattr(trainer, "training_losses", losses)
+    train.train(out, seed=5, steps=6, threads=torch.get_num_threads())
     assert "continuing after step 3 of 6" in " ".join(capsys.readouterr().out.split())
-    assert out.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+    assert out.read_bytes() == whole_run
     assert not out.with_suffix(".partial").exists()
 
 
 def test_stages_scale_to_any_number_of_steps():
-    stages = scaled_stages(train.STAGES, train.TOTAL_STEPS)
-    assert stages == train.STAGES
-    assert sum(stage.steps for stage in scaled_stages(train.STAGES, 1001)) == 1001
-    assert sum(stage.steps for stage in scaled_stages(train.STAGES, 1)) == 1
+    stages = scaled_stages(STAGES, TOTAL_STEPS)
+    assert stages == STAGES
+    assert sum(stage.steps for stage in scaled_stages(STAGES, 1001)) == 1001
+    assert sum(stage.steps for stage in scaled_stages(STAGES, 1)) == 1
     with pytest.raises(ValueError, match="at least 1"):
-        scaled_stages(train.STAGES, 0)
+        scaled_stages(STAGES, 0)
 
 
 def named(ids: torch.Tensor) -> torch.Tensor:
@@ -146,33 +167,33 @@ def named(ids: torch.Tensor) -> torch.Tensor:
 
 def test_memory_is_what_a_stream_could_remember(batch):
     """No frame twice, none from the window or the future, and no stranger in the role of who is named."""
-    plan, shows = batch.plan, named(batch.ids)
-    chunk_of = plan.frame // CHUNK_FRAMES
+    memory, shows = batch.memory, named(batch.ids)
+    chunk_of = memory.frame // CHUNK_FRAMES
     rows = torch.arange(len(shows))[:, None]
     clip, chunk = rows // CHUNKS, rows % CHUNKS
-    own = (chunk_of // CHUNKS == clip) & plan.valid
-    foreign = (chunk_of // CHUNKS != clip) & plan.valid
+    own = (chunk_of // CHUNKS == clip) & memory.valid
+    foreign = (chunk_of // CHUNKS != clip) & memory.valid
     assert own.any() and foreign.any()
     assert (chunk_of % CHUNKS <= chunk - 2)[own].all()
     assert not (shows[chunk_of] & shows[:, None]).any(-1)[foreign].any()
-    assert not plan.valid[::CHUNKS].any()  # a first chunk has no past
-    for frames, valid in zip(plan.frame, plan.valid, strict=True):
+    assert not memory.valid[::CHUNKS].any()  # a first chunk has no past
+    for frames, valid in zip(memory.frame, memory.valid, strict=True):
         assert len(frames[valid].unique()) == valid.sum()
-    sink, bank = plan.frame[:, :3], plan.frame[:, 3:]
-    assert (sink % (CHUNKS * CHUNK_FRAMES) == torch.arange(3))[plan.valid[:, :3]].all()
+    sink, bank = memory.frame[:, :3], memory.frame[:, 3:]
+    assert (sink % (CHUNKS * CHUNK_FRAMES) == torch.arange(3))[memory.valid[:, :3]].all()
     assert (bank % CHUNK_FRAMES == 0).all()  # prototypes
 
 
 def test_distances_reach_far_and_are_never_in_the_window(batch):
-    distance = batch.plan.distance[batch.plan.valid]
+    distance = batch.memory.distance[batch.memory.valid]
     assert distance.min() >= 4  # the sink's last frame, two chunks back
     assert distance.max() > 200
 
 
 def test_returns_are_frequent_and_pairs_find_both():
     batch = draw_batch(200, 16, torch.Generator().manual_seed(1))
-    shows, plan = named(batch.ids), batch.plan
-    remembered = shows[plan.frame // CHUNK_FRAMES] & plan.valid[..., None]  # (R, M, characters)
+    shows, memory = named(batch.ids), batch.memory
+    remembered = shows[memory.frame // CHUNK_FRAMES] & memory.valid[..., None]  # (R, M, characters)
     in_past = torch.arange(len(shows)) % CHUNKS > 0
     fresh = shows & ~shows.roll(1, 0) & in_past[:, None]  # comes in this chunk
     back = fresh & remembered.any(1)
@@ -190,7 +211,7 @@ def test_attention_equals_a_masked_dense_one(batch, top_k):
     rows, tokens, heads, head_dim, block = len(batch.ids), 16, 2, 12, 4
     generator = torch.Generator().manual_seed(2)
     q, k, v = torch.randn(3, 2 * rows, CHUNK_FRAMES * tokens, heads, head_dim, generator=generator)
-    attention = TeacherForcedAttention(batch.plan, CHUNKS, (4, 4), head_dim, top_k=top_k)
+    attention = TeacherForcedAttention(batch.memory, CHUNKS, (4, 4), head_dim, top_k=top_k)
     out = attention(0, q, k, v)
 
     def rotated(x: torch.Tensor, frames: torch.Tensor) -> torch.Tensor:
@@ -208,7 +229,7 @@ def test_attention_equals_a_masked_dense_one(batch, top_k):
                 keys.append(rotated(k[row - 1], here - 3)[:, head])
                 values.append(v[row - 1][:, head])
             blocks = []
-            remembered = (of[row] for of in (batch.plan.frame, batch.plan.distance, batch.plan.valid))
+            remembered = (of[row] for of in (batch.memory.frame, batch.memory.distance, batch.memory.valid))
             for frame, distance, valid in zip(*remembered, strict=True):
                 if valid:
                     source, inside = divmod(int(frame), CHUNK_FRAMES)
@@ -228,7 +249,7 @@ def test_attention_equals_a_masked_dense_one(batch, top_k):
 
 def test_noisy_rows_do_not_leak_into_others(batch):
     """The answer to one row's noise depends on no other row's noise, nor on its own clean chunk."""
-    model = CausalVideoModel(train.TOY_CONFIG).eval()
+    model = CausalVideoModel(TOY_CONFIG).eval()
     rows = len(batch.ids)
     x = torch.randn(2 * rows, 3, CHUNK_FRAMES, 16, 16, generator=torch.Generator().manual_seed(3))
     encoded = model.encode_text(language.embed_ids(batch.ids.repeat(2, 1)))
@@ -236,12 +257,12 @@ def test_noisy_rows_do_not_leak_into_others(batch):
 
     @torch.no_grad()
     def answer(x: torch.Tensor) -> torch.Tensor:
-        attention = TeacherForcedAttention(batch.plan, CHUNKS, (4, 4), 32, top_k=4)
+        attention = TeacherForcedAttention(batch.memory, CHUNKS, (4, 4), 32, top_k=4)
         return model(x, t, encoded, attention, pixel_coordinates(CHUNK_FRAMES, 16, 16))
 
     before = answer(x)
     # A clean chunk at the end of its clip that no other clip remembers is seen by nobody but itself.
-    remembered = set((batch.plan.frame[batch.plan.valid] // CHUNK_FRAMES).tolist())
+    remembered = set((batch.memory.frame[batch.memory.valid] // CHUNK_FRAMES).tolist())
     last = next(row for row in range(CHUNKS - 1, rows, CHUNKS) if row not in remembered)
     changed = x.clone()
     changed[rows + 10] += 1
@@ -274,15 +295,15 @@ def test_relevance_loss_by_hand():
 
 
 def test_relevance_loss_reaches_the_self_attention_keys(batch):
-    model = CausalVideoModel(train.TOY_CONFIG)
-    losses = train.training_losses(model, batch, SMALL, TrainingSettings(), torch.Generator().manual_seed(4))
+    model = CausalVideoModel(TOY_CONFIG)
+    losses = training_losses(model, batch, SMALL, TrainingSettings(), torch.Generator().manual_seed(4))
     losses.relevance.backward()
     for block in model.blocks:
         assert block.self_attn.k.weight.grad.abs().max() > 0
         assert block.cross_attn.k.weight.grad.abs().max() > 0
 
 
-def test_plan_repeats_with_its_generator():
+def test_memory_repeats_with_its_generator():
     shows = torch.rand(4, 6, NOBODY, generator=torch.Generator().manual_seed(5)) < 0.3
     one, two = (draw_training_memory(shows, torch.Generator().manual_seed(6)) for _ in range(2))
     assert torch.equal(one.frame, two.frame) and torch.equal(one.distance, two.distance)

@@ -16,7 +16,7 @@ from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming, Pr
 from memflow_ops.model.toy.evaluation.held_out import (
     FRAMES_PER_PROMPT,
 )
-from memflow_ops.model.toy.train import HELD_OUT_SEED
+from memflow_ops.model.toy.schedule import HELD_OUT_SEED
 
 
 def evaluation_table(rows: Sequence[KindFigures], timings: Mapping[str, KindTiming]) -> str:
