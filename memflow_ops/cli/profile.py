@@ -54,7 +54,7 @@ from memflow_ops.model.selection_profile.report import (
 from memflow_ops.model.stories.interrupts import Interrupts
 from memflow_ops.model.stories.prompts import chunk_prompts, read_stories
 from memflow_ops.model.streaming.settings import StreamSettings
-from memflow_ops.model.streaming.streamer import TextEncoder as Encode
+from memflow_ops.model.streaming.text import TextEncoder as Encode
 from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
 from memflow_ops.model.toy.evaluation import held_out
 from memflow_ops.model.toy.language import embed_prompts, parse_prompt

@@ -27,7 +27,8 @@ from memflow_ops.model.selection_profile.quality import (
 from memflow_ops.model.selection_profile.timing import time_choices
 from memflow_ops.model.stories.interrupts import Interrupts
 from memflow_ops.model.streaming.settings import StreamSettings
-from memflow_ops.model.streaming.streamer import Streamer, TextEncoder
+from memflow_ops.model.streaming.streamer import Streamer
+from memflow_ops.model.streaming.text import TextEncoder
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
 """For which the table says what they take; the last is what a recommendation goes by."""

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memflow_ops.model.streaming.conditions import pixel_coordinates
+from memflow_ops.model.streaming.inputs import pixel_coordinates
 from memflow_ops.model.streaming.sampler import shifted
 from memflow_ops.model.toy.judge import colour_mask
 from memflow_ops.model.toy.language import NOBODY, embed_ids

@@ -126,6 +126,11 @@ def test_replayed_passes_give_the_same_bits(changes, count):
     assert set(late) == passes and streamer.passes.replayed == sum(chunk.replayed for chunk in got)
 
 
+def inputs_of(streamer: Streamer) -> list[Tensor]:
+    inputs = streamer.inputs
+    return [*inputs.rotation, inputs.latents, *inputs.time, *tree_leaves(streamer.text.keys_values)]
+
+
 @pytest.mark.parametrize("memory", ["memflow", "released"])
 def test_what_a_pass_reads_stays_where_it_is(memory):
     streamer = Streamer(model_of(), 2, settings_of(memory=memory), seed=4, encode=encode)
@@ -133,8 +138,7 @@ def test_what_a_pass_reads_stays_where_it_is(memory):
     def static() -> list[tuple[int, torch.Size]]:
         cache = streamer.cache
         streamer.cache.begin_chunk()
-        tensors = [*streamer._rotation, streamer._x, *streamer._now, *tree_leaves(streamer._text)]
-        tensors += [cache._chunk_places, *cache.memory(1)]
+        tensors = [*inputs_of(streamer), cache._chunk_places, *cache.memory(1)]
         cache.abort()
         return [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
 
@@ -142,7 +146,7 @@ def test_what_a_pass_reads_stays_where_it_is(memory):
     for index in range(8):
         streamer.next_chunk(prompts_of(index))
     if memory == "released":
-        streamer.cache.update_bank([keys for keys, _ in streamer._text])
+        streamer.cache.update_bank(streamer.text.keys)
     assert static() == before
 
 
@@ -151,8 +155,8 @@ def test_only_the_memory_of_the_stream_is_read():
     recorder = TapeRecorder()
     streamer, _ = stream(model_of(), settings_of(), recorder)
     cache, lasting = streamer.cache, set()
-    own = [*streamer.model.parameters(), *streamer._rotation, streamer._x, *streamer._now, *tree_leaves(streamer._text)]
-    own += [x for of in (cache, cache._table, streamer._activation) for x in vars(of).values()]
+    own = [*streamer.model.parameters(), *inputs_of(streamer)]
+    own += [x for of in (cache, cache._table, streamer.activation) for x in vars(of).values()]
     for tensor in tree_leaves(own):
         if isinstance(tensor, Tensor):
             lasting.add(tensor.untyped_storage().data_ptr())

@@ -12,7 +12,7 @@ from memflow_ops.cache import attend as attend_module
 from memflow_ops.cache.policies import Relevance, Retrieved
 from memflow_ops.model.stories.prompts import chunk_prompts
 from memflow_ops.model.streaming import activation as activation_module
-from memflow_ops.model.streaming.conditions import pixel_coordinates
+from memflow_ops.model.streaming.inputs import pixel_coordinates
 from memflow_ops.model.streaming.sampler import FlowMatchSampler
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Chunk, Streamer, stream

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from memflow_ops.cli import main
 from memflow_ops.model.checkpoints.native import load_checkpoint
-from memflow_ops.model.streaming.conditions import pixel_coordinates
+from memflow_ops.model.streaming.inputs import pixel_coordinates
 from memflow_ops.model.toy import language, train, trainer
 from memflow_ops.model.toy.language import NOBODY
 from memflow_ops.model.toy.losses import (

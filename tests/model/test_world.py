@@ -5,7 +5,7 @@ import itertools
 import torch
 from toy_scenes import all_scenes, empty_scenes
 
-from memflow_ops.model.streaming.conditions import pixel_coordinates
+from memflow_ops.model.streaming.inputs import pixel_coordinates
 from memflow_ops.model.toy import judge, world
 from memflow_ops.model.toy.language import CHARACTERS, NOBODY, PLACES
 

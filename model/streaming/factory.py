@@ -1,0 +1,60 @@
+"""The parts of a stream that its settings choose: cache, retrieval policy, block selection, recorder of passes."""
+
+from collections.abc import Sequence
+
+import torch
+
+from memflow_ops.cache.attend import BlockSelection
+from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.cache.policies import Coverage, Policy, Random, Relevance
+from memflow_ops.cache.released_cache import ReleasedCache
+from memflow_ops.cache.released_layout import ReleasedLayout
+from memflow_ops.cache.ring import RingCache
+from memflow_ops.model.streaming.cuda_graphs import CudaGraphs, Recorder, why_not
+from memflow_ops.model.streaming.settings import StreamSettings
+
+
+def make_cache(layout: CacheLayout, device: torch.device) -> RingCache:
+    return ReleasedCache(layout, device) if isinstance(layout, ReleasedLayout) else FrameCache(layout, device)
+
+
+def make_policy(settings: StreamSettings, seeds: Sequence[int]) -> Policy | None:
+    """The policy that `settings.relevance` names; None where a stream retrieves nothing. seeds: one per story, for
+    "random"."""
+    if settings.memory != "memflow" or not settings.bank_frames:
+        return None
+    if settings.relevance == "coverage":
+        return Coverage(settings.bank_frames, settings.impl)
+    if settings.relevance == "random":
+        return Random(settings.bank_frames, seeds)
+    return Relevance(settings.bank_frames, settings.relevance, settings.redundancy, settings.impl)
+
+
+def make_selection(settings: StreamSettings, random: torch.Generator) -> BlockSelection | None:
+    """The blocks that a pass attends to beside the window; None where it attends to all that the cache keeps.
+
+    random: draws the blocks where the settings ask for random ones.
+    """
+    if settings.memory == "memflow":
+        drawn = random if settings.selection == "random" else None
+        return BlockSelection(settings.top_k, settings.query_group, drawn)
+    if settings.memory == "released" and settings.top_frames:
+        return BlockSelection(settings.top_frames, query_group=None)
+    return None
+
+
+def make_recorder(
+    settings: StreamSettings, device: torch.device, cuda_graphs: bool | None, observed: bool
+) -> Recorder | None:
+    """What records the passes of a stream; None where they run eagerly.
+
+    cuda_graphs: None records wherever that is possible, False never; True raises a ValueError where it is not possible.
+    observed: every pass is shown to an observer, which a replay could not do.
+    """
+    reason = "they are off" if cuda_graphs is False else why_not(device, settings)
+    if observed:
+        reason = reason or "every pass is observed"
+    if cuda_graphs and reason:
+        raise ValueError(f"no CUDA graphs for this stream: {reason}")
+    return None if reason else CudaGraphs(device)
