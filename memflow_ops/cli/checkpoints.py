@@ -42,7 +42,7 @@ from memflow_ops.files import check_target
 from memflow_ops.model.checkpoints import pretrained
 from memflow_ops.model.pipeline import verify as pipeline
 from memflow_ops.model.pipeline.budget import size
-from memflow_ops.model.pipeline.plan import Plan
+from memflow_ops.model.pipeline.plan import StreamOptions, WanPlan
 from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT, WAN_SETTINGS
 from memflow_ops.model.pipeline.sources import Parts, Sources
 from memflow_ops.model.stories.prompts import read_stories
@@ -168,17 +168,13 @@ def verify(
             out,
             sources,
             settings,
+            StreamOptions(seed, frames_per_prompt, history_frames, cuda_graphs, compile),
             memories=kinds,
             given=typed(context),
             device=device,
             names=("frames.png", "report.json", *(f"{kind}.mp4" for kind in kinds)),
-            seed=seed,
-            frames_per_prompt=frames_per_prompt,
-            history_frames=history_frames,
-            cuda_graphs=cuda_graphs,
-            compiled=compile,
         )
-    outcomes: list[pipeline.Outcome] = []
+    outcomes: list[pipeline.VerifiedStream] = []
     ended: BaseException | None = None
     try:
         for outcome in _stream_kinds(parts, [plan for (plan,) in streams]):
@@ -197,7 +193,7 @@ def verify(
         fail("; ".join([*([str(ended)] if ended else []), *problems]), code=1)
 
 
-def _stream_kinds(parts: Parts, plans: Sequence[Plan]) -> Iterator[pipeline.Outcome]:
+def _stream_kinds(parts: Parts, plans: Sequence[WanPlan]) -> Iterator[pipeline.VerifiedStream]:
     """Stream every plan behind progress bars. Yield each kind of memory when its video is written."""
     with Progress(console=Console(stderr=True)) as bar:
         tasks = {str(plan.settings.memory): bar.add_task(plan.settings.memory, total=None) for plan in plans}

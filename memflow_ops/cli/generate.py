@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -43,12 +42,13 @@ from memflow_ops.cli.progress import run_stories
 from memflow_ops.environment import pick_device
 from memflow_ops.model.checkpoints.pretrained import Pretrained
 from memflow_ops.model.pipeline import generate as pipeline
-from memflow_ops.model.pipeline.plan import Free, Plan, make_plans
-from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT, OF_A_KIND, WAN_SETTINGS
+from memflow_ops.model.pipeline.budget import FreeMemory
+from memflow_ops.model.pipeline.plan import StreamOptions, WanPlan, plan_streams
+from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT, WAN_SETTINGS, wan_settings
 from memflow_ops.model.pipeline.sources import Parts, Sources, latent_size, load_parts
 from memflow_ops.model.stories.prompts import read_stories
 from memflow_ops.model.stories.run import make_folders
-from memflow_ops.model.streaming.settings import MemoryMode, StreamSettings
+from memflow_ops.model.streaming.settings import MemoryMode
 
 HEIGHT, WIDTH = 480, 832
 """The video's size in pixels by default: what Wan 2.1 1.3B is trained at."""
@@ -132,19 +132,14 @@ def generate(
             out,
             sources,
             settings,
+            StreamOptions(seed, frames_per_prompt, history_frames, cuda_graphs, compile, batch),
             memories=() if memory is None else (memory,),
             given=typed(context),
             device=device,
-            seed=seed,
-            frames_per_prompt=frames_per_prompt,
-            history_frames=history_frames,
-            batch=batch,
-            cuda_graphs=cuda_graphs,
-            compiled=compile,
         )
 
-    def stream(plans: Sequence[Plan], report: Callable[[pipeline.Run], None]) -> list[pipeline.Run]:
-        return pipeline.generate(parts, plans, sources, report)
+    def stream(plans: Sequence[WanPlan], report: Callable[[pipeline.WanRun], None]) -> list[pipeline.WanRun]:
+        return pipeline.generate_stories(parts, plans, sources, report)
 
     for runs in run_stories(streams, stream, _speed_so_far, _written):
         for run in runs:
@@ -157,19 +152,19 @@ def load_stories(
     out: Path,
     sources: Sources,
     settings: Mapping[str, Any],
+    options: StreamOptions,
     *,
     memories: Sequence[str] = (),
     given: Collection[str] = (),
     device: str = "auto",
     names: Sequence[str] = ("video.mp4", "run.json"),
-    **planning: Any,
-) -> tuple[Parts, list[list[Plan]]]:
+) -> tuple[Parts, list[list[WanPlan]]]:
     """Check everything that can be wrong, print what memory the streams will take, and load all parts of the pipeline.
 
     stories: the prompts of each. out: the folder that the files go to; it is created. settings: what the user asks for,
     as fields of `StreamSettings`, but height and width in pixels. memories: the kinds of memory, each of which streams
     every story; none of them means the kind that the checkpoint was tuned for. given: the names of the options that the
-    user typed. names: the files that will be written for each story. planning: arguments of `make_plans`.
+    user typed. names: the files that will be written for each story.
 
     Gives the parts and the plans of every stream. Raises a ValueError or an OSError for what cannot work; a stream that
     does not fit into memory is refused before anything is on the device.
@@ -178,34 +173,26 @@ def load_stories(
     latent_height, latent_width = latent_size(sources.vae, settings["height"], settings["width"])
     settings = {**settings, "height": latent_height, "width": latent_width}
     for memory in memories:
-        _settings(memory, settings)  # refuses impossible settings before the weights are read
+        wan_settings(memory, **settings)  # refuses impossible settings before the weights are read
     if memories:
         check_used(given, memories)
-    free = Free.now(pick_device(device))
+    free = FreeMemory.now(pick_device(device))
     pretrained = sources.read()
     if not memories:
         check_used(given, [pretrained.memory], ", which this checkpoint was tuned for")
     typer.echo(described(pretrained))
     streams = []
     for kind in dict.fromkeys(memories or (pretrained.memory,)):
-        streams += make_plans(stories, out, _settings(kind, settings), sources, pretrained, free, **planning)
+        streams += plan_streams(stories, out, wan_settings(kind, **settings), sources, pretrained, free, options)
     plans = [plan for stream in streams for plan in stream]
     largest = max(plans, key=lambda plan: plan.budget.device_bytes + plan.budget.host_bytes)
     typer.echo("\n".join(largest.budget.lines()))
-    if planning.get("batch", 1) > 1 and len(plans) > 1:
+    if options.batch > 1 and len(plans) > 1:
         several = "stream" if len(streams) == 1 else "streams"
         typer.echo(f"{len(plans)} stories in {len(streams)} {several}: those with equally many prompts run together")
     make_folders([plan.folder for plan in plans], names)
     prompts = [prompt for story in stories for prompt in story]
-    return load_parts(sources, pretrained, prompts, free.device, plans[0].compiled), streams
-
-
-def _settings(memory: str, changes: Mapping[str, Any]) -> StreamSettings:
-    """The settings of a kind of memory. The device's share of the history is only divided later, by `make_plans`."""
-    changes = {**OF_A_KIND.get(memory, {}), **changes, "memory": memory}
-    bank_frames = changes.get("bank_frames", WAN_SETTINGS.bank_frames)
-    least = bank_frames + WAN_SETTINGS.window_frames
-    return replace(WAN_SETTINGS, **changes, device_frames=max(WAN_SETTINGS.device_frames, least))
+    return load_parts(sources, pretrained, prompts, free.device, options.compiled), streams
 
 
 def any_prompt(prompt: str) -> None:
@@ -226,7 +213,7 @@ def described(pretrained: Pretrained) -> str:
     return words + (f"\nLoRA merged: {pretrained.lora}" if pretrained.lora else "")
 
 
-def _written(run: pipeline.Run) -> str:
+def _written(run: pipeline.WanRun) -> str:
     """The files that a run has left, in words."""
     return (
         f"Files in {run.plan.folder}:\n"
@@ -235,13 +222,13 @@ def _written(run: pipeline.Run) -> str:
     )
 
 
-def _speed_so_far(run: pipeline.Run) -> str:
+def _speed_so_far(run: pipeline.WanRun) -> str:
     """The speed that the progress bar shows, the VAE's time included."""
     seconds = sum(chunk.seconds for chunk in run.chunks) + sum(run.decode_seconds)
     return f"{run.frames * run.plan.together / seconds:.1f} frames/s"
 
 
-def _speed(run: pipeline.Run) -> str:
+def _speed(run: pipeline.WanRun) -> str:
     """The speed of a whole run in words."""
     measured: dict[str, Any] | None = run.speed()
     if measured is None:

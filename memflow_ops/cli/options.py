@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from memflow_ops.model.pipeline.settings import OF_A_KIND, WAN_SETTINGS
+from memflow_ops.model.pipeline.settings import RELEASED_BANK_FRAMES, WAN_SETTINGS
 from memflow_ops.model.streaming.settings import USED_BY
 
 VIDEO = "Video"
@@ -53,7 +53,7 @@ WanBankFrames = Annotated[
         help="How many past frames are retrieved for each chunk.",
         min=0,
         metavar="N",
-        show_default=f"{WAN_SETTINGS.bank_frames}; {OF_A_KIND['released']['bank_frames']} with --memory released",
+        show_default=f"{WAN_SETTINGS.bank_frames}; {RELEASED_BANK_FRAMES} with --memory released",
         rich_help_panel=MEMORY,
     ),
 ]

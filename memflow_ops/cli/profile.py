@@ -36,6 +36,7 @@ from memflow_ops.cli.options import (
 )
 from memflow_ops.environment import environment, pick_device
 from memflow_ops.files import check_target, sha256, write_atomically
+from memflow_ops.model.pipeline.plan import StreamOptions
 from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT, WAN_SETTINGS
 from memflow_ops.model.pipeline.sources import Sources, latent_size
 from memflow_ops.model.pipeline.verify import STORY
@@ -228,13 +229,10 @@ def profile_selection(
             out.parent,
             sources,
             settings,
+            StreamOptions(seed, frames_per_prompt, history_frames, cuda_graphs=False),
             memories=("memflow",),
             given=typed(context),
             device=device,
-            seed=seed,
-            frames_per_prompt=frames_per_prompt,
-            history_frames=history_frames,
-            cuda_graphs=False,
         )
         sampling = Sampling(chunks, calls, heads, queries, rounds, seed)
     about = {

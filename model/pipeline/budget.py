@@ -1,7 +1,7 @@
-"""What a stream will take of the device's memory and of the host's, counted before it starts."""
+"""The memory that a stream will take on the device and on the host, counted before anything is loaded."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -9,50 +9,60 @@ import torch
 from safetensors import safe_open
 
 from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.environment import device_name
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.wan.transformer import ModelConfig
 
 PASS_UNITS = 8
-"""Working memory of a pass in units of chunk tokens x (dim + ffn_dim) numbers. Measured on a CPU (dim 1536, ffn 8960,
-1170 tokens, float32) by the resident size: 8."""
+"""Working memory of a pass, in units of chunk tokens x (dim + ffn_dim) numbers. Measured on a CPU by the resident size
+(dim 1536, ffn_dim 8960, 1170 tokens, float32): 8."""
 DECODER_UNITS = 13
-"""Working memory of the VAE's decoder in units of base_dim x 4 frames x height x width numbers. Measured on a CPU
-(base_dim 96, 120 x 208 pixels, float32) by the resident size, state included: 18.5."""
+"""Working memory of the VAE's decoder, in units of base_dim x 4 frames x height x width numbers. Measured on a CPU by
+the resident size (base_dim 96, 120 x 208 pixels, float32), together with the state of one story: 18.5."""
 DECODER_STATE_UNITS = 7
-"""What it keeps of each story from chunk to chunk, likewise: 6.2."""
+"""What the decoder keeps of each story from chunk to chunk, in the same units and measured in the same way: 6.2."""
+
+
+@dataclass(frozen=True)
+class FreeMemory:
+    """Memory that is free before anything is loaded, in bytes."""
+
+    device: torch.device
+    bytes: int
+    host_bytes: int | None
+    """None where the device is the host."""
+
+    @classmethod
+    def now(cls, device: torch.device) -> "FreeMemory":
+        return cls(device, free_bytes(device), free_host_bytes() if device.type == "cuda" else None)
+
+    @property
+    def place(self) -> str:
+        """The device in words."""
+        return f"{self.device} ({device_name(self.device)})"
 
 
 @dataclass(frozen=True)
 class Item:
-    """A line of the arithmetic."""
+    """One summand of a budget."""
 
     name: str
     size: int
-    """bytes"""
+    """Bytes."""
     how: str = ""
-
-
-@dataclass(frozen=True)
-class Need:
-    """Bytes that are there beside the cache."""
-
-    items: tuple[Item, ...]
-    free: int
-    """of the device, before any of it is allocated"""
-    host_free: int | None
-    """of the host; None where the device is the host"""
-    device: str
-    """in words"""
+    """How the size was found."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """The arithmetic of one stream."""
+    """The memory of one stream, item by item."""
 
     settings: StreamSettings
-    """with device_frames and host_frames as planned"""
+    """With device_frames and host_frames as they were divided."""
     layout: CacheLayout
-    need: Need
+    other_items: tuple[Item, ...]
+    """What lies on the device beside the cache."""
+    free: FreeMemory
 
     @property
     def cache_items(self) -> list[Item]:
@@ -69,7 +79,7 @@ class Budget:
 
     @property
     def device_items(self) -> list[Item]:
-        return [*self.cache_items, *self.need.items]
+        return [*self.cache_items, *self.other_items]
 
     @property
     def device_bytes(self) -> int:
@@ -80,88 +90,71 @@ class Budget:
         return self.layout.host_bytes
 
     def lines(self) -> list[str]:
-        """The arithmetic, a line each."""
+        """The budget as a table in text, one line per item."""
         layout = self.layout
         stories = f"{layout.batch} {'story' if layout.batch == 1 else 'stories'}"
         vectors = f"(2 x {layout.frame_tokens} tokens + {layout.blocks_per_frame} blocks)"
         numbers = f"{vectors} x {layout.kv_heads} heads x {layout.head_dim} x {layout.dtype.itemsize} bytes"
         frame = Item("one frame", layout.frame_bytes, f"{layout.layers} layers x {stories} x {numbers}")
-        rows = [frame, *self.device_items, Item("in all", self.device_bytes, f"of {size(self.need.free)} free")]
+        rows = [frame, *self.device_items, Item("in all", self.device_bytes, f"of {size(self.free.bytes)} free")]
         if self.host_bytes:
-            free = "" if self.need.host_free is None else f", of {size(self.need.host_free)} free"
+            free = "" if self.free.host_bytes is None else f", of {size(self.free.host_bytes)} free"
             where = f"in host memory: history, {layout.host_frames} frames more, and one to swap through{free}"
             rows.append(Item("further history", self.host_bytes, where))
         width = max(len(row.name) for row in rows)
         return [
-            f"Memory on {self.need.device}:",
+            f"Memory on {self.free.place}:",
             *(f"  {row.name:<{width}}  {size(row.size):>10}  {row.how}".rstrip() for row in rows),
         ]
 
 
-def plan_memory(
+def fit_history(
     settings: StreamSettings,
     layout_of: Callable[[StreamSettings], CacheLayout],
     prototypes: int,
-    need: Need,
+    other_items: Sequence[Item],
+    free: FreeMemory,
     history_frames: int | None = None,
 ) -> Budget:
-    """Divides the history between device and host, or refuses.
+    """Divides the history between device and host. As many frames as fit stay on the device; where a frame lies changes
+    no result.
 
-    layout_of: the cache that settings would allocate.
-    prototypes: what the stream will leave behind; beyond history_frames (None: all) the oldest is forgotten.
+    layout_of: gives the cache that a stream with these settings allocates.
+    prototypes: how many the stream will leave behind. Beyond history_frames (None: all) the oldest is forgotten.
+    other_items: what the device holds beside the cache.
 
-    As many frames as fit stay on the device; where they lie changes no result. A ValueError with the arithmetic and the
-    setting to lower, and to what, where it cannot fit.
+    Where the stream cannot fit, a ValueError shows the sum and says which setting to lower, and to what.
     """
+    if settings.memory not in ("memflow", "full"):
+        return _checked(Budget(settings, layout_of(settings), tuple(other_items), free))
     history = prototypes if history_frames is None else min(history_frames, prototypes)
-    if settings.memory in ("memflow", "full"):
-        settings = replace(settings, bank_frames=min(settings.bank_frames, max(history, 1)))
+    bank_frames = min(settings.bank_frames, max(history, 1))
+    least = max(1, bank_frames) + settings.window_frames // settings.chunk_frames - 1  # the bank, and the window's own
+
+    def budget(device_frames: int, host_frames: int) -> Budget:
+        divided = replace(settings, bank_frames=bank_frames, device_frames=device_frames, host_frames=host_frames)
+        return Budget(divided, layout_of(divided), tuple(other_items), free)
+
     if settings.memory == "full":
         if history < prototypes:
             raise ValueError(
                 f"memory 'full' attends to all {prototypes} frames that this stream leaves behind, so --history-frames "
                 f"cannot be {history}; use --memory memflow"
             )
-        return _checked(_budget(replace(settings, device_frames=max(history, _least(settings))), layout_of, need))
-    if settings.memory != "memflow":
-        return _checked(_budget(settings, layout_of, need))
-
-    least = _least(settings)
+        return _checked(budget(max(history, least), settings.host_frames))
     history = max(history, least)
-    smallest = replace(settings, device_frames=least, host_frames=history - least)
-    fitting = _checked(_budget(smallest, layout_of, need))
-    on_device = min(history, least + (need.free - fitting.device_bytes) // fitting.layout.frame_bytes)
-    planned = replace(settings, device_frames=on_device, host_frames=history - on_device)
-    budget = _budget(planned, layout_of, need)
-    if budget.host_bytes:
-        free = need.free - budget.device_bytes if need.host_free is None else need.host_free
-        if budget.host_bytes > free:
-            fits = on_device + max(0, free // budget.layout.frame_bytes - 1)
-            raise ValueError(
-                f"a history of {history} frames does not fit: {on_device} on the device, and the {planned.host_frames} "
-                f"in host memory need ({planned.host_frames} + 1) x {size(budget.layout.frame_bytes)} = "
-                f"{size(budget.host_bytes)} where {size(max(free, 0))} are free; lower --history-frames to {fits} (the "
-                f"oldest frames beyond are forgotten)"
-            )
-    return budget
-
-
-def _least(settings: StreamSettings) -> int:
-    """Prototypes that the device must hold: the bank, and those whose chunks are still in the window."""
-    return max(1, settings.bank_frames) + settings.window_frames // settings.chunk_frames - 1
-
-
-def _budget(settings: StreamSettings, layout_of: Callable[[StreamSettings], CacheLayout], need: Need) -> Budget:
-    return Budget(settings, layout_of(settings), need)
+    smallest = _checked(budget(least, history - least))
+    on_device = min(history, least + (free.bytes - smallest.device_bytes) // smallest.layout.frame_bytes)
+    return _checked_on_host(budget(on_device, history - on_device))
 
 
 def _checked(budget: Budget) -> Budget:
-    """The budget, or a ValueError that says what to lower."""
-    over = budget.device_bytes - budget.need.free
+    """The budget, if it fits on the device; otherwise a ValueError that says what to lower."""
+    over = budget.device_bytes - budget.free.bytes
     if over <= 0:
         return budget
     frame, settings = budget.layout.frame_bytes, budget.settings
-    sums = " + ".join(f"{item.name} {size(item.size)}" for item in budget.device_items)
+    summands = " + ".join(f"{item.name} {size(item.size)}" for item in budget.device_items)
     fewer = math.ceil(over / frame)
     if settings.memory == "full":
         lower = f"--frames-per-prompt (each {settings.chunk_frames} leave one behind), or use --memory memflow"
@@ -170,8 +163,24 @@ def _checked(budget: Budget) -> Budget:
     else:
         lower = "--height and --width"
     raise ValueError(
-        f"this stream needs {size(budget.device_bytes)} on {budget.need.device}, where {size(budget.need.free)} are "
-        f"free: {sums}; a frame of the past takes {size(frame)}. Lower {lower}"
+        f"this stream needs {size(budget.device_bytes)} on {budget.free.place}, where {size(budget.free.bytes)} are "
+        f"free: {summands}; a frame of the past takes {size(frame)}. Lower {lower}"
+    )
+
+
+def _checked_on_host(budget: Budget) -> Budget:
+    """The budget, if the frames that wait in host memory fit there; otherwise a ValueError that says what to lower."""
+    free, settings, frame = budget.free.host_bytes, budget.settings, budget.layout.frame_bytes
+    if free is None:
+        free = budget.free.bytes - budget.device_bytes
+    if budget.host_bytes <= max(free, 0):
+        return budget
+    on_device, in_host = settings.device_frames, settings.host_frames
+    fits = on_device + max(0, free // frame - 1)
+    raise ValueError(
+        f"a history of {on_device + in_host} frames does not fit: {on_device} on the device, and the {in_host} in host "
+        f"memory need ({in_host} + 1) x {size(frame)} = {size(budget.host_bytes)} where {size(max(free, 0))} are free; "
+        f"lower --history-frames to {fits} (the oldest frames beyond are forgotten)"
     )
 
 
@@ -184,8 +193,11 @@ def model_items(
     dtype: torch.dtype,
     pools: int = 1,
 ) -> list[Item]:
-    """Weights, text and working memory of the transformer. tokens: per frame. pools: of working memory, 2 where CUDA
-    graphs keep one of their own."""
+    """Weights, text keys and working memory of the transformer.
+
+    parameters: how many numbers the weights hold. tokens: per frame. pools: how often working memory is held; twice
+        where CUDA graphs keep a pool of their own.
+    """
     text = 2 * config.num_layers * batch * config.text_len * config.dim
     working = PASS_UNITS * batch * settings.chunk_frames * tokens * (config.dim + config.ffn_dim)
     return [
@@ -200,7 +212,10 @@ def model_items(
 
 
 def vae_items(vae: dict, parameters: int, batch: int, height: int, width: int, dtype: torch.dtype) -> list[Item]:
-    """Weights and working memory of the VAE, which decodes one story after another; height and width in pixels."""
+    """Weights and working memory of the VAE, which decodes one story after another.
+
+    vae: its config. parameters: how many numbers the decoder's weights hold. height, width: of the video, in pixels.
+    """
     numbers = vae.get("decoder_base_dim") or vae.get("base_dim", 96)
     working = (DECODER_UNITS + DECODER_STATE_UNITS * batch) * numbers * 4 * height * width
     return [
@@ -210,7 +225,8 @@ def vae_items(vae: dict, parameters: int, batch: int, height: int, width: int, d
 
 
 def count_numbers(folder: Path, beginning: tuple[str, ...] = ("",)) -> int:
-    """How many numbers the safetensors files of a folder hold, under names that begin so; reads their heads only."""
+    """How many numbers the safetensors files of a folder hold under names with these beginnings. Reads their headers
+    only."""
     total = 0
     for path in folder.glob("*.safetensors"):
         with safe_open(path, framework="pt") as file:
@@ -221,14 +237,14 @@ def count_numbers(folder: Path, beginning: tuple[str, ...] = ("",)) -> int:
 
 
 def free_bytes(device: torch.device) -> int:
-    """Of the device, now."""
+    """Free memory of the device; a CPU's is the host's."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_host_bytes()
 
 
 def free_host_bytes() -> int:
-    """What the host can still give this process, its control group's limit included (Linux)."""
+    """Memory that the host can still give this process, within the limit of its control group (Linux)."""
     about = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
     free = int(about["MemAvailable"].split()[0]) * 1024
     group = Path("/sys/fs/cgroup")

@@ -1,10 +1,10 @@
-"""Videos from real checkpoints: transformer, UMT5 and VAE from disk, a stream of chunks, an mp4 at 16 frames/s."""
+"""Videos of stories from a real checkpoint, written chunk by chunk as mp4 files with a run.json beside each."""
 
 import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from memflow_ops.environment import environment
-from memflow_ops.model.pipeline.plan import Plan
+from memflow_ops.model.pipeline.plan import WanPlan
 from memflow_ops.model.pipeline.settings import FRAMES_PER_SECOND
 from memflow_ops.model.pipeline.sources import Parts, Sources
 from memflow_ops.model.stories.interrupts import Interrupts
@@ -22,29 +22,25 @@ from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Chunk, Streamer
 from memflow_ops.model.wan.vae import StreamingDecoder
 
-"""Latent frames, 10 seconds, as MemFlow and LongLive train."""
 HOW_MEASURED = (
     "Video frames, of all stories that are streamed together, over a chunk's wall time: retrieval, re-caching and all "
     "passes of the transformer; decoded: and of the VAE. Medians over chunks that have a past beyond the local window."
 )
-"""What few-step checkpoints of the Wan 2.1 family are streamed with; height and width of the latents of 480 x 832."""
-"""The part of the free memory that is not planned with, 1 / RESERVE."""
-"""What is otherwise with a kind of memory."""
 
 
 @dataclass
-class Run:
-    """A story as far as it has been made."""
+class WanRun:
+    """What has been made of a story so far."""
 
-    plan: Plan
+    plan: WanPlan
     sources: Sources
     device: torch.device
     chunks: list[Chunk] = field(default_factory=list)
-    """its part of them, without frames; their seconds are those of all stories together"""
+    """The story's part of each, without frames. Their seconds are those of all stories that are streamed together."""
     decode_seconds: list[float] = field(default_factory=list)
-    """per chunk, of all stories together"""
+    """Per chunk, of all stories that are streamed together."""
     frames: int = 0
-    """of the video"""
+    """Of the video."""
     interrupted: bool = False
     error: str | None = None
 
@@ -58,11 +54,11 @@ class Run:
             **environment(self.device),
             "prompts": plan.prompts,
             "seed": plan.seed,
-            "frames_per_prompt": plan.frames_per_prompt,
+            "frames_per_prompt": plan.options.frames_per_prompt,
             "sources": self.sources.described(),
             "settings": asdict(plan.settings),
             "memory": plan.budget.lines(),
-            "compiled": plan.compiled,
+            "compiled": plan.options.compiled,
             "stories_together": plan.together,
             "frames": self.frames,
             "fps": FRAMES_PER_SECOND,
@@ -90,7 +86,8 @@ class Run:
 def speed(
     chunks: Sequence[Chunk], decode_seconds: Sequence[float], settings: StreamSettings, together: int = 1
 ) -> dict[str, object] | None:
-    """Medians over the chunks that have a past beyond the local window; None before there is one."""
+    """What run.json says of the speed: medians over the chunks that have a past beyond the local window. None if there
+    is no such chunk. together: stories that were streamed together."""
     steady = [i for i, chunk in enumerate(chunks) if chunk.first_frame + settings.chunk_frames > settings.window_frames]
     if not steady:
         return None
@@ -107,49 +104,32 @@ def speed(
     }
 
 
-def generate(
-    parts: Parts, plans: Sequence[Plan], sources: Sources, report: Callable[[Run], None] | None = None
-) -> list[Run]:
+def generate_stories(
+    parts: Parts, plans: Sequence[WanPlan], sources: Sources, report: Callable[[WanRun], None] | None = None
+) -> list[WanRun]:
     """Streams stories together, each into video.mp4 and run.json in its folder; `make_stories` says how that may end.
-    `report` is told the first of the runs after every chunk."""
-    runs = [Run(plan, sources, parts.device) for plan in plans]
+    report: is called with the first of the runs after every chunk."""
+    runs = [WanRun(plan, sources, parts.device) for plan in plans]
     writers = [video_writer(plan.folder / "video.mp4", plan.settings, parts.vae) for plan in plans]
 
     def rounds(interrupts: Interrupts) -> Iterator[None]:
-        for chunk, videos, seconds in streamed(parts, plans, interrupts):
+        for chunk, videos, seconds in stream_videos(parts, plans, interrupts):
             for number, (run, writer, frames) in enumerate(zip(runs, writers, videos, strict=True)):
                 writer.write(frames)
-                run.chunks.append(of_story(chunk, number))
+                run.chunks.append(chunk.of_story(number))
                 run.decode_seconds.append(seconds)
                 run.frames += len(frames)
             yield
 
-    def files(run: Run) -> dict[str, bytes]:
+    def files(run: WanRun) -> dict[str, bytes]:
         return {"run.json": (json.dumps(run.record(), indent=1) + "\n").encode()}
 
     make_stories(runs, writers, rounds, files, report)
     return runs
 
 
-def of_story(chunk: Chunk, number: int) -> Chunk:
-    """One story's part of a chunk, without its frames: the pixels are in the video."""
-
-    def own(of_each: list[Any]) -> list[Any]:
-        return [of_each[number]]
-
-    return replace(
-        chunk,
-        prompts=own(chunk.prompts),
-        frames=chunk.frames.new_empty(0),
-        retrieved=own(chunk.retrieved),
-        relevance=own(chunk.relevance),
-        candidates=own(chunk.candidates),
-        activation=own(chunk.activation),
-    )
-
-
 def video_writer(path: Path, settings: StreamSettings, vae: Any) -> VideoWriter:
-    """An mp4 of the VAE's pixels, a fragment per chunk."""
+    """Writes the VAE's pixels, in one fragment per chunk."""
     scale = vae.spatial_compression_ratio
     return VideoWriter(
         path,
@@ -161,16 +141,15 @@ def video_writer(path: Path, settings: StreamSettings, vae: Any) -> VideoWriter:
     )
 
 
-def streamed(
-    parts: Parts, plans: Sequence[Plan], interrupts: Interrupts
+def stream_videos(
+    parts: Parts, plans: Sequence[WanPlan], interrupts: Interrupts
 ) -> Iterator[tuple[Chunk, list[np.ndarray], float]]:
-    """Chunk after chunk of stories that are streamed together, the video frames of each (F, H, W, 3) uint8, and the
-    seconds that decoding took."""
+    """Streams stories together. Yields each chunk, the video frames (F, H, W, 3) uint8 of every story, and the seconds
+    that decoding them took."""
     first = plans[0]
-    streamer = Streamer(
-        parts.model, len(plans), first.settings, [plan.seed for plan in plans], encode=parts.encode,
-        cuda_graphs=first.cuda_graphs,
-    )  # fmt: skip
+    seeds = [plan.seed for plan in plans]
+    graphs = first.options.cuda_graphs
+    streamer = Streamer(parts.model, len(plans), first.settings, seeds, encode=parts.encode, cuda_graphs=graphs)
     decoders = [StreamingDecoder(parts.vae) for _ in plans]
     for prompts in zip(*(plan.spoken for plan in plans), strict=True):
         with interrupts.allowed():

@@ -1,22 +1,18 @@
-"""What a run of stories will make and what it will take, known before anything is loaded."""
+"""The streams that a file of stories needs: checked, and with their memory counted, before any weights are loaded."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from memflow_ops.environment import device_name, why_not_compile
+from memflow_ops.environment import why_not_compile
 from memflow_ops.model.checkpoints.pretrained import Pretrained, empty_model
 from memflow_ops.model.pipeline.budget import (
     Budget,
+    FreeMemory,
     Item,
-    Need,
     count_numbers,
-    free_bytes,
-    free_host_bytes,
+    fit_history,
     model_items,
-    plan_memory,
     size,
     vae_items,
 )
@@ -29,21 +25,38 @@ from memflow_ops.model.wan.text_encoder import find_text_encoder
 from memflow_ops.model.wan.vae import find_vae
 
 RESERVE = 20
+"""One part in so many of the free memory is kept free, because some of the budget is estimated."""
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One story's run, checked, with its memory counted, before anything is generated."""
+class StreamOptions:
+    """What a command asks of all streams beside their `StreamSettings`."""
+
+    seed: int = 0
+    """Of the first story; the next ones count up."""
+    frames_per_prompt: int = FRAMES_PER_PROMPT
+    """Latent frames under one prompt."""
+    history_frames: int | None = None
+    """Prototypes that are remembered at most; None: all."""
+    cuda_graphs: bool | None = None
+    """As for `Streamer`."""
+    compiled: bool = False
+    """Whether `CausalVideoModel.compile_blocks` is called."""
+    batch: int = 1
+    """Stories that are streamed together at most."""
+
+
+@dataclass(frozen=True)
+class WanPlan:
+    """One story that is to be streamed from a real checkpoint."""
 
     prompts: list[str]
     folder: Path
+    """For its files."""
     budget: Budget
+    """Of the stream that it is part of."""
     seed: int
-    frames_per_prompt: int
-    cuda_graphs: bool | None = None
-    """as `Streamer` takes it"""
-    compiled: bool = False
-    """`CausalVideoModel.compile_blocks` has been called"""
+    options: StreamOptions
 
     @property
     def settings(self) -> StreamSettings:
@@ -57,114 +70,83 @@ class Plan:
     @property
     def spoken(self) -> list[str]:
         """The prompt of every chunk."""
-        chunks = chunk_prompts([self.prompts], self.frames_per_prompt, self.settings.chunk_frames)
+        chunks = chunk_prompts([self.prompts], self.options.frames_per_prompt, self.settings.chunk_frames)
         return [prompt for (prompt,) in chunks]
 
 
-@dataclass(frozen=True)
-class Free:
-    """Memory that was free before anything was loaded, bytes."""
-
-    device: torch.device
-    bytes: int
-    host_bytes: int | None
-    """None where the device is the host"""
-
-    @classmethod
-    def now(cls, device: torch.device) -> "Free":
-        return cls(device, free_bytes(device), free_host_bytes() if device.type == "cuda" else None)
-
-
-def make_plans(
+def plan_streams(
     stories: Sequence[Sequence[str]],
     out: Path,
     settings: StreamSettings,
     sources: Sources,
     pretrained: Pretrained,
-    free: Free,
-    *,
-    seed: int = 0,
-    frames_per_prompt: int = FRAMES_PER_PROMPT,
-    history_frames: int | None = None,
-    cuda_graphs: bool | None = None,
-    compiled: bool = False,
-    batch: int = 1,
-) -> list[list[Plan]]:
-    """The streams, each of up to `batch` stories with equally many prompts; see `group_stories`.
+    free: FreeMemory,
+    options: StreamOptions,
+) -> list[list[WanPlan]]:
+    """The plans of every stream. A stream has up to `options.batch` stories; see `group_stories`.
 
-    One story goes to `out` itself, several to out/story-000, ... with seeds seed, seed + 1, ..., in the order of
-    `stories` whoever is streamed with whom.
+    One story goes to `out` itself, several to out/story-000, out/story-001, ..., each with a seed of its own, in the
+    order of `stories` whichever are streamed together.
 
-    A ValueError where a story's stream cannot fit into memory, or CUDA graphs or compiling are asked for and cannot be.
+    A ValueError where a stream does not fit into memory, or where CUDA graphs or compiling are required and impossible.
     """
-    if compiled and why_not_compile(free.device):
+    if options.compiled and why_not_compile(free.device):
         raise ValueError(f"--compile cannot be: {why_not_compile(free.device)}")
     reason = why_not(free.device, settings)
-    if cuda_graphs and reason:
+    if options.cuda_graphs and reason:
         raise ValueError(f"no CUDA graphs for this stream: {reason}")
-    pools = 1 if reason or cuda_graphs is False else 2
     streams = []
-    for numbers in group_stories(stories, batch):
-        chunks = len(chunk_prompts([stories[numbers[0]]], frames_per_prompt, settings.chunk_frames))
+    for numbers in group_stories(stories, options.batch):
+        prompts = chunk_prompts([stories[numbers[0]]], options.frames_per_prompt, settings.chunk_frames)
 
-        def plan(count: int) -> Budget:
-            return plan_stream(settings, sources, pretrained, free, chunks, history_frames, pools, count)  # noqa: B023
+        def budget_of(batch: int, chunks: int = len(prompts)) -> Budget:
+            return stream_budget(settings, sources, pretrained, free, options, chunks, batch)
 
-        planned = _planned(plan, len(numbers))
-        streams.append(
-            [
-                Plan(
-                    list(stories[i]), out if len(stories) == 1 else out / f"story-{i:03d}", planned, seed + i,
-                    frames_per_prompt, cuda_graphs, compiled,
-                )
-                for i in numbers
-            ]
-        )  # fmt: skip
+        budget = _budget_or_advice(budget_of, len(numbers))
+        folders = {i: out if len(stories) == 1 else out / f"story-{i:03d}" for i in numbers}
+        streams.append([WanPlan(list(stories[i]), folders[i], budget, options.seed + i, options) for i in numbers])
     return streams
 
 
 def group_stories(stories: Sequence[Sequence[str]], batch: int) -> list[list[int]]:
     """The numbers of the stories of every stream: up to `batch` in each, with equally many prompts, so that none has
-    to wait for another; in the order of their first ones."""
+    to wait for another. Streams are ordered by their first stories."""
     by_length: dict[int, list[int]] = {}
     for number, prompts in enumerate(stories):
         by_length.setdefault(len(prompts), []).append(number)
     return sorted(alike[i : i + batch] for alike in by_length.values() for i in range(0, len(alike), batch))
 
 
-def _planned(plan: Callable[[int], Budget], count: int) -> Budget:
-    """The plan of so many stories together; where it does not fit, the error says how many would."""
+def _budget_or_advice(budget_of: Callable[[int], Budget], batch: int) -> Budget:
+    """The budget of a stream of `batch` stories. Where it does not fit, the ValueError says how many would."""
     try:
-        return plan(count)
+        return budget_of(batch)
     except ValueError as error:
-        for fewer in range(count - 1, 0, -1):
+        for fewer in range(batch - 1, 0, -1):
             try:
-                plan(fewer)
+                budget_of(fewer)
             except ValueError:
                 continue
             raise ValueError(f"{error}; or lower --batch to {fewer}") from error
         raise
 
 
-def plan_stream(
+def stream_budget(
     settings: StreamSettings,
     sources: Sources,
     pretrained: Pretrained,
-    free: Free,
+    free: FreeMemory,
+    options: StreamOptions,
     chunks: int,
-    history_frames: int | None,
-    pools: int,
     batch: int,
 ) -> Budget:
-    """The memory of a stream of `batch` stories and `chunks` chunks; a ValueError where it does not fit, or the parts
-    not one another.
-
-    pools: of working memory; 2 where CUDA graphs keep one of their own.
-    """
+    """The memory of a stream of `batch` stories and `chunks` chunks. A ValueError where it does not fit, or where the
+    parts of the pipeline do not fit one another."""
     dtype, config = sources.torch_dtype(free.device), pretrained.config
     model = empty_model(config).to(dtype)
     tokens = model.tokens(settings.height, settings.width)
-    items = model_items(config, settings, pretrained.parameters, batch, tokens, dtype, pools)
+    records = options.cuda_graphs is not False and not why_not(free.device, settings)
+    items = model_items(config, settings, pretrained.parameters, batch, tokens, dtype, pools=2 if records else 1)
     if sources.vae is not None:
         folder, vae = find_vae(sources.vae)
         channels, scale = vae.get("z_dim", 16), vae.get("scale_factor_spatial", 8)
@@ -177,6 +159,7 @@ def plan_stream(
     text = count_numbers(encoder, ("shared.", "encoder.")) * dtype.itemsize
     if text > free.bytes:
         raise ValueError(f"the text encoder needs {size(text)} on {free.device}, where {size(free.bytes)} are free")
-    need = Need(tuple(items), free.bytes, free.host_bytes, f"{free.device} ({device_name(free.device)})")
-    prototypes = sum(chunk * settings.chunk_frames >= settings.sink_frames for chunk in range(chunks))
-    return plan_memory(settings, lambda s: s.cache_layout(model, batch), prototypes, need, history_frames)
+    prototypes = settings.prototypes(chunks)
+    return fit_history(
+        settings, lambda s: s.cache_layout(model, batch), prototypes, items, free, options.history_frames
+    )

@@ -1,4 +1,4 @@
-"""Where a pipeline's parts lie on disk, and loading them."""
+"""Where the parts of a pipeline (transformer, text encoder, VAE) lie on disk, and how they are loaded."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,20 +15,20 @@ from memflow_ops.model.wan.vae import find_vae, load_vae
 
 @dataclass(frozen=True)
 class Sources:
-    """Where a pipeline's parts lie on disk, and what their files do not say."""
+    """Where the parts of a pipeline lie on disk, and what their files do not say."""
 
     checkpoint: Path
     text_encoder: Path
     vae: Path | None
-    """None where nothing is to be decoded"""
+    """None if nothing is to be decoded."""
     lora: Path | None = None
     lora_alpha: float | None = None
     num_heads: int | None = None
     dtype: str = "auto"
-    """auto: bfloat16 on CUDA, float32 on a CPU"""
+    """A name of `DTYPES`, or auto: bfloat16 on CUDA and float32 on a CPU."""
 
     def check(self) -> None:
-        """Everything that can be seen without reading weights; FileNotFoundError or ValueError."""
+        """Checks all that can be checked without reading weights; raises a FileNotFoundError or ValueError."""
         find_text_encoder(self.text_encoder)
         if self.vae is not None:
             find_vae(self.vae)
@@ -50,12 +50,13 @@ class Sources:
         return read_pretrained(self.checkpoint, **options)  # type: ignore[arg-type]
 
     def described(self) -> dict[str, object]:
-        """As result files name them: without the folders above, which are the user's own business."""
+        """For result files: names of files and folders without the path to them, which is private to the user."""
         return {name: value.name if isinstance(value, Path) else value for name, value in vars(self).items()}
 
 
 def latent_size(vae: Path | None, height: int, width: int) -> tuple[int, int]:
-    """Pixels -> rows and columns of latents; a ValueError where they do not divide into the patches of Wan."""
+    """Rows and columns of the latents of a video of so many pixels. A ValueError where these do not divide into the
+    VAE's cells and Wan's patches of 2 x 2 latents."""
     scale = find_vae(vae)[1].get("scale_factor_spatial", 8) if vae is not None else 8
     if height % (2 * scale) or width % (2 * scale):
         raise ValueError(f"height and width must be multiples of {2 * scale} pixels, got {height} x {width}")
@@ -64,11 +65,11 @@ def latent_size(vae: Path | None, height: int, width: int) -> tuple[int, int]:
 
 @dataclass(frozen=True)
 class Parts:
-    """What a stream needs, on its device."""
+    """The loaded parts of a pipeline, on their device."""
 
     model: CausalVideoModel
     vae: Any
-    """None where the sources name none"""
+    """None if the sources name none."""
     encode: EncodedPrompts
 
     @property
@@ -79,9 +80,10 @@ class Parts:
 def load_parts(
     sources: Sources, pretrained: Pretrained, prompts: Sequence[str], device: torch.device, compiled: bool = False
 ) -> Parts:
-    """Encodes every prompt, lets the text encoder go, and puts transformer and decoder on the device.
+    """Encodes every prompt, frees the text encoder, and then puts transformer and VAE on the device, so that they and
+    the text encoder are never there together.
 
-    compiled: the transformer's blocks are, when they first run.
+    compiled: whether the transformer's blocks are compiled when they first run.
     """
     dtype = sources.torch_dtype(device)
     config = pretrained.config

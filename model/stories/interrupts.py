@@ -1,4 +1,4 @@
-"""Signals that end a run between two chunks instead of in the middle of one."""
+"""Signals that stop a command between two chunks instead of in the middle of one."""
 
 import signal
 import threading
@@ -8,15 +8,19 @@ from types import FrameType
 
 
 class Interrupts:
-    """Ctrl-C, and SIGTERM by which schedulers end a job: a KeyboardInterrupt only where it is `allowed`, else it waits.
+    """While this context is open, Ctrl-C and SIGTERM (by which schedulers end a job) raise a KeyboardInterrupt only
+    inside `allowed`. A signal that comes elsewhere is raised when `allowed` is entered next.
 
-    So a chunk is in all files or in none, and files are written to the end.
+    So a chunk is in all files or in none, and no file is left half written. Outside the main thread, where Python
+    handles no signals, the context does nothing.
     """
 
     _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
     def __init__(self) -> None:
-        self._raise, self.waiting = False, False
+        self._raise = False
+        self.waiting = False
+        """Whether a signal has come that has not been raised."""
         self._mine = threading.current_thread() is threading.main_thread()
 
     def __enter__(self) -> "Interrupts":
@@ -37,6 +41,7 @@ class Interrupts:
 
     @contextmanager
     def allowed(self) -> Iterator[None]:
+        """The code in this context may be interrupted at any point."""
         if self.waiting:
             self.waiting = False
             raise KeyboardInterrupt

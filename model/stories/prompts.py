@@ -1,4 +1,4 @@
-"""Stories: files of prompts, and the prompt of every chunk."""
+"""Stories are files of prompts; this reads them and lays the prompts out over chunks."""
 
 import json
 from collections.abc import Callable, Sequence
@@ -6,12 +6,14 @@ from pathlib import Path
 
 
 def read_stories(path: Path, check: Callable[[str], object]) -> list[list[str]]:
-    """The prompts of every story in a JSON-lines file; a ValueError names the line that is wrong and says how.
+    """The prompts of every story in a JSON-lines file, one story per line: {"prompts": ["...", ...]}.
 
-    check: raises a ValueError for a prompt that cannot be understood.
+    check: raises a ValueError for a prompt that cannot be used.
+
+    A ValueError names the line that is wrong and what is wrong with it.
     """
     try:
-        text = path.read_text(encoding="utf-8-sig")  # without the mark that some editors put first
+        text = path.read_text(encoding="utf-8-sig")  # some editors put a byte-order mark first
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"cannot read the story {path}: {getattr(error, 'strerror', None) or error}") from error
     stories = []
@@ -42,9 +44,10 @@ def _prompts(line: str, check: Callable[[str], object]) -> list[str]:
 def chunk_prompts(
     stories: Sequence[Sequence[str]], frames_per_prompt: int, chunk_frames: int = 3
 ) -> list[tuple[str, ...]]:
-    """Stories, each a list of prompts of `frames_per_prompt` latent frames, -> the prompts of every chunk.
+    """The prompts of every chunk, one per story.
 
-    A switch inside a chunk waits for the next one. All stories must have the same number of prompts.
+    stories: each a list of prompts, with the same number of them in all stories.
+    frames_per_prompt: latent frames under one prompt. A switch that falls inside a chunk waits for the next chunk.
     """
     if frames_per_prompt < 1:
         raise ValueError(f"frames_per_prompt must be positive, got {frames_per_prompt}")

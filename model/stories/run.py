@@ -1,4 +1,4 @@
-"""The run of stories that are streamed together, from the first chunk to their files, whatever ends it."""
+"""Stories that are streamed together, from the first chunk to their files, however they end."""
 
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -15,22 +15,27 @@ class StoryPlan(Protocol):
     """A story that is to be streamed."""
 
     @property
-    def folder(self) -> Path: ...
+    def folder(self) -> Path:
+        """For its files."""
+
     @property
     def spoken(self) -> Sequence[str]:
         """The prompt of every chunk."""
 
 
 class StoryRun(Protocol):
-    """A story as far as it has been made."""
+    """What has been made of a story so far."""
 
     interrupted: bool
+    """Whether it ended before its last chunk."""
     error: str | None
+    """The error that ended it, in words."""
 
     @property
     def plan(self) -> StoryPlan: ...
     @property
-    def chunks(self) -> Sequence[Any]: ...
+    def chunks(self) -> Sequence[Any]:
+        """Its finished chunks."""
 
 
 RunType = TypeVar("RunType", bound=StoryRun)
@@ -39,18 +44,20 @@ RunType = TypeVar("RunType", bound=StoryRun)
 def make_stories(
     runs: Sequence[RunType],
     writers: Sequence[VideoWriter],
-    rounds: "Callable[[Interrupts], Iterator[None]]",
+    rounds: Callable[[Interrupts], Iterator[None]],
     files: Callable[[RunType], dict[str, bytes]],
     report: Callable[[RunType], None] | None = None,
 ) -> None:
     """Makes stories that are streamed together, chunk by chunk, and writes the files of each.
 
-    rounds: makes a chunk, its video frames and its part of every run, each time it is asked. files: the content of
-    every file of a story beside its video, by name. report: is told the first of the runs after every chunk.
+    rounds: an iterator that makes one chunk at each step and adds it to every run and video. It calls
+        `Interrupts.allowed` around whatever may be interrupted.
+    files: name -> content of every file of a story beside its video.
+    report: is called with the first of the runs after every chunk.
 
-    A story's files appear under their names when all are complete; until then its video grows under a name of its own.
-    Ctrl-C, SIGTERM or an error ends all of them early: what was made until then is written all the same (nothing before
-    the first chunk), and the runs say `interrupted`; an error is raised afterwards.
+    A story's files appear under their names when all of them are complete. Until then its video grows under another
+    name. Ctrl-C, SIGTERM or an error ends all stories early. The chunks that were finished are still written, and the
+    runs are marked `interrupted`; a story without a finished chunk leaves no file. An error is raised again afterwards.
     """
     with Interrupts() as interrupts, ExitStack() as opened:
         for writer in writers:
@@ -69,14 +76,14 @@ def make_stories(
             raise
         _publish(runs, writers, files)
     if interrupts.waiting and not runs[0].interrupted:
-        raise KeyboardInterrupt  # it came after the last chunk
+        raise KeyboardInterrupt  # the signal came after the last chunk
 
 
 def _publish(
     runs: Sequence[RunType], writers: Sequence[VideoWriter], files: Callable[[RunType], dict[str, bytes]]
 ) -> None:
-    """Makes the content of every file of a story first, and then gives each its name. A story whose files cannot be
-    written does not cost the others theirs: the first such error is raised at the end."""
+    """Writes the files of every story. If those of one cannot be written, the others are still written, and the first
+    error is raised at the end."""
     errors = []
     for run, writer in zip(runs, writers, strict=True):
         try:
@@ -93,7 +100,8 @@ def _publish(
 
 
 def make_folders(folders: Sequence[Path], names: Sequence[str]) -> None:
-    """A ValueError where there can be no such folder, or no files of these names in it: rather now than at the end."""
+    """Creates the folders. A ValueError where a folder cannot be created, or files of these names cannot be written to
+    it, so that this is known before anything is generated."""
     for folder in folders:
         trial = folder / f".{os.getpid()}.tmp"
         try:

@@ -1,4 +1,4 @@
-"""Frames -> an mp4 that grows while it is made and can be played at any time, whatever ends the run."""
+"""Video files: an mp4 that grows while it is made and can be played at any time, even if the process is killed."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,10 +15,10 @@ SCALE = 8
 
 
 class VideoWriter:
-    """Writes H.264 in yuv420p, which every player and browser takes, each pixel a square of `scale` x `scale`.
+    """Writes H.264 in yuv420p, which all players and browsers can play. A pixel becomes a square of `scale` x `scale`.
 
-    The file grows as `path` with "part" before its suffix (video.part.mp4), fragment by fragment, so that a killed run
-    leaves a playable file; `close` turns it into an ordinary mp4 and `publish` gives it its name.
+    The file grows, fragment by fragment, as `path` with "part" before its suffix (video.part.mp4), so that a process
+    that is killed leaves a playable file. `close` turns it into an ordinary mp4, and `publish` gives it its name.
     """
 
     def __init__(
@@ -31,19 +31,20 @@ class VideoWriter:
         fps: int = FRAMES_PER_SECOND,
         scale: int = SCALE,
     ):
-        """fragment_frames: frames that reach the file together; the first of them is a key frame."""
+        """height, width: of the frames, in pixels. fragment_frames: frames that are written together; the first of them
+        is a key frame. fps: frames per second."""
         if height * scale % 2 or width * scale % 2:
             raise ValueError(f"a yuv420p video has even sides, got {width} x {height} pixels times {scale}")
         self.path, self.growing = path, path.with_suffix(f".part{path.suffix}")
         self.shape, self.scale, self.frames = (height, width), scale, 0
-        # hybrid_fragmented: fragments while it grows, and one index for all of it when it is closed.
+        # hybrid_fragmented: the file consists of fragments while it grows, and has one index when it is closed.
         self._container = av.open(
             str(self.growing),
             "w",
             format="mp4",
             options={"movflags": "hybrid_fragmented+frag_keyframe+default_base_moof", "flush_packets": "1"},
         )
-        # crf 10: hues must survive. zerolatency: the encoder holds no frame back.
+        # crf 10 preserves hues. zerolatency keeps the encoder from holding frames back.
         quality = {"crf": "10", "preset": "veryfast", "tune": "zerolatency"}
         self._stream = self._container.add_stream("libx264", rate=fps, options=quality)
         self._stream.width, self._stream.height, self._stream.pix_fmt = width * scale, height * scale, "yuv420p"
@@ -66,7 +67,7 @@ class VideoWriter:
             self.frames += 1
 
     def close(self) -> None:
-        """Ends the file; may be called again."""
+        """Completes the file. Further calls do nothing."""
         if self._open:
             self._open = False
             try:
@@ -75,11 +76,12 @@ class VideoWriter:
                 self._container.close()
 
     def publish(self) -> None:
-        """Gives the closed file its name."""
+        """Closes the file and gives it its name."""
         self.close()
         self.growing.replace(self.path)
 
     def discard(self) -> None:
+        """Deletes the file."""
         try:
             self.close()
         finally:  # on a full disk the file cannot be ended

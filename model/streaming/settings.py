@@ -117,6 +117,10 @@ class StreamSettings:
             self.host_frames * has_bank,
         )
 
+    def prototypes(self, chunks: int) -> int:
+        """How many prototypes so many chunks leave behind; a frame of the sink is not stored twice."""
+        return sum(chunk * self.chunk_frames >= self.sink_frames for chunk in range(chunks))
+
     def cache_layout(self, model: CausalVideoModel, batch: int) -> CacheLayout:
         """What a stream of `batch` stories will allocate; `CacheLayout` states it in bytes."""
         config, dtype = model.config, model.patch_embedding.weight.dtype

@@ -20,7 +20,7 @@ between two chunks and continue it elsewhere, with the same frames to the bit.
 
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -70,6 +70,12 @@ class Chunk:
     """Wall time of the chunk."""
     replayed: int = 0
     """How many of its passes, re-caching included, were replays of a CUDA graph."""
+
+    def of_story(self, number: int) -> "Chunk":
+        """One story's part, without its frames, which need not stay in memory once they are decoded."""
+        per_story = ("prompts", "retrieved", "relevance", "candidates", "activation")
+        part: dict[str, Any] = {name: [getattr(self, name)[number]] for name in per_story}
+        return replace(self, **part, frames=self.frames.new_empty(0))
 
 
 def stream(
@@ -347,7 +353,7 @@ def _in_turn(first: Observer | None, second: Observer | None) -> Observer | None
 
 def _check_full_history(settings: StreamSettings, chunks: int) -> None:
     """A ValueError before the first chunk where memory="full", which reads the history on the device, has no room."""
-    prototypes = sum(chunk * settings.chunk_frames >= settings.sink_frames for chunk in range(chunks))
+    prototypes = settings.prototypes(chunks)
     if prototypes > settings.device_frames:
         raise ValueError(
             f"memory='full' keeps one frame of each chunk on the device: {chunks} chunks need "

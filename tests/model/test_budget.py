@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from memflow_ops.cache.frame_cache import FrameCache
-from memflow_ops.model.pipeline.budget import Item, Need, free_host_bytes, plan_memory, size
+from memflow_ops.model.pipeline.budget import FreeMemory, Item, fit_history, free_host_bytes, size
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
@@ -20,9 +20,9 @@ MINIMUM = 9 + 3 + (5 + 2)  # window, sink, the bank and the prototypes of the wi
 
 
 def plan(free, *, prototypes=40, host_free=10**9, history_frames=None, **changes):
-    need = Need((Item("the rest", OTHER),), free, host_free, "a device")
-    settings = replace(SETTINGS, **changes)
-    return plan_memory(settings, lambda s: s.cache_layout(MODEL, 1), prototypes, need, history_frames)
+    memory = FreeMemory(torch.device("cpu"), free, host_free)
+    settings, items = replace(SETTINGS, **changes), [Item("the rest", OTHER)]
+    return fit_history(settings, lambda s: s.cache_layout(MODEL, 1), prototypes, items, memory, history_frames)
 
 
 def enough(device_frames, means):
@@ -43,7 +43,7 @@ def test_the_rest_waits_in_host_memory(device_frames):
     for spare in (0, FRAME - 1):
         budget = plan(enough(device_frames, 40) + spare)
         assert (budget.settings.device_frames, budget.settings.host_frames) == (device_frames, 40 - device_frames)
-        assert budget.device_bytes <= budget.need.free
+        assert budget.device_bytes <= budget.free.bytes
         assert budget.host_bytes == (40 - device_frames + 1) * FRAME
 
 

@@ -11,7 +11,7 @@ from matplotlib.image import imread
 
 from memflow_ops.cli import main
 from memflow_ops.model.checkpoints.pretrained import read_pretrained
-from memflow_ops.model.pipeline import generate, plan
+from memflow_ops.model.pipeline import budget, generate, plan
 from memflow_ops.model.pipeline.settings import WAN_SETTINGS
 from memflow_ops.model.pipeline.verify import MEMORIES, SAME
 from memflow_ops.model.stories.video import read_video, to_pixels
@@ -140,19 +140,19 @@ def test_too_many_stories_together_are_refused(tmp_path, parts, story, capfd, mo
     sizes = []
 
     def noted(*arguments):
-        sizes.append(plan_stream(*arguments).device_bytes)
+        sizes.append(stream_budget(*arguments).device_bytes)
         raise ValueError("that is enough")
 
-    plan_stream, out = plan.plan_stream, tmp_path / "out"
-    monkeypatch.setattr(plan, "plan_stream", noted)
-    monkeypatch.setattr(plan, "free_bytes", lambda device: 10**9)
+    stream_budget, out = plan.stream_budget, tmp_path / "out"
+    monkeypatch.setattr(plan, "stream_budget", noted)
+    monkeypatch.setattr(budget, "free_bytes", lambda device: 10**9)
     assert memflow("generate", story, "--out", out, *parts, *SMALL, "--memory", "sink", "--batch", 3) == 2
-    monkeypatch.setattr(plan, "plan_stream", plan_stream)
+    monkeypatch.setattr(plan, "stream_budget", stream_budget)
     capfd.readouterr()
     kept = 10**9 // plan.RESERVE
     three, two, one = (size - kept for size in sizes)
     assert three - two == two - one > 0
-    monkeypatch.setattr(plan, "free_bytes", lambda device: int((two + three) / 2 / (1 - 1 / plan.RESERVE)))
+    monkeypatch.setattr(budget, "free_bytes", lambda device: int((two + three) / 2 / (1 - 1 / plan.RESERVE)))
     assert memflow("generate", story, "--out", out, *parts, *SMALL, "--memory", "sink", "--batch", 3) == 2
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "Lower --height and --width; or lower --batch to 2" in said and not out.exists()
@@ -169,8 +169,8 @@ def test_an_end_on_the_way_keeps_what_was_made(tmp_path, parts, story, capfd, mo
                 raise error
             yield item
 
-    whole, out = generate.streamed, tmp_path / "out"
-    monkeypatch.setattr(generate, "streamed", ending)
+    whole, out = generate.stream_videos, tmp_path / "out"
+    monkeypatch.setattr(generate, "stream_videos", ending)
     with pytest.raises((RuntimeError, SystemExit)) as end:
         main([str(word) for word in ("generate", story, "--out", out, "--batch", batch, *parts, *SMALL)])
     for folder in [out] if batch == 1 else [out / f"story-{i:03d}" for i in range(batch)]:
@@ -184,7 +184,7 @@ def test_an_end_on_the_way_keeps_what_was_made(tmp_path, parts, story, capfd, mo
 
 
 def test_what_cannot_fit_is_refused_with_the_arithmetic(tmp_path, parts, story, capfd, monkeypatch):
-    monkeypatch.setattr(plan, "free_bytes", lambda device: 2_000_000)
+    monkeypatch.setattr(budget, "free_bytes", lambda device: 2_000_000)
     out = tmp_path / "out"
     assert memflow("generate", story, "--out", out, *parts, *SMALL) == 2
     said = capfd.readouterr().err
@@ -253,8 +253,8 @@ def test_verify_says_what_must_not_be(tmp_path, parts, story, capfd, monkeypatch
                 chunk.frames[0, 0, 0, 0, 0] = torch.nan
             yield chunk, frames, seconds
 
-    whole = pipeline_verify.streamed
-    monkeypatch.setattr(pipeline_verify, "streamed", broken)
+    whole = pipeline_verify.stream_videos
+    monkeypatch.setattr(pipeline_verify, "stream_videos", broken)
     kinds = ("--memory", "none", "--memory", "sink")
     assert memflow("verify", story, "--out", tmp_path / "out", *parts, *kinds, *SMALL) == 1
     said = capfd.readouterr().err
@@ -271,8 +271,8 @@ def test_verify_that_is_ended_reports_what_is_complete(tmp_path, parts, story, c
             raise error
         yield from whole(parts, plans, interrupts)
 
-    whole, out = pipeline_verify.streamed, tmp_path / "out"
-    monkeypatch.setattr(pipeline_verify, "streamed", ending)
+    whole, out = pipeline_verify.stream_videos, tmp_path / "out"
+    monkeypatch.setattr(pipeline_verify, "stream_videos", ending)
     assert memflow("verify", story, "--out", out, *parts, *SMALL) == (
         130 if isinstance(error, KeyboardInterrupt) else 1
     )
