@@ -14,8 +14,9 @@ $(STAMP): setup.py constraints.txt
 demo: $(STAMP)  ## stream the shipped story with memory; writes out/demo
 	$(BIN)/memflow toy demo --out out/demo
 
+# One thread per process (tests/conftest.py) and a process per core: two threads on tensors this small only wait.
 test: $(STAMP)  ## every test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TEST_OPTIONS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

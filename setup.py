@@ -73,7 +73,7 @@ setup(
         "flash": ["flash-attn"],
         "wan": wan,
         "docs": ["mkdocs-material"],
-        "dev": ["pytest", "pytest-benchmark", "hypothesis", "ruff", "mypy", "peft", *wan],
+        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft", *wan],
     },
     entry_points={"console_scripts": ["memflow = memflow_ops.cli:main"]},
     classifiers=[

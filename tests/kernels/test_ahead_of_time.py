@@ -1,55 +1,45 @@
 """The machine code of a few kernels for sm_90, at the sizes of Wan 2.1 1.3B. All of them, elsewhere too: `make aot`."""
 
-import os
 from collections import Counter
 
 import pytest
-import torch
 
 pytest.importorskip("triton")
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("interpreted functions cannot be compiled", allow_module_level=True)
+
+import compiled_launches
 
 from memflow_ops.bench import aot as table
-from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, main_loop
-from memflow_ops.kernels.attention.forward import Chosen, plan_attend, plan_select_and_attend
-from memflow_ops.kernels.selection.describe import plan_block_means
-from memflow_ops.kernels.selection.groups import plan_select
+from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, main_loop
 
 
-@pytest.fixture(autouse=True, scope="module")
-def fresh_cache(tmp_path_factory):
-    """Compile for real."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("TRITON_CACHE_DIR", str(tmp_path_factory.mktemp("triton")))
-        yield
+@pytest.fixture
+def compiled(compiling):
+    """compiled(function, *arguments): kernel name -> machine code, for each launch that the function plans."""
+
+    def check(function, *arguments):
+        machines = compiling(function, *arguments)
+        assert all(machine.shared_bytes <= SHARED_MEMORY_LIMIT[90] for _, machine in machines)
+        return machines
+
+    return check
 
 
-def compiled(launch):
-    machine = compile_launch(launch, 90)
-    assert machine.shared_bytes <= SHARED_MEMORY_LIMIT[90]
-    return machine
-
-
-@pytest.mark.parametrize("case", ["one launch", "two launches", "two launches, last wave split", "per query"])
-def test_shipped_configurations(case):
-    launches = {launch.kernel.fn.__name__: launch for launch in table.shipped()[case](90)}
-    assert (
-        list(launches)
-        == {
-            "one launch": ["attend_kernel"],
-            "two launches": ["block_means_kernel", "span_kernel", "attend_kernel"],
-            "two launches, last wave split": [
-                "block_means_kernel",
-                "span_kernel",
-                "attend_kernel",
-                "merge_splits_kernel",
-            ],
-            "per query": ["select_rows_kernel", "union_kernel", "attend_kernel"],
-        }[case]
-    )
-    for name, launch in launches.items():
-        machine = compiled(launch)
+@pytest.mark.parametrize(
+    ("case", "kernels"),
+    [
+        ("one launch", ["attend_kernel"]),
+        ("two launches", ["block_means_kernel", "span_kernel", "attend_kernel"]),
+        (
+            "two launches, last wave split",
+            ["block_means_kernel", "span_kernel", "attend_kernel", "merge_splits_kernel"],
+        ),
+        ("per query", ["select_rows_kernel", "union_kernel", "attend_kernel"]),
+    ],
+)
+def test_shipped_configurations(compiled, case, kernels):
+    machines = compiled(compiled_launches.shipped, case)
+    assert [name for name, _ in machines] == kernels
+    for name, machine in machines:
         assert machine.spills == 0 and machine.stack_bytes == 0, name
         if name in ("attend_kernel", "select_rows_kernel"):
             assert machine.opcodes["HGMMA"] >= 8, name
@@ -78,46 +68,29 @@ def test_few_rows_get_four_warps(query_group):
         ("retrieval, coverage", ["products_kernel", "word_shares_kernel", "take_coverage_kernel"]),
     ],
 )
-def test_what_is_around_the_attention_does_not_spill(case, kernels):
-    launches = table.shipped()[case](90)
-    assert [launch.kernel.fn.__name__ for launch in launches] == kernels
-    for launch in launches:
-        machine = compiled(launch)
-        assert machine.spills == 0 and machine.stack_bytes == 0, launch.kernel.fn.__name__
-        multiplies = launch.kernel.fn.__name__ == "products_kernel"
-        assert bool(machine.tensor_core_products) == multiplies, launch.kernel.fn.__name__
+def test_what_is_around_the_attention_does_not_spill(compiled, case, kernels):
+    machines = compiled(compiled_launches.shipped, case)
+    assert [name for name, _ in machines] == kernels
+    for name, machine in machines:
+        assert machine.spills == 0 and machine.stack_bytes == 0, name
+        assert bool(machine.tensor_core_products) == (name == "products_kernel"), name
 
 
-def test_the_backward_does_not_spill():
-    launches = {launch.kernel.fn.__name__: launch for launch in table.shipped()["backward, window too"](90)}
-    assert list(launches) == ["row_terms_kernel", "backward_queries_kernel", "backward_keys_kernel"]
-    for name, launch in launches.items():
-        machine = compiled(launch)
+def test_the_backward_does_not_spill(compiled):
+    machines = compiled(compiled_launches.shipped, "backward, window too")
+    assert [name for name, _ in machines] == ["row_terms_kernel", "backward_queries_kernel", "backward_keys_kernel"]
+    for name, machine in machines:
         assert machine.spills == 0, name
         assert bool(machine.loop_opcodes["HGMMA"]) == (name != "row_terms_kernel"), name
 
 
-def test_float32_stays_off_the_tensor_cores():
-    for launch in table.memory_attention(90, dtype=torch.float32, query_group=1):
-        assert compiled(launch).tensor_core_products == 0
+def test_float32_stays_off_the_tensor_cores(compiled):
+    assert all(machine.tensor_core_products == 0 for _, machine in compiled(compiled_launches.float32_per_query))
 
 
-def test_sizes_of_one_become_constants():
+def test_sizes_of_one_become_constants(compiled):
     """The just-in-time compiler makes a constant of an integer that is 1, which is another kernel to it."""
-    meta = table.meta
-    q, indices = meta(1, 1, 1, 16), meta(1, 1, 1, 1, dtype=torch.int32)
-    memory = dict(memory_slots=meta(1, 1).int(), resume_out=q, resume_lse=meta(1, 1, 1).float())
-    sizes = dict(block_size=1, frame_tokens=1, query_group=1, softmax_scale=0.25)
-    launches = [
-        *plan_attend(q, q, q, q, q, Chosen(indices), **sizes, **memory)[0],
-        plan_block_means(q, 1, 1, q.dtype)[0],
-    ]
-    launches += plan_select_and_attend(q, q, q, q, q, q, top_k=1, **sizes, **memory)[0]
-    for length in (1, 2):
-        bank = meta(1, length, 1, 16)
-        launches += plan_select(bank, bank, 1, length, meta(1).int(), None, 1)[0]
-    for launch in launches:
-        compiled(launch)
+    assert len(compiled(compiled_launches.sizes_of_one)) >= 6
 
 
 def test_the_main_loop_is_the_one_with_the_products():
