@@ -19,6 +19,11 @@ def shipped(case: str) -> list[tuple[str, Machine]]:
     return compiled(table.shipped()[case](90))
 
 
+def attention(query_group: int) -> list[tuple[str, Machine]]:
+    """The attention kernel alone, after whatever selects for it."""
+    return compiled(table.memory_attention(90, query_group=query_group)[-1:])
+
+
 def float32_per_query() -> list[tuple[str, Machine]]:
     return compiled(table.memory_attention(90, dtype=torch.float32, query_group=1))
 

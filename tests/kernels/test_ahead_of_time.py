@@ -48,17 +48,18 @@ def test_shipped_configurations(compiled, case, kernels):
             assert machine.tensor_core_products == 0, f"{name}: scores of groups are IEEE float32 products"
 
 
-def test_the_mean_of_a_group_is_a_correctly_rounded_quotient():
+def test_the_mean_of_a_group_is_a_correctly_rounded_quotient(compiled):
     """A product with the rounded reciprocal would break ties between scores that are equal."""
-    (launch,) = table.shipped()["one launch"](90)
-    assert "div.rn.f32" in compiled(launch).ptx
+    ((_, machine),) = compiled(compiled_launches.shipped, "one launch")
+    assert "div.rn.f32" in machine.ptx
 
 
 @pytest.mark.parametrize("query_group", [64, 128])
-def test_few_rows_get_four_warps(query_group):
+def test_few_rows_get_four_warps(compiled, query_group):
     launch = table.memory_attention(90, query_group=query_group)[-1]
     assert launch.arguments["BLOCK_M"] == query_group and launch.options["num_warps"] == query_group // 16
-    assert compiled(launch).spills == 0
+    ((_, machine),) = compiled(compiled_launches.attention, query_group)
+    assert machine.spills == 0
 
 
 @pytest.mark.parametrize(
