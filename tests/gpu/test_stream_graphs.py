@@ -1,6 +1,6 @@
 """A stream's passes recorded as CUDA graphs, and what the host waits for, on a real GPU. `make gpu-test`.
 
-tests/model/test_graphs.py proves the same on a CPU but for the recording itself.
+tests/model/streaming/test_cuda_graphs.py proves the same on a CPU but for the recording itself.
 """
 
 from contextlib import contextmanager
