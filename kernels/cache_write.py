@@ -11,6 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
+from memflow_ops.geometry import WriteTarget
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.primitives import cast
 
@@ -396,9 +397,19 @@ def _plan_means(
     return Launch(means_of_sums_kernel, grid, arguments, dict(num_warps=4, num_stages=2))
 
 
-def write_projections(*tensors: torch.Tensor | None, **sizes: float) -> torch.Tensor:
-    """Norm, rotation and cache write, see `memflow_ops.write_projections`; the rotated q."""
-    launches, rotated_q = plan_write_projections(*tensors, **sizes)  # type: ignore[arg-type]
+def write_projections(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
+    target: WriteTarget,
+) -> torch.Tensor:
+    """Norm, rotation and cache write, see `memflow_ops.write_projections`. Returns the rotated q."""
+    weight_q, weight_k, eps = norm
+    written = (target.memory_k, target.memory_v, target.places, weight_q, weight_k, target.descriptors, target.means)
+    sizes = dict(frame_tokens=target.frame_tokens, block_size=target.block_size, mean_size=target.mean_size)
+    launches, rotated_q = plan_write_projections(q, k, v, *rotation, *written, **sizes, eps=eps)
     for launch in launches:
         launch.run()
     return rotated_q

@@ -1,4 +1,4 @@
-"""The sizes and tables that every attention over selected blocks needs beside its tensors."""
+"""What always travels together below the operators: how memory is divided, and where frames are written."""
 
 from __future__ import annotations
 
@@ -47,3 +47,28 @@ class Geometry:
     def query_groups(self, queries: int) -> int:
         """The number of groups that so many queries make."""
         return -(-queries // self.query_group)
+
+
+@dataclass(frozen=True, eq=False)
+class WriteTarget:
+    """The pools that whole frames are written into, and the frames' places in them.
+
+    The public function in memflow_ops/ops/ checks the arguments that it is made from; implementations trust it.
+    """
+
+    memory_k: Tensor
+    """Written: (B, P * frame_tokens, Hkv, D), for P frame places."""
+    memory_v: Tensor
+    """Written: like memory_k."""
+    places: Tensor
+    """(B, F) int32: the frame place of each frame. A frame whose place is not one of 0..P-1 is not written."""
+    frame_tokens: int
+    """Tokens per frame."""
+    descriptors: Tensor | None
+    """Written: (B, P * ceil(frame_tokens / block_size), Hkv, D), the means of the blocks of the stored keys."""
+    block_size: int
+    """Tokens per block, at most `frame_tokens`."""
+    means: Tensor | None
+    """Written: (B, M, ceil(frame_tokens / mean_size), Hkv, D), means of the first M frames' keys before rotation."""
+    mean_size: int
+    """Tokens per mean, at most `frame_tokens`."""

@@ -164,17 +164,18 @@ def turned_values(arguments: list) -> list:
 
 
 def unnormalised(arguments: list) -> list:
-    arguments[9] = None  # the weights of the keys, and the norm with them
+    weight_q, _, eps = arguments[4]
+    arguments[4] = weight_q, None, eps  # Without weights the keys are not normalised.
     return arguments
 
 
 def beginning_of_pool(arguments: list) -> list:
-    arguments[7] = arguments[7] - 1
+    arguments[5] = replace(arguments[5], places=arguments[5].places - 1)
     return arguments
 
 
 def lost_mean(arguments: list) -> list:
-    arguments[11] = arguments[11].clone()  # which nobody reads
+    arguments[5] = replace(arguments[5], means=arguments[5].means.clone())  # which nobody reads
     return arguments
 
 

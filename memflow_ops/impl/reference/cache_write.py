@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from memflow_ops.geometry import WriteTarget
 from memflow_ops.impl.precision import widened
 from memflow_ops.impl.reference.selection import describe_blocks
 
@@ -12,20 +13,9 @@ def write_projections(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
-    memory_k: Tensor,
-    memory_v: Tensor,
-    places: Tensor,
-    weight_q: Tensor | None,
-    weight_k: Tensor | None,
-    descriptors: Tensor | None,
-    means: Tensor | None,
-    *,
-    frame_tokens: int,
-    block_size: int,
-    mean_size: int,
-    eps: float,
+    rotation: tuple[Tensor, Tensor],
+    norm: tuple[Tensor | None, Tensor | None, float],
+    target: WriteTarget,
 ) -> Tensor:
     """
     for every token of q and k:
@@ -38,23 +28,26 @@ def write_projections(
         means = means of y of the keys
     returns the rotated q
     """
+    memory_k, descriptors, frame_tokens = target.memory_k, target.descriptors, target.frame_tokens
+    weight_q, weight_k, eps = norm
     plain_q, plain_k = normalised(q, weight_q, eps), normalised(k, weight_k, eps)
-    rotated_k = rotated(plain_k, cosines, sines).to(k.dtype)
-    if means is not None:
-        for frame in range(means.shape[1]):
+    rotated_k = rotated(plain_k, *rotation).to(k.dtype)
+    if target.means is not None:
+        for frame in range(target.means.shape[1]):
             tokens = plain_k[:, frame * frame_tokens : (frame + 1) * frame_tokens]
-            means[:, frame] = describe_blocks(tokens, mean_size, frame_tokens).to(means.dtype)
-    for b, frames in enumerate(places.tolist()):
+            described = describe_blocks(tokens, target.mean_size, frame_tokens)
+            target.means[:, frame] = described.to(target.means.dtype)
+    for b, frames in enumerate(target.places.tolist()):
         for frame, place in enumerate(frames):
             if not 0 <= place < memory_k.shape[1] // frame_tokens:
                 continue
             source = slice(frame * frame_tokens, (frame + 1) * frame_tokens)
-            target = slice(place * frame_tokens, (place + 1) * frame_tokens)
-            memory_k[b, target], memory_v[b, target] = rotated_k[b, source], v[b, source]
+            stored = slice(place * frame_tokens, (place + 1) * frame_tokens)
+            memory_k[b, stored], target.memory_v[b, stored] = rotated_k[b, source], v[b, source]
             if descriptors is not None:
-                described = describe_blocks(rotated_k[b : b + 1, source], block_size, frame_tokens)[0]
+                described = describe_blocks(rotated_k[b : b + 1, source], target.block_size, frame_tokens)[0]
                 descriptors[b, place * len(described) : (place + 1) * len(described)] = described
-    return rotated(plain_q, cosines, sines).to(q.dtype).contiguous()
+    return rotated(plain_q, *rotation).to(q.dtype).contiguous()
 
 
 def normalised(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memflow_ops.geometry import WriteTarget
 from memflow_ops.impl.precision import widened
 from memflow_ops.impl.torch.selection import describe_blocks
 from memflow_ops.rotary import turn_pairs
@@ -39,34 +40,26 @@ def write_projections(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    cosines: Tensor,
-    sines: Tensor,
-    memory_k: Tensor,
-    memory_v: Tensor,
-    places: Tensor,
-    weight_q: Tensor | None,
-    weight_k: Tensor | None,
-    descriptors: Tensor | None,
-    means: Tensor | None,
-    *,
-    frame_tokens: int,
-    block_size: int,
-    mean_size: int,
-    eps: float,
+    rotation: tuple[Tensor, Tensor],
+    norm: tuple[Tensor | None, Tensor | None, float],
+    target: WriteTarget,
 ) -> Tensor:
-    rotated_q = _rotated(_normalised(q, weight_q, eps), cosines, sines, q.dtype)
+    weight_q, weight_k, eps = norm
+    rotated_q = _rotated(_normalised(q, weight_q, eps), *rotation, q.dtype)
     plain_k = _normalised(k, weight_k, eps)
-    rotated_k = _rotated(plain_k, cosines, sines, k.dtype)
-    if means is not None:
-        count = means.shape[1]
+    rotated_k = _rotated(plain_k, *rotation, k.dtype)
+    frame_tokens = target.frame_tokens
+    if target.means is not None:
+        count = target.means.shape[1]
         tokens = plain_k[:, : count * frame_tokens]
-        means.copy_(describe_blocks(tokens, mean_size, frame_tokens).unflatten(1, (count, -1)))
-    pools = [(memory_k, rotated_k), (memory_v, v)]
-    if descriptors is not None:
-        pools.append((descriptors, describe_blocks(rotated_k, block_size, frame_tokens)))
-    pool_frames = memory_k.shape[1] // frame_tokens
+        target.means.copy_(describe_blocks(tokens, target.mean_size, frame_tokens).unflatten(1, (count, -1)))
+    pools = [(target.memory_k, rotated_k), (target.memory_v, v)]
+    if target.descriptors is not None:
+        pools.append((target.descriptors, describe_blocks(rotated_k, target.block_size, frame_tokens)))
+    pool_frames = target.memory_k.shape[1] // frame_tokens
     for pool, new in pools:
-        write_frames(pool.unflatten(1, (pool_frames, -1)), places, new.unflatten(1, (places.shape[1], -1)))
+        frames = new.unflatten(1, (target.places.shape[1], -1))
+        write_frames(pool.unflatten(1, (pool_frames, -1)), target.places, frames)
     return rotated_q
 
 

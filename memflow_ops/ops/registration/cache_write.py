@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from memflow_ops.geometry import WriteTarget
 from memflow_ops.impl import implementation_of
 from memflow_ops.impl.precision import without_autocast
 from memflow_ops.impl.torch import cache_write
@@ -32,11 +33,9 @@ def write_projections(
     eps: float,
     impl: str,
 ) -> Tensor:
-    inputs = (q, k, v, cosines, sines)
-    written = (memory_k, memory_v, places, weight_q, weight_k, descriptors, means)
-    sizes = dict(frame_tokens=frame_tokens, block_size=block_size, mean_size=mean_size)
+    target = WriteTarget(memory_k, memory_v, places, frame_tokens, descriptors, block_size, means, mean_size)
     with without_autocast(q):
-        return implementation_of(impl).write_projections(*inputs, *written, **sizes, eps=eps)
+        return implementation_of(impl).write_projections(q, k, v, (cosines, sines), (weight_q, weight_k, eps), target)
 
 
 @write_projections.register_fake
