@@ -187,22 +187,22 @@ class FrameCache(RingCache):
     # --------------------------------------------------------------------------------------------------------- the bank
 
     def visible_sink(self) -> int:
-        """Sink frames that have left the coming (or current) chunk's window; always the first ones."""
+        """How many sink frames have left the window of the coming or current chunk; always the first ones."""
         return min(self.layout.sink_frames, self._first_in_window())
 
     def update_bank(self, text_keys: Sequence[Tensor]) -> None:
         """Nothing: `commit` has stored the chunk's prototype, whatever the prompt was."""
 
     def candidate_frames(self) -> list[list[int]]:
-        """Per story the prototypes that have left the coming (or current) chunk's window, ascending.
+        """Per story the prototypes that have left the window of the coming or current chunk, ascending.
 
-        Every story stores one per chunk and forgets only candidates, so that all stories have the same number.
+        Every story stores one prototype per chunk and forgets only candidates, so all stories have as many.
         """
         first = self._first_in_window()
         return [[frame for frame in story.history if frame < first] for story in self._stories]
 
     def candidates(self) -> Candidates:
-        """All that retrieval may choose from for the coming chunk, in host memory or not."""
+        """All frames that retrieval may choose from for the coming chunk, those in host memory included."""
         frames = self.candidate_frames()
         rows = [[story.history[frame].row for frame in of] for story, of in zip(self._stories, frames, strict=True)]
         return Candidates(frames, self._means, self.layout.relevance_lengths, on_device(rows, torch.int32, self.device))
@@ -252,7 +252,7 @@ class FrameCache(RingCache):
     def set_bank(self, chosen: Sequence[Sequence[int]]) -> None:
         """Retrieves, per story, the given candidate frames for the coming chunk; those in host memory are brought back.
 
-        Needs no answer from the device: copies and the new slot table are queued.
+        Waits for nothing: the copies and the new slot table are queued.
         """
         if self._open is not None:
             raise RuntimeError("set_bank: the bank is chosen before begin_chunk")

@@ -1,4 +1,4 @@
-"""What a `FrameCache` remembers of one story beyond the window: its prototypes, on the device or in host memory."""
+"""The history of one story in a `FrameCache`: its prototypes, on the device or in host memory."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -11,48 +11,53 @@ from memflow_ops.cache.layout import CacheLayout
 
 @dataclass
 class Prototype:
-    """Where the first frame of a chunk is kept for one story: in a history slot, or else in host memory."""
+    """Where the first frame of a chunk is kept for one story: in a history slot, or in host memory."""
 
-    frame: int
-    row: int  # of the means
+    frame: int  # absolute index
+    row: int  # where its means are
     last_used: int  # number of the chunk that retrieved it last, or for which it became a candidate
-    slot: int | None
-    host: tuple[Tensor, ...] = ()  # keys, values (layers, T, Hkv, D) and descriptors
+    slot: int | None  # None: the frame is in host memory
+    host: tuple[Tensor, ...] = ()  # its keys and values (layers, T, Hkv, D) and descriptors, if it is in host memory
 
 
 class Story:
-    """The bookkeeping of one story's history. Which slots and rows are free is not kept but seen from the history, so
-    that no interruption can make the two disagree."""
+    """The bookkeeping of one story's history.
+
+    Which slots and rows are free is not stored but read off the history, so that no interruption can make the two
+    disagree.
+    """
 
     def __init__(self, layout: CacheLayout, pools: Sequence[Tensor]):
         """pools: the story's keys, values and descriptors by frame place, (layers, P, tokens or blocks, Hkv, D)."""
         self.layout, self._pools = layout, pools
         self.history: dict[int, Prototype] = {}  # by frame index, ascending
-        self.free_host: list[tuple[Tensor, ...]] = []
+        self.free_host: list[tuple[Tensor, ...]] = []  # room in host memory that prototypes have left
         self.retrieved: list[int] = []  # frames of the current bank, ascending
         self.evicted = False  # whether a prototype has ever had to leave the device
 
     def free_row(self) -> int:
-        """A row of the means."""
+        """A row of the means that no prototype has."""
         row = _first_free((p.row for p in self.history.values()), self.layout.device_frames + self.layout.host_frames)
         assert row is not None, "there is room for every frame that may be remembered"
         return row
 
     def free_slot(self, first: int, keep: Sequence[int] = ()) -> int:
-        """A history slot: a free one, or that of the least recently used frame before `first`, but not of one in
-        `keep`."""
+        """A free history slot; where there is none, the least recently used prototype leaves the device first.
+
+        Only frames before `first` and not in `keep` may leave it.
+        """
         slot = self._unused_slot()
         if slot is None:
             movable = [p for p in self.history.values() if p.slot is not None and p.frame < first]
             victim = min((p for p in movable if p.frame not in keep), key=lambda p: (p.last_used, p.frame))
-            # When a frame is about to leave host memory in return (keep), one more may enter.
+            # Where frames are kept, one of them is about to leave host memory in return, so one more may enter.
             self._move_off_device(victim, room=self.layout.host_frames + bool(keep))
             slot = self._unused_slot()
         assert slot is not None, "there is room for every frame that may be remembered"
         return slot
 
     def retrieve(self, frames: Sequence[int], chunk: int, first: int) -> None:
-        """Uses these frames, all before `first`, for a chunk: those in host memory are brought back."""
+        """Marks these frames, all before `first`, as used by a chunk, and brings those in host memory back."""
         for frame in frames:
             self.history[frame].last_used = chunk
         for frame in frames:
@@ -60,7 +65,10 @@ class Story:
                 self.bring_back(self.history[frame], first, keep=frames)
 
     def bring_back(self, prototype: Prototype, first: int, keep: Sequence[int]) -> None:
-        """Copies a prototype from host memory into a slot. Copies are queued on one stream, so reuse is in order."""
+        """Copies a prototype from host memory into a slot; frames in `keep` and from `first` on stay on the device.
+
+        All copies are queued on one stream, so the room that it leaves may be reused at once.
+        """
         slot = self.free_slot(first, keep)
         for pool, source in zip(self._pools, prototype.host, strict=True):
             pool[:, self.place(slot)].copy_(source, non_blocking=True)
@@ -78,8 +86,8 @@ class Story:
         return self.place(prototype.slot)
 
     def host_frame(self) -> tuple[Tensor, ...]:
-        """Room for a frame in host memory: keys, values and descriptors."""
-        pinned = self._pools[0].device.type == "cuda"  # so that the copies need not wait for the host
+        """New room for a frame in host memory: keys, values and descriptors."""
+        pinned = self._pools[0].device.type == "cuda"  # copies to pinned memory do not make the host wait
         shapes = [(pool.shape[0], *pool.shape[2:]) for pool in self._pools]
         return tuple(torch.empty(shape, dtype=self.layout.dtype, pin_memory=pinned) for shape in shapes)
 
@@ -88,12 +96,11 @@ class Story:
         return [(p.frame, p.row, p.last_used, p.slot) for p in self.history.values()]
 
     def saved_host(self) -> list[tuple[Tensor, ...]]:
-        """What every prototype has in host memory; a copy, because pinned memory is no more when it is loaded, and a
-        frame that comes back must not change what was saved."""
+        """What every prototype has in host memory, copied, so that a frame that comes back changes no saved state."""
         return [tuple(tensor.clone() for tensor in p.host) for p in self.history.values()]
 
     def load(self, history: Iterable[tuple[int, int, int, int | None]], host: Iterable[tuple[Tensor, ...]]) -> None:
-        """Into a story without history: what `saved_history` and `saved_host` gave."""
+        """Fills a story without history with what `saved_history` and `saved_host` have returned."""
         for (frame, row, last_used, slot), tensors in zip(history, host, strict=True):
             prototype = Prototype(frame, row, last_used, slot)
             if slot is None:
@@ -106,8 +113,10 @@ class Story:
         return _first_free((p.slot for p in self.history.values()), self.layout.device_frames)
 
     def _move_off_device(self, prototype: Prototype, room: int) -> None:
-        """Moves a prototype to host memory, which holds `room` frames; if it is full, the oldest of those off the
-        device is forgotten."""
+        """Moves a prototype to host memory, which has room for `room` frames.
+
+        Where it is full, the oldest of the frames off the device, this one included, is forgotten.
+        """
         self.evicted = True
         off_device = [p for p in self.history.values() if p.slot is None]
         if len(off_device) >= room:

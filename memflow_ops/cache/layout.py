@@ -1,4 +1,4 @@
-"""The sizes of a frame cache and what they cost, known before anything is allocated."""
+"""The sizes of a frame cache, and what they cost in bytes."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +9,20 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class CacheLayout:
-    """Every size of a `FrameCache`, checked, and what it will cost in bytes before anything is allocated.
+    """Every size of a `FrameCache`. Sizes are checked, and their cost is known before anything is allocated.
 
-    layers, batch, frame_tokens, kv_heads, head_dim: of the model and its latents.
-    chunk_frames: frames that are generated together.
+    layers, batch, frame_tokens, kv_heads, head_dim: the sizes of the model, of the batch of stories, and of a frame.
+    chunk_frames: how many frames are generated together.
     window_frames: the local window, current chunk included; a multiple of chunk_frames.
-    sink_frames: first frames of the video that are kept for good; 0 for none.
-    bank_frames: at most so many history frames may be retrieved for a chunk and story.
-    device_frames: prototypes of a story that the device has slots for; 0 keeps no history.
-    host_frames: further prototypes of a story that may wait in host memory.
-    block_size: tokens of a block, the unit of activation.
+    sink_frames: how many first frames of the video are kept for good.
+    bank_frames: how many frames of the history may be retrieved for a chunk and story, at most.
+    device_frames: how many prototypes of a story the device has slots for; 0 keeps no history.
+    host_frames: how many further prototypes of a story may wait in host memory.
+    block_size: tokens of a block, the unit of selection.
     relevance_block_size: tokens that share one mean for retrieval; None: the frame has one mean.
     dtype: of keys, values, descriptors and means.
+
+    A TypeError or ValueError says which size is impossible.
     """
 
     layers: int
@@ -89,7 +91,7 @@ class CacheLayout:
 
     @property
     def pool_frames(self) -> int:
-        """P: frame places of the pool."""
+        """P, the frame places of the pool."""
         return self.sink_frames + self.window_frames + self.device_frames
 
     @property
@@ -107,36 +109,41 @@ class CacheLayout:
 
     @property
     def frame_bytes(self) -> int:
-        """One frame place: keys, values and descriptors of all layers and stories."""
+        """Bytes of one frame place: keys, values and descriptors of all layers and stories."""
         return self._vector_bytes(2 * self.frame_tokens + self.blocks_per_frame)
 
     @property
     def pool_bytes(self) -> int:
+        """Bytes of all frame places."""
         return self.pool_frames * self.frame_bytes
 
     @property
     def means_bytes(self) -> int:
+        """Bytes of the means that retrieval compares with the prompt."""
         return (self.device_frames + self.host_frames) * self._vector_bytes(len(self.relevance_lengths))
 
     @property
     def device_bytes(self) -> int:
-        """What the cache allocates on the device, all of it at construction: pool and means."""
+        """Bytes that the cache allocates on the device, all of them when it is made: pool and means."""
         return self.pool_bytes + self.means_bytes
 
     def allocate_tokens(self, device: torch.device) -> Tensor:
-        """Room for keys or values: (layers, B, pool_frames * frame_tokens, Hkv, D), of which a head's tokens lie behind
-        one another, because attention reads them head by head: with many heads, tokens would lie a page apart."""
+        """Room for keys or values, (layers, B, pool_frames * frame_tokens, Hkv, D).
+
+        The tokens of a head lie behind one another, because attention reads them head by head; token by token, those of
+        a model with many heads would lie a page apart.
+        """
         shape = (self.layers, self.batch, self.kv_heads, self.pool_frames * self.frame_tokens, self.head_dim)
         return torch.empty(shape, dtype=self.dtype, device=device).transpose(2, 3)
 
     @property
     def host_bytes(self) -> int:
-        """The most that host memory will hold; allocated frame by frame, with one spare frame to swap through."""
+        """The most bytes that host memory will hold: allocated frame by frame, with a spare frame to swap through."""
         return (self.host_frames + 1) * self.frame_bytes if self.host_frames else 0
 
 
 def on_device(numbers: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A list of host numbers as a tensor on `device`, queued without waiting for what the device still has to do."""
+    """Copies a list of numbers into a new tensor on `device`, without waiting for work that is queued there."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=dtype, device=device)
     return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)

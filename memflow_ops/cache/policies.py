@@ -1,9 +1,9 @@
-"""Retrieval: which frames of the past become the memory bank of the coming chunk.
+"""Retrieval policies: which frames of the past become the memory bank of the coming chunk.
 
 A policy has one method, `choose`. It sees the means of every remembered frame's keys (before RoPE, so that a frame's
-score does not move with its index) and the coming prompt's text keys, and names up to `bank_frames` frames per story.
-One choice serves all layers. `choose` brings it back to the host: one small read. A policy that also has
-`choose_on_device` leaves it on the device, where it becomes a slot table while the host goes on.
+score does not move with its index) and the text keys of the coming prompt, and names up to `bank_frames` frames per
+story. One choice serves all layers. `choose` reads the choice back to the host. A policy that also has
+`choose_on_device` can leave it on the device, where it becomes a slot table while the host goes on.
 """
 
 from collections.abc import Sequence
@@ -52,13 +52,20 @@ class DeviceChoice(NamedTuple):
 
 
 class Policy(Protocol):
+    """What chooses the bank of a chunk."""
+
     def choose(self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor) -> Retrieved:
-        """candidates: at least one · text_keys: per layer (B, Lt, H, D), those of the coming prompts ·
-        text_lengths (B,) int32: leading text tokens that are no padding."""
+        """Chooses frames of each story for the coming chunk.
+
+        candidates: at least one per story. text_keys: per layer the keys (B, Lt, H, D) of the text cross-attention for
+        the coming prompts. text_lengths (B,) int32: how many leading text tokens of a story are no padding.
+        """
 
 
 @runtime_checkable
 class DevicePolicy(Policy, Protocol):
+    """A policy whose choice can stay on the device."""
+
     def choose_on_device(
         self, candidates: Candidates, text_keys: Sequence[Tensor], text_lengths: Tensor
     ) -> DeviceChoice:
@@ -66,7 +73,7 @@ class DevicePolicy(Policy, Protocol):
 
 
 class _OnDevice:
-    """What the policies of `retrieve_frames` share."""
+    """The part that the policies on `retrieve_frames` share."""
 
     bank_frames: int
     impl: str
@@ -96,11 +103,11 @@ class _OnDevice:
 class Relevance(_OnDevice):
     """The frames most relevant to the prompt, without near-copies of one another.
 
-    bank_frames: how many to choose at most, per story.
+    bank_frames: how many frames to choose per story, at most.
     score: "linear" (mean over text tokens and heads of text key . frame mean, as in the released MemFlow) or "softmax"
         (the paper's equation, normalised over all candidates jointly); see `frame_relevance`. Layers are averaged.
-    redundancy: a candidate whose mean key has a larger cosine than this with one already taken is passed over while
-        there are others; None takes the best whatever they look like.
+    redundancy: a candidate whose mean key has a larger cosine than this with that of a frame already taken is passed
+        over while there are others; None: the best frames are taken, however alike.
     impl: of `retrieve_frames`.
     """
 
@@ -122,12 +129,13 @@ class Relevance(_OnDevice):
 class Coverage(_OnDevice):
     """The frames that together answer every word of the prompt.
 
-    A word's relevance is shared out over the frames by a softmax over all candidates, as in the paper's equation, of
-    text key . frame mean (mean over heads, sum over layers). Frames are taken one by one, each time the one that adds
-    most to the sum over words of sqrt(relevance gathered so far): another frame for a word already answered adds
-    little, so that "the ball and the star" retrieves both. A word that prefers no frame takes hardly any part.
+    The relevance of a word is shared out over the frames by a softmax over all candidates, as in the paper's equation,
+    of text key . frame mean (mean over heads, sum over layers). Frames are taken one by one, each time the one that
+    adds most to the sum over words of sqrt(relevance gathered so far). Another frame for a word that is answered
+    already adds little, so that "the ball and the star" retrieves both. A word that prefers no frame has hardly any
+    influence.
 
-    bank_frames: how many to choose at most, per story. impl: of `retrieve_frames`.
+    bank_frames: how many frames to choose per story, at most. impl: of `retrieve_frames`.
     """
 
     score: Literal["coverage"] = "coverage"
@@ -139,9 +147,10 @@ class Coverage(_OnDevice):
 
 
 class Random:
-    """A control: frames at random, whatever the prompt. The same seed and candidates give the same choice.
+    """A control that takes frames at random, whatever the prompt. The same seed and candidates give the same choice.
 
-    seeds: one per story, so that a story chooses alike alone and in a batch.
+    bank_frames: how many frames to choose per story, at most.
+    seeds: one per story, so that the choice for a story is the same alone and in a batch.
     """
 
     def __init__(self, bank_frames: int, seeds: Sequence[int]):

@@ -1,4 +1,4 @@
-"""Sizes of the cache that keeps what the released MemFlow keeps."""
+"""The sizes of a `ReleasedCache`."""
 
 from dataclasses import dataclass, field
 
@@ -7,10 +7,12 @@ from memflow_ops.cache.layout import CacheLayout
 
 @dataclass(frozen=True)
 class ReleasedLayout(CacheLayout):
-    """Every size of a `ReleasedCache`. A block is a frame, and nothing of the past is kept but sink, bank and window.
+    """Every size of a `ReleasedCache`. A block is a frame, and sink, bank and window are all that is kept.
 
-    window_frames: the newest frames outside the sink, current chunk included; at least a chunk, of any number.
-    record_interval: chunks after which the bank goes on to its next place.
+    window_frames: the newest frames outside the sink, current chunk included; any number that holds a chunk.
+    record_interval: how many chunks share a place of the bank before the next place is used.
+
+    The other sizes are those of `CacheLayout`.
     """
 
     window_frames: int = 9

@@ -1,4 +1,4 @@
-"""What a cache saves and loads: the frame places in use, and the layout they belong to."""
+"""How a cache saves and loads its layout and the frame places that are in use."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -11,11 +11,12 @@ from memflow_ops.cache.layout import CacheLayout
 
 
 def save_layout(layout: CacheLayout) -> dict[str, Any]:
+    """All sizes by name; the dtype as text, because `torch.load(weights_only=True)` must take it."""
     return {**asdict(layout), "dtype": str(layout.dtype)}
 
 
 def check_layout(layout: CacheLayout, saved: object) -> None:
-    """A ValueError that names every size in which the saved layout differs."""
+    """Raises a ValueError that names every size in which the saved layout differs."""
     own = save_layout(layout)
     if not isinstance(saved, Mapping):
         raise ValueError(f"the state has no layout of a cache, got {saved!r}")
@@ -27,9 +28,9 @@ def check_layout(layout: CacheLayout, saved: object) -> None:
 
 
 def save_places(pools: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
-    """Some places of pools (layers, B, P, ...) in host memory: (layers, B, len(places), ...) each.
+    """Copies some places of pools (layers, B, P, ...) to host memory: (layers, B, len(places), ...) of each pool.
 
-    Place by place, because the pools may fill the device.
+    It goes place by place, because the pools may fill the device.
     """
     saved = []
     for pool in pools:
@@ -41,7 +42,7 @@ def save_places(pools: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
 
 
 def check_places(name: str, pools: Sequence[Tensor], places: Sequence[int], saved: Sequence[Tensor]) -> None:
-    """A ValueError unless `saved` is what `save_places` makes of these pools."""
+    """Raises a ValueError unless `saved` has the shapes that `save_places` gives for these pools and places."""
     expected = [(*pool.shape[:2], len(places), *pool.shape[3:]) for pool in pools]
     got = [tuple(tensor.shape) for tensor in saved]
     if got != expected or not all(0 <= place < pools[0].shape[2] for place in places):
@@ -49,6 +50,7 @@ def check_places(name: str, pools: Sequence[Tensor], places: Sequence[int], save
 
 
 def load_places(pools: Sequence[Tensor], places: Sequence[int], saved: Sequence[Tensor]) -> None:
+    """Copies what `save_places` has returned back to its places."""
     for pool, copy in zip(pools, saved, strict=True):
         for i, place in enumerate(places):
             pool[:, :, place].copy_(copy[:, :, i])

@@ -1,4 +1,4 @@
-"""What a cache shows of itself: one layer's memory, and the candidates of retrieval."""
+"""What a cache offers: the memory of a layer to attention, and its candidates to retrieval."""
 
 from typing import NamedTuple
 
@@ -7,26 +7,26 @@ from torch import Tensor
 
 
 class Memory(NamedTuple):
-    """One layer's memory, as `memory_attention` takes it. Everything is a view or a persistent tensor."""
+    """The bank of a layer as `memory_attention` takes it: views of the pools, and tensors that stay where they are."""
 
     keys: Tensor  # (B, P * T, Hkv, D), the whole pool
     values: Tensor  # (B, P * T, Hkv, D)
     descriptors: Tensor  # (B, P * blocks_per_frame, Hkv, D)
-    slots: Tensor  # (B, sink_frames + bank_frames) int32: the frame place of each bank frame
-    frames: Tensor  # (B,) int32: valid bank frames
+    slots: Tensor  # (B, sink_frames + bank_frames) int32, the frame place of each bank frame
+    frames: Tensor  # (B,) int32, how many bank frames are valid
 
 
 class Candidates(NamedTuple):
-    """What retrieval may choose from: the prototypes that have left the window."""
+    """The frames that retrieval may choose from: the prototypes that have left the window."""
 
     frames: list[list[int]]  # per story F absolute frame indices, ascending
     stored: Tensor  # (layers, B, R, n, Hkv, D) means of keys before RoPE
-    lengths: tuple[int, ...]  # (n,) tokens behind each mean
-    rows: Tensor | None = None  # (B, F) int32, where in `stored` the means of each frame are; None: in its place
+    lengths: tuple[int, ...]  # (n,) how many tokens each mean is of
+    rows: Tensor | None = None  # (B, F) int32, the index r of each frame's means in `stored`; None: 0 to F - 1
 
     @property
     def means(self) -> Tensor:
-        """(layers, B, F, n, Hkv, D), as the frames are listed."""
+        """The means in the order of the frames, (layers, B, F, n, Hkv, D)."""
         if self.rows is None:
             return self.stored
         return self.stored[:, torch.arange(len(self.rows), device=self.rows.device)[:, None], self.rows.long()]
