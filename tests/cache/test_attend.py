@@ -1,109 +1,165 @@
-"""A cache written from projections is the one written part by part."""
+"""`attend_to_memory` writes a pass to the cache and attends to what it should, against the operator called by hand."""
 
 import pytest
 import torch
+from torch import Tensor
 
-from memflow_ops import QKNorm
-from memflow_ops.cache.attend import BlockSelection, attend_to_memory
-from memflow_ops.cache.frame_cache import FrameCache
-from memflow_ops.cache.layout import CacheLayout
-from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig, RMSNorm
+from memflow_ops import QKNorm, memory_attention
+from memflow_ops.cache import (
+    AttendProjections,
+    BlockSelection,
+    CacheLayout,
+    FrameCache,
+    ReleasedCache,
+    ReleasedLayout,
+    RingCache,
+    attend_to_memory,
+)
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 from memflow_ops.rotary import apply_rotation, rope_rotation
 
-LAYERS, GRID, HEADS, HEAD_DIM = 2, (2, 5), 2, 8
-LAYOUT = CacheLayout(
-    LAYERS, 2, 10, HEADS, HEAD_DIM, sink_frames=4, bank_frames=2, device_frames=3, host_frames=2, block_size=4,
-    relevance_block_size=6,
-)  # fmt: skip
+SIZES = {"layers": 2, "batch": 2, "frame_tokens": 6, "kv_heads": 2, "head_dim": 8}
+GRID = (2, 3)
+TEXT_KEYS = [torch.ones(2, 1, 2, 8)] * 2
+ALL_BLOCKS = BlockSelection(1000, query_group=5)
 
 
-def rotation_of(first_frame: int) -> tuple[torch.Tensor, torch.Tensor]:
-    return rope_rotation(HEAD_DIM, torch.arange(first_frame, first_frame + 3), *map(torch.arange, GRID))
+def frame_cache() -> FrameCache:
+    return FrameCache(
+        CacheLayout(**SIZES, window_frames=6, sink_frames=2, bank_frames=3, device_frames=6, block_size=4)
+    )
 
 
-def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    norm = RMSNorm(len(weight), 1e-6)
-    norm.weight.data = weight
-    return norm(x.flatten(2)).detach().view(x.shape)
+def released_cache() -> ReleasedCache:
+    return ReleasedCache(ReleasedLayout(**SIZES, window_frames=6, sink_frames=2, bank_frames=3, record_interval=1))
 
 
-def write_by_parts(cache, layer, q, k, v, rotation, norm, remember):
-    q, k = normed(q, norm.weight_q), normed(k, norm.weight_k)
-    cache.write(layer, apply_rotation(k, *rotation), v)
-    if remember:
-        cache.remember(layer, k)
-    return apply_rotation(q, *rotation)
+caches = pytest.mark.parametrize("make", [frame_cache, released_cache])
 
 
-def write_at_once(cache, layer, q, k, v, rotation, norm, remember):
-    return cache.write_projections(layer, q, k, v, rotation, norm, remember=remember)
+def rotation_of(first_frame: int) -> tuple[Tensor, Tensor]:
+    return rope_rotation(8, torch.arange(first_frame, first_frame + 3), *map(torch.arange, GRID))
 
 
-def told(write, chunks: int = 8) -> tuple[FrameCache, list[torch.Tensor]]:
-    """A story of chunks in two passes each, and a prompt switch for the second story alone; all rotated queries."""
-    torch.manual_seed(0)
-    cache, queries = FrameCache(LAYOUT), []
-    norm = QKNorm(torch.randn(HEADS * HEAD_DIM), torch.randn(HEADS * HEAD_DIM), 1e-6)
+def numbers() -> Tensor:
+    """Queries, keys and values of a chunk, all sharp enough for what is attended to to matter."""
+    return 2 * torch.randn(3, 2, 18, 2, 8)
 
-    def one_pass(first_frame: int, clean: bool) -> None:
-        for layer in range(LAYERS):
-            q, k, v = torch.randn(3, 2, 30, HEADS, HEAD_DIM)
-            queries.append(write(cache, layer, q, k, v, rotation_of(first_frame), norm, clean))
 
-    for chunk in range(chunks):
-        candidates = cache.candidate_frames()
-        cache.set_bank([frames[: chunk % 3] for frames in candidates])
-        if chunk == 5:
-            for _ in cache.restart_window([False, True]):
-                one_pass(cache.begin_chunk(), clean=False)
+def open_chunk(cache: RingCache, chunks: int = 5) -> tuple[Tensor, Tensor]:
+    """Streams chunks, retrieves all candidates, and opens the next one; returns its rotation."""
+    for chunk in range(chunks + 1):
+        cache.update_bank(TEXT_KEYS)
+        if isinstance(cache, FrameCache):
+            cache.set_bank([frames[:3] for frames in cache.candidate_frames()])
+        rotation = rotation_of(cache.begin_chunk())
+        if chunk < chunks:
+            attend = attend_to_memory(cache, rotation, ALL_BLOCKS, remember=True)
+            for layer in range(2):
+                attend(layer, *numbers())
+            cache.commit()
+    return rotation
+
+
+@caches
+def test_all_blocks_of_the_bank_and_the_window_are_all_that_is_kept(make):
+    cache, qkv = make(), numbers()
+    rotation = open_chunk(cache)
+    for layer in range(2):
+        everything = attend_to_memory(cache, rotation, None)(layer, *qkv)
+        selected = attend_to_memory(cache, rotation, ALL_BLOCKS)(layer, *qkv)
+        window = memory_attention(apply_rotation(qkv[0], *rotation), *cache.window(layer))
+        assert (everything - selected).abs().max() <= 1e-5
+        assert (everything - window).abs().max() > 1e-2
+
+
+@caches
+@pytest.mark.parametrize("query_group", [5, None])
+def test_a_selection_is_that_of_the_operator_over_the_banks_frames(make, query_group):
+    cache, qkv = make(), numbers()
+    rotation = open_chunk(cache)
+    out = attend_to_memory(cache, rotation, BlockSelection(2, query_group))(1, *qkv)
+    memory = cache.memory(1)
+    count = int(memory.frames[0])
+    assert memory.frames.tolist() == [count, count]
+    keys, values = (
+        torch.stack([x[story].unflatten(0, (-1, 6))[memory.slots[story, :count].long()] for story in range(2)])
+        for x in (memory.keys, memory.values)
+    )
+    expected = memory_attention(
+        apply_rotation(qkv[0], *rotation), *cache.window(1), keys.flatten(1, 2), values.flatten(1, 2),
+        top_k=2, block_size=cache.layout.block_size, frame_tokens=6, query_group=query_group, impl="reference",
+    )  # fmt: skip
+    assert (out - expected).abs().max() <= 1e-5
+
+
+def test_before_anything_has_left_the_window_it_is_all_there_is():
+    cache, qkv, seen = frame_cache(), numbers(), []
+    rotation = open_chunk(cache, chunks=1)
+    attend = attend_to_memory(cache, rotation, BlockSelection(1), observe=lambda *given: seen.append(given))
+    assert torch.equal(attend(0, *qkv), memory_attention(apply_rotation(qkv[0], *rotation), *cache.window(0)))
+    assert not seen, "there is nothing to choose from"
+
+
+@caches
+def test_keys_and_values_are_written_and_an_observer_sees_the_rotated_queries(make):
+    cache, qkv, seen = make(), numbers(), []
+    rotation = open_chunk(cache)
+    attend = attend_to_memory(cache, rotation, ALL_BLOCKS, observe=lambda *given: seen.append(given))
+    first, last = attend(0, *qkv), attend(1, *qkv)
+    places = [cache.window_frames().index(frame) for frame in (15, 16, 17)]
+    for layer in range(2):
+        keys, values = (x.unflatten(1, (-1, 6))[:, places].flatten(1, 2) for x in cache.window(layer))
+        assert torch.equal(keys, apply_rotation(qkv[1], *rotation)) and torch.equal(values, qkv[2])
+    assert [layer for layer, _, _ in seen] == [0, 1]
+    assert torch.equal(seen[0][1], apply_rotation(qkv[0], *rotation))
+    assert seen[0][2].slots.data_ptr() == cache.memory(0).slots.data_ptr()
+    only_keys = attend_to_memory(cache, rotation, ALL_BLOCKS, keys_only=True)
+    assert torch.equal(only_keys(0, *qkv), first) and not torch.equal(only_keys(1, *qkv), last)
+    assert torch.equal(only_keys(1, *qkv), apply_rotation(qkv[0], *rotation))
+
+
+def test_random_blocks_are_those_of_the_seed_and_not_the_best():
+    cache, qkv = frame_cache(), numbers()
+    rotation = open_chunk(cache)
+
+    def attended(seed: int | None) -> Tensor:
+        chance = None if seed is None else torch.Generator().manual_seed(seed)
+        return attend_to_memory(cache, rotation, BlockSelection(1, None, chance))(0, *qkv)
+
+    assert torch.equal(attended(3), attended(3))
+    assert not torch.equal(attended(3), attended(4)) and not torch.equal(attended(3), attended(None))
+
+
+def test_only_a_clean_pass_takes_the_means_for_retrieval():
+    cache = frame_cache()
+    rotation = open_chunk(cache, chunks=1)
+    for clean in (False, True):
+        q, k, v = numbers()
+        attend = attend_to_memory(cache, rotation, None, remember=clean)
+        for layer in range(2):
+            attend(layer, q, k, v)
+        if not clean:
+            with pytest.raises(RuntimeError, match=r"means of layers \[0, 1\] have not been taken"):
                 cache.commit()
-        first_frame = cache.begin_chunk()
-        one_pass(first_frame, clean=False)
-        one_pass(first_frame, clean=True)
-        cache.commit()
-    return cache, queries
-
-
-def test_the_same_cache_to_the_bit():
-    (parts, parts_q), (once, once_q) = told(write_by_parts), told(write_at_once)
-    assert all(torch.equal(a, b) for a, b in zip(parts_q, once_q, strict=True))
-    a, b = parts.state_dict(), once.state_dict()
-    ring = [a["places"].index(place) for place in range(4, 10)]
-    for name, x, y in zip(("keys", "values", "descriptors"), a["pools"], b["pools"], strict=True):
-        if name == "descriptors":  # nobody asks for those of the ring
-            x[:, :, ring] = y[:, :, ring] = 0.0
-        assert torch.equal(x, y), name
-    assert torch.equal(a["means"][0], b["means"][0])
-    assert a["history"] == b["history"]
-
-
-def test_descriptors_are_not_taken_from_an_earlier_pass():
-    """The clean pass wrote keys and descriptors; a pass by parts then wrote other keys over them."""
-    torch.manual_seed(1)
-    cache, norm = FrameCache(LAYOUT), QKNorm(torch.ones(16), torch.ones(16), 1e-6)
-    cache.begin_chunk()
-    for write in (write_at_once, write_by_parts):
-        for layer in range(LAYERS):
-            write(cache, layer, *torch.randn(3, 2, 30, HEADS, HEAD_DIM), rotation_of(0), norm, True)
     cache.commit()
-    keys = cache._keys[:, :, 3 * 10 : 4 * 10]  # sink frame 0 lies in place 3
-    expected = torch.stack([keys[:, :, :4].mean(2), keys[:, :, 4:8].mean(2), keys[:, :, 8:].mean(2)], 2)
-    torch.testing.assert_close(cache._descriptors[:, :, 9:12], expected)
+    open_chunk(cache, chunks=1)
+    candidates = cache.candidates()
+    assert candidates.frames == [[3]] * 2
+    assert torch.allclose(candidates.means[:, :, 0, 0], k[:, :6].mean(1), atol=1e-6)
 
 
-def test_out_of_order_is_refused():
-    cache = FrameCache(LAYOUT)
-    q, k, v = torch.randn(3, 2, 30, HEADS, HEAD_DIM)
-    with pytest.raises(RuntimeError, match="write_projections: no chunk is open"):
-        cache.write_projections(0, q, k, v, rotation_of(0))
-    cache.begin_chunk()
-    for layer in range(LAYERS):
-        cache.write_projections(layer, q, k, v, rotation_of(0), remember=True)
-    cache.commit()
-    cache.restart_window()
-    cache.begin_chunk()
-    with pytest.raises(RuntimeError, match="keeps the prototype of its first prompt"):
-        cache.write_projections(0, q, k, v, rotation_of(0), remember=True)
+def test_a_frame_cache_is_written_from_projections_and_a_released_one_is_not():
+    norm = QKNorm(torch.ones(16), torch.ones(16), 1e-6)
+    cache = frame_cache()
+    attend = attend_to_memory(cache, open_chunk(cache), ALL_BLOCKS)
+    assert isinstance(attend, AttendProjections)
+    assert attend.projections(0, *numbers(), norm).shape == (2, 18, 2, 8)
+    cache = released_cache()
+    rotation = open_chunk(cache)
+    assert not isinstance(attend_to_memory(cache, rotation, ALL_BLOCKS), AttendProjections)
+    with pytest.raises(NotImplementedError, match="queries and keys that are normalised"):
+        cache.write_projections(0, *numbers(), rotation, norm)
 
 
 def test_the_model_hands_over_projections_unless_a_gradient_is_needed(monkeypatch):
@@ -121,10 +177,12 @@ def test_the_model_hands_over_projections_unless_a_gradient_is_needed(monkeypatc
         FrameCache, "write_projections", lambda *a, **b: norms.append(a[6] is not None) or original(*a, **b)
     )
 
+    rotation = rope_rotation(8, torch.arange(3), torch.arange(2), torch.arange(5))
+
     def run() -> torch.Tensor:
         cache = FrameCache(layout)
         cache.begin_chunk()
-        attend = attend_to_memory(cache, rotation_of(0), BlockSelection(2, query_group=5), remember=True)
+        attend = attend_to_memory(cache, rotation, BlockSelection(2, query_group=5), remember=True)
         return model(x, t, text, attend)
 
     with torch.no_grad():

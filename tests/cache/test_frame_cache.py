@@ -4,109 +4,24 @@ import random
 
 import pytest
 import torch
-from torch import Tensor
+from frame_lists import (
+    HEAD_DIM,
+    HEADS,
+    LAYERS,
+    TOKENS,
+    Naive,
+    add_chunk,
+    check_candidates,
+    check_memory,
+    check_window,
+    expected_window,
+    layout_of,
+    run_chunks,
+    write,
+)
 
-from memflow_ops import describe_blocks
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.layout import CacheLayout
-
-LAYERS, TOKENS, HEADS, HEAD_DIM, BLOCK = 2, 5, 2, 4, 2  # 5 tokens in blocks of 2: the last block of a frame is ragged
-
-
-def layout_of(**sizes) -> CacheLayout:
-    return CacheLayout(LAYERS, sizes.pop("batch", 1), TOKENS, HEADS, HEAD_DIM, **{"block_size": BLOCK, **sizes})
-
-
-class Naive:
-    """Keeps every frame as a tensor of its own and copies whatever is asked for.
-
-    A frame is (keys, values, un-rotated keys), each (LAYERS, TOKENS, HEADS, HEAD_DIM), all of them random numbers, so
-    that a frame is recognised by its content alone.
-    """
-
-    def __init__(self, layout: CacheLayout):
-        self.layout = layout
-        self.now = [{} for _ in range(layout.batch)]  # as the window holds them, re-cached ones included
-        self.first = [{} for _ in range(layout.batch)]  # as of their own clean pass: what sink and history keep
-
-    def numbers(self) -> list[Tensor]:
-        """Fresh random keys, values and un-rotated keys of a chunk: (LAYERS, B, chunk tokens, HEADS, HEAD_DIM)."""
-        shape = (LAYERS, self.layout.batch, self.layout.chunk_tokens, HEADS, HEAD_DIM)
-        return [torch.randn(shape) for _ in range(3)]
-
-    def put(self, first_frame: int, numbers: list[Tensor], stories: list[bool] | None = None) -> None:
-        for story in range(self.layout.batch):
-            for i in range(self.layout.chunk_frames):
-                frame = [t[:, story, i * TOKENS : (i + 1) * TOKENS] for t in numbers]
-                if stories is None or stories[story]:
-                    self.now[story][first_frame + i] = frame
-                self.first[story].setdefault(first_frame + i, frame)
-
-
-def write(cache: FrameCache, numbers: list[Tensor], remember: bool) -> None:
-    for layer in range(LAYERS):
-        cache.write(layer, numbers[0][layer], numbers[1][layer])
-        if remember:
-            cache.remember(layer, numbers[2][layer])
-
-
-def add_chunk(cache: FrameCache, naive: Naive) -> int:
-    """A chunk of two passes; the first leaves nothing behind."""
-    first_frame = cache.begin_chunk()
-    write(cache, naive.numbers(), remember=False)
-    numbers = naive.numbers()
-    write(cache, numbers, remember=True)
-    naive.put(first_frame, numbers)
-    return first_frame
-
-
-def expected_window(layout: CacheLayout, first_frame: int) -> list[int]:
-    end = first_frame + layout.chunk_frames
-    return list(range(max(0, end - layout.window_frames), end))
-
-
-def check_window(cache: FrameCache, naive: Naive, expected: list[int]) -> None:
-    frames = cache.window_frames()
-    assert sorted(frames) == expected
-    for layer in range(LAYERS):
-        for view, part in zip(cache.window(layer), (0, 1), strict=True):
-            for story, known in enumerate(naive.now):
-                want = torch.cat([known[frame][part][layer] for frame in frames])
-                torch.testing.assert_close(view[story], want, rtol=0, atol=0)
-
-
-def check_memory(cache: FrameCache, naive: Naive, first_in_window: int) -> None:
-    """What memory_attention will see, followed through the slot table, is what these frames were when made."""
-    layout, bank = cache.layout, cache.bank()
-    for layer in range(LAYERS):
-        memory = cache.memory(layer)
-        assert memory.frames.tolist() == [len(frames) for frames in bank]
-        for story, frames in enumerate(bank):
-            assert len(set(frames)) == len(frames) and all(frame < first_in_window for frame in frames)
-            for j, frame in enumerate(frames):
-                place = int(memory.slots[story, j])
-                tokens = slice(place * TOKENS, (place + 1) * TOKENS)
-                known = naive.first[story][frame]
-                assert torch.equal(memory.keys[story, tokens], known[0][layer])
-                assert torch.equal(memory.values[story, tokens], known[1][layer])
-                blocks = layout.blocks_per_frame
-                got = memory.descriptors[story, place * blocks : (place + 1) * blocks]
-                want = [known[0][layer][start : start + BLOCK].mean(0) for start in range(0, TOKENS, BLOCK)]
-                torch.testing.assert_close(got, torch.stack(want), rtol=0, atol=1e-6)
-
-
-def check_candidates(cache: FrameCache, naive: Naive) -> None:
-    """The means are those of the un-rotated keys, weighted lengths included, for every remembered frame."""
-    candidates = cache.candidates()
-    start = 0
-    for n, length in enumerate(candidates.lengths):
-        for story, frames in enumerate(candidates.frames):
-            for row, frame in enumerate(frames):
-                want = naive.first[story][frame][2][:, start : start + length].mean(1)
-                torch.testing.assert_close(candidates.means[:, story, row, n], want, rtol=0, atol=1e-6)
-        start += length
-    assert start == TOKENS
-
 
 SETTINGS = {
     "default": {},
@@ -237,78 +152,6 @@ def test_no_frame_is_attended_to_twice_over_a_long_run():
             known.clear()
 
 
-def run_chunks(cache: FrameCache, naive: Naive, chunks: int, banks=()) -> None:
-    for chunk in range(chunks):
-        if chunk < len(banks):
-            cache.set_bank([banks[chunk]] * cache.layout.batch)
-        add_chunk(cache, naive)
-        cache.commit()
-
-
-def on_device(cache: FrameCache) -> list[list[int]]:
-    return [[p.frame for p in story.history.values() if p.slot is not None] for story in cache._stories]
-
-
-def test_the_least_recently_retrieved_moves_to_host_first():
-    layout = layout_of(device_frames=4, host_frames=10, sink_frames=0, window_frames=3)
-    cache, naive = FrameCache(layout), Naive(layout)
-    run_chunks(cache, naive, 4)
-    assert on_device(cache) == [[0, 3, 6, 9]]
-    cache.set_bank([[0, 3]])
-    add_chunk(cache, naive)
-    cache.commit()
-    assert on_device(cache) == [[0, 3, 9, 12]], "6 was stored after 0 and 3, but they have been retrieved since"
-    cache.set_bank([[6, 9, 12]])
-    assert on_device(cache)[0][-3:] == [6, 9, 12] and len(on_device(cache)[0]) == 4
-    assert cache.candidate_frames() == [[0, 3, 6, 9, 12]], "nothing is forgotten"
-
-
-def test_beyond_the_host_share_the_oldest_is_forgotten():
-    layout = layout_of(device_frames=4, host_frames=2, sink_frames=0, window_frames=3)
-    cache, naive = FrameCache(layout), Naive(layout)
-    run_chunks(cache, naive, 7, banks=[[], [0], [0], [0], [0], [0], [0]])
-    assert cache.candidate_frames() == [[0, 6, 9, 12, 15, 18]], "0 is retrieved for every chunk, so 3 moved first"
-    run_chunks(cache, naive, 3)
-    assert cache.candidate_frames() == [[12, 15, 18, 21, 24, 27]]
-
-
-def test_a_newcomer_is_not_the_first_to_go():
-    """Though the same old frames are retrieved again and again, a new one stays long enough to be found."""
-    layout = layout_of(device_frames=5, host_frames=0, sink_frames=0)
-    cache, naive = FrameCache(layout), Naive(layout)
-    for _ in range(30):
-        candidates = cache.candidate_frames()[0]
-        cache.set_bank([candidates[:3]])
-        first_frame = add_chunk(cache, naive)
-        assert {first_frame - 6, first_frame - 9} <= {*candidates, *range(-9, 0)}
-        cache.commit()
-
-
-def test_stories_of_a_batch_are_remembered_as_if_alone():
-    """Same frames remembered, on the same side, with small caps and different retrievals."""
-    sizes = {"device_frames": 4, "host_frames": 2, "sink_frames": 1}
-    together, naive = FrameCache(layout_of(**sizes, batch=2)), Naive(layout_of(**sizes, batch=2))
-    alone = [FrameCache(layout_of(**sizes)) for _ in range(2)]
-    choice = random.Random(0)
-    for _ in range(30):
-        chosen = [choice.sample(frames, min(2, len(frames))) for frames in together.candidate_frames()]
-        together.set_bank(chosen)
-        for cache, frames in zip(alone, chosen, strict=True):
-            cache.set_bank([frames])
-        first_frame = together.begin_chunk()
-        numbers = naive.numbers()
-        write(together, numbers, remember=True)
-        naive.put(first_frame, numbers)
-        together.commit()
-        for story, cache in enumerate(alone):
-            cache.begin_chunk()
-            write(cache, [t[:, story : story + 1] for t in numbers], remember=True)
-            cache.commit()
-        assert together.candidate_frames() == [cache.candidate_frames()[0] for cache in alone]
-        assert on_device(together) == [on_device(cache)[0] for cache in alone]
-    assert on_device(together)[0] != on_device(together)[1], "the stories did differ"
-
-
 def test_a_switch_of_one_story_leaves_the_other_as_it_was():
     layout = layout_of(batch=2, window_frames=9)
     cache, naive = FrameCache(layout), Naive(layout)
@@ -326,20 +169,6 @@ def test_a_switch_of_one_story_leaves_the_other_as_it_was():
         assert torch.equal(keys[0, i * TOKENS : (i + 1) * TOKENS], frame[0][1])
         assert torch.equal(values[0, i * TOKENS : (i + 1) * TOKENS], frame[1][1])
         assert not torch.equal(keys[1, i * TOKENS : (i + 1) * TOKENS], naive.now[1][9 + i][0][1])
-
-
-def test_descriptors_are_those_of_describe_blocks_bit_for_bit_after_a_trip_to_host():
-    layout = layout_of(device_frames=4, host_frames=20, sink_frames=0)
-    cache, naive = FrameCache(layout), Naive(layout)
-    run_chunks(cache, naive, 12)
-    assert 0 not in on_device(cache)[0]
-    cache.set_bank([[0, 3]])
-    cache.begin_chunk()
-    memory = cache.memory(1)
-    for j, frame in enumerate((0, 3)):
-        place, blocks = int(memory.slots[0, j]), layout.blocks_per_frame
-        want = describe_blocks(naive.first[0][frame][0][1][None], BLOCK, TOKENS)
-        assert torch.equal(memory.descriptors[:, place * blocks : (place + 1) * blocks], want)
 
 
 def test_views_and_tables_stay_where_they_are():
@@ -372,9 +201,6 @@ def test_gradients_do_not_enter_the_cache():
     cache.remember(0, k)
     assert not cache.window(0)[0].requires_grad
     assert torch.equal(cache.window(0)[0], 2 * k.detach())
-
-
-# --------------------------------------------------------------------------------------------------------------- misuse
 
 
 def ready_cache() -> tuple[FrameCache, Naive]:
@@ -478,53 +304,6 @@ def test_dense_says_when_the_history_has_outgrown_the_device():
     cache.begin_chunk()
     with pytest.raises(RuntimeError, match="outgrown device_frames=3"):
         cache.dense(0)
-
-
-@pytest.mark.parametrize(
-    ("sizes", "kind", "message"),
-    [
-        ({"window_frames": 7}, ValueError, "window_frames must be a multiple of chunk_frames=3, got 7"),
-        ({"chunk_frames": 0}, ValueError, "chunk_frames must be positive, got 0"),
-        ({"batch": 0}, ValueError, "batch must be positive, got 0"),
-        ({"sink_frames": -1}, ValueError, "sink_frames must be at least 0, got -1"),
-        ({"bank_frames": 2.0}, TypeError, "bank_frames must be an int, got 2.0"),
-        ({"block_size": True}, TypeError, "block_size must be an int, got True"),
-        ({"relevance_block_size": 0}, ValueError, "relevance_block_size must be positive, got 0"),
-        ({"device_frames": 3}, ValueError, "= 4 frames .*, got 3"),
-        ({"device_frames": 0, "host_frames": 1}, ValueError, "host_frames=1 needs device_frames > 0"),
-        ({"dtype": torch.int8}, TypeError, "floating-point torch.dtype, got torch.int8"),
-        ({"dtype": "float32"}, TypeError, "floating-point torch.dtype, got 'float32'"),
-    ],
-    ids=str,
-)
-def test_impossible_sizes_are_refused(sizes, kind, message):
-    with pytest.raises(kind, match=message):
-        layout_of(**sizes)
-
-
-def test_bytes_are_stated_before_and_match_what_is_allocated():
-    # Wan 2.1 1.3B in bf16: a frame of 1560 tokens is 288 MB of keys and values over 30 layers.
-    large = CacheLayout(30, 1, 1560, 12, 128, device_frames=64, host_frames=80, dtype=torch.bfloat16)
-    keys_values = 30 * 2 * 1560 * 12 * 128 * 2
-    assert keys_values == pytest.approx(288e6, rel=0.01)
-    assert large.frame_bytes == keys_values + 30 * 25 * 12 * 128 * 2
-    assert large.pool_bytes == (3 + 6 + 64) * large.frame_bytes
-    assert large.means_bytes == 144 * 30 * 12 * 128 * 2
-    assert large.host_bytes == 81 * large.frame_bytes
-
-    layout = layout_of(batch=2, device_frames=6, host_frames=5, relevance_block_size=2)
-    cache = FrameCache(layout)
-    pool = cache._keys.nbytes + cache._values.nbytes + cache._descriptors.nbytes
-    assert layout.pool_bytes == pool
-    assert layout.device_bytes == pool + cache._means.nbytes
-    naive = Naive(layout)
-    choice = random.Random(0)
-    for _ in range(30):
-        cache.set_bank([choice.sample(frames, min(3, len(frames))) for frames in cache.candidate_frames()])
-        add_chunk(cache, naive)
-        cache.commit()
-    places = [p for story in cache._stories for p in (*story.free_host, *(q.host for q in story.history.values()))]
-    assert sum(t.nbytes for place in places for t in place) <= layout.host_bytes
 
 
 def test_one_layer_of_one_story():

@@ -276,15 +276,6 @@ def test_calls_out_of_order_and_bad_tensors_are_refused():
         layout_of(record_interval=1.5)
 
 
-def test_bytes_are_stated_before():
-    # Wan 2.1 1.3B in bf16, as released: 3 sink, 3 bank and 9 window frames of 288 MB each.
-    large = ReleasedLayout(30, 1, 1560, 12, 128, dtype=torch.bfloat16)
-    assert large.device_bytes == 15 * large.frame_bytes == pytest.approx(15 * 288e6, rel=0.01)
-    assert large.host_bytes == 0 and large.blocks_per_frame == 1
-    cache = ReleasedCache(layout_of())
-    assert cache.layout.device_bytes == sum(t.nbytes for t in (cache._keys, cache._values, cache._descriptors))
-
-
 def test_a_broken_frame_is_the_first_to_go():
     cache = ReleasedCache(layout_of(batch=1, record_interval=1))
     for chunk in range(5):

@@ -1,0 +1,201 @@
+"""The life of a chunk, which is the same in both caches: opened, written, committed, or given up."""
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+from memflow_ops.cache import CacheLayout, FrameCache, ReleasedCache, ReleasedLayout, RingCache
+from memflow_ops.rotary import rope_rotation
+
+SIZES = {"layers": 2, "batch": 2, "frame_tokens": 6, "kv_heads": 2, "head_dim": 4}
+GRID = (2, 3)
+TEXT_KEYS = [torch.ones(2, 1, 2, 4)] * 2
+
+
+def frame_cache() -> FrameCache:
+    return FrameCache(
+        CacheLayout(**SIZES, window_frames=9, sink_frames=0, bank_frames=2, device_frames=8, block_size=4)
+    )
+
+
+def released_cache() -> ReleasedCache:
+    layout = ReleasedLayout(**SIZES, window_frames=9, sink_frames=0, bank_frames=2, record_interval=1)
+    return ReleasedCache(layout)
+
+
+caches = pytest.mark.parametrize("make", [frame_cache, released_cache])
+
+
+def one_pass(cache: RingCache, first_frame: int, seed: int, clean: bool = True) -> None:
+    rotation = rope_rotation(4, torch.arange(first_frame, first_frame + 3), *map(torch.arange, GRID))
+    generator = torch.Generator().manual_seed(seed)
+    for layer in range(2):
+        q, k, v = torch.randn(3, 2, 18, 2, 4, generator=generator)
+        cache.write_projections(layer, q, k, v, rotation, remember=clean)
+
+
+def stream(cache: RingCache, chunks: int) -> None:
+    for _ in range(chunks):
+        cache.update_bank(TEXT_KEYS)
+        first_frame = cache.begin_chunk()
+        one_pass(cache, first_frame, seed=1000, clean=False)
+        one_pass(cache, first_frame, seed=cache.committed)
+        cache.commit()
+
+
+def assert_same_state(a: RingCache, b: RingCache) -> None:
+    """All of it but what nobody has written, which is NaN."""
+    for x, y in zip(tree_leaves(a.state_dict()), tree_leaves(b.state_dict()), strict=True):
+        if isinstance(x, torch.Tensor):
+            assert torch.equal(x.nan_to_num(), y.nan_to_num())
+        else:
+            assert x == y
+
+
+@caches
+def test_a_chunk_takes_the_places_of_the_one_that_leaves_the_window(make):
+    cache = make()
+    stream(cache, 3)
+    assert cache.window_frames() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    stream(cache, 2)
+    assert cache.window_frames() == [9, 10, 11, 12, 13, 14, 6, 7, 8]
+
+
+@caches
+def test_only_the_last_pass_over_a_chunk_is_left(make):
+    cache, other = make(), make()
+    stream(cache, 4)
+    for chunk in range(4):
+        other.update_bank(TEXT_KEYS)
+        one_pass(other, other.begin_chunk(), seed=chunk)
+        other.commit()
+    assert_same_state(cache, other)
+
+
+@caches
+def test_an_aborted_chunk_leaves_no_trace(make):
+    cache, untouched = make(), make()
+    stream(cache, 5)
+    stream(untouched, 5)
+    cache.update_bank(TEXT_KEYS)
+    untouched.update_bank(TEXT_KEYS)
+    cache.begin_chunk()
+    cache.abort()
+    assert cache.window_frames() == untouched.window_frames() and cache.committed == 5
+    assert_same_state(cache, untouched)
+    stream(cache, 4)
+    stream(untouched, 4)
+    assert_same_state(cache, untouched)
+
+
+@caches
+def test_abort_completes_a_commit_that_was_interrupted(make, monkeypatch):
+    """The chunk counts as finished before what it leaves behind is copied."""
+    cache, untouched = make(), make()
+    stream(cache, 5)
+    stream(untouched, 6)
+    cache.update_bank(TEXT_KEYS)
+    first_frame = cache.begin_chunk()
+    one_pass(cache, first_frame, seed=5)
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_leave_behind", lambda chunk: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            cache.commit()
+    assert cache.committed == 6
+    cache.abort()
+    assert_same_state(cache, untouched)
+
+
+@caches
+def test_restored_marks_stand_for_a_pass_that_the_cache_has_not_seen(make):
+    cache, other = make(), make()
+    stream(cache, 4)
+    stream(other, 4)
+    other.update_bank(TEXT_KEYS)
+    one_pass(other, other.begin_chunk(), seed=4)
+    marks = other.pass_marks()
+    cache.update_bank(TEXT_KEYS)
+    with pytest.raises(RuntimeError, match="restore_pass_marks: no chunk is open"):
+        cache.restore_pass_marks(marks)
+    cache.begin_chunk()
+    assert cache.pass_marks() != marks
+    with pytest.raises(RuntimeError, match=r"layers \[0, 1\] have not been written"):
+        cache.commit()
+    cache.restore_pass_marks(marks)
+    assert cache.pass_marks() == marks
+    cache.commit()
+    assert cache.committed == 5
+
+
+@caches
+def test_a_switch_empties_the_ring_and_gives_the_chunks_out_again_in_order(make):
+    cache = make()
+    stream(cache, 5)
+    cache.update_bank(TEXT_KEYS)
+    assert cache.restart_window() == [9, 12]
+    for first_frame, window in ((9, [9, 10, 11]), (12, [9, 10, 11, 12, 13, 14])):
+        assert cache.begin_chunk() == first_frame
+        assert cache.window_frames() == window and cache.window(0)[0].shape[1] == 6 * len(window)
+        one_pass(cache, first_frame, seed=7, clean=False)
+        cache.commit()
+    assert cache.committed == 5 and cache.begin_chunk() == 15
+
+
+@caches
+def test_a_switch_of_one_story_leaves_the_keys_of_the_other(make):
+    cache, untouched = make(), make()
+    stream(cache, 5)
+    stream(untouched, 5)
+    kept = {frame: untouched.window_frames().index(frame) for frame in range(9, 15)}
+    cache.update_bank(TEXT_KEYS)
+    untouched.update_bank(TEXT_KEYS)
+    for _ in cache.restart_window([False, True]):
+        one_pass(cache, cache.begin_chunk(), seed=7, clean=False)
+        cache.commit()
+    cache.begin_chunk()
+    untouched.begin_chunk()
+    for now, before in zip(cache.window(1), untouched.window(1), strict=True):
+        for frame, place in kept.items():
+            here = cache.window_frames().index(frame)
+            new, old = (x[:, at * 6 : at * 6 + 6] for x, at in ((now, here), (before, place)))
+            assert torch.equal(new[0], old[0]) and not torch.equal(new[1], old[1])
+
+
+@caches
+def test_an_aborted_recaching_is_begun_again(make):
+    cache = make()
+    stream(cache, 5)
+    cache.update_bank(TEXT_KEYS)
+    cache.restart_window()
+    one_pass(cache, cache.begin_chunk(), seed=7, clean=False)
+    cache.commit()
+    with pytest.raises(RuntimeError, match="commit or abort it first"):
+        cache.state_dict()
+    cache.abort()
+    assert cache.window_frames() == [9, 10, 11, 12, 13, 14]
+    assert cache.restart_window() == [9, 12]
+
+
+@caches
+def test_calls_out_of_order_and_bad_arguments_are_refused(make):
+    cache = make()
+    stream(cache, 4)
+    k, v = torch.zeros(2, 2, 18, 2, 4)
+    reads = [lambda f=f: f(0) for f in (cache.window, cache.dense, cache.memory)]
+    for call in (lambda: cache.write(0, k, v), cache.commit, lambda: cache.pass_shape(True), *reads):
+        with pytest.raises(RuntimeError, match="no chunk is open"):
+            call()
+    with pytest.raises(ValueError, match="stories must have 2 entries, got 1"):
+        cache.restart_window([True])
+    cache.update_bank(TEXT_KEYS)
+    assert cache.restart_window() == [6, 9]
+    with pytest.raises(RuntimeError, match="2 chunks are still to be re-cached"):
+        cache.restart_window()
+    cache.begin_chunk()
+    for call in (cache.begin_chunk, cache.restart_window):
+        with pytest.raises(RuntimeError, match="has not been committed"):
+            call()
+    with pytest.raises(ValueError, match=r"got \(2, 17, 2, 4\)"):
+        cache.write(0, k[:, 1:], v)
+    with pytest.raises(ValueError, match="layer must be 0 to 1, got 2"):
+        cache.write(2, k, v)
