@@ -53,10 +53,11 @@ def convert(
     checkpoint: Annotated[
         Path,
         typer.Argument(
-            help="Wan 2.1's own file or folder, a .pt of Self-Forcing, LongLive or MemFlow, or a diffusers folder."
+            help="Wan 2.1's own file or folder, a .pt of Self-Forcing, LongLive or MemFlow, or a diffusers folder.",
+            metavar="CHECKPOINT",
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.")],
+    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.", metavar="OUT")],
     lora: LoraFile = None,
     lora_alpha: LoraAlpha = None,
     num_heads: NumHeads = None,
@@ -108,6 +109,7 @@ def verify(
         Path | None,
         typer.Argument(
             help="A file of stories as for `memflow generate`; its first story is streamed.",
+            metavar="STORY",
             show_default="a story that comes with the package",
         ),
     ] = None,

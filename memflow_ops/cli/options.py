@@ -20,7 +20,10 @@ CHECKPOINT = "Checkpoint"
 SPEED = "Device and speed"
 
 Story = Annotated[
-    Path, typer.Argument(help='A file with one story a line, as JSON: {"prompts": ["a ball in the meadow", ...]}')
+    Path,
+    typer.Argument(
+        help='A file with one story a line, as JSON: {"prompts": ["a ball in the meadow", ...]}', metavar="STORY"
+    ),
 ]
 Out = Annotated[Path, typer.Option(help="The folder to write to.", metavar="DIR")]
 Seed = Annotated[

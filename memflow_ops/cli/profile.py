@@ -160,6 +160,7 @@ def profile_selection(
         Path | None,
         typer.Argument(
             help="A file of stories as for `memflow generate`; its first story is streamed.",
+            metavar="STORY",
             show_default="a story that comes with the package",
         ),
     ] = None,
@@ -194,15 +195,16 @@ def profile_selection(
     history_frames: HistoryFrames = None,
     device: Device = "auto",
 ) -> None:
-    """Measure what top_k, block_size and query_group keep of a checkpoint's attention, and what they cost.
+    """Measure which top_k, block_size and query_group suit a checkpoint: what they keep, and what they cost.
 
-    Use it to choose these settings for your model: defaults that suit one
-    model do not suit another. The command streams a story. At calls drawn at
-    random it compares every setting with dense attention over the whole
-    bank: the share of the attention that the chosen blocks hold, the error of
-    the output, and the time of the op on these tensors. Three other choices
-    stand beside them: frames chosen once for a chunk, as the released MemFlow
-    does, blocks at random, and an oracle. Ctrl-C keeps what has been measured.
+    Defaults that suit one model do not suit another. The command streams a
+    story. At calls of attention drawn at random, it compares every setting
+    with dense attention over the whole bank: the share of the attention that
+    the selected blocks hold, the error of the output, and the time of the op
+    on these tensors. Beside them stand whole frames chosen once for a chunk,
+    as the released MemFlow does, blocks at random, and an oracle.
+
+    Writes a JSON file and a picture. Ctrl-C keeps what has been measured.
 
     Example, with a whole diffusers pipeline in the folder wan/:
 
@@ -253,6 +255,7 @@ def toy_profile_selection(
         Path | None,
         typer.Argument(
             help="A file of stories as for `memflow toy generate`; its first story is streamed.",
+            metavar="STORY",
             show_default="held-out stories",
         ),
     ] = None,
@@ -276,10 +279,10 @@ def toy_profile_selection(
     top_k: TopK = TOY_SETTINGS.top_k,
     device: Device = "auto",
 ) -> None:
-    """Measure what top_k, block_size and query_group keep of the toy world's attention, and what they cost.
+    """Measure which top_k, block_size and query_group suit the toy world's model.
 
-    The same measurement as `memflow profile-selection`, which says more, but
-    without a checkpoint: it streams held-out stories, or one of your own.
+    This is the measurement of `memflow profile-selection`, whose help says
+    more about it. It streams held-out stories, or one of your own.
 
     Examples:
 

@@ -113,8 +113,8 @@ def generate(
 ) -> None:
     """Generate a video of every story in a file, in the toy world.
 
-    A prompt says who is where: a ball, a box, a star, a ring, two of them,
-    or nobody (empty); in a meadow, a desert, at sea or at night.
+    A prompt says who is where: a ball, a box, a star, a ring, two of these, or
+    nobody (empty), in the meadow, in the desert, at sea or at night.
 
     Writes video.mp4, timeline.png (what each chunk remembered), frames.npz
     (the frames as numbers) and run.json (settings, times, what was
@@ -177,8 +177,9 @@ def train(
 ) -> None:
     """Train the toy world's model from scratch.
 
-    The state of an unfinished run is saved every minute. After Ctrl-C or a
-    kill, the same command continues where it was.
+    Without options it replaces the weights that come with the package. The
+    state of an unfinished run is saved every minute: after Ctrl-C or a kill,
+    the same command continues where it was.
 
     Examples:
 
