@@ -84,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except typer.TyperException as error:  # an option that does not exist, a number out of range, ...
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "memflow"
-        typer.echo(f"memflow: {' '.join(error.format_message().split())} (see {command} --help)", err=True)
+        typer.echo(f"memflow: {' '.join(error.format_message().split()).rstrip('.')} (see {command} --help)", err=True)
         code = 2
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("memflow: interrupted", err=True)

@@ -1,45 +1,22 @@
 """`memflow toy profile-selection` world."""
 
-import inspect
 import json
 
 import pytest
+from command_line import memflow, write_story
 
 from memflow_ops.cli import main, profile
 from memflow_ops.files import sha256
 from memflow_ops.model.selection_profile import profile as selection_profile_profile
-from memflow_ops.model.selection_profile.figures import Sampling
 
-QUICK = (
-    "--steps",
-    1,
-    "--chunks",
-    2,
-    "--calls",
-    2,
-    "--rounds",
-    1,
-    "--block-size",
-    16,
-    "--query-group",
-    0,
-    "--device",
-    "cpu",
-)
+OPTIONS = {"--steps": 1, "--chunks": 2, "--calls": 2, "--rounds": 1, "--block-size": 16, "--query-group": 0}
+QUICK = (*(word for option in OPTIONS.items() for word in option), "--device", "cpu")
 PROMPTS = ["an empty meadow", "a ball in the meadow", "an empty sea", "a ball at night"]
-
-
-def memflow(*words) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    return end.value.code
 
 
 @pytest.fixture
 def story(tmp_path):
-    path = tmp_path / "story.jsonl"
-    path.write_text(json.dumps({"prompts": PROMPTS}) + "\n" + json.dumps({"prompts": ["an empty sea"]}) + "\n")
-    return path
+    return write_story(tmp_path / "story.jsonl", PROMPTS, ["an empty sea"])
 
 
 def test_a_story_is_profiled(tmp_path, weights, story, capfd):
@@ -157,10 +134,3 @@ def test_places_that_cannot_be_written_to_are_named_before_anything_is_loaded(
     said = capfd.readouterr().err
     assert expected in said and said.count("\n") == 1 and said.startswith("memflow: ")
     assert {path.name for path in tmp_path.iterdir()} == {"story.jsonl", "p.png"}
-
-
-def test_defaults_are_those_of_the_library():
-    defaults = vars(Sampling())
-    for command in (profile.profile_selection, profile.toy_profile_selection):
-        parameters = inspect.signature(command).parameters
-        assert {name: parameters[name].default for name in defaults} == defaults

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch._inductor.config
+from command_line import memflow
 from matplotlib.image import imread
 
 from memflow_ops.cli import main
@@ -23,12 +24,6 @@ from memflow_ops.model.wan.vae import load_vae
 STORY = ["A ball in the meadow", "the sea at night", "the ball returns"]
 CHUNKS, LATENTS, FRAMES = 6, 18, 69
 SMALL = ("--height", 32, "--width", 48, "--frames-per-prompt", 6, "--device", "cpu")
-
-
-def memflow(*words) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    return end.value.code
 
 
 @pytest.fixture(scope="module")

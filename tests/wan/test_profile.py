@@ -3,17 +3,10 @@
 import json
 
 import pytest
-
-from memflow_ops.cli import main
+from command_line import memflow
 
 STORY = ["A ball in the meadow", "the sea at night", "the ball returns"]
 SMALL = ("--height", 32, "--width", 48, "--device", "cpu", "--steps", 1, "--chunks", 1, "--calls", 2, "--rounds", 1)
-
-
-def memflow(*words) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    return end.value.code
 
 
 @pytest.fixture

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import memflow
 from safetensors.torch import save_file
 
-from memflow_ops.cli import main
 from memflow_ops.model.checkpoints import native
 from memflow_ops.model.checkpoints.lora import LoraConfig
 from memflow_ops.model.checkpoints.pretrained import convert, read_pretrained
@@ -29,12 +29,6 @@ def weights():
 def file(tmp_path, weights) -> Path:
     torch.save(weights, tmp_path / "w.pt")
     return tmp_path / "w.pt"
-
-
-def memflow(*words) -> int:
-    with pytest.raises(SystemExit) as end:
-        main([str(word) for word in words])
-    return end.value.code
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
