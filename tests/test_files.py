@@ -19,6 +19,20 @@ def test_two_processes_do_not_share_a_temporary_name(tmp_path, monkeypatch):
     assert len(set(names)) == 4 and sorted(path.name for path in tmp_path.iterdir()) == ["bench.json", "report.html"]
 
 
+def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "weights.json"
+    write_atomically(path, b"old")
+
+    def interrupted(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_atomically(path, b"new, half of it")
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_second_writer_is_refused_while_the_first_is_inside(tmp_path):
     path = tmp_path / "deep" / "bench.json"
     with locked(path):

@@ -1,6 +1,6 @@
-"""Reading the files in which others keep weights: safetensors, folders of them, and torch's .pt; nothing else runs.
+"""Reads the files in which weights are kept: safetensors, folders of them, and torch's .pt. No code in a file is run.
 
-Everything that is wrong with a file is a ValueError (FileNotFoundError where there is none) that names it.
+Whatever is wrong with a file is a ValueError that names it; a missing file is a FileNotFoundError.
 """
 
 import json
@@ -16,34 +16,34 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _PARTS = ("generator_ema", "generator", "model", "state_dict")
-"""Under which training code files the generator's weights in a .pt, the averaged ones first."""
+"""Entries of a .pt under which training code keeps the generator's weights; averaged weights are preferred."""
 _LORA_PART = "generator_lora"
 
 
 @dataclass(frozen=True)
 class WeightFile:
-    """What a file or folder holds."""
+    """The content of a file or folder of weights."""
 
     path: Path
-    """The file, or the folder that its shards are in."""
+    """The file, or the folder that its shards lie in."""
     tensors: Mapping[str, Tensor]
     """On the CPU, under the file's own names."""
     lora: Mapping[str, Tensor] = field(default_factory=dict)
-    """What a .pt files apart from them, as `generator_lora`."""
+    """The entry `generator_lora` of a .pt."""
     part: str = ""
-    """Which entry of a .pt they come from."""
+    """The entry of a .pt that the tensors come from."""
     metadata: Mapping[str, str] = field(default_factory=dict)
-    """A safetensors file's own."""
+    """The metadata of a safetensors file."""
     stated: Mapping[str, Any] = field(default_factory=dict)
-    """config.json of a model folder."""
+    """The config.json of a model's folder."""
     mapped: bool = False
-    """Whether the tensors are views of the file, which must then stay as it is while they are used."""
+    """Whether the tensors are memory-mapped views of the file, which must then not change while they are used."""
 
 
 def read_weights(path: Path, names: tuple[str, ...] = ("diffusion_pytorch_model",)) -> WeightFile:
-    """A .safetensors file, a .pt (any other suffix), a model folder, or a pipeline's with `transformer/` in it.
+    """Reads a .safetensors file, a .pt (any other suffix), a model's folder, or a pipeline's with `transformer/` in it.
 
-    names: what a folder's safetensors are called, without suffix, the preferred first.
+    names: of the safetensors file to take from a folder, without suffix, in order of preference.
     """
     path = Path(path)
     if path.is_dir():
@@ -58,7 +58,7 @@ def read_weights(path: Path, names: tuple[str, ...] = ("diffusion_pytorch_model"
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """A safetensors file's tensors, on the CPU, and its metadata."""
+    """The tensors of a safetensors file, on the CPU, and its metadata."""
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
@@ -67,7 +67,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _read_folder(folder: Path, names: tuple[str, ...]) -> WeightFile:
-    """Shards by their index; else the one safetensors file in it."""
+    """Reads the preferred or only safetensors file of a folder, or the shards that its index lists."""
     stated = _stated(folder)
     indices = sorted(folder.glob("*.safetensors.index.json"))
     files = sorted(folder.glob("*.safetensors"))
@@ -84,7 +84,7 @@ def _read_folder(folder: Path, names: tuple[str, ...]) -> WeightFile:
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:
-    """All that the index lists, from the files beside it."""
+    """Reads all tensors that the index lists, from the files beside it."""
     listed = _read_json(index).get("weight_map")
     if not isinstance(listed, dict) or not all(isinstance(name, str) for name in listed.values()):
         raise ValueError(f"{index} has no weight_map from weights to files")
@@ -123,18 +123,19 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def _read_pt(path: Path) -> WeightFile:
-    """torch.save's format. Only tensors and plain containers are unpickled; anything else could run code."""
+    """Reads a file of torch.save. Only tensors and plain containers are unpickled, because anything else could run
+    code."""
     mapped = zipfile.is_zipfile(path)
     try:
         loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except pickle.UnpicklingError as error:
-        # torch's own message recommends to load it unsafely.
+        # The message of torch recommends to load the file unsafely, so only its line about the object is kept.
         what = next((line for line in str(error).splitlines() if "GLOBAL" in line), "").strip()
         raise ValueError(
             f"{path} is no file of torch.save, or holds more than tensors, which is not loaded because it could run "
             f"code; save its state dict alone {what}".strip()
         ) from error
-    except Exception as error:  # what is no pickle makes the unpickler raise anything
+    except Exception as error:  # the unpickler raises errors of any type for a file that is no pickle
         raise ValueError(
             f"{path} is not a file of torch.save, or not all of one: {type(error).__name__} {error}"
         ) from error

@@ -1,6 +1,7 @@
-"""The names that other projects give the weights of Wan 2.1, and what the shapes say about the model.
+"""The names that other projects give to the weights of Wan 2.1, and the sizes of a model by the shapes of its weights.
 
-Ours are those of the original release. diffusers has names of its own; training code leaves wrappers in either.
+Our names are those of the original release. diffusers has its own, and training code adds wrappers and prefixes to
+either.
 """
 
 import math
@@ -13,9 +14,9 @@ from torch import Tensor
 from memflow_ops.model.wan.transformer import ModelConfig
 
 _WRAPPERS = frozenset(("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"))
-"""What FSDP, activation checkpointing, torch.compile and DDP put into names."""
+"""Parts of names that FSDP, activation checkpointing, torch.compile and DDP add."""
 _PREFIXES = ("base_model.model.", "generator.", "diffusion_model.", "transformer.", "model.")
-"""Under which training code (Self-Forcing and its kin), peft and collections of several models file the transformer."""
+"""Prefixes that training code (such as Self-Forcing), peft and collections of several models put before all names."""
 
 _DIFFUSERS = {
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
@@ -43,16 +44,16 @@ _STATED = {
     **{name: name for name in ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim")},
     **{name: name for name in ("text_len", "freq_dim", "patch_size", "eps")},
 }
-"""Entries of a config.json, the original's or diffusers', -> fields of `ModelConfig`."""
+"""Entries of a config.json, the original's or diffusers' -> fields of `ModelConfig`."""
 
 HEAD_DIM = 128
-"""Of every released Wan model; shapes do not tell it."""
+"""Head size of every released Wan model; the shapes of the weights do not tell it."""
 TEXT_LEN = 512
-"""Likewise."""
+"""Text length of every released Wan model; the shapes of the weights do not tell it."""
 
 
 def bare_name(name: str) -> str:
-    """A weight's name without wrappers and without the prefix that its file puts before all of them."""
+    """A weight's name without wrappers and without the prefixes that its file puts before all names."""
     name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
     found = True
     while found:
@@ -64,12 +65,12 @@ def bare_name(name: str) -> str:
 
 
 def is_diffusers(names: Iterable[str]) -> bool:
-    """Whether bare names are diffusers'."""
+    """Whether these bare names are those of diffusers."""
     return any(re.match(r"condition_embedder\.|proj_out\.|blocks\.\d+\.attn[12]\.", name) for name in names)
 
 
 def original_name(name: str) -> str:
-    """A bare name of diffusers -> the original's; a name that diffusers does not have stays as it is."""
+    """The original name for a bare name of diffusers. A name that diffusers does not have is returned as it is."""
     return _renamed(name, _DIFFUSERS, _DIFFUSERS_BLOCK)
 
 
@@ -83,7 +84,7 @@ def diffusers_name(name: str) -> str:
 
 
 def _renamed(name: str, outside: Mapping[str, str], inside: Mapping[str, str]) -> str:
-    """name: a parameter, or the module that it belongs to; outside and inside of the blocks."""
+    """name: of a parameter or a module. outside, inside: the tables for names outside and inside of the blocks."""
     found = re.match(r"blocks\.\d+\.", name)
     prefix, table = (found[0], inside) if found else ("", outside)
     rest = name[len(prefix) :]
@@ -103,33 +104,13 @@ def infer_config(
 ) -> ModelConfig:
     """The sizes of the model that has these weights (original names).
 
-    stated: the file's config.json, {} without one. It is asked for what shapes do not tell (heads, text length, eps),
-        and must not contradict them on the rest. num_heads, text_len: override it.
+    stated: the config.json beside the weights, {} if there is none. It gives what shapes do not tell (heads, text
+        length, eps) and must agree with the shapes on the rest.
+    num_heads, text_len: override `stated`.
 
     A ValueError names the weights that are missing or of the wrong rank.
     """
-    ranks = {"patch_embedding": 5, "text_embedding.0": 2, "time_embedding.0": 2, "head.head": 2, "blocks.0.ffn.0": 2}
-    shapes = {name: tuple(weights[f"{name}.weight"].shape) for name in ranks if f"{name}.weight" in weights}
-    missing = [f"{name}.weight" for name in ranks if name not in shapes]
-    if missing:
-        some = ", ".join(sorted(weights)[:5]) or "none"
-        raise ValueError(f"{source} is no Wan 2.1 transformer: missing {', '.join(missing)}; the first it has: {some}")
-    for name, rank in ranks.items():
-        if len(shapes[name]) != rank:
-            raise ValueError(f"{source}: {name}.weight must have {rank} dimensions, got shape {shapes[name]}")
-
-    dim, in_dim, *patch_size = shapes["patch_embedding"]
-    blocks = {int(found[1]) for found in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if found}
-    sizes: dict[str, Any] = {
-        "dim": dim,
-        "ffn_dim": shapes["blocks.0.ffn.0"][0],
-        "num_layers": max(blocks) + 1,
-        "in_dim": in_dim,
-        "out_dim": shapes["head.head"][0] // math.prod(patch_size),
-        "text_dim": shapes["text_embedding.0"][1],
-        "freq_dim": shapes["time_embedding.0"][1],
-        "patch_size": tuple(patch_size),
-    }
+    sizes = _sizes_of_weights(weights, source)
     said = {ours: stated[theirs] for theirs, ours in _STATED.items() if stated.get(theirs) is not None}
     if "patch_size" in said:
         said["patch_size"] = tuple(said["patch_size"])
@@ -138,8 +119,7 @@ def infer_config(
     ]
     if wrong:
         raise ValueError(f"{source}: its config.json contradicts its weights: {'; '.join(wrong)}")
-
-    heads = num_heads or said.get("num_heads")
+    dim, heads = sizes["dim"], num_heads or said.get("num_heads")
     if heads is None:
         if dim % HEAD_DIM:
             raise ValueError(
@@ -152,9 +132,30 @@ def infer_config(
         raise ValueError(
             f"{source}: its config.json says {heads} heads of {head_dim}, by the shapes the width is {dim}"
         )
-    return ModelConfig(
-        **sizes,
-        num_heads=heads,
-        text_len=text_len or said.get("text_len", TEXT_LEN),
-        eps=said.get("eps", ModelConfig.eps),
-    )
+    text_len = text_len or said.get("text_len", TEXT_LEN)
+    return ModelConfig(**sizes, num_heads=heads, text_len=text_len, eps=said.get("eps", ModelConfig.eps))
+
+
+def _sizes_of_weights(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:
+    """The fields of `ModelConfig` that the shapes of the weights tell."""
+    ranks = {"patch_embedding": 5, "text_embedding.0": 2, "time_embedding.0": 2, "head.head": 2, "blocks.0.ffn.0": 2}
+    shapes = {name: tuple(weights[f"{name}.weight"].shape) for name in ranks if f"{name}.weight" in weights}
+    missing = [f"{name}.weight" for name in ranks if name not in shapes]
+    if missing:
+        some = ", ".join(sorted(weights)[:5]) or "none"
+        raise ValueError(f"{source} is no Wan 2.1 transformer: missing {', '.join(missing)}; the first it has: {some}")
+    for name, rank in ranks.items():
+        if len(shapes[name]) != rank:
+            raise ValueError(f"{source}: {name}.weight must have {rank} dimensions, got shape {shapes[name]}")
+    dim, in_dim, *patch_size = shapes["patch_embedding"]
+    blocks = {int(found[1]) for found in (re.match(r"blocks\.(\d+)\.", name) for name in weights) if found}
+    return {
+        "dim": dim,
+        "ffn_dim": shapes["blocks.0.ffn.0"][0],
+        "num_layers": max(blocks) + 1,
+        "in_dim": in_dim,
+        "out_dim": shapes["head.head"][0] // math.prod(patch_size),
+        "text_dim": shapes["text_embedding.0"][1],
+        "freq_dim": shapes["time_embedding.0"][1],
+        "patch_size": tuple(patch_size),
+    }

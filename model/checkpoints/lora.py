@@ -1,4 +1,4 @@
-"""LoRA files in peft's form: W + scale B A for the linear layers that they name, merged into the weights once."""
+"""LoRA files in the form of peft: each linear layer W that they name becomes W + scale B A, once, in its weights."""
 
 import json
 import math
@@ -13,23 +13,24 @@ from torch import Tensor
 from memflow_ops.model.checkpoints.layouts import bare_name, is_diffusers, original_name
 
 _ADAPTER_WEIGHT = re.compile(r"(.+)\.lora_([AB])(?:\.(\w+))?\.weight")
-"""module, A or B, and the adapter's name where peft's own state dict keeps it"""
+"""Groups: the module, A or B, and the adapter's name, which only peft's own state dict has."""
 
 
 @dataclass(frozen=True)
 class LoraConfig:
-    """What a LoRA's adapter_config.json says; None or empty where there is none."""
+    """A LoRA's adapter_config.json; None or empty for what it does not say."""
 
     alpha: float | None = None
     rank: int | None = None
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     rank_stabilised: bool = False
-    """alpha / sqrt(rank) instead of alpha / rank (rsLoRA)"""
+    """Whether the scale is alpha / sqrt(rank) (rsLoRA) instead of alpha / rank."""
 
     @classmethod
     def from_json(cls, said: Mapping[str, Any], source: str) -> "LoraConfig":
-        """A ValueError for a variant whose weights are not W + scale B A, and for what does not have the right form."""
+        """Reads the content of an adapter_config.json. A ValueError if its form is wrong, or for a variant
+        of LoRA other than W + scale B A."""
         if not isinstance(said, Mapping):
             raise ValueError(f"{source} must hold a JSON object, got {type(said).__name__}")
         for name in ("use_dora", "fan_in_fan_out", "alora_invocation_tokens"):
@@ -70,7 +71,8 @@ def _is_pattern(name: str) -> bool:
 
 
 def _of_module(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
-    """peft's rule: a pattern names the end of a module's name, from a dot on."""
+    """The value of the first pattern that matches the module. As in peft, a pattern matches the end of a module's name,
+    from a dot on."""
     for name, value in pattern.items():
         if re.fullmatch(rf"(.*\.)?({name})", module):
             return value
@@ -92,11 +94,12 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Lora:
-    """Adapters by module name (original layout), and in words where their scale comes from."""
+    """The adapters of a LoRA, by module name in the original layout."""
 
     adapters: Mapping[str, Adapter]
     source: str
     alpha_from: str
+    """Where alpha was found, in words."""
 
     def __str__(self) -> str:
         ranks = sorted({adapter.rank for adapter in self.adapters.values()})
@@ -108,7 +111,7 @@ class Lora:
 
 
 def split_lora(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A state dict -> the weights of the model itself, under the names that they have without peft, and the LoRA's."""
+    """Splits a state dict into the weights of the model itself, under their names without peft, and those of a LoRA."""
     weights, adapters = {}, {}
     for name, tensor in tensors.items():
         if _ADAPTER_WEIGHT.fullmatch(name):
@@ -121,12 +124,34 @@ def split_lora(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
 def parse_lora(tensors: Mapping[str, Tensor], config: LoraConfig, source: str, alpha: float | None = None) -> Lora:
     """The adapters in a LoRA's tensors, named as peft or diffusers name them.
 
-    alpha: overrides what the file says, which is asked in this order: entries `<module>.alpha` among the tensors,
-        config; where nothing says, alpha is the rank (scale 1), which is what the released files were made with.
+    alpha: overrides what the files say. Otherwise it is taken from an entry `<module>.alpha` among the tensors, then
+        from config. If neither has it, alpha is the rank, so that the scale is 1, as for the released files.
 
-    A ValueError names every tensor that is no half of a pair, does not fit its other half, or has a rank that config
-    contradicts.
+    A ValueError names every tensor that has no other half, does not fit its other half, or has a rank that contradicts
+    config.
     """
+    pairs, alphas = _pair_halves(tensors, config, source)
+    bare = {module: bare_name(module) for module in pairs}
+    diffusers = is_diffusers(f"{name}." for name in bare.values())
+    adapters, origins = {}, set()
+    for module, (a, b) in pairs.items():
+        rank = a.shape[0]
+        stated = [(alpha, "given"), (alphas.get(module), "from the file"), (config.alpha_of(module), "from its config")]
+        value, origin = next(
+            ((x, words) for x, words in stated if x is not None), (rank, "not stated, taken as the rank")
+        )
+        if not math.isfinite(value):
+            raise ValueError(f"{source}: the alpha of {module} must be a finite number, got {value} ({origin})")
+        origins.add(origin)
+        scale = value / (math.sqrt(rank) if config.rank_stabilised else rank)
+        adapters[original_name(bare[module]) if diffusers else bare[module]] = Adapter(a, b, scale)
+    return Lora(adapters, source, " and ".join(sorted(origins)))
+
+
+def _pair_halves(
+    tensors: Mapping[str, Tensor], config: LoraConfig, source: str
+) -> tuple[dict[str, tuple[Tensor, Tensor]], dict[str, float]]:
+    """Module -> its A and B, checked; and module -> the alpha that stands among the tensors."""
     halves: dict[str, dict[str, Tensor]] = {}
     alphas: dict[str, float] = {}
     adapter_names, problems = set(), []
@@ -146,8 +171,7 @@ def parse_lora(tensors: Mapping[str, Tensor], config: LoraConfig, source: str, a
         raise ValueError(f"{source} holds no LoRA: no name ends in .lora_A.weight; the first it has: {some}")
     problems += [f"{module}.alpha belongs to no LoRA" for module in alphas if module not in halves]
     for module, pair in halves.items():
-        for half in {"A", "B"} - pair.keys():
-            problems.append(f"missing {module}.lora_{half}.weight")
+        problems += [f"missing {module}.lora_{half}.weight" for half in {"A", "B"} - pair.keys()]
         if len(pair) < 2:
             continue
         shapes = tuple(pair["A"].shape), tuple(pair["B"].shape)
@@ -158,29 +182,13 @@ def parse_lora(tensors: Mapping[str, Tensor], config: LoraConfig, source: str, a
             problems.append(f"{module} has rank {shapes[0][0]}, by its config {rank}")
     if problems:
         raise ValueError(f"{source} is no LoRA that can be merged: {'; '.join(sorted(problems))}")
-
-    bare = {module: bare_name(module) for module in halves}
-    diffusers = is_diffusers(f"{name}." for name in bare.values())
-    adapters, origins = {}, set()
-    for module, pair in halves.items():
-        rank = pair["A"].shape[0]
-        stated = [(alpha, "given"), (alphas.get(module), "from the file"), (config.alpha_of(module), "from its config")]
-        value, origin = next(
-            ((x, words) for x, words in stated if x is not None), (rank, "not stated, taken as the rank")
-        )
-        if not math.isfinite(value):
-            raise ValueError(f"{source}: the alpha of {module} must be a finite number, got {value} ({origin})")
-        origins.add(origin)
-        scale = value / (math.sqrt(rank) if config.rank_stabilised else rank)
-        name = original_name(bare[module]) if diffusers else bare[module]
-        adapters[name] = Adapter(pair["A"], pair["B"], scale)
-    return Lora(adapters, source, " and ".join(sorted(origins)))
+    return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}, alphas
 
 
 def merge_lora(weights: dict[str, Tensor], lora: Lora, source: str) -> None:
-    """Adds every adapter to its weight in `weights` (original names), computed in float32, rounded once.
+    """Adds every adapter to its weight in `weights` (original names). The sum is computed in float32 and rounded once.
 
-    A ValueError names every adapter without a weight, or with a weight of another shape, before any is changed.
+    A ValueError, before any weight is changed, names every adapter without a weight or with one of another shape.
     """
     problems = []
     for module, adapter in lora.adapters.items():
@@ -198,7 +206,7 @@ def merge_lora(weights: dict[str, Tensor], lora: Lora, source: str) -> None:
 
 
 def read_lora_config(file: Path) -> LoraConfig:
-    """The adapter_config.json beside a LoRA's file; nothing where there is none."""
+    """Reads the adapter_config.json beside a LoRA's file; an empty config if there is none."""
     path = file.parent / "adapter_config.json"
     if not path.is_file():
         return LoraConfig()

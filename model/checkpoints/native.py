@@ -1,4 +1,4 @@
-"""Weights as safetensors, with the model's configuration in the file's metadata."""
+"""Our own checkpoints: one safetensors file with the model's configuration in its metadata."""
 
 import dataclasses
 import json
@@ -20,21 +20,22 @@ def save_checkpoint(
 ) -> None:
     """Writes weights (a state dict of `CausalVideoModel(config)`) and config to one safetensors file, atomically.
 
-    metadata: further entries of the file's own.
+    metadata: further entries for the file's metadata.
     """
     entries = {**(metadata or {}), "config": json.dumps(dataclasses.asdict(config))}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
     with replacing(Path(path)) as temporary:
         try:
             save_file(tensors, temporary, entries)
-        except SafetensorError as error:  # the disk is full, for one
+        except SafetensorError as error:  # for example, if the disk is full
             raise OSError(f"cannot write {path}: {error}") from error
 
 
 def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> CausalVideoModel:
-    """The model of a checkpoint of ours, in eval mode, on `device`; `load_pretrained` reads others'.
+    """The model of a checkpoint that `save_checkpoint` wrote, in eval mode, on `device`. `load_pretrained` reads the
+    checkpoints of other projects.
 
-    FileNotFoundError when there is no file; ValueError when it is no checkpoint of ours, or when its tensors are not
+    A FileNotFoundError if there is no file. A ValueError if the file is no such checkpoint, or if its tensors are not
     exactly the model's: missing, unexpected or of another shape.
     """
     path = Path(path)
@@ -47,7 +48,7 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> CausalVid
 
 
 def config_of(metadata: Mapping[str, str], source: str) -> ModelConfig:
-    """The configuration in the metadata of a checkpoint of ours; a ValueError where there is none."""
+    """The configuration in the metadata of one of our checkpoints; a ValueError if there is none."""
     if "config" not in metadata:
         raise ValueError(f"{source} carries no model configuration in its metadata; expected a 'config' entry")
     try:
@@ -63,9 +64,10 @@ def fill_model(
     device: str | torch.device,
     copy: bool = False,
 ) -> CausalVideoModel:
-    """Gives a model (maybe on the meta device) these weights, on `device`, and sets it to eval mode.
+    """Gives a model, which may be on the meta device, these weights on `device`, and sets it to eval mode.
 
-    dtype None: each keeps its own. copy: also those that are right as they are; otherwise the model shares them.
+    dtype: of the weights; None keeps each weight's own. copy: whether weights that already have the right dtype and
+        device are copied too; otherwise the model shares them.
     """
     own = {name: tensor.to(device, dtype or tensor.dtype, copy=copy) for name, tensor in weights.items()}
     model.load_state_dict(own, assign=True)
@@ -77,7 +79,7 @@ def check_state_dict(
 ) -> None:
     """A ValueError that names every tensor which is missing, unexpected or of the wrong shape.
 
-    name_in_source: our name of a tensor -> what the source calls it.
+    name_in_source: maps our name of a tensor to the name in the source.
     """
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     got = {name: tuple(tensor.shape) for name, tensor in weights.items()}
@@ -94,7 +96,7 @@ def check_state_dict(
 
 
 def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
-    """A ValueError that names every tensor which holds infinities or NaN: one of them spoils every frame."""
+    """A ValueError that names every tensor with infinities or NaN, because one such number would spoil every frame."""
     flags = [torch.stack(tensor.aminmax()).isfinite().all() for tensor in weights.values() if tensor.numel()]
     names = [name for name, tensor in weights.items() if tensor.numel()]
     finite = torch.stack(flags).tolist() if flags else []
@@ -104,6 +106,6 @@ def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
 
 
 def some(words: Sequence[str], most: int = 20) -> str:
-    """A list in words, cut where it becomes unreadable."""
+    """A list in words, cut after `most` entries."""
     more = [f"and {len(words) - most} more"] if len(words) > most else []
     return "; ".join([*words[:most], *more])

@@ -1,7 +1,7 @@
-"""Checkpoints of the Wan 2.1 family -> our model: any known layout, a LoRA merged once, sizes read off the shapes.
+"""Loads checkpoints of the Wan 2.1 family into our model, merges a LoRA into them, and converts them.
 
-Known are the original release, diffusers (folders with shards too), and the .pt files of Self-Forcing, LongLive and
-MemFlow; see `layouts` for their names and `weight_files` for their containers.
+The known layouts are that of the original release, that of diffusers (folders with shards too), and those of the .pt
+files of Self-Forcing, LongLive and MemFlow. `layouts` has their names of weights, `containers` their kinds of files.
 """
 
 import json
@@ -26,24 +26,24 @@ _LORA_FILES = ("adapter_model", "pytorch_lora_weights")
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A model's weights under our names, and where they come from."""
+    """The weights of a model under our names, and where they come from."""
 
     weights: dict[str, Tensor]
     config: ModelConfig
     source: str
     layout: str
-    """our, original or diffusers"""
+    """"our", "original" or "diffusers"."""
     part: str = ""
-    """Which entry of a .pt was taken."""
+    """The entry of a .pt that was taken."""
     lora: str = ""
-    """What was merged, in words."""
+    """The LoRA that was merged, in words."""
     memory: str = "memflow"
     """The `StreamSettings.memory` that the weights were tuned for."""
     mapped: bool = False
-    """Whether the weights are views of the file."""
+    """Whether the weights are memory-mapped views of the file."""
 
     def build(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CausalVideoModel:
-        """The model in eval mode; dtype None: that of most of its numbers. It does not depend on the file any more."""
+        """The model, in eval mode, with memory of its own. dtype: of the weights; None: `self.dtype`."""
         dtype = dtype or self.dtype
         model = native.fill_model(empty_model(self.config), self.weights, dtype, device, copy=self.mapped)
         native.check_finite(model.state_dict(), f"{self.source} in {dtype}")
@@ -51,6 +51,7 @@ class Pretrained:
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype of most of the numbers."""
         numbers: dict[torch.dtype, int] = {}
         for tensor in self.weights.values():
             numbers[tensor.dtype] = numbers.get(tensor.dtype, 0) + tensor.numel()
@@ -58,6 +59,7 @@ class Pretrained:
 
     @property
     def parameters(self) -> int:
+        """How many numbers the weights hold."""
         return sum(tensor.numel() for tensor in self.weights.values())
 
 
@@ -70,16 +72,17 @@ def read_pretrained(
     text_len: int | None = None,
     memory: str | None = None,
 ) -> Pretrained:
-    """Reads a checkpoint, ours or one of the known kinds, and merges a LoRA into it.
+    """Reads a checkpoint, our own or one of a known layout, and merges a LoRA into it.
 
-    path: a .safetensors or .pt file, a model's folder or a whole diffusers pipeline's.
-    lora: a file or folder in peft's form. A LoRA inside the checkpoint itself is merged anyway.
+    path: a .safetensors or .pt file, a model's folder or that of a whole diffusers pipeline.
+    lora: a file or folder in peft's form. A LoRA inside the checkpoint itself is always merged.
     lora_alpha: overrides what the LoRA says; see `parse_lora`.
-    num_heads, text_len: where neither the shapes nor a config.json tell; width / 128 and 512 otherwise.
-    memory: what the weights were tuned for. None: "released" where a file or folder name in path says MemFlow, else
-        "memflow".
+    num_heads, text_len: for checkpoints without a config.json, whose shapes do not tell them. By default width / 128
+        and 512.
+    memory: the kind of memory that the weights were tuned for. None: as our own checkpoint states it; otherwise
+        "released" if the name of the file or its folder contains MemFlow, and "memflow" if not.
 
-    A ValueError names every weight that is missing, unexpected or of the wrong shape, in the file's own words.
+    A ValueError names every weight that is missing, unexpected or of the wrong shape, as the file names it.
     """
     path = Path(path)
     file = read_weights(path)
@@ -111,15 +114,15 @@ def load_pretrained(
     Args:
         path: the file or folder.
         dtype: of the weights (None: that of most of the file's numbers).
-        device: where the model is to lie.
-        options: of `read_pretrained`: a LoRA to merge, and what the file does not say. It also states the errors.
+        device: of the model.
+        options: further arguments of `read_pretrained`, which also states the errors.
     """
     return read_pretrained(path, **options).build(dtype, device)
 
 
 def read_lora(path: Path | str, alpha: float | None = None) -> Lora:
-    """The LoRA of a file or folder: bare, or the `generator_lora` of a .pt; its config from an adapter_config.json
-    beside it or from diffusers' metadata."""
+    """Reads a LoRA from a file or folder, or from the entry `generator_lora` of a .pt. Its config comes from diffusers'
+    metadata in the file or from an adapter_config.json beside it."""
     file = read_weights(Path(path), _LORA_FILES)
     tensors = file.lora or file.tensors
     if "lora_adapter_metadata" in file.metadata:
@@ -131,26 +134,27 @@ def read_lora(path: Path | str, alpha: float | None = None) -> Lora:
 
 
 def convert(pretrained: Pretrained, out: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a checkpoint of ours: safetensors, with config, origin and the memory it was tuned for in its metadata.
+    """Writes a checkpoint of our own, with config, origin and the memory it was tuned for in its metadata.
 
-    dtype: of every tensor in the file (None: as they come). A ValueError names what it cannot hold.
+    dtype: of every tensor in the file; None keeps each tensor's own. A ValueError names the tensors with numbers that
+        this dtype cannot hold.
     """
     weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in pretrained.weights.items()}
     native.check_finite(weights, f"{pretrained.source} in {dtype or pretrained.dtype}")
     origin = {name: getattr(pretrained, name) for name in ("layout", "part", "lora", "memory")}
-    origin["source"] = Path(pretrained.source).name  # not the whole path, which is the converter's own business
+    origin["source"] = Path(pretrained.source).name  # not the whole path, which is private to the user
     native.save_checkpoint(out, weights, pretrained.config, {"origin": json.dumps(origin)})
 
 
 def tuned_for(path: Path) -> str:
-    """The memory that weights at this path were tuned for, going by its name: "released" for MemFlow's own."""
+    """The kind of memory that the weights at this path were tuned for, judged by its name: "released" for MemFlow."""
     words = (path.stem if path.is_file() else path.name, path.resolve().parent.name)
     released = any(re.search(r"memflow(?![-_ ]?ops)", word.lower()) for word in words)
     return "released" if released else "memflow"
 
 
 def empty_model(config: ModelConfig) -> CausalVideoModel:
-    """A model without memory: initial values of billions of weights would only be thrown away."""
+    """A model on the meta device, which spares initial values for billions of weights that will be replaced."""
     with torch.device("meta"):
         return CausalVideoModel(config)
 
@@ -168,7 +172,7 @@ def _ours(file: WeightFile, source: str, num_heads: int | None, text_len: int | 
 def _foreign(
     file: WeightFile, source: str, num_heads: int | None, text_len: int | None, memory: str | None
 ) -> tuple[Pretrained, dict[str, Tensor]]:
-    """The weights under our names, checked, and the LoRA that lies among or beside them."""
+    """Reads a checkpoint of another project: its weights under our names, checked, and its LoRA."""
     base, lora = split_lora(file.tensors)
     lora |= file.lora
     if not base:
@@ -189,7 +193,7 @@ def _foreign(
     if odd:
         raise ValueError(f"{source}: weights must be in {', '.join(map(str, FLOATS))}, got {native.some(odd)}")
     config = infer_config(weights, file.stated, source, num_heads=num_heads, text_len=text_len)
-    # What the file puts before every name, so that a missing weight is named as the file would.
+    # The prefix before every name in the file, so that a missing weight is named as the file would name it.
     prefix = names["patch_embedding.weight"].removesuffix("patch_embedding.weight")
 
     def in_file(ours: str) -> str:

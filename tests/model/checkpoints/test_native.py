@@ -1,4 +1,4 @@
-"""Weights survive a round trip; files that do not fit are refused by name; writing is atomic."""
+"""Weights survive a round trip; files that do not fit are refused by name."""
 
 import json
 
@@ -6,8 +6,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from memflow_ops.files import write_atomically
-from memflow_ops.model.checkpoints import native
 from memflow_ops.model.checkpoints.native import load_checkpoint, save_checkpoint
 from memflow_ops.model.toy import checkpoint
 from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
@@ -60,20 +58,6 @@ def test_foreign_files_are_refused(tmp_path):
     save_file({"x": torch.zeros(1)}, tmp_path / "bare.safetensors")
     with pytest.raises(ValueError, match="no model configuration"):
         load_checkpoint(tmp_path / "bare.safetensors")
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "weights.json"
-    write_atomically(path, b"old")
-
-    def interrupted(_: int) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(native.os, "fsync", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        write_atomically(path, b"new, half of it")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_shipped_weights_load_and_are_small():
