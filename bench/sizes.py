@@ -80,5 +80,14 @@ TINY = Size("tiny", height=8, width=12, dim=64, heads=2, ffn_dim=128, layers=2, 
             bank_frames=4, block_size=8, top_k=4, query_group=16, steps=2)  # fmt: skip
 """Seconds on a CPU, to see that everything runs: its times say nothing about real sizes."""
 
+WAN_KERNELS = replace(WAN, bank_frames=64)
+"""For our kernels alone: a whole chunk over a large bank."""
+
+TINY_KERNELS = Size("tiny-kernels", height=8, width=18, dim=32, heads=2, ffn_dim=64, layers=2, text_dim=32,
+                    chunk_frames=2, window_frames=4, sink_frames=2, bank_frames=3, block_size=32, top_k=3,
+                    query_group=64)  # fmt: skip
+"""For our kernels alone, in Triton's interpreter. Frames of 36 tokens end in a ragged block, and 72 queries in a ragged
+group, which is long enough for its queries to share a tile."""
+
 LONG_BANKS = (4, 16, 64, 256, 1000)
 """Frames."""

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import time
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from memflow_ops.bench.harness.case import Call
+from memflow_ops.bench.harness.timing import seconds_of
 
-# Operands of the measured ceilings: rows of a square product, bytes of a copy.
+# The operands of the measured ceilings: rows of a square product, and bytes of a copy.
 _PRODUCT_ROWS = {"cpu": 2048, "cuda": 8192}
 _COPY_BYTES = {"cpu": 128 << 20, "cuda": 2 << 30}
+_ROUNDS = 7
 
 
 def product_ceiling(device: torch.device, dtype: str) -> float:
-    """The most that this device reaches: TFLOP/s of a large square product."""
+    """TFLOP/s that a large square product reaches on this device."""
     rows = _PRODUCT_ROWS[device.type]
     a, b = (torch.randn(rows, rows, device=device, dtype=getattr(torch, dtype)) for _ in range(2))
     out = torch.empty_like(a)
@@ -29,21 +31,14 @@ def copy_ceiling(device: torch.device) -> float:
     return 2 * source.numel() / _shortest(lambda: target.copy_(source), device) / 1e9
 
 
-def _shortest(call: Call, device: torch.device, rounds: int = 7) -> float:
-    best = float("inf")
-    for _ in range(rounds):
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return best
+def _shortest(call: Callable[[], Any], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return min(seconds_of(call, device) for _ in range(_ROUNDS))
 
 
-def peak_bytes(call: Call, device: torch.device) -> int:
-    """Most bytes that one call holds at a time, its own scratch included."""
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> int:
+    """The most bytes that one call holds at a time, its own scratch included."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with profile(activities=activities, profile_memory=True) as profiled:
         call()

@@ -1,26 +1,23 @@
-"""How things are compared: every contender checked first, then all timed in turn, ratios taken pair by pair.
+"""How things are compared: every contender is checked first, then all are timed in turn and compared pair by pair.
 
-Within a round each contender runs once; the ratio of two is the median over the rounds of one's time over the
+Within a round each contender runs once. The ratio of two is the median, over the rounds, of one's time over the
 other's, so that what slows the machine down for a while slows both. Every round has an order of its own, because what
-ran before leaves caches and clocks behind. On CUDA a contender is replayed as a graph where it can be captured, timed
-by events, over up to 8 copies of its inputs, as many as are larger together than the L2 cache.
+ran before leaves caches and clocks behind. On CUDA up to 8 copies of the inputs are taken in turn, as many as are
+larger together than the L2 cache.
 """
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
-from memflow_ops.bench.harness.case import OURS, Call, Contender
+from memflow_ops.bench.harness.case import OURS, Case
 from memflow_ops.bench.harness.statistics import in_turn, paired, quantiles
+from memflow_ops.bench.harness.timing import captured, seconds_of
 
-if TYPE_CHECKING:
-    from memflow_ops.bench.harness.case import Case
-# Inputs are rotated until they are this many times the L2 cache.
-_CACHES = 2
+# The copies of the inputs together are at least this many times as large as the L2 cache, and at most so many.
+_CACHES, _MOST_COPIES = 2, 8
 
 
 class Contest:
@@ -28,106 +25,98 @@ class Contest:
 
     def __init__(self, case: Case, device: torch.device):
         self.case, self.device = case, device
-        first = case.build(device, 0)
-        self.built = first
-        for name, contender in first.contenders.items():
+        self.built = case.build(device, 0)
+        for name, contender in self.built.contenders.items():
             try:
                 contender.check()
             except AssertionError as error:
                 raise AssertionError(f"{case.name}, {name}: {error}") from error
-        runs = [first.contenders]
-        if device.type == "cuda":
-            cache = torch.cuda.get_device_properties(device).L2_cache_size
-            moved = max(1, max(c.bytes for c in first.contenders.values()))
-            graphs = all(contender.graph for contender in first.contenders.values())
-            copies = min(8, -(-_CACHES * cache // moved)) if graphs else 1
-            runs += [case.build(device, seed).contenders for seed in range(1, copies)]
-        self.runs = {name: [self._captured(of[name]) for of in runs] for name in first.contenders}
+        copies = [self.built.contenders]
+        copies += [case.build(device, seed).contenders for seed in range(1, self._copies_of_inputs())]
+        self.calls = {
+            name: [
+                captured(of[name].call, device) if device.type == "cuda" and contender.graph else of[name].call
+                for of in copies
+            ]
+            for name, contender in self.built.contenders.items()
+        }
         self.start_over()
 
+    def _copies_of_inputs(self) -> int:
+        contenders = self.built.contenders.values()
+        if self.device.type != "cuda" or not all(contender.graph for contender in contenders):
+            return 1
+        cache = torch.cuda.get_device_properties(self.device).L2_cache_size
+        moved = max(1, max(contender.bytes for contender in contenders))
+        return min(_MOST_COPIES, -(-_CACHES * cache // moved))
+
     def start_over(self) -> None:
-        """Forgets what has been timed."""
-        self.samples: dict[str, list[float | None]] = {name: [] for name in self.runs}
+        """Forget what has been timed."""
+        self.samples: dict[str, list[float | None]] = {name: [] for name in self.calls}
         self.round = 0
 
-    def _captured(self, contender: Contender) -> Call:
-        """The call, as a CUDA graph where that is possible."""
-        if self.device.type != "cuda" or not contender.graph:
-            return contender.call
-        stream = torch.cuda.Stream(self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(stream):
-            contender.call()
-        torch.cuda.current_stream(self.device).wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            contender.call()
-        graph.replay()
-        return graph.replay
-
     def run_round(self) -> None:
-        """Everyone once."""
+        """Time every contender once."""
         self.before()
         self.ours()
         self.after()
 
     def before(self) -> None:
-        """Those whose turn in this round comes before ours."""
-        order = in_turn(list(self.runs), self.round)
+        """Time the contenders whose turn in this round comes before ours."""
+        order = in_turn(list(self.calls), self.round)
         self._time(order[: order.index(OURS)])
 
     def ours(self) -> None:
         self._time([OURS])
 
     def after(self) -> None:
-        """The others; ends the round."""
-        order = in_turn(list(self.runs), self.round)
+        """Time the contenders that come after ours, and end the round."""
+        order = in_turn(list(self.calls), self.round)
         self._time(order[order.index(OURS) + 1 :])
         self.round += 1
 
     def _time(self, names: Sequence[str]) -> None:
         for name in names:
             due = self.round % self.built.contenders[name].every == 0
-            self.samples[name].append(self._seconds(name) if due else None)
+            self.samples[name].append(self.seconds(name) if due else None)
 
-    def _seconds(self, name: str) -> float:
-        run = self.runs[name][self.round % len(self.runs[name])]
-        if self.device.type != "cuda":
-            start = time.perf_counter()
-            run()
-            return time.perf_counter() - start
-        before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before.record()
-        run()
-        after.record()
-        torch.cuda.synchronize(self.device)
-        return before.elapsed_time(after) / 1e3
+    def seconds(self, name: str) -> float:
+        """Run a contender once, over the inputs whose turn it is, and return the seconds that it took."""
+        calls = self.calls[name]
+        return seconds_of(calls[self.round % len(calls)], self.device)
 
     def rows(self, ceilings: dict[str, float], about: dict[str, object]) -> list[dict[str, object]]:
-        """A row of results per contender; `about`: what the figures depend on, in every row."""
-        case, rows = self.case, []
+        """A row of results per contender, ours first. about: what the figures depend on, for every row."""
         names = list(self.built.contenders)
         baseline = names[1] if len(names) > 1 else OURS
-        product, copy = ceilings[f"tflops_{case.dtype}"], ceilings["gbs"]
-        for name, contender in self.built.contenders.items():
-            seconds = quantiles([t for t in self.samples[name] if t is not None])
-            row: dict[str, object] = {
-                "case": case.name, "level": case.level, "size": case.size.name, "dtype": case.dtype,
-                "contender": name, "baseline": baseline, "seconds": seconds,
-                "over_baseline": paired(self.samples[name], self.samples[baseline]),
-                "ours_over_this": paired(self.samples[OURS], self.samples[name]),
-                "rounds": sum(t is not None for t in self.samples[name]),
-            }  # fmt: skip
-            if contender.flops:
-                tflops = contender.flops / seconds["p50"] / 1e12
-                row |= {"flops": contender.flops, "tflops": tflops, "of_product_ceiling": tflops / product}
-            if contender.bytes:
-                gbs = contender.bytes / seconds["p50"] / 1e9
-                row |= {"bytes": contender.bytes, "gbs": gbs, "of_copy_ceiling": gbs / copy}
-            if contender.video_frames:
-                row["fps"] = contender.video_frames / seconds["p50"]
-            if contender.notes is not None:
-                row |= contender.notes()
-            rows.append({**row, "settings": case.all_settings() | contender.settings, **about})
+        rows = [{**self._row(name, baseline, ceilings), **about} for name in names]
         rows[0]["left_out"] = self.built.left_out
         return rows
+
+    def _row(self, name: str, baseline: str, ceilings: dict[str, float]) -> dict[str, object]:
+        case, contender, samples = self.case, self.built.contenders[name], self.samples
+        seconds = quantiles([t for t in samples[name] if t is not None])
+        row: dict[str, object] = {
+            "case": case.name,
+            "level": case.level,
+            "size": case.size.name,
+            "dtype": case.dtype,
+            "contender": name,
+            "baseline": baseline,
+            "seconds": seconds,
+            "over_baseline": paired(samples[name], samples[baseline]),
+            "ours_over_this": paired(samples[OURS], samples[name]),
+            "rounds": sum(t is not None for t in samples[name]),
+        }
+        if contender.flops:
+            tflops = contender.flops / seconds["p50"] / 1e12
+            share = tflops / ceilings[f"tflops_{case.dtype}"]
+            row |= {"flops": contender.flops, "tflops": tflops, "of_product_ceiling": share}
+        if contender.bytes:
+            gbs = contender.bytes / seconds["p50"] / 1e9
+            row |= {"bytes": contender.bytes, "gbs": gbs, "of_copy_ceiling": gbs / ceilings["gbs"]}
+        if contender.video_frames:
+            row["fps"] = contender.video_frames / seconds["p50"]
+        if contender.notes is not None:
+            row |= contender.notes()
+        return {**row, "settings": case.all_settings() | contender.settings}
