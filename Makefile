@@ -53,9 +53,8 @@ gpu-test:  ## the kernels on a GPU, with this machine's own torch and triton; wr
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-test: no CUDA device')" || exit 2
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) $(PYTEST) tests/gpu --record $(OUT)
 
-gpu-bench:  ## the kernels against the best dense attention on a GPU; writes bench/results
-	@$(PYTHON) -m memflow_ops.bench.gpu --out $(OUT)
-	@$(PYTHON) -m memflow_ops.bench.run --device cuda --out $(OUT)
+gpu-bench:  ## attention, cache and streams against every alternative on a GPU, then our kernels alone; writes bench/results
+	@$(PYTHON) -m memflow_ops bench --device cuda --out $(OUT)
 
 DOCS := .venv/docs
 

@@ -22,16 +22,16 @@ from memflow_ops.environment import environment, pick_device, version
 from memflow_ops.files import check_folder
 
 RESULTS = Path(__file__).resolve().parent / "results"
-DEFAULT_GROUPS = GROUPS[1:]
+DEFAULT_GROUPS = tuple(group for group in GROUPS if not group.startswith("tiny"))
 
 
 class Session:
     """Some cases on a device, and the file that every finished case is kept in at once.
 
-    device: as `pick_device` takes it. groups: of the registry; none stands for all but `tiny`. named: part of the names
-    of the cases. rounds: of timing; None for each case's own. out: the folder of the results. compare: the stored
-    results are going to be compared with, and not replaced. Raises ValueError for what cannot be measured, compared or
-    written, before anything is measured.
+    device: as `pick_device` takes it. groups: of the registry; none stands for all but the tiny ones. named: part of
+    the names of the cases. rounds: of timing; None for each case's own. out: the folder of the results. compare: the
+    stored results are going to be compared with, and not replaced. Raises ValueError for what cannot be measured,
+    compared or written, before anything is measured.
     """
 
     def __init__(

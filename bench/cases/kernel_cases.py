@@ -135,7 +135,7 @@ class KernelCases:
 
     def retrieval(self) -> Case:
         options = {"history": 240, "words": 512, "valid_words": 120, "count": 6}
-        if self.group == "tiny":
+        if self.group == "tiny-kernels":
             options |= {"history": 20, "words": 16, "valid_words": 7}
         return self.case(
             "retrieve", "plain torch", retrieval.retrieve, "at most 1 ms, later 0.3", {**options}, **options

@@ -16,7 +16,7 @@ from memflow_ops.bench.harness.case import OURS, Build, Case, build_of
 from memflow_ops.bench.sizes import LONG_BANKS, QUARTER, TINY, TINY_KERNELS, WAN, WAN_FRAME, WAN_KERNELS, Size
 from memflow_ops.environment import implementations
 
-GROUPS = ("tiny", "wan-1.3b", "long", "kernels")
+GROUPS = ("tiny", "tiny-kernels", "wan-1.3b", "long", "kernels")
 """Parts of the registry that are asked for by name."""
 
 # Remembered frames that the prompt is compared with.
@@ -125,7 +125,7 @@ def registry() -> list[Case]:
         *of_size(WAN, "bfloat16", "wan-1.3b", CUDA, 30),
         *(long_case(QUARTER, "float32", frames, "cpu") for frames in LONG_BANKS),
         *(long_case(WAN, "bfloat16", frames, "cuda") for frames in LONG_BANKS),
-        *KernelCases(TINY_KERNELS, "bfloat16", "tiny", BOTH, rounds=2, large_bank=5).all(),
+        *KernelCases(TINY_KERNELS, "bfloat16", "tiny-kernels", BOTH, rounds=2, large_bank=5).all(),
         *KernelCases(WAN_KERNELS, "bfloat16", "kernels", CUDA, rounds=30, large_bank=1000).all(),
     ]
     assert len({(case.name, case.devices) for case in cases}) == len(cases)
@@ -148,5 +148,6 @@ def chosen(device: str, groups: Sequence[str], named: str = "") -> list[Case]:
         if not (case.needs_triton and no_triton)
     ]
     if not fit:
-        raise ValueError(f"no case of the sizes {', '.join(groups)} with {named!r} in its name runs on {device}")
+        why = f" ({no_triton})" if no_triton and "tiny-kernels" in groups else ""
+        raise ValueError(f"no case of the sizes {', '.join(groups)} with {named!r} in its name runs on {device}{why}")
     return fit

@@ -64,18 +64,20 @@ def retrieve(
     text, means = tokens(words), tokens(history, 1)
     candidates = torch.arange(history, dtype=torch.int32, device=device)[None].flip(1).contiguous()
     lengths = torch.tensor([valid_words], dtype=torch.int32, device=device)
+    given: dict[str, Any] = {"candidates": candidates, "text_lengths": lengths}
 
     def contender(impl: str, **options: Any) -> Contender:
         def call() -> tuple[Tensor, Tensor]:
-            return retrieve_frames(text, means, count, candidates=candidates, text_lengths=lengths, impl=impl, **options)
+            return retrieve_frames(
+                text, means, count, candidates=candidates, text_lengths=lengths, impl=impl, **options
+            )
 
         def check() -> None:
             exact, exact_scores = retrieve_frames(
                 text.double(),
                 means.double(),
                 count,
-                candidates=candidates,
-                text_lengths=lengths,
+                **given,
                 impl="reference",
                 **options,
             )

@@ -14,8 +14,8 @@ from memflow_ops.bench.harness.statistics import decided
 
 
 def cases_of(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
-    """Rows by case, streams first, ours first in each."""
-    order = {"stream": 0, "layer": 1, "op": 2}
+    """Rows by case: streams first, our kernels alone last; ours first in each."""
+    order = {"stream": 0, "layer": 1, "op": 2, "kernel": 3}
     found: dict[str, list[ResultRow]] = {}
     for row in sorted(rows, key=lambda row: (order[row["level"]], row["dtype"] != "float32")):
         found.setdefault(row["case"], []).append(row)
@@ -23,7 +23,7 @@ def cases_of(rows: Sequence[ResultRow]) -> dict[str, list[ResultRow]]:
 
 
 def overhead(ratio: Mapping[str, float], rounds: int) -> str:
-    """A ratio as percent more, with its spread; and where the spread leaves it open which of the two is faster."""
+    """A ratio as percent more, with its spread, and whether the spread leaves open which of the two is faster."""
     middle, low, high = (100 * (ratio[name] - 1) for name in ("p50", "p20", "p80"))
     if rounds == 1:
         return f"{middle:+.1f} % (one round)"
@@ -45,14 +45,23 @@ def of_ceiling(row: ResultRow, figure: str, share: str) -> str:
 
 
 def named(row: ResultRow) -> str:
-    """A contender, the frames of video that it makes, and the histories that it was timed over where they grow."""
-    speed = f", {row['fps']:.3g} frames/s" if "fps" in row else ""
-    first, last = row.get("history_timed", (0, 0))
-    return f"{row['contender']}{speed}" + (f", history {first} to {last}" if last else "")
+    """A contender, and what else was noted of it.
+
+    The frames of video that it makes, the histories that it was timed over where they grow, and the blocks that a tile
+    of queries selects between them.
+    """
+    words = [str(row["contender"])]
+    if "fps" in row:
+        words.append(f"{row['fps']:.3g} frames/s")
+    if "history_timed" in row:
+        words.append("history {} to {}".format(*row["history_timed"]))
+    if "union_blocks" in row:
+        words.append(f"{row['union_blocks']:.0f} of {row['bank_blocks']} blocks in a tile")
+    return ", ".join(words)
 
 
 def cells(row: ResultRow) -> list[str]:
-    """One contender: time, over the baseline, ours against it, TFLOP/s, GB/s."""
+    """The figures of one contender under `HEADINGS`."""
     is_baseline = row["contender"] == row["baseline"]
     return [
         milliseconds(row["seconds"], row["rounds"]),
@@ -68,7 +77,7 @@ HEADINGS = ("ms (20-80 %)", "over the baseline (20-80 %)", "ours / this", "TFLOP
 
 
 def show(results: Mapping[str, Any], console: Console | None = None) -> None:
-    """Prints it."""
+    """Print the results of a device as a table."""
     caption = f"{measured_at(results['rows'])}; {ceilings_line(results['ceilings'])}. {FRAMES_PER_SECOND}."
     table = Table(title=f"memflow bench, {results['device']}", caption=caption)
     table.add_column("case, contender", overflow="fold", min_width=50)
@@ -85,7 +94,7 @@ def show(results: Mapping[str, Any], console: Console | None = None) -> None:
 
 
 def measured_at(rows: Sequence[ResultRow]) -> str:
-    """Versions, days and commits of the rows, each once, in the order in which they were kept."""
+    """The versions, days and commits of the rows, each once, in the order in which the rows were kept."""
     return "; ".join(dict.fromkeys(f"torch {row['torch']}, {row['date']}, commit {row['commit']}" for row in rows))
 
 

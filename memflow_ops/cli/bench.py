@@ -25,9 +25,10 @@ def bench(
     size: Annotated[
         list[str] | None,
         typer.Option(
-            help="Measure cases of this size: tiny (takes seconds, and its times mean nothing), wan-1.3b, or long "
-            "(banks of 4 to 1000 frames). May be repeated.",
-            show_default="wan-1.3b and long",
+            help="Measure cases of this size: wan-1.3b, long (banks of 4 to 1000 frames), kernels (our Triton kernels "
+            "alone, on a GPU), tiny (takes seconds, and its times mean nothing), or tiny-kernels (with "
+            "TRITON_INTERPRET=1 also on a CPU). May be repeated.",
+            show_default="all but the tiny ones",
             metavar="NAME",
             autocompletion=lambda: list(GROUPS),
         ),

@@ -8,9 +8,16 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memflow_ops.bench import gpu
-from memflow_ops.bench.cases import attention as cases_attention
-from memflow_ops.bench.cases import parts, registry, streams
+from memflow_ops.bench.cases import (
+    alternatives,
+    attention_inputs,
+    cache_write,
+    checked_cache,
+    registry,
+    retrieval,
+    selection,
+)
+from memflow_ops.bench.cases.attention_inputs import AttentionInputs, attention_contender
 from memflow_ops.bench.harness import ceilings, contest, correctness
 from memflow_ops.bench.sizes import TINY
 from memflow_ops.cache.frame_cache import FrameCache
@@ -36,7 +43,7 @@ def checked(name: str, dtype: str = "float32") -> None:
 
 @pytest.mark.parametrize("name", [case.name for case in registry.of_size(TINY, "bfloat16", "tiny", ("cpu",), 5)])
 def test_what_is_right_in_bfloat16_is_let_through(name):
-    """In float32 it is timed in test_bench.py."""
+    """In float32 it is timed in test_cases.py."""
     checked(name.removesuffix("/tiny/bfloat16"), "bfloat16")
 
 
@@ -72,11 +79,13 @@ def other_blocks_inside(patch: pytest.MonkeyPatch) -> None:
     select = torch_impl.select_blocks
     other_blocks(patch)
 
-    def right(q, descriptors, top_k, *, query_group, memory_frames=None, memory_slots=None, blocks_per_frame):
+    def right(
+        q, descriptors, top_k, *, query_group, memory_frames=None, memory_slots=None, blocks_per_frame, impl="auto"
+    ):
         geometry = Geometry(1, blocks_per_frame, query_group or q.shape[1], 1.0, memory_slots, memory_frames)
         return select(q, descriptors, top_k, geometry)
 
-    for module in (cases_attention, parts, streams):
+    for module in (attention_inputs, checked_cache):
         patch.setattr(module, "select_blocks", right)
 
 
@@ -102,10 +111,15 @@ def without_a_key(found: list) -> list:
     return found
 
 
-def earlier_prototype(patch: pytest.MonkeyPatch) -> None:
+def another_prototype(patch: pytest.MonkeyPatch) -> None:
     """Another frame of the chunk is copied to the history."""
     copy = FrameCache._copy_from_ring
-    patch.setattr(FrameCache, "_copy_from_ring", lambda cache, frame, places: copy(cache, frame + 1, places))
+
+    def another(cache, frame, places):
+        chunk = cache.layout.chunk_frames
+        copy(cache, frame - frame % chunk + (frame + 1) % chunk, places)
+
+    patch.setattr(FrameCache, "_copy_from_ring", another)
 
 
 def shifted_prototype(patch: pytest.MonkeyPatch) -> None:
@@ -199,8 +213,8 @@ BROKEN = {
     "backward-bank-dk": ("op/backward", scaled(3), "head 0: the bank's dk off"),
     "backward-bank-dv": ("op/backward", scaled(4), "head 0: the bank's dv off"),
     "backward-one-key": ("op/backward", WITHOUT_A_KEY, "the bank's dk off"),
-    "relevance": ("op/relevance", changed(parts, "frame_relevance", lambda x: x * 1.001), "ours: off by"),
-    "frame_write-frame": ("op/frame_write", earlier_prototype, "the slot of frame 0 does not hold the keys"),
+    "relevance": ("op/relevance", changed(retrieval, "frame_relevance", lambda x: x * 1.001), "ours: off by"),
+    "frame_write-frame": ("op/frame_write", another_prototype, "the slot of frame 0 does not hold the keys"),
     "frame_write-token": ("op/frame_write", shifted_prototype, "the slot of frame 0 does not hold the keys"),
     "frame_write-descriptors": ("op/frame_write", without_descriptors, "descriptors of 0.* values are off"),
     "frame_write-means": ("op/frame_write", means_of_another, "mean of frame 3.* values are off"),
@@ -248,8 +262,8 @@ def test_what_is_broken_is_seen(name, breakage, said, monkeypatch):
 
 @pytest.mark.parametrize("window_in_place", [False, True], ids=["copied", "in place"])
 def test_the_released_way_is_held_against_float64(window_in_place, monkeypatch):
-    given = cases_attention.Inputs.make(TINY, 8, torch.float32, CPU)
-    released = cases_attention.released(given, window_in_place)
+    given = AttentionInputs.make(TINY, 8, torch.float32, CPU)
+    released = alternatives.released(given, window_in_place)
     released.check()
     with monkeypatch.context() as patch:
         topk = torch.Tensor.topk
@@ -274,16 +288,16 @@ def test_the_released_way_is_held_against_float64(window_in_place, monkeypatch):
 
 @pytest.mark.parametrize("window_in_place", [False, True], ids=["copied", "in place"])
 def test_the_released_way_copies_nothing_twice(window_in_place, monkeypatch):
-    given = cases_attention.Inputs.make(TINY, 8, torch.float32, CPU)
-    call = cases_attention.released(given, window_in_place).call
-    monkeypatch.setattr(cases_attention.F, "scaled_dot_product_attention", lambda q, k, v: q)
+    given = AttentionInputs.make(TINY, 8, torch.float32, CPU)
+    call = alternatives.released(given, window_in_place).call
+    monkeypatch.setattr(alternatives.F, "scaled_dot_product_attention", lambda q, k, v: q)
     a_frame = 4 * TINY.heads * TINY.frame_tokens * TINY.head_dim
     assert ceilings.peak_bytes(call, CPU) < a_frame, "keys or values went through other memory than the kept"
 
 
-@pytest.mark.parametrize("make", [parts.describe, parts.frame_write])
+@pytest.mark.parametrize("make", [selection.describe, cache_write.chunk_write])
 def test_copies_are_copies(make, monkeypatch):
-    copy = make(TINY, torch.float32, CPU, 0)["copy"]
+    copy = make(TINY, torch.float32, CPU, 0).contenders["copy"]
     copy.check()
     monkeypatch.setattr(torch.Tensor, "copy_", lambda x, of: x)
     with pytest.raises(AssertionError, match="not a copy"):
@@ -291,22 +305,22 @@ def test_copies_are_copies(make, monkeypatch):
 
 
 def test_half_precision_hides_no_small_error_of_all_values():
-    given = cases_attention.Inputs.make(TINY, 4, torch.bfloat16, CPU)
-    ours = cases_attention.ours(given)
-    off = cases_attention.attention_contender(given, lambda: ours.call() + 6e-3, 1, given.keys_of_ours)
+    given = AttentionInputs.make(TINY, 4, torch.bfloat16, CPU)
+    ours = attention_inputs.ours(given)
+    off = attention_contender(given, lambda: ours.call() + 6e-3, 1, given.window_and_selection())
     with pytest.raises(AssertionError, match="mean error"):
         off.check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_no_head_is_left_out(dtype):
-    given = cases_attention.Inputs.make(replace(TINY, dim=160, heads=5), 4, dtype, CPU)
-    ours = cases_attention.ours(given)
+    given = AttentionInputs.make(replace(TINY, dim=160, heads=5), 4, dtype, CPU)
+    ours = attention_inputs.ours(given)
     ours.check()
     for head in range(5):
         zeroed = torch.arange(5)[:, None] == head
-        without = cases_attention.attention_contender(
-            given, lambda zeroed=zeroed: ours.call().masked_fill(zeroed, 0), 1, given.keys_of_ours
+        without = attention_contender(
+            given, lambda zeroed=zeroed: ours.call().masked_fill(zeroed, 0), 1, given.window_and_selection()
         )
         with pytest.raises(AssertionError, match=f"head {head}, group"):
             without.check()
@@ -317,15 +331,6 @@ def test_inner_heads_are_checked_in_groups_that_move_on():
     assert checked[0] == checked[11] == [0, 18, 36]
     assert checked[1:11] == [[3], [6], [9], [12], [15], [18], [21], [24], [27], [30]]
     assert list(correctness.sampled(1, 1)) == [(0, 0)]
-
-
-def test_inputs_on_a_gpu_lie_as_in_the_cache(monkeypatch):
-    monkeypatch.setattr(gpu, "describe_blocks", lambda k, *sizes, impl: k)
-    bench = gpu.Bench(gpu.TINY, CPU, 1)
-    bank = bench.bank(3)
-    for x, tokens in ((bank.k, 210), (bank.v, 210), (bench.k, 350), (bench.v, 350)):  # the window is behind the sink
-        assert x.stride()[1:] == (16, 16 * tokens, 1)
-    assert torch.equal(bank.k, bench.tokens(210, 4))
 
 
 # ----------------------------------------------------------------------------------------------------- the checks alone

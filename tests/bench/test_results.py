@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -126,14 +124,6 @@ def test_what_cannot_be_compared_is_said_before_anything_is_measured(tmp_path, m
         compare()
     kept(case=first.name, settings=first.all_settings())
     compare()
-
-
-def test_nothing_to_compare_with_is_one_line(tmp_path):
-    words = ["-m", "pytest", "bench/test_cases.py", "-o", "addopts=", "-q", "--import-mode=importlib", "-p",
-             "no:cacheprovider", "--compare", "--size", "tiny", "--out", str(tmp_path)]  # fmt: skip
-    done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
-    said = done.stderr.strip().splitlines()
-    assert done.returncode == 4 and len(said) == 1 and "nothing to compare with" in said[0], done.stdout + done.stderr
 
 
 @pytest.mark.parametrize(
