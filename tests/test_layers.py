@@ -91,14 +91,10 @@ def complaints(found):
     return wrong
 
 
-# What the move into these rooms left over; the list only ever gets shorter.
-LEFT_OVER = ("a circle: memflow_ops.bench.gpu",)
-
-
 def test_imports_run_one_way_and_never_in_a_circle():
     found = sources(ROOT)
     assert len(found) > 100
-    assert not [complaint for complaint in complaints(found) if not complaint.startswith(LEFT_OVER)]
+    assert not complaints(found)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,12 @@ _BANKS = (1, 2, 4, 8, 16, 32, 64)
 _WINDOW_KEYS = (128, 256, 512, 1024, 1560, 3120, 14040)
 # The bank of what is not about the bank, frames.
 _SHORT_WINDOW_BANK, _TILES_BANK = 8, 16
-# Layers that write one after the other.
-_WRITTEN_LAYERS = 8
+# Layers that write one after the other, and what frames are chosen from; tiny, and at full size.
+_WRITTEN_LAYERS = {True: 2, False: 8}
+_RETRIEVAL = {
+    True: {"history": 20, "words": 16, "valid_words": 7, "count": 6},
+    False: {"history": 240, "words": 512, "valid_words": 120, "count": 6},
+}
 
 
 @dataclass(frozen=True)
@@ -120,26 +124,24 @@ class KernelCases:
         ]
 
     def cache_write(self) -> list[Case]:
+        layers = _WRITTEN_LAYERS[self.group == "tiny-kernels"]
         return [
             self.case(
                 "write_projections_clean" if clean else "write_projections",
                 "a copy of as many bytes",
                 cache_write.several_layers,
                 "at most 1.5, later 1.15",
-                {"layers_in_turn": _WRITTEN_LAYERS},
+                {"layers_in_turn": layers},
                 clean=clean,
-                layers=_WRITTEN_LAYERS,
+                layers=layers,
             )
             for clean in (False, True)
         ]
 
     def retrieval(self) -> Case:
-        options = {"history": 240, "words": 512, "valid_words": 120, "count": 6}
-        if self.group == "tiny-kernels":
-            options |= {"history": 20, "words": 16, "valid_words": 7}
-        return self.case(
-            "retrieve", "plain torch", retrieval.retrieve, "at most 1 ms, later 0.3", {**options}, **options
-        )
+        options = _RETRIEVAL[self.group == "tiny-kernels"]
+        aim = "at most 1 ms, later 0.3"
+        return self.case("retrieve", "plain torch", retrieval.retrieve, aim, {**options}, **options)
 
     def backward(self) -> list[Case]:
         aim = "at most 3.0 of its forward, later 2.5; TFLOP/s over flash attention's at least 0.6, later 0.85"

@@ -1,6 +1,4 @@
-"""Our kernels alone, at a tiny size in Triton's interpreter: every case is built, and every contender is checked."""
-
-import os
+"""Our kernels alone, at a tiny size, on a GPU or in Triton's interpreter: every contender of every case is checked."""
 
 import pytest
 import torch
@@ -8,15 +6,13 @@ import torch
 from memflow_ops.bench.cases import registry
 from memflow_ops.bench.harness.contest import Contest
 
-INTERPRETING = os.environ.get("TRITON_INTERPRET") == "1"
 CASES = [case for case in registry.registry() if case.group == "tiny-kernels"]
 
 
-@pytest.mark.skipif(not INTERPRETING, reason="Triton interprets only where TRITON_INTERPRET=1 is set from the start")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name.removeprefix("kernel/"))
 @torch.no_grad()
 def test_every_contender_is_right(case):
-    found = Contest(case, torch.device("cpu"))
+    found = Contest(case, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert len(found.built.contenders) >= 2
     assert any(contender.flops or contender.bytes for contender in found.built.contenders.values())
 
@@ -30,8 +26,8 @@ def test_a_gpu_runs_the_same_cases_at_full_size():
     assert all(case.devices == ("cuda",) and case.size.queries == 4680 for case in full)
 
 
-@pytest.mark.skipif(INTERPRETING or torch.cuda.is_available(), reason="Triton runs here")
-def test_without_triton_the_kernels_are_not_asked_for():
-    with pytest.raises(ValueError, match="TRITON_INTERPRET=1 runs the kernels"):
+def test_without_triton_the_kernels_are_not_measured(monkeypatch):
+    monkeypatch.setattr(registry, "implementations", lambda: {"triton": "triton is not installed"})
+    with pytest.raises(ValueError, match=r"runs on cpu \(triton is not installed\)"):
         registry.chosen("cpu", ["tiny-kernels"])
     assert not any(case.needs_triton for case in registry.chosen("cpu", registry.GROUPS))
