@@ -23,10 +23,11 @@ from memflow_ops.model.toy.evaluation.held_out import (
     appearances,
     is_return,
     make_stories,
+    named_at,
 )
-from memflow_ops.model.toy.evaluation.kinds import MEMORY_KINDS, OraclePolicy, shown_at
+from memflow_ops.model.toy.evaluation.kinds import MEMORY_KINDS, OraclePolicy
 from memflow_ops.model.toy.evaluation.report import evaluation_table, write_evaluation
-from memflow_ops.model.toy.evaluation.summary import summarise, watch
+from memflow_ops.model.toy.evaluation.summary import judge_stream, summarise
 from memflow_ops.model.toy.language import NOBODY, parse_prompt
 from memflow_ops.model.toy.settings import TOY_SETTINGS
 
@@ -57,21 +58,21 @@ class Truth:
             for story, prompts in enumerate(self.stories):
                 scene = parse_prompt(prompts[prompt])
                 who, hue, pattern, x = [], [], [], []
-                for slot, character in enumerate(scene.who):
+                for side, character in enumerate(scene.who):
                     returns = (story, prompt, character) in back
                     if returns and self.absent:
                         continue
                     who.append((character + (returns and self.other_shape)) % NOBODY)
                     hue.append(self.hue[story, 0 if self.alike else character] + returns * self.turn_returns / 360)
                     pattern.append((self.pattern[story, character] + (returns and self.other_pattern)) % 3)
-                    x.append((world.LEFT, world.RIGHT)[slot] if len(scene.who) == 2 else world.MIDDLE)
+                    x.append((world.LEFT, world.RIGHT)[side] if len(scene.who) == 2 else world.MIDDLE)
                 if part in (3, 6):
                     who = hue = pattern = x = []  # chunks that nobody looks at
                 centre = torch.tensor([[at, 0.5] for at in x]).view(-1, 2)
                 whom, tones = (torch.tensor(of, dtype=torch.long) for of in (who, pattern))
                 frames.append(world.render(whom, torch.tensor(scene.place), torch.tensor(hue) % 1, tones, centre))
                 past = range(0, 3 * index - 3, 3)
-                shown = [f for f in past if bool(set(shown_at(prompts, f)) & set(scene.who)) == self.retrieves_named]
+                shown = [f for f in past if bool(set(named_at(prompts, f)) & set(scene.who)) == self.retrieves_named]
                 retrieved.append(shown[-3:])
             video = torch.stack(frames)[:, :, None].expand(-1, -1, 3, -1, -1)
             empty: list[list[float]] = [[] for _ in self.stories]
@@ -86,7 +87,7 @@ def judged(**changes: object) -> KindFigures:
         truth = Truth(stories, seed=i)
         for name, value in changes.items():
             setattr(truth, name, value)
-        streamed.append(watch(stories, truth.chunks(), 3))
+        streamed.append(judge_stream(stories, truth.chunks(), 3))
     return summarise("memflow", streamed, TOY_SETTINGS, blocks_per_frame=4)
 
 
@@ -99,7 +100,7 @@ def test_a_perfect_stream_is_judged_perfect():
     shares = (row.hue, row.pattern, row.shape, row.pairs)
     assert [share.value for share in shares] == [1.0] * 4
     assert row.hue.count == row.pattern.count == len(returns()) >= 15
-    assert row.pairs.count == sum(it.slot == 0 for it in returns()) >= 1
+    assert row.pairs.count == sum(it.side == 0 for it in returns()) >= 1
     assert row.shape.count > row.hue.count  # first appearances too
     assert row.median_error < 1 and row.drift < 1 and row.precision == 1.0
     assert sum(row.hues) == row.shape.count - row.hue.count
@@ -185,7 +186,7 @@ def test_oracle_finds_all_who_are_named():
         oracle.coming = [prompt]
         chosen = oracle.choose(Given, [], torch.ones(1)).frames[0]  # type: ignore[arg-type]
         assert len(chosen) == (3 if expected else 0) and len(set(chosen)) == len(chosen)
-        assert {who for frame in chosen for who in shown_at(story, frame)} == expected
+        assert {who for frame in chosen for who in named_at(story, frame)} == expected
 
 
 @pytest.mark.parametrize(

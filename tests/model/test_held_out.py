@@ -27,8 +27,8 @@ def test_stories_keep_their_promises():
                     assert 24 <= it.gap <= 240
                     gaps.add(it.gap)
                 else:
-                    assert it.slot is None, "first appearances are alone"
-            pairs += sum(it.slot == 1 for it in here)
+                    assert it.side is None, "first appearances are alone"
+            pairs += sum(it.side == 1 for it in here)
     assert casts == {2, 3, 4}
     assert {24, 240} <= gaps
     assert pairs > 20
@@ -47,8 +47,8 @@ def test_negative_seeds_are_refused():
 def test_appearances_by_hand():
     story = ["empty sea", "the ball in the sea", "the ball and the star at night", "empty sea", "the star at sea"]
     ball, ball_again, star, star_again = appearances([story])
-    assert (ball.prompt, ball.character, ball.slot, ball.first) == (1, 0, None, None)
-    assert (ball_again.prompt, ball_again.slot, ball_again.first, ball_again.gap) == (2, 0, ball, 0)
-    assert (star.prompt, star.character, star.slot, star.first) == (2, 2, 1, None)
+    assert (ball.prompt, ball.character, ball.side, ball.first) == (1, 0, None, None)
+    assert (ball_again.prompt, ball_again.side, ball_again.first, ball_again.gap) == (2, 0, ball, 0)
+    assert (star.prompt, star.character, star.side, star.first) == (2, 2, 1, None)
     assert (star_again.prompt, star_again.first, star_again.gap) == (4, star, FRAMES_PER_PROMPT)
     assert not any(map(is_return, (ball, ball_again, star, star_again)))  # none was away for two prompts

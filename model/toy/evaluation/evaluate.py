@@ -1,10 +1,10 @@
 """Does memory work? Held-out stories in which characters leave and return, judged from the pixels alone.
 
 Every frame is generated, first appearances included. A return is compared with the story's first appearance of that
-character, first chunk against first chunk: hue within 30 degrees (one in six by chance) and pattern (one in three, if
-the model drew all alike often; `KindFigures.chance_pattern` says what it is). A character that is absent in
-either is a miss.
-All rows share stories and noise; some are controls, which would expose a memory that does nothing.
+character, first chunk with first chunk, by hue (equal within 30 degrees: one in six by chance) and by pattern (one in
+three, if the model drew all equally often; `KindFigures.chance_pattern` says what it is). A character that is absent in
+either chunk is a miss. All kinds of memory stream the same stories from the same noise. Some of them are controls,
+which would expose a memory that does nothing.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,26 +12,19 @@ from dataclasses import replace
 
 from memflow_ops.model.streaming.settings import USED_BY, StreamSettings
 from memflow_ops.model.streaming.streamer import Chunk
-from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming
-from memflow_ops.model.toy.evaluation.held_out import (
-    FRAMES_PER_PROMPT,
-    JUDGED_SEED,
-    make_stories,
-)
+from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming, median
+from memflow_ops.model.toy.evaluation.held_out import FRAMES_PER_PROMPT, JUDGED_SEED, make_stories
 from memflow_ops.model.toy.evaluation.kinds import MEMORY_KINDS, MemoryKind, stream_kind
-from memflow_ops.model.toy.evaluation.summary import JudgedStream, _median, summarise, watch
+from memflow_ops.model.toy.evaluation.summary import JudgedStream, judge_stream, summarise
 from memflow_ops.model.toy.settings import TOY_SETTINGS
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
-"""Returns are also judged apart by the frames since the character was last named."""
-"""(story, prompt, slot, last chunk of the prompt instead of first) -> look"""
-
-
-# ------------------------------------------------------------------------------------------------------------ the whole
+TIMED_CHUNKS = range(8, 24)
+"""The chunks that are timed: all kinds have a memory by then, and the history is short."""
 
 
 def check_evaluation(kinds: Sequence[str], stories: int, seed: int, top_k: int | None = None) -> None:
-    """A ValueError for arguments that `evaluate_kinds` cannot work with. top_k: None where it was not given."""
+    """Raises a ValueError for arguments that `evaluate_kinds` cannot work with. top_k: None where it was not given."""
     unknown = [name for name in kinds if name not in MEMORY_KINDS]
     if unknown:
         raise ValueError(f"unknown kind of memory {', '.join(map(repr, unknown))}; there are {', '.join(MEMORY_KINDS)}")
@@ -51,17 +44,18 @@ def evaluate_kinds(
     lengths: Sequence[int] | None = None,
     report: Callable[[str, int, int], None] | None = None,
 ) -> Iterator[KindFigures]:
-    """Streams held-out stories under each kind of memory and yields its row.
+    """Streams held-out stories under each kind of memory, and yields its figures.
 
-    stories: of each length, see `held_out.make_stories`. kinds: names of MEMORY_KINDS. seed: of stories and noise,
-    held out. lengths: of the stories, in prompts; None: all of `held_out.STORY_PROMPTS`.
-    report: called with a kind's name, the chunks done and all of its chunks.
+    stories: how many of each length, see `held_out.make_stories`. kinds: names of MEMORY_KINDS. seed: the seed of
+    stories and noise. settings: None for TOY_SETTINGS. lengths: of the stories, in prompts; None for
+    `held_out.STORY_PROMPTS`. report: is called with a kind's name, how many of its chunks are done, and how many there
+    are.
     """
     check_evaluation(kinds, stories, seed)
     settings = settings or TOY_SETTINGS
-    told = make_stories(stories, seed, lengths)
+    groups = make_stories(stories, seed, lengths)
     tokens = model.tokens(settings.height, settings.width)
-    total = sum(len(group[0]) for group in told) * FRAMES_PER_PROMPT // settings.chunk_frames
+    total = sum(len(group[0]) for group in groups) * FRAMES_PER_PROMPT // settings.chunk_frames
 
     def counted(name: str, chunks: Iterator[Chunk], done: int) -> Iterator[Chunk]:
         for chunk in chunks:
@@ -70,18 +64,14 @@ def evaluate_kinds(
                 report(name, done + chunk.index + 1, total)
 
     for name in kinds:
-        streamed: list[JudgedStream] = []
-        for group in told:
-            done = sum(other.chunks for other in streamed)
+        streams: list[JudgedStream] = []
+        for group in groups:
+            done = sum(stream.chunks for stream in streams)
             # No two stories share their noise.
-            first_seed = seed + sum(len(other.stories) for other in streamed)
+            first_seed = seed + sum(len(stream.stories) for stream in streams)
             chunks = stream_kind(model, group, MEMORY_KINDS[name], settings, first_seed)
-            streamed.append(watch(group, counted(name, chunks, done), settings.chunk_frames))
-        yield summarise(name, streamed, MEMORY_KINDS[name].change(settings), -(-tokens // settings.block_size))
-
-
-TIMED_CHUNKS = range(8, 24)
-"""Chunks that are timed: all kinds have a memory by then, and the history is short."""
+            streams.append(judge_stream(group, counted(name, chunks, done), settings.chunk_frames))
+        yield summarise(name, streams, MEMORY_KINDS[name].change(settings), -(-tokens // settings.block_size))
 
 
 def time_kinds(
@@ -92,7 +82,8 @@ def time_kinds(
 ) -> dict[str, KindTiming]:
     """Streams four stories under every kind at once, a chunk of each in turn, so that other load touches all alike.
 
-    kinds: names of MEMORY_KINDS, or others with what they are. Under "none" is what the ratios are to."""
+    kinds: names of MEMORY_KINDS, or other kinds by name. The ratios are to the kind named "none".
+    """
     stories = make_stories(4, seed)[1]
     known = kinds if isinstance(kinds, Mapping) else MEMORY_KINDS
     streams = {name: stream_kind(model, stories, known[name], settings or TOY_SETTINGS, seed) for name in kinds}
@@ -105,6 +96,6 @@ def time_kinds(
     timings = {}
     for name, ours in seconds.items():
         ratios = sorted(a / b for a, b in zip(ours, seconds.get("none", []), strict=False))
-        parts = [round(ratios[round(q * (len(ratios) - 1))], 4) if ratios else None for q in (0.5, 0.2, 0.8)]
-        timings[name] = KindTiming(_median(ours), *parts)
+        spread = [round(ratios[round(q * (len(ratios) - 1))], 4) if ratios else None for q in (0.5, 0.2, 0.8)]
+        timings[name] = KindTiming(median(ours), *spread)
     return timings

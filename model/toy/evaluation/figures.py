@@ -1,24 +1,25 @@
-"""The figures of one kind of memory."""
+"""The figures by which the evaluation compares kinds of memory."""
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-GAPS = ((24, 48), (49, 120), (121, 240))
+import torch
 
 
 @dataclass(frozen=True)
 class Proportion:
-    """A share of cases with its 95 % Wilson interval."""
+    """A share of cases with its 95 % Wilson interval (Wilson 1927), all rounded to four digits; NaN without cases."""
 
     value: float
     low: float
     high: float
     count: int
-    """of cases in all"""
+    """of all cases"""
 
     @classmethod
     def of(cls, hits: Sequence[bool]) -> "Proportion":
+        """The share of the cases that are true."""
         n, z = len(hits), 1.96
         if not n:
             return cls(math.nan, math.nan, math.nan, 0)
@@ -30,52 +31,58 @@ class Proportion:
 
 @dataclass(frozen=True)
 class KindFigures:
-    """How returns went under one kind of memory. Hues in degrees."""
+    """How returns went under one kind of memory. Hues are in degrees."""
 
     memory: str
+    """the name of the kind"""
     hue: Proportion
-    """of returns: the hue of the first appearance, within 30 degrees"""
+    """of returns: the character has the hue of its first appearance, within 30 degrees"""
     median_error: float
     """median hue difference, over returns with the character present both times"""
     pattern: Proportion
-    """of returns: the pattern of the first appearance"""
+    """of returns: the character has the pattern of its first appearance"""
     chance_hue: float
-    """the same with identities shuffled: of returns held against first appearances in all other stories"""
+    """share of equal hues with identities shuffled: each return against the first appearances in all other stories"""
     chance_pattern: float
+    """share of equal patterns, likewise"""
     others_hue: float
-    """of returns held against the first appearances of the others in the same story: what a memory that brings back
-    the wrong one of its frames would reach"""
+    """share of equal hues between returns and the first appearances of the other characters in the same story: what a
+    memory would reach that brings back the wrong one of its frames"""
     shape: Proportion
-    """of all appearances: looks like the character that was named"""
+    """of all appearances: the shape is that of the named character"""
     pairs: Proportion
-    """of prompts that bring back two: both have their hue"""
+    """of prompts that bring back two characters: both have their hue"""
     gaps: dict[str, Proportion]
-    """hue, by frames of absence"""
+    """`hue`, by frames of absence"""
     precision: float | None
-    """share of the retrieved frames, at returns, that show somebody the prompt names; None without retrieval"""
+    """share of the retrieved frames, at returns, that show somebody whom the prompt names; None without retrieval"""
     activated: float | None
-    """share of the bank's blocks that a query group selects, at returns; None where nothing is selected"""
+    """share of the bank's blocks that a query group selects, at returns; None where no blocks are selected"""
     copies: float
-    """share of first appearances with the hue of the character before (chance 1/6)"""
+    """share of first appearances with the hue of the character before (by chance one in six); NaN without cases"""
     drift: float
-    """median hue change over a prompt, first to last chunk"""
+    """median hue change over a prompt, from its first to its last chunk"""
     hues: list[int]
-    """first appearances per sixth of the colour circle"""
+    """first appearances per sixth of the colour circle, from 0, 60, ... 300 degrees on"""
 
 
 @dataclass(frozen=True)
 class KindTiming:
-    """What a chunk of four stories takes under one kind of memory, all kinds in turn, chunk by chunk."""
+    """What a chunk of four stories takes under one kind of memory, while all kinds are streamed in turn."""
 
     seconds: float
     """median"""
     ratio: float | None
-    """median of the ratios to the same chunk under "none"; None without such"""
+    """median of the ratios to the same chunk under "none"; None where that was not timed"""
     ratio_p20: float | None
     ratio_p80: float | None
 
 
-# -------------------------------------------------------------------------------------------------------------- looking
+def median(values: Sequence[float]) -> float:
+    """The lower median, rounded to four digits; NaN of nothing."""
+    return round(torch.tensor(values, dtype=torch.float64).median().item(), 4) if values else math.nan
 
 
-Story = list[str]
+def mean(values: Sequence[float]) -> float | None:
+    """The mean, rounded to four digits; None of nothing."""
+    return round(sum(values) / len(values), 4) if values else None

@@ -8,13 +8,14 @@ import numpy as np
 from memflow_ops.model.toy.language import CHARACTERS, PLACES, Scene, describe, parse_prompt
 
 JUDGED_SEED = 30_000
-"""Of the stories of `memflow toy evaluate`: unlike those of 10,000, nobody looked at them while world and training were
-being made. Training refuses all seeds from 10,000 on."""
+"""The seed of the stories of `memflow toy evaluate`. Unlike those of 10,000, nobody looked at them while the world and
+the training were being made. Training refuses all seeds from 10,000 on."""
 FRAMES_PER_PROMPT = 12
 STORY_PROMPTS = (6, 12, 24, 40)
-"""Lengths of the stories; as many of each."""
-_ABSENCES = (2, 3, 4, 5, 10)  # prompts that a character stays away, at least
-_LONGEST_ABSENCE = 20
+"""The lengths of the stories; there are as many of each."""
+ABSENCES = (2, 3, 4, 5, 10)
+"""The numbers of prompts for which a character stays away, at least; one is drawn each time."""
+LONGEST_ABSENCE = 20
 
 
 @dataclass(frozen=True)
@@ -24,22 +25,24 @@ class Appearance:
     story: int
     prompt: int
     character: int
-    slot: int | None
-    """0 and 1: on the left and on the right, of two; None: alone"""
+    side: int | None
+    """0 and 1: on the left and on the right of two; None: alone"""
     first: "Appearance | None"
-    """where the story named it for the first time; None: here"""
+    """where the story names it for the first time; None: here"""
     gap: int
-    """frames since a prompt named it last; meaningless for a first appearance"""
+    """frames since a prompt named it last; 0 for a first appearance"""
 
 
 def make_stories(count: int, seed: int, lengths: Sequence[int] | None = None) -> list[list[list[str]]]:
-    """`count` stories of each length, as prompts: (lengths, count, prompts). lengths: None for STORY_PROMPTS.
+    """`count` stories of each length, as prompts: (lengths, count, prompts). Without `lengths`, STORY_PROMPTS.
 
-    A story opens with an empty place, so that no character is ever in the sink, then introduces its 2 to 4 characters
-    one by one. Each shows up for one prompt and stays away for 2 prompts or more; the one introduced first for 20, as
-    far as the story is long enough. When two are due together a prompt names both; when nobody is, the place is empty.
+    A story opens with an empty place, so that no character is ever in the sink, and then introduces its 2 to 4
+    characters one by one. Each shows up for one prompt and stays away for 2 prompts or more; the one introduced first
+    stays away for 20, as far as the story is long enough. When two are due together a prompt names both; when nobody
+    is due, the place is empty.
 
-    Seeds below `train.HELD_OUT_SEED` are for tuning, from there on stories are held out.
+    Seeds below `schedule.HELD_OUT_SEED` are for tuning; from there on stories are held out. A negative seed, or a count
+    below 1, raises a ValueError.
     """
     if seed < 0:
         raise ValueError(f"seeds are not negative, got {seed}")
@@ -57,19 +60,19 @@ def _make_story(prompts: int, rng: np.random.Generator) -> list[str]:
     for prompt in range(1, prompts):
         new = [character for character in cast if character not in last and due[character] <= prompt]
         back = [character for character in last if due[character] <= prompt]
-        # Who is due next may as well come now, together with another, if away for long enough.
+        # A character that is due at the next prompt may come together with another now, if it was away long enough.
         early = [
             character
             for character, before in last.items()
-            if due[character] == prompt + 1 and before + _ABSENCES[0] < prompt and character != cast[0]
+            if due[character] == prompt + 1 and before + ABSENCES[0] < prompt and character != cast[0]
         ]
         if len(back) == 1 and early and rng.random() < 0.5:
             back.append(early[0])
         who = new[:1] or sorted(back, key=due.__getitem__)[:2]
         for character in who:
-            absence = int(rng.choice(_ABSENCES))
+            absence = int(rng.choice(ABSENCES))
             if character == cast[0]:
-                absence = min(_LONGEST_ABSENCE, max(prompts - prompt - 2, _ABSENCES[0]))
+                absence = min(LONGEST_ABSENCE, max(prompts - prompt - 2, ABSENCES[0]))
             due[character] = prompt + 1 + absence
             last[character] = prompt
         scenes.append(tuple(rng.permutation(who).tolist()))
@@ -85,9 +88,9 @@ def appearances(stories: Sequence[Sequence[str]]) -> list[Appearance]:
         last: dict[int, int] = {}
         for prompt, words in enumerate(prompts):
             who = parse_prompt(words).who
-            for slot, character in enumerate(who):
-                gap = (prompt - last.get(character, prompt) - 1) * FRAMES_PER_PROMPT
-                here = Appearance(story, prompt, character, slot if len(who) == 2 else None, first.get(character), gap)
+            for side, character in enumerate(who):
+                gap = max(0, prompt - last.get(character, prompt) - 1) * FRAMES_PER_PROMPT
+                here = Appearance(story, prompt, character, side if len(who) == 2 else None, first.get(character), gap)
                 first.setdefault(character, here)
                 last[character] = prompt
                 found.append(here)
@@ -97,3 +100,8 @@ def appearances(stories: Sequence[Sequence[str]]) -> list[Appearance]:
 def is_return(appearance: Appearance) -> bool:
     """Whether the character comes back after two prompts or more, far outside the local window."""
     return appearance.first is not None and appearance.gap >= 2 * FRAMES_PER_PROMPT
+
+
+def named_at(story: Sequence[str], frame: int) -> tuple[int, ...]:
+    """The characters that the story's prompt names at a frame."""
+    return parse_prompt(story[frame // FRAMES_PER_PROMPT]).who

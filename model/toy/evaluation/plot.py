@@ -1,74 +1,68 @@
 """The picture of an evaluation: who came back the same, under every kind of memory, and after how long."""
 
-from __future__ import annotations
-
-import io
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from matplotlib.axes import Axes
 
-from memflow_ops.model.plot_style import INK, PALE
-
-if TYPE_CHECKING:
-    from memflow_ops.model.toy.evaluation.figures import KindFigures
-SUBJECT, OTHERS = "#2f6fc4", "#9aa3ad"
-CHANCE_SHAPE = 1 / 4
+from memflow_ops.model.plot_style import INK, OTHERS, PALE, SUBJECT, new_figure, plain_panel, png
+from memflow_ops.model.toy.evaluation.figures import KindFigures, Proportion
+from memflow_ops.model.toy.language import CHARACTERS
 
 
-def draw_evaluation(rows: Sequence[KindFigures]) -> bytes:
-    """Rows -> a PNG file: hue with its interval, pattern, shape, and hue by gap."""
-    gaps = list(rows[0].gaps)
-    figure = Figure(figsize=(13, 1.7 + 0.42 * len(rows)), dpi=110, facecolor="white", layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+def draw_evaluation(kinds: Sequence[KindFigures]) -> bytes:
+    """A PNG file with a line per kind of memory: hue with its interval, pattern, shape, and hue by gap."""
+    figure = new_figure(13, 1.7 + 0.42 * len(kinds))
     panels = figure.subplots(1, 4, sharey=True, width_ratios=(1.25, 1, 1, 1.25))
-    places = np.arange(len(rows))[::-1]
-    colours = [SUBJECT if row.memory == "memflow" else OTHERS for row in rows]
-    count = max(row.hue.count for row in rows)
+    places = np.arange(len(kinds))[::-1]
+    colours = [SUBJECT if kind.memory == "memflow" else OTHERS for kind in kinds]
+    count = max(kind.hue.count for kind in kinds)
     columns = (
-        (f"same hue, {count} returns", [row.hue for row in rows], [row.chance_hue for row in rows]),
-        ("same pattern", [row.pattern for row in rows], [row.chance_pattern for row in rows]),
-        ("shape as named", [row.shape for row in rows], [CHANCE_SHAPE] * len(rows)),
+        (f"same hue, {count} returns", [kind.hue for kind in kinds], [kind.chance_hue for kind in kinds]),
+        ("same pattern", [kind.pattern for kind in kinds], [kind.chance_pattern for kind in kinds]),
+        ("shape as named", [kind.shape for kind in kinds], [1 / len(CHARACTERS)] * len(kinds)),
     )
     for panel, (title, shares, chances) in zip(panels, columns, strict=False):
-        values = [100 * share.value for share in shares]
-        spans = [[100 * (s.value - s.low) for s in shares], [100 * (s.high - s.value) for s in shares]]
-        panel.barh(places, values, height=0.62, color=colours, xerr=spans, ecolor=INK, error_kw={"elinewidth": 1})
-        panel.vlines([100 * chance for chance in chances], places - 0.4, places + 0.4, color=INK, linestyle=(0, (2, 1)))
+        _draw_shares(panel, places, shares, chances, colours)
         panel.set_title(title, fontsize=10, color=INK)
-        for place, share in zip(places, shares, strict=True):
-            panel.text(1.5, place, f"{100 * share.value:.0f} %", va="center", fontsize=8.5, color="white")
     panels[0].text(
-        100 * rows[0].chance_hue + 1,
-        len(rows) - 0.45,
+        100 * kinds[0].chance_hue + 1,
+        len(kinds) - 0.45,
         "dashed: chance, by shuffled identities",
         fontsize=7.5,
         color=PALE,
         va="bottom",
     )
+    _draw_gaps(panels[-1], places, kinds)
+    figure.legend(loc="outside lower right", ncols=len(kinds[0].gaps), fontsize=8, frameon=False)
 
-    last = panels[-1]
-    shades = np.linspace(0.45, 1, len(gaps))
-    for i, (gap, shade) in enumerate(zip(gaps, shades, strict=True)):
-        values = [100 * row.gaps[gap].value for row in rows]
-        offset = (len(gaps) - 1) / 2 - i
-        height = 0.66 / len(gaps)
-        last.barh(places + offset * height, values, height=height * 0.92, color=INK, alpha=shade, label=f"{gap} frames")
-    last.set_title("same hue, by frames away", fontsize=10, color=INK)
-    figure.legend(loc="outside lower right", ncols=len(gaps), fontsize=8, frameon=False)
-
-    panels[0].set_yticks(places, [row.memory for row in rows], fontsize=9.5)
+    panels[0].set_yticks(places, [kind.memory for kind in kinds], fontsize=9.5)
     for panel in panels:
         panel.set_xlim(0, 104)
-        panel.set_ylim(-0.6, len(rows) - 0.15)
+        panel.set_ylim(-0.6, len(kinds) - 0.15)
         panel.set_xticks([0, 25, 50, 75, 100], ["0", "25", "50", "75", "100 %"], fontsize=8)
-        panel.tick_params(length=0, colors=INK)
-        panel.grid(axis="x", color="#e4e8ec", linewidth=0.7)
-        panel.set_axisbelow(True)
-        for side in ("top", "right", "left", "bottom"):
-            panel.spines[side].set_visible(False)
-    target = io.BytesIO()
-    canvas.print_png(target)
-    return target.getvalue()
+        plain_panel(panel, grid="x")
+    return png(figure)
+
+
+def _draw_shares(
+    panel: Axes, places: np.ndarray, shares: Sequence[Proportion], chances: Sequence[float], colours: Sequence[str]
+) -> None:
+    """A bar per share with its interval, and a dashed line where chance would be."""
+    values = [100 * share.value for share in shares]
+    spans = [[100 * (s.value - s.low) for s in shares], [100 * (s.high - s.value) for s in shares]]
+    panel.barh(places, values, height=0.62, color=colours, xerr=spans, ecolor=INK, error_kw={"elinewidth": 1})
+    panel.vlines([100 * chance for chance in chances], places - 0.4, places + 0.4, color=INK, linestyle=(0, (2, 1)))
+    for place, share in zip(places, shares, strict=True):
+        panel.text(1.5, place, f"{100 * share.value:.0f} %", va="center", fontsize=8.5, color="white")
+
+
+def _draw_gaps(panel: Axes, places: np.ndarray, kinds: Sequence[KindFigures]) -> None:
+    """A bar per kind of memory and length of absence."""
+    gaps = list(kinds[0].gaps)
+    height = 0.66 / len(gaps)
+    for i, (gap, shade) in enumerate(zip(gaps, np.linspace(0.45, 1, len(gaps)), strict=True)):
+        values = [100 * kind.gaps[gap].value for kind in kinds]
+        at = places + ((len(gaps) - 1) / 2 - i) * height
+        panel.barh(at, values, height=height * 0.92, color=INK, alpha=shade, label=f"{gap} frames")
+    panel.set_title("same hue, by frames away", fontsize=10, color=INK)

@@ -12,43 +12,48 @@ import torch
 from memflow_ops.environment import ROOT, environment
 from memflow_ops.files import sha256, write_atomically
 from memflow_ops.model.streaming.settings import StreamSettings
-from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming, Proportion
-from memflow_ops.model.toy.evaluation.held_out import (
-    FRAMES_PER_PROMPT,
-)
+from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming
+from memflow_ops.model.toy.evaluation.held_out import FRAMES_PER_PROMPT
+from memflow_ops.model.toy.evaluation.plot import draw_evaluation
 from memflow_ops.model.toy.schedule import HELD_OUT_SEED
 
 
-def evaluation_table(rows: Sequence[KindFigures], timings: Mapping[str, KindTiming]) -> str:
-    """The rows, with what a chunk takes, as a table of fixed-width text."""
-
-    def percent(x: float | None) -> str:
-        return "-" if x is None or math.isnan(x) else f"{100 * x:.0f} %"
-
-    def interval(x: Proportion) -> str:
-        return f"{100 * x.value:.0f} % ({100 * x.low:.0f}-{100 * x.high:.0f})" if x.count else "-"
-
-    gaps = list(rows[0].gaps) if rows else []
+def evaluation_table(kinds: Sequence[KindFigures], timings: Mapping[str, KindTiming]) -> str:
+    """The figures, with what a chunk takes, as a table of fixed-width text; a line per kind of memory."""
+    gaps = list(kinds[0].gaps) if kinds else []
     heads = ["memory", "returns", "same hue (95 %)", "chance", "others", "error", "pattern", "chance", "both of two"]
     heads += ["as named", "retrieved right", "activated", *(f"gap {gap}" for gap in gaps)]
     heads += ["copies", "s/chunk", "overhead"]
-    cells = [heads]
-    for row in rows:
-        timing = timings.get(row.memory)
-        ratio = timing.ratio if timing and row.memory != "none" else None
-        line = [row.memory, str(row.hue.count), interval(row.hue), percent(row.chance_hue)]
-        line += [percent(row.others_hue), f"{row.median_error:.1f}"]
-        line += [percent(x) for x in (row.pattern.value, row.chance_pattern, row.pairs.value, row.shape.value)]
-        line += [percent(row.precision), percent(row.activated)]
-        line += [f"{percent(row.gaps[gap].value)} of {row.gaps[gap].count}" for gap in gaps]
-        overhead = "-" if ratio is None else f"{100 * (ratio - 1):+.0f} %"
-        cells.append([*line, percent(row.copies), f"{timing.seconds:.3f}" if timing else "-", overhead])
-    widths = [max(len(line[i]) for line in cells) for i in range(len(heads))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in cells)
+    lines = [heads, *(_cells(kind, gaps, timings.get(kind.memory)) for kind in kinds)]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+
+
+def _cells(kind: KindFigures, gaps: Sequence[str], timing: KindTiming | None) -> list[str]:
+    ratio = timing.ratio if timing and kind.memory != "none" else None
+    interval = f"{_percent(kind.hue.value)} ({100 * kind.hue.low:.0f}-{100 * kind.hue.high:.0f})"
+    shares = (kind.pattern.value, kind.chance_pattern, kind.pairs.value, kind.shape.value, kind.precision)
+    return [
+        kind.memory,
+        str(kind.hue.count),
+        interval if kind.hue.count else "-",
+        _percent(kind.chance_hue),
+        _percent(kind.others_hue),
+        f"{kind.median_error:.1f}",
+        *map(_percent, (*shares, kind.activated)),
+        *(f"{_percent(kind.gaps[gap].value)} of {kind.gaps[gap].count}" for gap in gaps),
+        _percent(kind.copies),
+        f"{timing.seconds:.3f}" if timing else "-",
+        "-" if ratio is None else f"{100 * (ratio - 1):+.0f} %",
+    ]
+
+
+def _percent(x: float | None) -> str:
+    return "-" if x is None or math.isnan(x) else f"{100 * x:.0f} %"
 
 
 def write_evaluation(
-    rows: Sequence[KindFigures],
+    kinds: Sequence[KindFigures],
     timings: Mapping[str, KindTiming],
     settings: StreamSettings,
     *,
@@ -57,9 +62,10 @@ def write_evaluation(
     weights: Path,
     out: Path,
 ) -> None:
-    """Writes the rows as JSON to `out` and as a picture beside it."""
-    from memflow_ops.model.toy.evaluation.plot import draw_evaluation
+    """Writes the figures as JSON to `out`, and as a picture beside it.
 
+    settings, seed, stories (of each length) and weights (the file) are what the stories were streamed with.
+    """
     results = {
         "command": "memflow toy evaluate",
         **environment(torch.device("cpu")),
@@ -71,14 +77,14 @@ def write_evaluation(
         "settings": asdict(settings),
         "written": time.strftime("%Y-%m-%d"),
         "timings": {name: asdict(timing) for name, timing in timings.items()},
-        "rows": [asdict(row) for row in rows],
+        "rows": [asdict(kind) for kind in kinds],
     }
     write_atomically(out, (json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n").encode())
-    write_atomically(out.with_suffix(".png"), draw_evaluation(rows))
+    write_atomically(out.with_suffix(".png"), draw_evaluation(kinds))
 
 
 def without_nan(x: object) -> object:
-    """JSON has no NaN; None says as well that there was nothing to measure."""
+    """The same with None for every NaN, which JSON does not have: there was nothing to measure."""
     if isinstance(x, dict):
         return {key: without_nan(value) for key, value in x.items()}
     if isinstance(x, list | tuple):

@@ -1,163 +1,200 @@
-"""From the frames of a kind of memory to its figures."""
+"""From the frames that a kind of memory gives to its figures."""
 
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Chunk
-from memflow_ops.model.toy import judge
-from memflow_ops.model.toy.evaluation.figures import GAPS, KindFigures, Proportion, Story
-from memflow_ops.model.toy.evaluation.held_out import (
-    FRAMES_PER_PROMPT,
-    Appearance,
-    appearances,
-    is_return,
-)
-from memflow_ops.model.toy.evaluation.kinds import shown_at
+from memflow_ops.model.toy.evaluation.figures import KindFigures, Proportion, mean, median
+from memflow_ops.model.toy.evaluation.held_out import FRAMES_PER_PROMPT, Appearance, appearances, is_return, named_at
+from memflow_ops.model.toy.judge import SAME_HUE_DEGREES, Look, hue_difference, look_at
 from memflow_ops.model.toy.language import parse_prompt
 
-Looks = dict[tuple[int, int, int | None, bool], judge.Look]
+GAPS = ((24, 48), (49, 120), (121, 240))
+"""Returns are also judged apart by the frames since a prompt last named the character."""
 
 
-# ------------------------------------------------------------------------------------------------------------ streaming
+# -------------------------------------------------------------------------------------------------------------- looking
 
 
 @dataclass(frozen=True)
 class JudgedStream:
-    """Stories of one length under one kind of memory, looked at."""
+    """What stories of one length show under one kind of memory."""
 
-    stories: list[Story]
-    looks: Looks
+    stories: list[list[str]]
+    looks: dict[tuple[int, int, int | None, bool], Look]
+    """(story, prompt, side, whether it is the prompt's last chunk instead of its first) -> what the pixels say"""
     retrieved: dict[tuple[int, int], list[int]]
     """(story, prompt) -> frames retrieved for its first chunk"""
     candidates: dict[tuple[int, int], int]
-    """(story, prompt) -> frames of the bank, sink included"""
+    """(story, prompt) -> number of frames in its first chunk's bank, sink included"""
     chunks: int
 
 
-def watch(stories: list[Story], chunks: Iterator[Chunk], chunk_frames: int) -> JudgedStream:
-    """Looks at the first and the last chunk of every appearance; nothing else is kept of the frames."""
-    per_prompt = FRAMES_PER_PROMPT // chunk_frames
-    slots: dict[int, list[Appearance]] = {}
+def judge_stream(stories: list[list[str]], chunks: Iterator[Chunk], chunk_frames: int) -> JudgedStream:
+    """Looks at the first and the last chunk of every appearance; the frames themselves are not kept."""
+    chunks_per_prompt = FRAMES_PER_PROMPT // chunk_frames
+    by_prompt: dict[int, list[Appearance]] = {}
     for appearance in appearances(stories):
-        slots.setdefault(appearance.prompt, []).append(appearance)
-    looks: Looks = {}
+        by_prompt.setdefault(appearance.prompt, []).append(appearance)
+    looks: dict[tuple[int, int, int | None, bool], Look] = {}
     retrieved, candidates, chunk_count = {}, {}, 0
     for chunk in chunks:
-        prompt, part = divmod(chunk.index, per_prompt)
+        prompt, part = divmod(chunk.index, chunks_per_prompt)
         chunk_count += 1
         if part == 0:
             for story, found in enumerate(chunk.retrieved):
                 retrieved[story, prompt] = found
                 candidates[story, prompt] = len(chunk.candidates[story])
-        named = slots.get(prompt, [])
-        if named and part in (0, per_prompt - 1):
-            frames = chunk.frames[[appearance.story for appearance in named]]
-            for appearance, look in zip(named, judge.look_at(frames, [a.slot for a in named]), strict=True):
-                looks[appearance.story, prompt, appearance.slot, part > 0] = look
+        here = by_prompt.get(prompt, [])
+        if here and part in (0, chunks_per_prompt - 1):
+            frames = chunk.frames[[appearance.story for appearance in here]]
+            seen = look_at(frames, [appearance.side for appearance in here])
+            for appearance, look in zip(here, seen, strict=True):
+                looks[appearance.story, prompt, appearance.side, part > 0] = look
     return JudgedStream(stories, looks, retrieved, candidates, chunk_count)
 
 
 # -------------------------------------------------------------------------------------------------------------- judging
 
 
+@dataclass(frozen=True)
+class _JudgedAppearance:
+    """An appearance with what the pixels say about it."""
+
+    stream: JudgedStream
+    story: tuple[int, int]
+    """the number of the stream, and of the story in it"""
+    appearance: Appearance
+    look: Look
+    """in the first chunk of the prompt"""
+    last_look: Look
+    """in its last chunk"""
+    first_look: Look | None
+    """in the first chunk of the character's first appearance in the story; None where this is it"""
+    look_before: Look | None
+    """in the last chunk of the appearance before, whoever it was; None where there is none"""
+
+    @property
+    def hue_error(self) -> float | None:
+        """The degrees between this hue and that of the first appearance; None where the character is absent in one."""
+        return _degrees(self.first_look, self.look)
+
+    @property
+    def same_hue(self) -> bool:
+        return self.hue_error is not None and self.hue_error < SAME_HUE_DEGREES
+
+    @property
+    def same_pattern(self) -> bool:
+        first = self.first_look
+        return first is not None and first.present and self.look.present and first.pattern == self.look.pattern
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """The story in its stream and the prompt."""
+        return self.appearance.story, self.appearance.prompt
+
+
+def _judged(number: int, stream: JudgedStream) -> list[_JudgedAppearance]:
+    """All appearances of one stream, story by story."""
+    judged = []
+    before: dict[int, Look] = {}
+    for it in appearances(stream.stories):
+        last_look = stream.looks[it.story, it.prompt, it.side, True]
+        judged.append(
+            _JudgedAppearance(
+                stream,
+                (number, it.story),
+                it,
+                look=stream.looks[it.story, it.prompt, it.side, False],
+                last_look=last_look,
+                first_look=stream.looks[it.story, it.first.prompt, it.first.side, False] if it.first else None,
+                look_before=before.get(it.story),
+            )
+        )
+        before[it.story] = last_look
+    return judged
+
+
 def summarise(
-    memory: str, streamed: Sequence[JudgedStream], settings: StreamSettings, blocks_per_frame: int
+    memory: str, streams: Sequence[JudgedStream], settings: StreamSettings, blocks_per_frame: int
 ) -> KindFigures:
-    """The row of one kind of memory; settings: those that were streamed with."""
-    hue: list[bool] = []
-    gap_hits: dict[str, list[bool]] = {f"{low} to {high}": [] for low, high in GAPS}
-    pattern, shape, both, precision, copies = [], [], [], [], []
-    errors, drifts, activated, hues = [], [], [], [0] * 6
-    firsts: list[_JudgedLook] = []
-    returned: list[_JudgedLook] = []
-
-    for length, group in enumerate(streamed):
-        pair_hits: dict[tuple[int, int], list[bool]] = {}
-        before: dict[int, judge.Look] = {}  # per story the character seen last
-        for it in appearances(group.stories):
-            look = group.looks[it.story, it.prompt, it.slot, False]
-            shape.append(look.present and look.shape == it.character)
-            last = group.looks[it.story, it.prompt, it.slot, True]
-            if look.present and last.present:
-                drifts.append(_difference(look, last))
-            if it.first is None:
-                firsts.append(_JudgedLook((length, it.story), it.character, look))
-            if it.first is None and look.present:
-                hues[min(int(look.hue // 60), 5)] += 1
-                if it.story in before and before[it.story].present:
-                    copies.append(_difference(look, before[it.story]) < judge.SAME_HUE_DEGREES)
-            before[it.story] = last
-            if it.first is None or not is_return(it):
-                continue
-            first = group.looks[it.story, it.first.prompt, it.first.slot, False]
-            returned.append(_JudgedLook((length, it.story), it.character, look))
-            present = first.present and look.present
-            if present:
-                errors.append(_difference(first, look))
-            hit = present and _difference(first, look) < judge.SAME_HUE_DEGREES
-            hue.append(hit)
-            pattern.append(present and first.pattern == look.pattern)
-            next(hits for (low, high), hits in zip(GAPS, gap_hits.values(), strict=True) if it.gap <= high).append(hit)
-            if it.slot is not None:
-                pair_hits.setdefault((it.story, it.prompt), []).append(hit)
-            story = group.stories[it.story]
-            named = parse_prompt(story[it.prompt]).who
-            for frame in group.retrieved[it.story, it.prompt]:
-                precision.append(bool(set(named) & set(shown_at(story, frame))))
-            if frames := group.candidates[it.story, it.prompt]:
-                blocks = frames * blocks_per_frame
-                activated.append(min(settings.top_k, blocks) / blocks)
-        both += [all(hits) for hits in pair_hits.values() if len(hits) == 2]
-
-    chance_hue, chance_pattern = _matching(firsts, returned, lambda a, b: a.story != b.story)
-    others_hue, _ = _matching(firsts, returned, lambda a, b: a.story == b.story and a.character != b.character)
+    """The figures of one kind of memory. `settings` are those that its stories were streamed with."""
+    everyone = [judged for number, stream in enumerate(streams) for judged in _judged(number, stream)]
+    firsts = [it for it in everyone if it.first_look is None]
+    returns = [it for it in everyone if is_return(it.appearance)]
+    sixths = [min(int(it.look.hue // 60), 5) for it in firsts if it.look.present]
+    chance_hue, chance_pattern = _matching(firsts, returns, lambda a, b: a.story != b.story)
+    others_hue, _ = _matching(
+        firsts, returns, lambda a, b: a.story == b.story and a.appearance.character != b.appearance.character
+    )
+    changes = [change for it in firsts if (change := _degrees(it.look_before, it.look)) is not None]
+    copies = mean([change < SAME_HUE_DEGREES for change in changes])
     return KindFigures(
         memory=memory,
-        hue=Proportion.of(hue),
-        median_error=_median(errors),
-        pattern=Proportion.of(pattern),
+        hue=Proportion.of([it.same_hue for it in returns]),
+        median_error=median([error for it in returns if (error := it.hue_error) is not None]),
+        pattern=Proportion.of([it.same_pattern for it in returns]),
         chance_hue=chance_hue,
         chance_pattern=chance_pattern,
         others_hue=others_hue,
-        shape=Proportion.of(shape),
-        pairs=Proportion.of(both),
-        gaps={name: Proportion.of(hits) for name, hits in gap_hits.items()},
-        precision=round(sum(precision) / len(precision), 4) if precision else None,
-        activated=round(sum(activated) / len(activated), 4) if activated else None,
-        copies=round(sum(copies) / len(copies), 4) if copies else math.nan,
-        drift=_median(drifts),
-        hues=hues,
+        shape=Proportion.of([it.look.present and it.look.shape == it.appearance.character for it in everyone]),
+        pairs=_pairs(returns),
+        gaps={
+            f"{low} to {high}": Proportion.of([it.same_hue for it in returns if low <= it.appearance.gap <= high])
+            for low, high in GAPS
+        },
+        precision=_precision(returns),
+        activated=_activated(returns, settings.top_k, blocks_per_frame),
+        copies=math.nan if copies is None else copies,
+        drift=median([drift for it in everyone if (drift := _degrees(it.look, it.last_look)) is not None]),
+        hues=[sixths.count(sixth) for sixth in range(6)],
     )
 
 
-@dataclass(frozen=True)
-class _JudgedLook:
-    story: tuple[int, int]
-    character: int
-    look: judge.Look
+def _pairs(returns: Sequence[_JudgedAppearance]) -> Proportion:
+    """Of the prompts that bring back two characters: both have their hue."""
+    hits: dict[tuple[int, int, int], list[bool]] = {}
+    for it in returns:
+        hits.setdefault((*it.story, it.appearance.prompt), []).append(it.same_hue)
+    return Proportion.of([all(both) for both in hits.values() if len(both) == 2])
+
+
+def _precision(returns: Sequence[_JudgedAppearance]) -> float | None:
+    """The share of the retrieved frames that show somebody whom the prompt names; None without retrieved frames."""
+    right = []
+    for it in returns:
+        story = it.stream.stories[it.appearance.story]
+        named = parse_prompt(story[it.appearance.prompt]).who
+        right += [bool(set(named) & set(named_at(story, frame))) for frame in it.stream.retrieved[it.key]]
+    return mean(right)
+
+
+def _activated(returns: Sequence[_JudgedAppearance], top_k: int, blocks_per_frame: int) -> float | None:
+    """The mean share of the bank's blocks that top_k blocks are; None without a bank."""
+    blocks = [frames * blocks_per_frame for it in returns if (frames := it.stream.candidates[it.key])]
+    return mean([min(top_k, count) / count for count in blocks])
 
 
 def _matching(
-    firsts: Sequence[_JudgedLook], returned: Sequence[_JudgedLook], compared: Callable[[_JudgedLook, _JudgedLook], bool]
+    firsts: Sequence[_JudgedAppearance],
+    returns: Sequence[_JudgedAppearance],
+    compared: Callable[[_JudgedAppearance, _JudgedAppearance], bool],
 ) -> tuple[float, float]:
-    """Share of hues and of patterns that match where returns are held against the first looks to be `compared`.
+    """The shares of equal hues and of equal patterns between returns and those first appearances that are `compared`.
 
-    What a memory that brings back somebody else would reach: it knows which looks this model likes to invent.
+    This is what a memory that brings back somebody else would reach: it knows which looks this model likes to invent.
     """
-    pairs = [(first.look, it.look) for it in returned for first in firsts if compared(first, it)]
+    pairs = [(first.look, it.look) for it in returns for first in firsts if compared(first, it)]
     present = [(first, look) for first, look in pairs if first.present and look.present]
-    hue = sum(_difference(first, look) < judge.SAME_HUE_DEGREES for first, look in present)
+    hue = sum(hue_difference(first.hue, look.hue) < SAME_HUE_DEGREES for first, look in present)
     pattern = sum(first.pattern == look.pattern for first, look in present)
     return round(hue / max(len(pairs), 1), 4), round(pattern / max(len(pairs), 1), 4)
 
 
-def _difference(a: judge.Look, b: judge.Look) -> float:
-    return abs((a.hue - b.hue + 180) % 360 - 180)
-
-
-def _median(values: Sequence[float]) -> float:
-    return round(torch.tensor(values, dtype=torch.float64).median().item(), 4) if values else math.nan
+def _degrees(a: Look | None, b: Look | None) -> float | None:
+    """The degrees between the hues of two looks; None where there is no such look, or nobody is present."""
+    if a is None or b is None or not (a.present and b.present):
+        return None
+    return hue_difference(a.hue, b.hue)
