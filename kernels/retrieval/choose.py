@@ -191,19 +191,19 @@ def plan_retrieve_frames(
 def retrieve_frames(
     text_keys: torch.Tensor,
     means: torch.Tensor,
-    rows: torch.Tensor | None,
+    candidates: torch.Tensor | None,
     text_lengths: torch.Tensor | None,
     weights: torch.Tensor,
-    **options: object,
+    *,
+    count: int,
+    score: str,
+    redundancy: float | None,
+    softmax_scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The choice of the bank, see `memflow_ops.retrieve_frames`: indices (B, K) int32 and scores (B, K) float32."""
+    tensors = (text_keys, means, candidates, text_lengths, weights.float())
     launches, indices, taken = plan_retrieve_frames(
-        text_keys,
-        means,
-        rows,
-        text_lengths,
-        weights.float(),
-        **options,  # type: ignore[arg-type]
+        *tensors, count=count, score=score, redundancy=redundancy, softmax_scale=softmax_scale
     )
     for launch in launches:
         launch.run()

@@ -97,9 +97,7 @@ def memory_attention(
         if memory_slots is not None:
             checks.check_slots(memory_slots, q, frames)
         if memory_descriptors is not None:
-            blocks = frames * -(-frame // block_size)
-            checks.check_tensor("memory_descriptors", memory_descriptors, "B N Hkv D", like=q)
-            checks.check_shape("memory_descriptors", memory_descriptors, (q.shape[0], blocks, *memory_k.shape[2:]))
+            checks.check_descriptors("memory_descriptors", memory_descriptors, memory_k, frame, block_size)
         if frames == 0 or (memory_slots is not None and memory_slots.shape[1] == 0):
             memory_k = memory_v = memory_descriptors = memory_slots = memory_frames = None
     else:

@@ -76,7 +76,7 @@ def write_projections(
     pools = {"memory_k": memory_k, "memory_v": memory_v}
     for name, x in {"k": k, "v": v, **pools}.items():
         checks.check_tensor(name, x, "B L Hkv D", like=q)
-    batch, tokens, heads, size = q.shape
+    batch, tokens, _, size = q.shape
     frame = checks.check_positive("frame_tokens", frame_tokens)
     if tokens % frame or size % 2:
         raise ValueError(f"q must hold whole frames of {frame} tokens and an even head size, got {tuple(q.shape)}")
@@ -96,20 +96,15 @@ def write_projections(
     block_size = min(checks.check_positive("block_size", block_size), frame)
     mean_size = frame if mean_size is None else min(checks.check_positive("mean_size", mean_size), frame)
     if descriptors is not None:
-        checks.check_tensor("descriptors", descriptors, "B N Hkv D", like=q)
-        blocks = memory_k.shape[1] // frame * -(-frame // block_size)
-        checks.check_shape("descriptors", descriptors, (batch, blocks, kv_heads, size))
+        checks.check_descriptors("descriptors", descriptors, memory_k, frame, block_size)
     if means is not None:
         checks.check_tensor("means", means, "B M n Hkv D", like=q)
         if not 1 <= means.shape[1] <= frames:
             raise ValueError(f"means must be of 1 to {frames} frames, got shape {tuple(means.shape)}")
         checks.check_shape("means", means, (batch, means.shape[1], -(-frame // mean_size), kv_heads, size))
     weight_q, weight_k, eps = norm or (None, None, 0.0)
-    for name, weight, width in (("weight_q", weight_q, heads * size), ("weight_k", weight_k, kv_heads * size)):
-        if weight is not None:
-            checks.check_tensor(f"{name} of norm", weight, "width")
-            checks.check_shape(f"{name} of norm", weight, (width,))
-            checks.check_device(f"{name} of norm", weight, q)
+    _check_weight("weight_q", weight_q, q)
+    _check_weight("weight_k", weight_k, k)
     checks.check_impl(impl)
     if dispatch.needs_grad(q, k, v, weight_q, weight_k):
         raise NotImplementedError(
@@ -118,6 +113,14 @@ def write_projections(
     written = (memory_k, memory_v, places, weight_q, weight_k, descriptors, means)
     sizes = (frame, block_size, mean_size, float(eps))
     return registration.write_projections(q, k, v, cosines, sines, *written, *sizes, dispatch.resolve(impl, q))
+
+
+def _check_weight(name: str, weight: Tensor | None, x: Tensor) -> None:
+    """The weight of the norm of x (B, L, H, D) is (H * D,), or None."""
+    if weight is not None:
+        checks.check_tensor(f"{name} of norm", weight, "width")
+        checks.check_shape(f"{name} of norm", weight, (x.shape[2] * x.shape[3],))
+        checks.check_device(f"{name} of norm", weight, x)
 
 
 def _angles(name: str, x: object, q: Tensor) -> Tensor:

@@ -144,6 +144,13 @@ def scale_of(softmax_scale: float | None, q: Tensor) -> float:
     return float(softmax_scale)
 
 
+def check_descriptors(name: str, descriptors: Tensor, memory_k: Tensor, frame: int, block_size: int) -> None:
+    """Descriptors (B, N, Hkv, D) are of the blocks of memory_k, of its dtype and on its device."""
+    check_tensor(name, descriptors, "B N Hkv D", like=memory_k)
+    batch, tokens, heads, size = memory_k.shape
+    check_shape(name, descriptors, (batch, tokens // frame * -(-frame // block_size), heads, size))
+
+
 def check_slots(memory_slots: Tensor, q: Tensor, frames: int) -> None:
     """The slot table is (B, F) int32, and the memory holds frames that it can name."""
     check_integers("memory_slots", memory_slots, (q.shape[0], -1), q)

@@ -5,18 +5,20 @@ import subprocess
 import sys
 import textwrap
 
+import pytest
 import torch
 
 from memflow_ops.impl import implementation_of
 from memflow_ops.ops.registration import dispatch
 
 
-def test_reference_and_torch_have_the_same_functions():
-    reference, ours = (implementation_of(name) for name in ("reference", "torch"))
-    assert reference.__all__ == ours.__all__
+@pytest.mark.parametrize("impl", ["torch", "triton"])
+def test_every_implementation_has_the_functions_of_the_reference(impl):
+    reference, other = implementation_of("reference"), implementation_of(impl)
+    assert set(other.__all__) - {"select_and_attend"} == set(reference.__all__)
     for name in reference.__all__:
-        signatures = [inspect.signature(getattr(module, name)) for module in (reference, ours)]
-        assert signatures[0] == signatures[1], name
+        parameters = [list(inspect.signature(getattr(module, name)).parameters) for module in (reference, other)]
+        assert parameters[0] == parameters[1], name
 
 
 def test_the_package_works_without_triton():

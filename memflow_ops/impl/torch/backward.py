@@ -112,10 +112,9 @@ def _fused_backward(
     kv_heads = k.shape[2]
     # As in the forward, the query heads that share a key head become more queries of it.
     rows = [x.transpose(1, 2).reshape(batch, kv_heads, -1, size) for x in (grad_out, q, out)]
-    found = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        rows[0], rows[1], k.transpose(1, 2), v.transpose(1, 2), rows[2], lse.reshape(batch, kv_heads, -1),
-        0.0, False, scale=scale,
-    )  # fmt: skip
+    inputs = (rows[0], rows[1], k.transpose(1, 2), v.transpose(1, 2), rows[2], lse.reshape(batch, kv_heads, -1))
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    found = kernel(*inputs, 0.0, False, scale=scale)  # without dropout and causal mask
     grads = found[0].reshape(batch, heads, queries, size).to(lse.dtype), *found[1:]
     return [x.transpose(1, 2).contiguous() if want else None for x, want in zip(grads, wanted, strict=False)]
 
