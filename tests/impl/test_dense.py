@@ -1,4 +1,4 @@
-"""Dense backends for the local window: right with every implementation, refused where they cannot be used."""
+"""Dense backends for the local window: every implementation continues them; one that cannot attend is refused."""
 
 import sys
 from types import SimpleNamespace

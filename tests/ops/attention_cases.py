@@ -1,4 +1,4 @@
-"""Random cases of the op for hypothesis, and the tolerance: PyTorch's own dense attention as the yardstick."""
+"""Random cases of memory_attention for hypothesis, and its tolerance, with torch's own dense attention as yardstick."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Case:
         return replace(self, **{n: None if x is None else convert(x) for n, x in self.tensors().items()})
 
     def requires_grad(self) -> list[Tensor]:
-        """Make leaves of the inputs that there are."""
+        """Make every input that is not None a leaf of autograd, and return them."""
         for name, x in self.tensors().items():
             if x is not None:
                 setattr(self, name, x.detach().clone().requires_grad_())
@@ -61,7 +61,7 @@ class Case:
 
 @st.composite
 def cases(draw, integers: bool = False) -> Case:
-    """Odd sizes, GQA, ragged frames and groups, empty banks, slot tables, any strides."""
+    """Cases with odd sizes, GQA, ragged frames and groups, empty banks, slot tables and any strides."""
     pick = lambda *values: draw(st.sampled_from(values))  # noqa: E731
     number = lambda low, high: draw(st.integers(low, high))  # noqa: E731
     torch.manual_seed(number(0, 2**31))
@@ -74,7 +74,7 @@ def cases(draw, integers: bool = False) -> Case:
         x = torch.randint(-2, 3, shape).double() if integers else torch.randn(shape, dtype=torch.float64)
         if draw(st.booleans()):
             return x
-        # the same values with other strides, and something else behind them
+        # The same values have other strides here, and lie among NaN.
         pool = torch.full((batch, count, tokens + 3, head_dim + 2), torch.nan, dtype=torch.float64).transpose(1, 2)
         view = pool[:, 1 : tokens + 1, :, :head_dim]
         return view.copy_(x)
@@ -99,7 +99,7 @@ def cases(draw, integers: bool = False) -> Case:
 
 
 def small_case(**options) -> Case:
-    """Two ragged frames of 10 tokens, GQA, groups of 3 of 7 queries."""
+    """A case with two ragged frames of 10 tokens, GQA, and 7 queries in groups of 3."""
     make = lambda tokens, heads: torch.randn(2, tokens, heads, 8, dtype=torch.float64)  # noqa: E731
     defaults = dict(top_k=3, block_size=4, frame_tokens=10, query_group=3, memory_frames=None, memory_slots=None)
     tensors = (make(7, 4), make(5, 2), make(5, 2), make(20, 2), make(20, 2))
@@ -107,7 +107,7 @@ def small_case(**options) -> Case:
 
 
 def visible(case: Case, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    """All keys and values (B, H, L, D) in a row, and how often each query attends to each (B, H, Lq, L)."""
+    """All keys and values (B, H, L, D) in a row, and how often each query attends to each of them (B, H, Lq, L)."""
     batch, queries, heads, _ = case.q.shape
     repeat = heads // case.k.shape[2]
     keys, values, masks = [case.k], [case.v], [torch.ones(batch, heads, queries, case.k.shape[1], dtype=torch.int64)]
@@ -117,7 +117,7 @@ def visible(case: Case, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
         frames = case.memory_k.shape[1] // frame
         slots = case.options["memory_slots"]
         slots = torch.arange(frames).expand(batch, -1) if slots is None else slots.clamp(0, frames - 1)
-        # tokens of each block of the bank, how often a group takes a block, so how often a query sees a token
+        # From the tokens of each block and how often a group takes a block follows how often a query sees a token.
         token, place = torch.arange(frames * frame), torch.arange(slots.shape[1] * blocks)
         home = slots[:, place // blocks].unsqueeze(-1) * blocks + (place % blocks).unsqueeze(-1)  # [B, N, 1]
         covers = (token // frame * blocks + token % frame // size == home).long()  # [B, N, Lm]
@@ -132,9 +132,9 @@ def visible(case: Case, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor]
 
 
 def dense_attention(case: Case, indices: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Plain masked attention in the case's dtype: out (B, Lq, H, D) and LSE (B, H, Lq); written without our code.
+    """Plain masked attention in the case's dtype, without our code: out (B, Lq, H, D) and LSE (B, H, Lq).
 
-    A key that is seen twice (two bank frames in one slot) weighs twice: log 2 is added to its score.
+    A key that is seen twice, because two frames of the bank lie in one slot, weighs twice: log 2 is added to its score.
     """
     k, v, count = visible(case, indices)
     scale = case.options["softmax_scale"] or case.q.shape[-1] ** -0.5
@@ -147,9 +147,9 @@ def dense_attention(case: Case, indices: Tensor | None) -> tuple[Tensor, Tensor]
 
 
 def assert_within_tolerance(ours: Tensor, dense: Tensor, exact: Tensor, name: str) -> None:
-    """Error against float64 at most twice that of PyTorch's dense path in the same dtype, plus two roundings.
+    """Our error against float64 is at most twice that of torch's dense attention in the same dtype, plus two roundings.
 
-    float32: 1e-5 absolute for unit variance, or that rule where sums are longer (gradients).
+    In float32 an absolute error of 1e-5 is allowed in any case: inputs have unit variance.
     """
     error, yardstick = (float((x.double() - exact).abs().max()) if x.numel() else 0.0 for x in (ours, dense))
     largest = float(exact.abs().max()) if exact.numel() else 0.0

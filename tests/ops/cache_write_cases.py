@@ -11,7 +11,7 @@ from torch import Tensor
 import memflow_ops
 from memflow_ops.rotary import rope_rotation
 
-# Written where the op must not write.
+# Pools are filled with this number, so that a test sees where the operator has not written.
 UNTOUCHED = 77.0
 
 
@@ -42,7 +42,7 @@ class WriteCase:
         return replace(self, **tensors, rotation=tuple(x.to(device) for x in self.rotation), norm=norm)
 
     def outputs(self) -> dict[str, Tensor | None]:
-        """Pools of the op, with untouched values; means, which it fills, with NaN."""
+        """The tensors that the operator writes: pools full of UNTOUCHED, and means, which it fills, full of NaN."""
         batch, _, heads, size = self.k.shape
         blocks = -(-self.frame_tokens // min(self.options.get("block_size", 64), self.frame_tokens))
         mean_size = min(self.options.get("mean_size") or self.frame_tokens, self.frame_tokens)
@@ -57,7 +57,7 @@ class WriteCase:
         }
 
     def run(self, impl: str) -> dict[str, Tensor]:
-        """All that the op writes, and the rotated q."""
+        """All that the operator writes, and the rotated q."""
         out = self.outputs()
         memory_k, memory_v = out.pop("memory_k"), out.pop("memory_v")
         q = memflow_ops.write_projections(
@@ -82,7 +82,7 @@ def make_case(
     seed: int = 0,
     **options: object,
 ) -> WriteCase:
-    """fused: q, k and v are parts of one projection, as diffusers' fused ones."""
+    """A case; with `fused`, q, k and v are parts of one projection, like the fused projections of diffusers."""
     generator = torch.Generator().manual_seed(seed)
     tokens = grid[0] * grid[1]
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -94,7 +94,7 @@ def make_case(
     q, k, v = (x.unflatten(-1, (-1, head_dim)) for x in parts)
     positions = torch.stack([torch.arange(frames) + first_frame + 7 * b for b in range(batch)])
     rotation = rope_rotation(head_dim, positions, *(torch.arange(n) for n in grid))
-    # some frames have no place: before the pool, or beyond it
+    # Some frames have no place in the pool: their number lies below 0 or beyond its end.
     places = torch.stack([torch.randperm(pool_frames + 2, generator=generator)[:frames] - 1 for _ in range(batch)])
     norm = memflow_ops.QKNorm(1 + random(widths[0]) / 4, 1 + random(widths[1]) / 4, 1e-6) if with_norm else None
     return WriteCase(q, k, v, rotation, places.int(), pool_frames, tokens, norm, **options)
@@ -124,7 +124,7 @@ def write_cases(draw) -> WriteCase:
 
 
 def assert_written(case: WriteCase, dtype: torch.dtype, impl: str) -> None:
-    """In `dtype`, against the reference in float64: every number once rounded, what has no place untouched."""
+    """Every number is that of the reference in float64, rounded once to `dtype`; all other places are untouched."""
     low = case.to(dtype)
     got, exact = low.run(impl), low.to(torch.float64).run("reference")
     assert got.keys() == exact.keys()
@@ -132,7 +132,7 @@ def assert_written(case: WriteCase, dtype: torch.dtype, impl: str) -> None:
         assert got[name].dtype == dtype and got[name].shape == x.shape, name
         mine = got[name].double()
         if name == "descriptors":
-            # of the keys as they are stored: the reference would round them in float64
+            # Descriptors are of the keys as they are stored, in `dtype`; the float64 reference stores others.
             keys = got["memory_k"].double()
             size = min(case.options["block_size"], case.frame_tokens)
             x = torch.where(
@@ -140,7 +140,7 @@ def assert_written(case: WriteCase, dtype: torch.dtype, impl: str) -> None:
             )
         untouched = x == UNTOUCHED
         assert torch.equal(mine == UNTOUCHED, untouched), f"{name}: wrote elsewhere, or not at all"
-        # one rounding, and what float32 sums and cosines leave
+        # The limit is one rounding, and the error of float32 sums and cosines.
         limit = torch.finfo(dtype).eps / 2 * x.abs() + 2.0**-18 * x[~untouched].abs().max() if (~untouched).any() else 0
         error = (mine - x).abs()
         assert (error <= limit).all(), f"{name}: {error.max()} in {case}"

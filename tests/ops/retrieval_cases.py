@@ -24,7 +24,7 @@ def make_case(
     whole_numbers: bool = False,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of retrieve_frames, in float64; `candidates` of the stored frames in another order (None: all)."""
+    """Arguments of retrieve_frames, in float64. candidates: so many of the stored frames, in any order (None: all)."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape: int) -> Tensor:
@@ -44,7 +44,7 @@ def make_case(
 
 @st.composite
 def retrieve_cases(draw) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Tensors, and what to ask for."""
+    """The tensors of a case, and the options of retrieve_frames."""
     score = draw(st.sampled_from(["linear", "softmax", "coverage"]))
     stored = draw(st.integers(1, 70))
     case = make_case(
@@ -69,7 +69,7 @@ def rounded(case: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def assert_retrieves(case: dict[str, Any], options: dict[str, Any], dtype: torch.dtype, impl: str) -> None:
-    """In `dtype` the frames and scores of the reference in float64, from the same numbers."""
+    """In `dtype` an implementation gives the frames and scores of the reference in float64, from equal numbers."""
     low = rounded(case, dtype)
     expected = memflow_ops.retrieve_frames(**rounded(low, torch.float64), **options, impl="reference")
     indices, scores = memflow_ops.retrieve_frames(**low, **options, impl=impl)

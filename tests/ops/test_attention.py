@@ -41,7 +41,7 @@ def test_torch_is_as_exact_as_dense_attention(case, dtype):
 @pytest.mark.parametrize("size", [1.0, 100.0])
 @pytest.mark.parametrize("dtype", LOW[1:])
 def test_a_short_window_beside_a_large_bank(dtype, size):
-    """Whose share is small, and whose values may be large: the merge must not round its weight."""
+    """The window's share is small, but its values may be large, so the merge must not round its weight."""
     for seed in range(20):
         torch.manual_seed(seed)
         q, k, v, memory_k, memory_v = (torch.randn(1, n, 1, 64).to(dtype) for n in (4, 1, 1, 192, 192))
@@ -60,7 +60,7 @@ def test_a_short_window_beside_a_large_bank(dtype, size):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.float64, *LOW])
 def test_keys_whose_scores_are_minus_infinity(impl, dtype):
-    """A query that sees nothing else has no keys: out 0 and LSE -inf; with a bank, only that counts."""
+    """A query that sees nothing else has out 0 and LSE -inf. With a bank, the bank alone counts."""
     q, bank = torch.rand(1, 5, 2, 8).to(dtype) + 0.1, torch.randn(1, 8, 1, 8).to(dtype)
     k, v = torch.full((1, 3, 1, 8), -torch.inf, dtype=dtype), torch.randn(1, 3, 1, 8).to(dtype)
     out, lse = memflow_ops.memory_attention(q, k, v, return_lse=True, impl=impl)
@@ -81,7 +81,7 @@ def test_torch_is_the_reference_in_float64(case):
 @given(cases())
 @settings(max_examples=100)
 def test_gradients_of_torch_are_those_of_dense_attention(case):
-    """Backward of out and LSE, in float64, against autograd through plain masked attention."""
+    """The gradients of out and LSE in float64 are those of autograd through plain masked attention."""
     leaves = case.requires_grad()
     indices = case.indices("torch")
     weights = [torch.randn(x.shape, dtype=torch.float64) for x in case.run("torch")]
@@ -107,7 +107,7 @@ def test_low_precision_gradients_are_as_exact_as_dense_attention(case, dtype):
     low = case.to(dtype)
     indices = low.indices("torch")
     if low.k.shape[1] == 0:
-        return  # rows without any key have no dense yardstick
+        return  # Queries without a key have no dense yardstick.
     weight = torch.randn(low.q.shape, dtype=torch.float64)
 
     def gradients(attention, inputs):
@@ -173,7 +173,7 @@ def test_a_group_without_keys_gives_zero_and_minus_infinity(impl):
 
 @BOTH
 def test_the_bank_may_lie_anywhere(impl):
-    """A slot table over a scattered pool is the bank in order."""
+    """A slot table over a scattered pool gives what the bank in order gives."""
     case = small_case()
     pool = torch.full((2, 50, 2, 8), torch.nan, dtype=torch.float64)
     slots = torch.tensor([[3, 0], [1, 4]], dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Every bad argument that the host can see is refused before anything runs, with what was got and what is expected."""
+"""A bad argument that the host can see is refused before anything runs; the message says what is given and expected."""
 
 import cache_write_cases
 import pytest

@@ -1,4 +1,4 @@
-"""The cache write: against float64, against what the model does by itself, and what it refuses."""
+"""write_projections against float64 and against the parts of the model; write_frames."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_every_number_is_rounded_once(case, dtype):
 @settings(max_examples=20)
 @given(write_cases())
 def test_reference_agrees_with_the_parts_of_the_model(case):
-    """In float32, `torch` to the bit: streams on a CPU are what they were."""
+    """In float32 `torch` agrees to the bit, so that fused writes do not change what a CPU streams."""
     case = case.to(torch.float32)
     size = case.q.shape[3]
     plain = {"q": case.q, "k": case.k}
@@ -52,7 +52,7 @@ def test_reference_agrees_with_the_parts_of_the_model(case):
 @pytest.mark.parametrize("norm", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_tensors_may_lie_anywhere(impl, norm, dtype):
-    """At an odd place in memory, with rows of odd lengths, heads before tokens; what is handed in stays as it is."""
+    """Inputs may start at an odd place, have odd strides, and have heads before tokens. They are not changed."""
     case = make_case(with_norm=norm).to(dtype)
     expected = case.run(impl)
 
@@ -68,7 +68,7 @@ def test_tensors_may_lie_anywhere(impl, norm, dtype):
         before = case.q.clone(), case.k.clone()
         got = case.run(impl)
         for name in (name for name, x in expected.items() if x is not None):
-            off = 2 * torch.finfo(dtype).eps  # sums over another layout may round otherwise
+            off = 2 * torch.finfo(dtype).eps  # Sums over another layout may be rounded in another way.
             torch.testing.assert_close(got[name], expected[name], rtol=off, atol=off, equal_nan=True)
         assert got["q"].is_contiguous()
         assert torch.equal(case.q, before[0]) and torch.equal(case.k, before[1])
@@ -105,20 +105,18 @@ def test_compiles_whole():
 
 
 def test_any_index():
-    """Angles come from the positions themselves: a frame is turned alike whether it is the first or the millionth, but
-    for where it stands."""
+    """Products of two rotated frames depend on their distance alone, at the millionth frame as at the first."""
     near, far = (make_case(frames=2, first_frame=n, seed=1).to(torch.float32) for n in (3, 1_000_003))
     grid = [torch.arange(3), torch.arange(4)]
     turned = rope_rotation(16, torch.tensor([1_000_003, 1_000_004]), *grid)
     assert torch.equal(far.rotation[0], turned[0]) and not torch.equal(near.rotation[0], far.rotation[0])
     a, b = near.run("torch")["q"], far.run("torch")["q"]
-    # products of two frames that are as far apart are the same, wherever they are
     products = [torch.einsum("blhd,bmhd->bhlm", x, x) for x in (a, b)]
     torch.testing.assert_close(*products, rtol=1e-5, atol=2e-5)
 
 
 def test_frames_are_written_where_a_tensor_says():
-    """On a CPU and as on other devices, into a view of a larger pool, from a view; what has no place is left out."""
+    """Both ways of writing, the CPU's and that of other devices, write views into a view and leave out other frames."""
     pool, new = torch.randn(2, 3, 7, 5, 2, 4), torch.randn(3, 5, 3, 2, 4).transpose(1, 2)
     places = torch.tensor([[6, 0, 2], [-1, -1, -1], [7, 0, 1]], dtype=torch.int32)
     want = pool.clone()

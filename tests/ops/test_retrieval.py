@@ -16,7 +16,7 @@ def relevance_inputs(heads: int = 4, kv_heads: int = 2, blocks: int = 3):
 
 
 def products(text_q, frame_keys):
-    """q . k / sqrt(D): (B, Lt, H, F, n)."""
+    """The products q . k / sqrt(D), (B, Lt, H, F, n)."""
     keys = frame_keys.repeat_interleave(text_q.shape[2] // frame_keys.shape[3], 3)
     return torch.einsum("bthd,bfnhd->bthfn", text_q, keys) / text_q.shape[-1] ** 0.5
 
@@ -32,7 +32,7 @@ def test_linear_relevance_is_the_mean_of_all_products():
 def test_softmax_relevance_is_normalised_over_all_frames_jointly():
     text_q, frame_keys = relevance_inputs()
     lengths = (4, 4, 2)
-    # a block of n tokens is n equal keys
+    # A block of n tokens counts like n equal keys.
     tokens = torch.cat([frame_keys[:, :, i : i + 1].expand(-1, -1, n, -1, -1) for i, n in enumerate(lengths)], 2)
     mass = products(text_q, tokens).flatten(3).softmax(-1).unflatten(3, (6, 10)).sum(-1)
     actual = memflow_ops.frame_relevance(text_q, frame_keys, score="softmax", block_lengths=lengths)

@@ -26,7 +26,7 @@ def test_descriptors_are_means_of_blocks_rounded_once(case, dtype):
         ours = memflow_ops.describe_blocks(k, size, frame, impl=impl)
         assert ours.dtype == dtype and ours.shape[1] == len(expected)
         if expected:
-            # float32 accumulation may round a tie the other way: one unit in the last place at most
+            # Accumulation in float32 may round a tie the other way, so one unit in the last place is allowed.
             exact = torch.stack(expected, 1)
             error = (ours.double() - exact).abs()
             assert (error <= torch.finfo(dtype).eps * exact.abs() + 1e-6).all(), f"{impl}: {error.max():.2e}"
@@ -35,7 +35,7 @@ def test_descriptors_are_means_of_blocks_rounded_once(case, dtype):
 @given(cases(integers=True))
 @settings(max_examples=200)
 def test_integer_valued_inputs_select_alike_ties_included(case):
-    """Blocks of one token keep the descriptors whole numbers, groups of a power of two the queries' means exact."""
+    """Blocks of one token have whole numbers as descriptors, and groups of one or two queries have exact means."""
     if case.memory_k is None or not case.memory_k.shape[1]:
         return
     frame = case.options["frame_tokens"]
@@ -50,7 +50,7 @@ def test_integer_valued_inputs_select_alike_ties_included(case):
 @given(cases())
 @settings(max_examples=150)
 def test_random_inputs_select_alike_where_the_margin_is_clear(case):
-    """The rule of agreement: equal wherever the margin at the k-th score exceeds 2^-18 * sum(|q||d|)."""
+    """Selections are equal wherever the margin at the k-th score exceeds 2^-18 * sum(|q||d|)."""
     low = case.to(torch.float32)
     if low.memory_k is None or not low.memory_k.shape[1]:
         return
@@ -67,7 +67,7 @@ def test_random_inputs_select_alike_where_the_margin_is_clear(case):
 
 
 def margin(q, descriptors, options, b, h, g) -> float:
-    """Between the k-th best score and the next, in float64."""
+    """The difference between the k-th best score and the next one, in float64."""
     queries, blocks, slots = q.shape[1], options["blocks_per_frame"], options["memory_slots"]
     group = min(options["query_group"] or queries, queries)
     frames = descriptors.shape[1] // blocks

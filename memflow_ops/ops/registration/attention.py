@@ -72,10 +72,9 @@ def memory_attention(
 
 
 @memory_attention.register_fake
-def _(
-    q, k, v, memory_k, memory_v, memory_descriptors, memory_frames, memory_slots, top_k, *sizes
-) -> tuple[Tensor, Tensor, Tensor]:
-    geometry = Geometry(*sizes[:4], memory_slots)
+def _(q, k, v, memory_k, *rest) -> tuple[Tensor, Tensor, Tensor]:
+    memory_slots, top_k, block_size, frame_tokens, query_group = rest[3:8]
+    geometry = Geometry(block_size, frame_tokens, query_group, 1.0, memory_slots)
     blocks = 0 if memory_k is None else geometry.bank_blocks(geometry.stored_frames(memory_k))
     return (*empty_state(q), empty_indices(q, geometry.query_groups(q.shape[1]), min(top_k, blocks)))
 
