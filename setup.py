@@ -64,7 +64,7 @@ setup(
         "triton>=3.6; platform_system == 'Linux'",
         "numpy",
         "safetensors",
-        "typer",
+        "typer>=0.29",
         "rich",
         "av>=14",  # FFmpeg 7.1: mp4 files that grow
         "matplotlib",

@@ -11,6 +11,7 @@ import typer
 from memflow_ops.cli.errors import one_line_errors
 from memflow_ops.cli.options import (
     MEMORY,
+    MEMORY_HELP,
     SPEED,
     Checkpoint,
     Compile,
@@ -73,9 +74,7 @@ def generate(
     memory: Annotated[
         MemoryMode | None,
         typer.Option(
-            help="What a chunk sees of the past. none: the local window alone. sink: the first frames too. full: every "
-            "past frame. memflow: what each query group selects of the first and the retrieved frames. released: the "
-            "memory of MemFlow's authors.",
+            help=MEMORY_HELP,
             metavar="KIND",
             show_default="what the checkpoint was tuned for",
             rich_help_panel=MEMORY,

@@ -18,6 +18,11 @@ VIDEO = "Video"
 MEMORY = "Memory"
 CHECKPOINT = "Checkpoint"
 SPEED = "Device and speed"
+MEMORY_HELP = (
+    "What a chunk sees of the past. none: the local window alone. sink: the first frames too. full: every past frame. "
+    "memflow: what each query group selects of the first and the retrieved frames. released: the memory of MemFlow's "
+    "authors."
+)
 
 Story = Annotated[
     Path,

@@ -138,6 +138,8 @@ ProfileSeed = Annotated[
 class ProfiledStream:
     """A stream that is to be profiled, checked and loaded."""
 
+    command: str
+    """the command that profiles it, as the results name it"""
     model: CausalVideoModel
     spoken: Sequence[Sequence[str]]
     """per chunk the prompt of every story"""
@@ -211,6 +213,7 @@ def profile_selection(
       memflow profile-selection --checkpoint wan --text-encoder wan
     """
     settings = as_settings(bank_frames=bank_frames, top_k=top_k, steps=steps, height=height, width=width)
+    sampling = Sampling(chunks, calls, heads, queries, rounds, seed)
     with one_line_errors():
         _check_targets(out)
         told = read_stories(story or STORY, any_prompt)[:1]
@@ -236,17 +239,22 @@ def profile_selection(
             given=typed(context),
             device=device,
         )
-        sampling = Sampling(chunks, calls, heads, queries, rounds, seed)
     about = {
-        "command": "memflow profile-selection",
         "sources": sources.described(),
         "stories": [plan.prompts],
         "frames_per_prompt": frames_per_prompt,
     }
-    spoken = [(prompt,) for prompt in plan.spoken]
-    _profile(
-        ProfiledStream(parts.model, spoken, plan.settings, parts.encode, *sizes, checkpoint.name, about), out, sampling
+    profiled = ProfiledStream(
+        "memflow profile-selection",
+        parts.model,
+        [(prompt,) for prompt in plan.spoken],
+        plan.settings,
+        parts.encode,
+        *sizes,
+        name=checkpoint.name,
+        about=about,
     )
+    _profile(profiled, out, sampling)
 
 
 def toy_profile_selection(
@@ -289,6 +297,7 @@ def toy_profile_selection(
       memflow toy profile-selection
       memflow toy profile-selection story.jsonl --bank-frames 8
     """
+    sampling = Sampling(chunks, calls, heads, queries, rounds, seed)
     with one_line_errors():
         _check_targets(out)
         if story and "stories" in typed(context):
@@ -304,14 +313,22 @@ def toy_profile_selection(
         model = load_model(file, pick_device(device))
         sizes = _compared_sizes(block_size, query_group)
         check_profile(settings, len(spoken), model.tokens(settings.height, settings.width), *sizes)
-        sampling = Sampling(chunks, calls, heads, queries, rounds, seed)
     about = {
-        "command": "memflow toy profile-selection",
         "weights": {"name": file.name, "sha256": sha256(file)},
         "stories": told,
         "frames_per_prompt": frames_per_prompt,
     }
-    _profile(ProfiledStream(model, spoken, settings, embed_prompts, *sizes, "The toy world", about), out, sampling)
+    profiled = ProfiledStream(
+        "memflow toy profile-selection",
+        model,
+        spoken,
+        settings,
+        embed_prompts,
+        *sizes,
+        name="The toy world",
+        about=about,
+    )
+    _profile(profiled, out, sampling)
 
 
 def _check_targets(out: Path) -> None:
@@ -326,9 +343,12 @@ def _compared_sizes(block_sizes: Sequence[int], query_groups: Sequence[int]) -> 
 
 
 def _profile(profiled: ProfiledStream, out: Path, sampling: Sampling) -> None:
-    """SelectionProfile behind a progress bar, write after every measured chunk, and print the table."""
+    """Profile a stream behind a progress bar, write after every measured chunk, and print the table."""
+    # It brings matplotlib, which takes a third of a second to import, also for `memflow --help`.
+    from memflow_ops.model.selection_profile.plot import draw_profile
+
     settings, device = profiled.settings, profiled.model.patch_embedding.weight.device
-    about = {"command": profiled.about["command"], **environment(device), **profiled.about}
+    about = {"command": profiled.command, **environment(device), **profiled.about}
     about |= {"settings": asdict(settings), "clock": timing.clock(device)}
     with Interrupts() as interrupts:
         measured, interrupted = _measure(profiled, sampling, interrupts, about, out)
@@ -337,10 +357,6 @@ def _profile(profiled: ProfiledStream, out: Path, sampling: Sampling) -> None:
             f"{profiled.name}: {100 * measured.bank_mass:.0f} % of attention falls on a bank of {measured.frames} "
             f"frames of {measured.frame_tokens} tokens, sink included (solid: as the op selects, dashed: the oracle)"
         )
-        from memflow_ops.model.selection_profile.plot import (
-            draw_profile,  # brings matplotlib, which no other command needs
-        )
-
         write_atomically(out.with_suffix(".png"), draw_profile(rows, measured.frame_tokens, title, settings))
     typer.echo(profile_table(rows, measured.frame_tokens))
     typer.echo(_conclusion(measured, rows))

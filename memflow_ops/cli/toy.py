@@ -14,6 +14,7 @@ from rich.progress import Progress
 from memflow_ops.cli.errors import one_line_errors
 from memflow_ops.cli.options import (
     MEMORY,
+    MEMORY_HELP,
     BankFrames,
     Device,
     FramesPerPrompt,
@@ -34,7 +35,7 @@ from memflow_ops.environment import pick_device
 from memflow_ops.files import check_target
 from memflow_ops.model.stories.interrupts import Interrupts
 from memflow_ops.model.stories.prompts import read_stories
-from memflow_ops.model.streaming.settings import MemoryMode
+from memflow_ops.model.streaming.settings import MemoryMode, StreamSettings
 from memflow_ops.model.toy import train as training
 from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS, load_model
 from memflow_ops.model.toy.evaluation import evaluate as evaluation
@@ -89,9 +90,7 @@ def generate(
     memory: Annotated[
         MemoryMode,
         typer.Option(
-            help="What a chunk sees of the past. none: the local window alone. sink: the first frames too. full: every "
-            "past frame. memflow: what each query group selects of the first and the retrieved frames. released: the "
-            "memory of MemFlow's authors.",
+            help=MEMORY_HELP,
             metavar="KIND",
             rich_help_panel=MEMORY,
         ),
@@ -178,8 +177,9 @@ def train(
     """Train the toy world's model from scratch.
 
     Without options it replaces the weights that come with the package. The
-    state of an unfinished run is saved every minute: after Ctrl-C or a kill,
-    the same command continues where it was.
+    full training takes about an hour on a CPU. The state of an unfinished
+    run is saved every minute: after Ctrl-C or a kill, the same command
+    continues where it was.
 
     Examples:
 
@@ -197,6 +197,14 @@ def train(
 
 def evaluate(
     context: typer.Context,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="The .json file to write; a picture goes beside it.",
+            metavar="FILE",
+            show_default="bench/results/toy-cpu.json, or out/evaluate.json with any other option",
+        ),
+    ] = None,
     weights: ToyWeights = None,
     stories: Annotated[int, typer.Option(help="How many held-out stories of each length.", min=1, metavar="N")] = 8,
     seed: Annotated[
@@ -214,20 +222,11 @@ def evaluate(
             metavar="KIND",
             show_default="all",
             autocompletion=lambda: list(MEMORY_KINDS),
+            rich_help_panel=MEMORY,
         ),
     ] = None,
-    top_k: Annotated[
-        int, typer.Option(help="How many memory blocks each query group attends to.", min=1, metavar="N")
-    ] = TOY_SETTINGS.top_k,
-    steps: Annotated[int, typer.Option(help="Denoising steps per chunk.", min=1, metavar="N")] = TOY_SETTINGS.steps,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="The .json file to write; a picture goes beside it.",
-            metavar="FILE",
-            show_default="bench/results/toy-cpu.json, or out/evaluate.json with any other option",
-        ),
-    ] = None,
+    top_k: TopK = TOY_SETTINGS.top_k,
+    steps: Steps = TOY_SETTINGS.steps,
 ) -> None:
     """Measure how often characters come back the same, with every kind of memory.
 
@@ -262,20 +261,12 @@ def evaluate(
     def write(path: Path) -> None:
         write_evaluation(rows, timings, settings, seed=seed, stories=stories, weights=used, out=path)
 
+    def keep(row: KindFigures) -> None:
+        rows.append(row)
+        write(so_far)
+
     try:
-        with Interrupts() as interrupts, Progress(console=Console(stderr=True)) as bar:
-            judged = evaluation.evaluate_kinds(
-                model, stories=stories, kinds=kinds, seed=seed, settings=settings, report=_kind_bars(bar, kinds)
-            )
-            for row in _interruptible(judged, interrupts):
-                rows.append(row)
-                write(so_far)
-                if not bar.console.is_terminal:
-                    share = f"{100 * row.hue.value:.0f} % of {row.hue.count} returns"
-                    bar.console.print(f"{row.memory}: same hue in {share}")
-            bar.add_task("timing", total=None)
-            with interrupts.allowed():
-                timings.update(evaluation.time_kinds(model, kinds, settings, seed))
+        timings.update(_judge(model, kinds, stories, seed, settings, keep))
     except KeyboardInterrupt:
         typer.echo(f"stopped; what was judged is in {so_far}" if rows else "stopped; nothing was judged yet", err=True)
         if rows:
@@ -284,6 +275,36 @@ def evaluate(
     write(target)
     typer.echo(evaluation_table(rows, timings))
     typer.echo(f"written to {target} and {target.with_suffix('.png').name}")
+
+
+def _judge(
+    model: CausalVideoModel,
+    kinds: Sequence[str],
+    stories: int,
+    seed: int,
+    settings: StreamSettings,
+    keep: Callable[[KindFigures], None],
+) -> dict[str, KindTiming]:
+    """Judge every kind of memory behind progress bars, then time all of them. Gives the timings.
+
+    keep: is called with the figures of every kind when they are complete. Ctrl-C does not interrupt it.
+    """
+    with Interrupts() as interrupts, Progress(console=Console(stderr=True)) as bar:
+        judged = evaluation.evaluate_kinds(
+            model, stories=stories, kinds=kinds, seed=seed, settings=settings, report=_kind_bars(bar, kinds)
+        )
+        while True:
+            with interrupts.allowed():
+                row = next(judged, None)
+            if row is None:
+                break
+            keep(row)
+            if not bar.console.is_terminal:
+                share = f"{100 * row.hue.value:.0f} % of {row.hue.count} returns"
+                bar.console.print(f"{row.memory}: same hue in {share}")
+        bar.add_task("timing", total=None)
+        with interrupts.allowed():
+            return evaluation.time_kinds(model, kinds, settings, seed)
 
 
 def _kind_bars(bar: Progress, kinds: Sequence[str]) -> Callable[[str, int, int], None]:
@@ -296,16 +317,6 @@ def _kind_bars(bar: Progress, kinds: Sequence[str]) -> Callable[[str, int, int],
         bar.update(tasks[name], completed=done, total=total)
 
     return report
-
-
-def _interruptible(rows: Iterator[KindFigures], interrupts: Interrupts) -> Iterator[KindFigures]:
-    """The rows, with Ctrl-C let through while the next one is being computed, and held back while it is written."""
-    while True:
-        with interrupts.allowed():
-            row = next(rows, None)
-        if row is None:
-            return
-        yield row
 
 
 def _prepare(
