@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from retrieval_cases import make_case, retrieve_cases, rounded
 from torch.library import opcheck
 
-import memflow_ops as ops
+import memflow_ops
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Coverage, Relevance
@@ -70,7 +70,7 @@ def test_a_graph_of_the_write_follows_the_places():
     pools = (out.pop("memory_k"), out.pop("memory_v"))
 
     def run():
-        return ops.write_projections(
+        return memflow_ops.write_projections(
             case.q, case.k, case.v, case.rotation, *pools, case.places, frame_tokens=63, norm=case.norm, **out,
             block_size=16,
         )  # fmt: skip
@@ -101,7 +101,7 @@ def test_the_write_beyond_two_to_the_31_elements():
     rotation = tuple(x.cuda() for x in rope_rotation(128, torch.tensor([4000]), torch.arange(30), torch.arange(52)))
     for pools, place in ((far, frames - 1), (near, 1)):
         where = torch.tensor([[place]], dtype=torch.int32, device="cuda")
-        ops.write_projections(q, k, v, rotation, *pools, where, frame_tokens=1560, impl="triton")
+        memflow_ops.write_projections(q, k, v, rotation, *pools, where, frame_tokens=1560, impl="triton")
     assert all(torch.equal(a[:, -1560:], b[:, -1560:]) for a, b in zip(far, near, strict=True))
 
 
@@ -114,8 +114,8 @@ def to_gpu(case):
 def test_retrieves_as_the_reference(case, dtype):
     tensors, options = case
     low = rounded(tensors, dtype)
-    expected = ops.retrieve_frames(**rounded(low, torch.float64), **options, impl="reference")
-    indices, scores = ops.retrieve_frames(**to_gpu(low), **options, impl="triton")
+    expected = memflow_ops.retrieve_frames(**rounded(low, torch.float64), **options, impl="reference")
+    indices, scores = memflow_ops.retrieve_frames(**to_gpu(low), **options, impl="triton")
     assert torch.equal(indices.cpu(), expected[0])
     torch.testing.assert_close(scores.cpu().double(), expected[1], rtol=1e-4, atol=1e-4)
 
@@ -128,12 +128,12 @@ def test_a_wan_history(score, redundancy):
         pytest.skip("coverage has no redundancy limit")
     case = to_gpu(make_case(layers=30, batch=1, words=64, heads=(12, 12), head_dim=128, stored=256, candidates=240))
     low = rounded(case, torch.bfloat16)
-    run = lambda: ops.retrieve_frames(**low, count=8, score=score, redundancy=redundancy, impl="triton")  # noqa: E731
+    run = lambda: memflow_ops.retrieve_frames(**low, count=8, score=score, redundancy=redundancy, impl="triton")  # noqa: E731
     indices, scores = without_sync(run)
     again = run()
     assert torch.equal(indices, again[0]) and torch.equal(scores, again[1])
     exact = rounded(low, torch.float64)
-    expected = ops.retrieve_frames(**exact, count=8, score=score, redundancy=redundancy, impl="torch")
+    expected = memflow_ops.retrieve_frames(**exact, count=8, score=score, redundancy=redundancy, impl="torch")
     assert (indices == expected[0]).double().mean() >= 0.75
     torch.testing.assert_close(scores.double()[:, 0], expected[1][:, 0], rtol=1e-3, atol=1e-6)
     graph, replayed = captured(run)
