@@ -6,9 +6,7 @@ Run it with `python examples/bank_by_hand.py`.
 import torch
 
 from memflow_ops import memory_attention
-from memflow_ops.cache import FrameCache
-from memflow_ops.cache.layout import CacheLayout
-from memflow_ops.cache.policies import Relevance
+from memflow_ops.cache import CacheLayout, FrameCache, Relevance
 from memflow_ops.rotary import apply_rotation, rope_rotation
 
 ROWS, COLUMNS, HEADS, HEAD_DIM = 4, 6, 2, 16

@@ -68,7 +68,7 @@ class FrameCache(RingCache):
     # ------------------------------------------------------------------------------------------------------ the chunk
 
     def _describe_written(self, layer: int, k: Tensor) -> None:
-        # `commit` makes the descriptors of the frames that it keeps; those beside the ring are of an earlier pass.
+        """Forgets the descriptors beside the ring, which are of an earlier pass; `commit` makes those that it keeps."""
         self._described.discard(layer)
 
     def remember(self, layer: int, k: Tensor) -> None:
