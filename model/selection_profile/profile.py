@@ -9,12 +9,11 @@ import math
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from typing import cast
 
 import torch
 from torch import Tensor
 
-from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.cache.ring import RingCache
 from memflow_ops.cache.views import Memory
 from memflow_ops.model.selection_profile.figures import Sampling, SelectionProfile
 from memflow_ops.model.selection_profile.quality import (
@@ -90,7 +89,7 @@ def profile_selection(
     chosen = sorted(draw.sample(eligible, min(sampling.chunks, len(eligible))))
     watcher = _Watcher(compared, sampling, draw)
     streamer = Streamer(model, len(spoken[0]), settings, seed, encode=encode, observe=watcher.observe)
-    watcher.cache = cast(FrameCache, streamer.cache)
+    watcher.cache = streamer.cache
     result = SelectionProfile(settings.sink_frames + settings.bank_frames, tokens, compared)
     layers = model.config.num_layers
     # The clean pass ends before the attention of its last layer.
@@ -113,7 +112,7 @@ def profile_selection(
 class _Watcher:
     """Measures the wanted calls of a chunk as they come by."""
 
-    cache: FrameCache
+    cache: RingCache
 
     def __init__(self, compared: list[Choice], sampling: Sampling, draw: random.Random):
         self.compared, self.sampling, self.draw = compared, sampling, draw
