@@ -4,7 +4,6 @@ Every size comes from the JSON and is checked against the tensors before anythin
 are those of which a token grid, the sampled outputs and the recorded noise all agree.
 """
 
-import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,19 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from memflow_ops.model.checkpoints.native import check_state_dict
+from memflow_ops.model.replay.files import Description, FixtureError, Tensors
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 MODES = ("dense", "sma")
 NOISE_TOLERANCE = 1e-5
-"""torch draws the same noise everywhere, up to the last bits of its logarithm."""
-
-
-class FixtureError(ValueError):
-    """The fixture cannot be replayed; says what was found and what is expected."""
+"""torch draws the same noise on every machine, up to the last bits of a logarithm."""
 
 
 @dataclass(frozen=True)
@@ -37,57 +32,58 @@ class Call:
     step: int
     timestep: float
     out: Tensor
-    """y[0, :, :, ::6, ::8]"""
+    """A sample of the output y (1, C, F, H, W): y[0, :, :, ::6, ::8]."""
     mean: float
     std: float
-    """of the whole y"""
+    """Mean and standard deviation of all of y."""
     kept: list[list[int]] | None
-    """per layer the bank slots that stay, best first; None where the bank is not compressed"""
+    """Per layer the places of the bank whose frames stay, best first; None if the bank drops no frame."""
     activated: list[list[list[int]]]
-    """per layer and head the candidates taken, best first; empty without sparse activation"""
+    """Per layer and head the candidates that are attended to, best first; empty without sparse activation."""
 
 
 class Fixture:
-    """A fixture's sizes and tensors. Raises FixtureError for whatever is missing, malformed or contradictory."""
+    """The sizes and tensors of a fixture. A FixtureError for whatever is missing, malformed or contradictory."""
 
     def __init__(self, tensors: Path, description: Path):
-        self._json = _read_json(description)
-        self._where = str(description)
-        self._tensors_path, self._tensors = tensors, _open_tensors(tensors)
-        self._names = set(self._tensors.keys())
+        self._json, self._tensors = Description(description), Tensors(tensors)
 
-        self.frames_per_chunk = self._whole("frames_per_chunk", 1, default=3)
-        self.tokens_per_frame = self._whole("tokens_per_frame", 1)
-        self.noise_seed = self._whole("noise_seed", 0, most=2**63 - 1)
-        self.switch_chunk = self._whole("switch_chunk", -1, default=-1)
-        self.timesteps = [self._number(f"timesteps[{i}]", t) for i, t in enumerate(self._list("timesteps"))]
-        self.sink_size = self._whole("sink_size", 0, default=3)
-        self.bank_size = self._whole("bank_size", 0, default=3)
-        self.record_interval = self._whole("record_interval", 1, default=3)
-        self.window_size = self._whole("local_attn_size", 1, default=12) - self.sink_size
+        self.frames_per_chunk = self._json.whole("frames_per_chunk", 1, default=3)
+        self.tokens_per_frame = self._json.whole("tokens_per_frame", 1)
+        self.noise_seed = self._json.whole("noise_seed", 0, most=2**63 - 1)
+        self.switch_chunk = self._json.whole("switch_chunk", -1, default=-1)
+        self.timesteps = [
+            self._json.number(f"timesteps[{i}]", t) for i, t in enumerate(self._json.entries("timesteps"))
+        ]
+        self.sink_size = self._json.whole("sink_size", 0, default=3)
+        self.bank_size = self._json.whole("bank_size", 0, default=3)
+        self.record_interval = self._json.whole("record_interval", 1, default=3)
+        self.window_size = self._json.whole("local_attn_size", 1, default=12) - self.sink_size
         if self.window_size < self.frames_per_chunk:
-            raise self._error(
+            raise self._json.error(
                 f"local_attn_size must leave the local window at least a chunk of {self.frames_per_chunk} frames "
                 f"beside sink_size={self.sink_size}, got {self.window_size + self.sink_size}"
             )
         self._config = self._model_config()
-        self._calls = {mode: self._read_calls(mode) for mode in MODES if mode in self._json}
+        self._calls = {mode: self._read_calls(mode) for mode in MODES if self._json.has(mode)}
         if not any(self._calls.values()):
-            raise self._error("there is nothing to replay: expected recorded calls under 'dense' or 'sma'")
+            raise self._json.error("there is nothing to replay: expected recorded calls under 'dense' or 'sma'")
         self.top_frames = self._top_frames()
         self.context = self._context("context")
-        if len(self.context[0]) != self._whole("text_tokens", 0, default=len(self.context[0])):
-            raise self._error(
-                f"text_tokens is {self._json['text_tokens']}, but context has {len(self.context[0])} rows"
+        if len(self.context[0]) != self._json.whole("text_tokens", 0, default=len(self.context[0])):
+            raise self._json.error(
+                f"text_tokens is {self._json.value('text_tokens')}, but context has {len(self.context[0])} rows"
             )
         self.context_after_switch = self._context("context_after_switch") if self.switch_chunk >= 0 else self.context
         self.grid = self._find_grid()
 
     @property
     def modes(self) -> list[str]:
+        """Those of `MODES` that were recorded."""
         return [mode for mode, calls in self._calls.items() if calls]
 
     def chunks(self, mode: str) -> int:
+        """How many chunks were recorded in a mode."""
         return len(self._calls[mode])
 
     def compresses(self, chunk: int) -> bool:
@@ -103,9 +99,9 @@ class Fixture:
             chunk,
             step,
             self.timesteps[step],
-            self._tensor(self._out_name(entry, mode, chunk, step), self._out_shape(*self._pixels(self.grid))),
-            self._number(f"{where}: y_mean", entry.get("y_mean")),
-            self._number(f"{where}: y_std", entry.get("y_std")),
+            self._tensors.tensor(self._out_name(entry, mode, chunk, step), self._out_shape(*self._pixels(self.grid))),
+            self._json.number(f"{where}: y_mean", entry.get("y_mean")),
+            self._json.number(f"{where}: y_std", entry.get("y_std")),
             kept,
             activated,
         )
@@ -115,19 +111,21 @@ class Fixture:
         """The model with the fixture's weights, float32."""
         prefix = "weights."
         weights = {
-            name.removeprefix(prefix): self._tensor(name).float() for name in self._names if name.startswith(prefix)
+            name.removeprefix(prefix): self._tensors.tensor(name).float()
+            for name in self._tensors.names
+            if name.startswith(prefix)
         }
         with torch.device("meta"):
             model = CausalVideoModel(self._config)
         try:
-            check_state_dict(model, weights, f"{self._tensors_path}: {prefix}*")
+            check_state_dict(model, weights, f"{self._tensors.path}: {prefix}*")
         except ValueError as error:
             raise FixtureError(str(error)) from error
         model.load_state_dict(weights, assign=True)
         return model.eval()
 
     def noise(self) -> Iterator[Tensor]:
-        """Each chunk's noise (1, C, F, H, W), drawn as it was for the recording and compared with its sample."""
+        """The noise (1, C, F, H, W) of each chunk, drawn as for the recording and compared with its sample."""
         return self._draw(self.grid)
 
     # ---------------------------------------------------------------------------------------------- the latents' size
@@ -143,11 +141,11 @@ class Fixture:
         return (min(2, self._config.in_dim), self.frames_per_chunk, -(-height // 20), -(-width // 26))
 
     def _find_grid(self) -> tuple[int, int]:
-        """The rows and columns of tokens that fit the shapes of what was recorded, and its noise."""
+        """The rows and columns of tokens with which the shapes of the recorded outputs and noise agree."""
         tokens = self.tokens_per_frame
         mode = self.modes[0]
-        out = self._shape(self._out_name(self._calls[mode][0][0], mode, 0, 0))
-        sample = self._shape("noise_check.00")
+        out = self._tensors.shape(self._out_name(self._calls[mode][0][0], mode, 0, 0))
+        sample = self._tensors.shape("noise_check.00")
         rows = [n for n in range(1, math.isqrt(tokens) + 1) if tokens % n == 0]
         grids = [(n, tokens // n) for n in sorted({*rows, *(tokens // n for n in rows)})]
         fitting = [
@@ -157,10 +155,10 @@ class Fixture:
         ]
         if not fitting:
             raise FixtureError(
-                f"{self._tensors_path}: no grid of tokens_per_frame={tokens} tokens gives outputs of shape {out} "
+                f"{self._tensors.path}: no grid of tokens_per_frame={tokens} tokens gives outputs of shape {out} "
                 f"(every 6th row and 8th column) and noise samples of shape {sample} (every 20th and 26th)"
             )
-        for grid in fitting[:-1]:  # where the shapes leave a choice, the noise decides
+        for grid in fitting[:-1]:  # if several grids fit, the noise tells which one it was
             try:
                 next(self._draw(grid))
             except FixtureError:
@@ -172,15 +170,15 @@ class Fixture:
     def _draw(self, grid: tuple[int, int]) -> Iterator[Tensor]:
         config, (height, width) = self._config, self._pixels(grid)
         generator = torch.Generator().manual_seed(self.noise_seed)
-        torch.randn(self.context.shape[1:], generator=generator)  # the recording drew `context` first
+        torch.randn(self.context.shape[1:], generator=generator)  # the recording drew `context` before the noise
         for chunk in range(max(map(len, self._calls.values()))):
             noise = torch.randn(1, config.in_dim, self.frames_per_chunk, height, width, generator=generator)
             name = f"noise_check.{chunk:02d}"
-            recorded = self._tensor(name, self._noise_shape(height, width))
+            recorded = self._tensors.tensor(name, self._noise_shape(height, width))
             difference = (noise[0, :2, :, ::20, ::26] - recorded).abs().max().item()
             if not difference <= NOISE_TOLERANCE:
                 raise FixtureError(
-                    f"{self._tensors_path}: {name} differs by {difference:.2g} from the noise that noise_seed="
+                    f"{self._tensors.path}: {name} differs by {difference:.2g} from the noise that noise_seed="
                     f"{self.noise_seed} gives here, so the inputs of the recording cannot be made"
                 )
             yield noise
@@ -188,53 +186,57 @@ class Fixture:
     # ------------------------------------------------------------------------------------------------- the JSON's parts
 
     def _model_config(self) -> ModelConfig:
-        kind = self._config_value("model_type", "t2v")
+        kind = self._json.value("model_type", "t2v")
         if kind != "t2v":
-            raise self._error(f"model_type must be 't2v', got {kind!r}")
+            raise self._json.error(f"model_type must be 't2v', got {kind!r}")
         names = ("dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim", "text_dim", "text_len", "freq_dim")
-        sizes: dict[str, Any] = {name: self._whole(name, 1) for name in names}
-        patch = self._config_value("patch_size", [1, 2, 2])
+        sizes: dict[str, Any] = {name: self._json.whole(name, 1) for name in names}
+        patch = self._json.value("patch_size", [1, 2, 2])
         if not isinstance(patch, list) or not all(type(n) is int and n > 0 for n in patch):
-            raise self._error(f"patch_size must be three positive whole numbers, got {patch!r}")
+            raise self._json.error(f"patch_size must be three positive whole numbers, got {patch!r}")
         if sizes["in_dim"] != sizes["out_dim"]:
-            raise self._error(f"in_dim must equal out_dim, got {sizes['in_dim']} and {sizes['out_dim']}")
-        blocks = {name.split(".")[2] for name in self._names if name.startswith("weights.blocks.")}
-        if len(blocks) != sizes["num_layers"]:  # before a model of that many layers is made
-            raise self._error(f"num_layers is {sizes['num_layers']}, but the weights have {len(blocks)} blocks")
+            raise self._json.error(f"in_dim must equal out_dim, got {sizes['in_dim']} and {sizes['out_dim']}")
+        blocks = {name.split(".")[2] for name in self._tensors.names if name.startswith("weights.blocks.")}
+        if len(blocks) != sizes["num_layers"]:  # checked before a model of that many layers is built
+            raise self._json.error(f"num_layers is {sizes['num_layers']}, but the weights have {len(blocks)} blocks")
         try:
             return ModelConfig(
-                **sizes, patch_size=tuple(patch), eps=self._number("eps", self._config_value("eps", 1e-6))
+                **sizes, patch_size=tuple(patch), eps=self._json.number("eps", self._json.value("eps", 1e-6))
             )
         except ValueError as error:
-            raise self._error(str(error)) from error
+            raise self._json.error(str(error)) from error
 
     def _read_calls(self, mode: str) -> list[list[dict[str, Any]]]:
-        """Per chunk the entry of every step; all there, none twice, every tensor present."""
+        """Per chunk the entry of every step. None may be missing or double, and every tensor must be there."""
         table: dict[tuple[int, int], dict[str, Any]] = {}
-        for i, entry in enumerate(self._list(mode, may_be_empty=True)):
+        for i, entry in enumerate(self._json.entries(mode, may_be_empty=True)):
             if not isinstance(entry, dict):
-                raise self._error(f"{mode}[{i}] must be an object, got {entry!r}")
-            chunk, step = (_whole(self._where, f"{mode}[{i}].{name}", entry.get(name), 0) for name in ("chunk", "step"))
+                raise self._json.error(f"{mode}[{i}] must be an object, got {entry!r}")
+            chunk, step = (
+                self._json.check_whole(f"{mode}[{i}].{name}", entry.get(name), 0) for name in ("chunk", "step")
+            )
             if step >= len(self.timesteps):
-                raise self._error(f"{mode}[{i}]: step {step} has no place among {len(self.timesteps)} timesteps")
-            timestep = self._number(f"{mode}[{i}].timestep", entry.get("timestep", self.timesteps[step]))
+                raise self._json.error(f"{mode}[{i}]: step {step} has no place among {len(self.timesteps)} timesteps")
+            timestep = self._json.number(f"{mode}[{i}].timestep", entry.get("timestep", self.timesteps[step]))
             if timestep != self.timesteps[step]:
-                raise self._error(f"{mode}[{i}]: timestep is {timestep}, but timesteps[{step}] {self.timesteps[step]}")
+                raise self._json.error(
+                    f"{mode}[{i}]: timestep is {timestep}, but timesteps[{step}] {self.timesteps[step]}"
+                )
             if (chunk, step) in table:
-                raise self._error(f"{mode}: chunk {chunk}, step {step} is there twice")
+                raise self._json.error(f"{mode}: chunk {chunk}, step {step} is there twice")
             table[chunk, step] = entry
         if not table:
             return []
         chunks = 1 + max(chunk for chunk, _ in table)
         if len(table) != chunks * len(self.timesteps):
-            some = range(len(table) + 1)  # no need to look further for one that is missing
+            some = range(len(table) + 1)  # one of these is missing
             missing = next((c, s) for c in some for s in range(len(self.timesteps)) if (c, s) not in table)
-            raise self._error(f"{mode}: chunk {missing[0]}, step {missing[1]} is missing")
+            raise self._json.error(f"{mode}: chunk {missing[0]}, step {missing[1]} is missing")
         calls = [[table[chunk, step] for step in range(len(self.timesteps))] for chunk in range(chunks)]
         for chunk, steps in enumerate(calls):
-            self._need(f"noise_check.{chunk:02d}")
+            self._tensors.need(f"noise_check.{chunk:02d}")
             for step, entry in enumerate(steps):
-                self._need(self._out_name(entry, mode, chunk, step))
+                self._tensors.need(self._out_name(entry, mode, chunk, step))
                 self._choices(entry, mode, chunk, step, f"{mode}, chunk {chunk}, step {step}")
         return calls
 
@@ -244,16 +246,16 @@ class Fixture:
     def _choices(
         self, entry: dict[str, Any], mode: str, chunk: int, step: int, where: str
     ) -> tuple[list[list[int]] | None, list[list[list[int]]]]:
-        """A call's top-k choices: what the bank keeps, and what every layer and head activates."""
+        """The top-k choices of a call: what the bank keeps, and what every layer and head attends to."""
         layers, heads = self._config.num_layers, self._config.num_heads
         found = entry.get("topk", [])
         compresses = step == 0 and self.compresses(chunk)
         if compresses and self.bank_size == 1 and isinstance(found, list) and len(found) == layers * (mode == "sma"):
-            found = [[[]]] * layers + found  # a choice of nothing need not be written down
+            found = [[[]]] * layers + found  # a choice among no frames may be left out
         expected = layers * (compresses + (mode == "sma"))
         if not isinstance(found, list) or len(found) != expected:
             got = len(found) if isinstance(found, list) else repr(found)
-            raise self._error(f"{where}: topk must hold {expected} choices, got {got}")
+            raise self._json.error(f"{where}: topk must hold {expected} choices, got {got}")
         kept = None
         if compresses:
             kept = [self._indices(where, of, 1, self.bank_size, length=self.bank_size - 1)[0] for of in found[:layers]]
@@ -263,27 +265,27 @@ class Fixture:
         return kept, activated
 
     def _indices(self, where: str, choice: Any, rows: int, below: int, length: int | None = None) -> list[list[int]]:
-        """A choice of shape (1, length) or (1, rows, length) as rows of different numbers from 0 to below - 1."""
-        nested = choice[0] if isinstance(choice, list) and len(choice) == 1 else None
+        """Checks a choice of shape (1, length) or (1, rows, any) and returns its rows of different numbers from 0 to
+        below - 1."""
+        nested: Any = choice[0] if isinstance(choice, list) and len(choice) == 1 else None
         if length is not None:
             nested = [nested]
-        good = isinstance(nested, list) and len(nested) == rows and all(
-            isinstance(row, list)
-            and (length is None or len(row) == length)
-            and all(type(i) is int and 0 <= i < below for i in row)
-            and len(set(row)) == len(row)
-            for row in nested
-        )  # fmt: skip
+
+        def is_choice(row: Any) -> bool:
+            if not isinstance(row, list) or (length is not None and len(row) != length):
+                return False
+            return all(type(i) is int and 0 <= i < below for i in row) and len(set(row)) == len(row)
+
+        good = isinstance(nested, list) and len(nested) == rows and all(map(is_choice, nested))
         if not good:
             shape = f"(1, {length})" if length is not None else f"(1, {rows}, frames)"
-            raise self._error(
+            raise self._json.error(
                 f"{where}: a choice must have shape {shape} and different entries from 0 to {below - 1}, got {choice!r}"
             )
-        assert nested is not None
         return nested
 
     def _top_frames(self) -> int:
-        """Frames that sparse activation keeps: as many as were ever kept."""
+        """How many frames sparse activation attends to: as many as any recorded choice has."""
         choices = [
             head
             for chunk, steps in enumerate(self._calls.get("sma", []))
@@ -294,83 +296,12 @@ class Fixture:
         return max([1, *map(len, choices)]) if choices else 3
 
     def _context(self, name: str) -> Tensor:
-        """(1, tokens, text_dim) float32"""
-        context = self._tensor(name)
+        """Text embeddings (1, tokens, text_dim) float32."""
+        context = self._tensors.tensor(name)
         config = self._config
         if context.dim() != 2 or context.shape[0] > config.text_len or context.shape[1] != config.text_dim:
             raise FixtureError(
-                f"{self._tensors_path}: {name} must be (up to {config.text_len}, {config.text_dim}), "
+                f"{self._tensors.path}: {name} must be (up to {config.text_len}, {config.text_dim}), "
                 f"got {tuple(context.shape)}"
             )
         return context[None]
-
-    def _config_value(self, name: str, default: object = None) -> Any:
-        """A value of the config, or else of the JSON itself; null is as good as absent."""
-        config = self._json.get("config")
-        if not isinstance(config, dict):
-            raise self._error(f"config must be an object, got {config!r}")
-        found = (values[name] for values in (config, self._json) if values.get(name) is not None)
-        return next(found, default)
-
-    def _whole(self, name: str, least: int, default: int | None = None, most: int = 2**20) -> int:
-        return _whole(self._where, name, self._config_value(name, default), least, most)
-
-    def _number(self, name: str, value: object) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
-            raise self._error(f"{name} must be a finite number, got {value!r}")
-        return float(value)
-
-    def _list(self, name: str, may_be_empty: bool = False) -> list[Any]:
-        value = self._json.get(name)
-        if not isinstance(value, list) or not (value or may_be_empty):
-            raise self._error(f"{name} must be a list, got {value!r}")
-        return value
-
-    def _error(self, message: str) -> FixtureError:
-        return FixtureError(f"{self._where}: {message}")
-
-    # ------------------------------------------------------------------------------------------------------ the tensors
-
-    def _need(self, name: str) -> None:
-        if name not in self._names:
-            raise FixtureError(f"{self._tensors_path}: the tensor {name} is missing")
-
-    def _shape(self, name: str) -> tuple[int, ...]:
-        self._need(name)
-        return tuple(self._tensors.get_slice(name).get_shape())
-
-    def _tensor(self, name: str, shape: tuple[int, ...] | None = None) -> Tensor:
-        self._need(name)
-        tensor = self._tensors.get_tensor(name)
-        if shape is not None and tuple(tensor.shape) != shape:
-            raise FixtureError(f"{self._tensors_path}: {name} must have shape {shape}, got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise FixtureError(f"{self._tensors_path}: {name} must hold floating-point numbers, got {tensor.dtype}")
-        return tensor.float()
-
-
-def _whole(where: str, name: str, value: object, least: int, most: int = 2**20) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise FixtureError(f"{where}: {name} must be a whole number from {least} to {most}, got {value!r}")
-    return value
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FixtureError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # not UTF-8, or not JSON
-        raise FixtureError(f"{path} is not JSON: {error}") from error
-    if not isinstance(content, dict):
-        raise FixtureError(f"{path} must hold an object, got a {type(content).__name__}")
-    return content
-
-
-def _open_tensors(path: Path) -> Any:
-    if not path.is_file():
-        raise FixtureError(f"cannot read {path}: no such file")
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise FixtureError(f"{path} is not a safetensors file: {error}") from error

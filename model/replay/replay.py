@@ -23,44 +23,46 @@ from memflow_ops.cache.attend import BlockSelection, attend_to_memory
 from memflow_ops.cache.released_cache import ReleasedCache
 from memflow_ops.cache.released_layout import ReleasedLayout
 from memflow_ops.cache.views import Memory
-from memflow_ops.model.replay.fixture import Call, Fixture, FixtureError
+from memflow_ops.model.replay.files import FixtureError
+from memflow_ops.model.replay.fixture import Call, Fixture
 from memflow_ops.rotary import rope_rotation
 
 TOLERANCE = 1e-4
-"""On values that reach 10; an independent script came to 8.6e-6."""
+"""On values that reach 10. An independent replay of the recording differed by 8.6e-6."""
 ORDER_TOLERANCE = 1e-4
-"""Frames whose scores differ by less than this share of sum |q||k| may stand in either order."""
+"""Frames whose scores differ by less than this share of sum(|q||k|) may be ranked in either order."""
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How one call compares."""
+class ComparedCall:
+    """A recorded call and how our model's result agrees with it."""
 
     call: Call
     difference: float
-    """the largest, of the recorded sample of outputs and of the mean and standard deviation of all of them"""
+    """The largest difference, of the sampled outputs and of the mean and standard deviation of all outputs."""
     choices: int
+    """How many top-k choices were compared."""
     wrong: list[str]
-    """a line for each choice that does not agree"""
+    """A line for each choice that does not agree."""
 
     @property
     def agrees(self) -> bool:
-        return self.difference < TOLERANCE and not self.wrong  # a NaN does not agree
+        return self.difference < TOLERANCE and not self.wrong  # False for a NaN
 
 
 @torch.no_grad()
-def replay(fixture: Fixture, mode: str) -> Iterator[Outcome]:
-    """Makes the calls of one mode in order and compares each with the recording."""
+def replay(fixture: Fixture, mode: str) -> Iterator[ComparedCall]:
+    """Runs the calls of one mode in order and compares each with the recording."""
     model = fixture.model
     config = model.config
     cache = ReleasedCache(_layout(fixture))
-    banks: list[list[int]] = [[] for _ in range(config.num_layers)]  # frame per slot, as the recording's choices say
+    banks: list[list[int]] = [[] for _ in range(config.num_layers)]  # frame per place, by the recorded choices
     top_frames = fixture.top_frames if mode == "sma" else None
     selection = None if top_frames is None else BlockSelection(top_frames, query_group=None)
     rows, columns = (torch.arange(n) for n in fixture.grid)
     text, noise = model.encode_text(fixture.context), fixture.noise()
     for chunk in range(fixture.chunks(mode)):
-        # With the text keys of the call before: at a switch, still the old prompt's.
+        # With the text keys of the last chunk: at a switch they are still those of the old prompt.
         cache.update_bank([keys for keys, _ in text])
         if chunk == fixture.switch_chunk:
             text = model.encode_text(fixture.context_after_switch)
@@ -77,7 +79,7 @@ def replay(fixture: Fixture, mode: str) -> Iterator[Outcome]:
             y = model(x, torch.full((1, len(frames)), timestep), text, attend)
             x = x - 0.25 * y
             wrong += activation.wrong(call, banks)
-            yield Outcome(call, _difference(y, call), len(call.kept or ()) + sum(map(len, call.activated)), wrong)
+            yield ComparedCall(call, _difference(y, call), len(call.kept or ()) + sum(map(len, call.activated)), wrong)
         cache.commit()
 
 
@@ -99,11 +101,12 @@ def _layout(fixture: Fixture) -> ReleasedLayout:
 
 def _difference(y: Tensor, call: Call) -> float:
     differences = torch.stack([(y[0, :, :, ::6, ::8] - call.out).abs().max(), y.mean() - call.mean, y.std() - call.std])
-    return differences.abs().max().item()  # NaN if any is
+    return differences.abs().max().item()  # a NaN among them gives NaN
 
 
 def _advance_banks(fixture: Fixture, call: Call, banks: list[list[int]], cache: ReleasedCache) -> list[str]:
-    """The recording's banks for this chunk, from those of the last; returns where our choice is another."""
+    """Turns the recording's banks of the last chunk into those of this chunk. Returns a line for each layer in which
+    our cache chose other frames."""
     if not fixture.bank_size:
         return []
     staged = (call.chunk - 1) * fixture.frames_per_chunk
@@ -116,13 +119,13 @@ def _advance_banks(fixture: Fixture, call: Call, banks: list[list[int]], cache: 
         assert cache.kept is not None
         frames, scores = (of[layer, 0].tolist() for of in cache.kept[:2])
         scale = cache.kept.scales[layer, 0].item()
-        wrong += _compared(f"layer {layer}, bank", bank, frames, dict(zip(frames, scores, strict=True)), scale)
+        wrong += _disagreement(f"layer {layer}, bank", bank, frames, dict(zip(frames, scores, strict=True)), scale)
         bank.append(staged)
     return wrong
 
 
 class _Activation:
-    """What the heads of every layer take of sink and bank in one call."""
+    """The frames of sink and bank that the heads of every layer attend to in one call."""
 
     def __init__(self, cache: ReleasedCache, top_frames: int | None):
         self.cache, self.top_frames = cache, top_frames
@@ -145,7 +148,7 @@ class _Activation:
         self.seen.append((chosen[0, :, 0], scores, scale.amax(1)))
 
     def wrong(self, call: Call, banks: list[list[int]]) -> list[str]:
-        """Where the recorded choices, over the recording's banks, are others."""
+        """A line for each recorded choice that differs from ours. banks: those of the recording."""
         lines = []
         candidates = [of_layer[0] for of_layer in self.cache.bank_by_layer()]
         sink = list(range(len(candidates[0]) - len(banks[0])))
@@ -153,7 +156,7 @@ class _Activation:
             for head, recorded in enumerate(heads):
                 ours, score = candidates[layer], scores[head].tolist()
                 best_first = sorted((i for i in chosen[head].tolist() if i >= 0), key=lambda i: -score[i])
-                lines += _compared(
+                lines += _disagreement(
                     f"layer {layer}, head {head}",
                     [(sink + banks[layer])[i] for i in recorded],
                     [ours[i] for i in best_first],
@@ -163,7 +166,7 @@ class _Activation:
         return lines
 
 
-def _compared(
+def _disagreement(
     name: str, recorded: Sequence[int], ours: Sequence[int], scores: dict[int, float], scale: float
 ) -> list[str]:
     """A line unless both are the same frames, in an order that our scores allow."""
@@ -175,44 +178,42 @@ def _compared(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Replays the fixture that the command line names and prints a line per call; returns the exit code."""
+    """Replays the fixture that the command line names and prints a line per call. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m memflow_ops.model.replay", description=__doc__.split("\n\n")[2])
     parser.add_argument("tensors", type=Path, metavar="FIXTURE.safetensors")
     parser.add_argument("description", type=Path, metavar="FIXTURE.json")
     given = parser.parse_args(arguments)
     torch.set_float32_matmul_precision("highest")
-    outcomes: list[Outcome] = []
+    compared: list[ComparedCall] = []
     try:
         fixture = Fixture(given.tensors, given.description)
         print("mode   chunk  step  timestep  max |difference|  top-k choices")
         for mode in fixture.modes:
-            for outcome in replay(fixture, mode):
-                outcomes.append(outcome)
-                print(_line(outcome), flush=True)
+            for result in replay(fixture, mode):
+                compared.append(result)
+                print(_line(result), flush=True)
     except FixtureError as error:
         print(f"released: {error}", file=sys.stderr)
         return 2
-    good = all(outcome.agrees for outcome in outcomes)
-    wrong = sum(len(outcome.wrong) for outcome in outcomes)
-    choices = sum(outcome.choices for outcome in outcomes)
+    good = all(result.agrees for result in compared)
+    wrong = sum(len(result.wrong) for result in compared)
+    choices = sum(result.choices for result in compared)
     print(
-        f"{len(outcomes)} calls, {'all agree' if good else f'{sum(not o.agrees for o in outcomes)} do not agree'}: "
-        f"largest difference {_largest(outcomes):.2e} (limit {TOLERANCE:.0e}), "
+        f"{len(compared)} calls, {'all agree' if good else f'{sum(not o.agrees for o in compared)} do not agree'}: "
+        f"largest difference {_largest(compared):.2e} (limit {TOLERANCE:.0e}), "
         f"{choices - wrong} of {choices} top-k choices the same"
     )
     return 0 if good else 1
 
 
-def _line(outcome: Outcome) -> str:
-    call = outcome.call
-    choices = "-" if not outcome.choices else f"{outcome.choices - len(outcome.wrong)} of {outcome.choices} agree"
-    mark = "" if outcome.agrees else "   <- differs"
-    line = (
-        f"{call.mode:<5}{call.chunk:>7}{call.step:>6}{call.timestep:>10g}{outcome.difference:>18.2e}  {choices}{mark}"
-    )
-    return "\n".join([line, *(f"      {wrong}" for wrong in outcome.wrong)])
+def _line(result: ComparedCall) -> str:
+    call = result.call
+    choices = "-" if not result.choices else f"{result.choices - len(result.wrong)} of {result.choices} agree"
+    mark = "" if result.agrees else "   <- differs"
+    line = f"{call.mode:<5}{call.chunk:>7}{call.step:>6}{call.timestep:>10g}{result.difference:>18.2e}  {choices}{mark}"
+    return "\n".join([line, *(f"      {wrong}" for wrong in result.wrong)])
 
 
-def _largest(outcomes: Sequence[Outcome]) -> float:
-    """NaN counts as the largest."""
-    return torch.tensor([outcome.difference for outcome in outcomes]).max().item()
+def _largest(compared: Sequence[ComparedCall]) -> float:
+    """The largest difference of all; a NaN if there is one."""
+    return torch.tensor([result.difference for result in compared]).max().item()

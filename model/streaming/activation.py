@@ -1,4 +1,4 @@
-"""What the user is told of a chunk's memory: which frames were held, and how strongly each was activated."""
+"""How strongly a chunk activated each frame of its bank."""
 
 from collections import Counter
 
@@ -12,8 +12,8 @@ from memflow_ops.cache.views import Memory
 
 
 class Activation:
-    """Counts in one pass how many blocks of each candidate frame are selected; on the device until it is read, in a
-    tensor that stays where it is, so that a CUDA graph may count."""
+    """Counts, during one pass, how many blocks of each candidate frame are selected. The counts stay on the device
+    until they are read, in one tensor that is updated in place, so that a CUDA graph can count too."""
 
     def __init__(self, cache: RingCache, selection: BlockSelection, impl: str):
         self.cache, self.selection, self.impl = cache, selection, impl
@@ -22,10 +22,11 @@ class Activation:
         self._counts = torch.zeros(layout.layers, layout.batch, candidates, dtype=torch.long, device=cache.device)
 
     def start(self) -> None:
-        """Before the pass over the open chunk that is to be counted."""
+        """To be called before the pass that is counted."""
         self._counts.zero_()
 
     def observe(self, layer: int, q: Tensor, memory: Memory) -> None:
+        """An `Observer`: makes the layer's selection again and counts it."""
         blocks = self.cache.layout.blocks_per_frame
         chosen = select_blocks(
             q,
@@ -41,7 +42,8 @@ class Activation:
         self._counts[layer].scatter_add_(1, frames.clamp(min=0), (frames >= 0).long())
 
     def read(self) -> tuple[list[list[int]], list[list[float]]]:
-        """Per story the candidates, ascending, and the share of each in all selected blocks. Waits for the device."""
+        """Per story the candidate frames, ascending, and the share of each in all selected blocks. Waits for the
+        device."""
         frames = self.cache.bank_by_layer()
         counts = self._counts.tolist()
         candidates, shares = [], []
@@ -49,7 +51,7 @@ class Activation:
             total: Counter[int] = Counter()
             for of_layer, counted in zip(frames, counts, strict=True):
                 total.update({frame: 0 for frame in of_layer[story]})
-                for frame, count in zip(of_layer[story], counted[story], strict=False):  # a frame may be there twice
+                for frame, count in zip(of_layer[story], counted[story], strict=False):  # a frame may be listed twice
                     total[frame] += count
             candidates.append(sorted(total))
             shares.append([total[frame] / max(1, total.total()) for frame in candidates[-1]])

@@ -1,14 +1,14 @@
-"""CUDA graphs of a stream's passes: a pass that comes again in the same shape is recorded once and then replayed.
+"""CUDA graphs of a stream's passes: a pass that recurs in the same shape is recorded once and then replayed.
 
-A recording repeats kernels with the memory and the numbers that it was made with. So whatever changes from chunk to
-chunk is read from tensors that stay where they are: noisy latents, time embedding, RoPE's angles and text keys (of the
-`Streamer`), the chunk's places in the ring, slot table and lengths of the bank (of the cache). What no tensor holds is
-the shape of a pass: how full the ring is, and so on, see `RingCache.pass_shape`.
+A replay repeats the recorded kernels on the recorded memory and numbers. So whatever changes from chunk to chunk is
+read from tensors that are updated in place: noisy latents, time embedding, RoPE angles (`PassInputs`), text keys
+(`StreamText`), and the chunk's places in the ring with the slot table and lengths of the bank (the cache). What no
+tensor holds, such as how full the ring is, makes up the shape of a pass; see `RingCache.pass_shape`.
 
-Few shapes come again, so there are few graphs. Once the local window is full, a chunk has two kinds of pass (noisy, and
-clean, which ends early); a prompt switch passes each chunk that stays in the window again, one graph for each. With a
-window of 9 frames there are 4 graphs. Shapes that only one chunk has, as while the window fills, are not recorded, nor
-is memory="full", whose history grows with every chunk.
+Few shapes recur, so there are few graphs. Once the local window is full, a chunk has two kinds of passes: noisy ones,
+and the clean one, which ends early. A prompt switch adds a clean pass over each past chunk in the window, with a graph
+for each. That makes 4 graphs for a window of 9 frames. Passes whose shape belongs to one chunk alone are not recorded:
+those while the window fills, and all of memory="full", whose history grows with every chunk.
 """
 
 import warnings
@@ -22,21 +22,22 @@ from memflow_ops.cache.ring import PassMarks, RingCache
 from memflow_ops.model.streaming.settings import StreamSettings
 
 OnePass = Callable[[], Tensor | None]
-"""Runs a pass; what it reads and writes stays where it is."""
+"""Runs a pass on the same tensors every time. Returns the model's output, or None for a clean pass."""
 
 
 class Recorder(Protocol):
-    """What records passes: CUDA's graphs, or in tests a list of operators."""
+    """Records passes: as CUDA graphs, or in tests as a list of operators."""
 
     def warm_up(self, one_pass: OnePass) -> Tensor | None:
-        """Runs a pass that may be recorded later."""
+        """Runs a pass that may be recorded later, and returns its result."""
 
     def record(self, one_pass: OnePass) -> tuple[Callable[[], None], Tensor | None]:
-        """What runs it again, and the tensor that then holds the result. Recording does not run it."""
+        """Returns a function that runs the pass, and the tensor that holds the result after each such run. Recording
+        does not run the pass."""
 
 
 class CudaGraphs:
-    """Records CUDA graphs on a stream of their own. They share one pool of memory, because they never run at once."""
+    """Records CUDA graphs on a CUDA stream of their own. They share a memory pool, because only one runs at a time."""
 
     def __init__(self, device: torch.device):
         self._device = device
@@ -44,7 +45,7 @@ class CudaGraphs:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm_up(self, one_pass: OnePass) -> Tensor | None:
-        # On the stream that will record: kernels are compiled and workspaces allocated before that.
+        # This is the CUDA stream that will record. Kernels must be compiled and workspaces allocated on it before.
         current = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
@@ -56,14 +57,14 @@ class CudaGraphs:
 
     def record(self, one_pass: OnePass) -> tuple[Callable[[], None], Tensor | None]:
         graph = torch.cuda.CUDAGraph()
-        # thread_local: what other threads do, such as encoding a video, does not spoil the recording.
+        # thread_local: calls of other threads, which may be encoding a video, do not invalidate the recording.
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             out = one_pass()
         return graph.replay, out
 
 
 def why_not(device: torch.device, settings: StreamSettings) -> str:
-    """Why the passes of such a stream cannot be recorded; "" if they can."""
+    """The reason why the passes of such a stream cannot be recorded; "" if they can."""
     if device.type != "cuda":
         return f"they need a CUDA device, the model is on {device}"
     if settings.selection == "random":
@@ -74,41 +75,44 @@ def why_not(device: torch.device, settings: StreamSettings) -> str:
 
 
 class Recording(NamedTuple):
+    """A recorded pass."""
+
     replay: Callable[[], None]
     out: Tensor | None
     marks: PassMarks  # of the cache, after the pass
 
 
 class Passes:
-    """Runs the passes of one stream, eagerly or as recordings; the results are the same to the bit."""
+    """Runs the passes of one stream, eagerly or by replaying recordings, with results that are the same to the bit."""
 
     def __init__(self, cache: RingCache, recorder: Recorder | None, insist: bool = False):
-        """cache: what the passes write. recorder: None runs everything eagerly. insist: an error while recording is
-        raised; otherwise it is a RuntimeWarning, and the stream goes on eagerly."""
+        """cache: the one that the passes write. recorder: None runs everything eagerly. insist: an error while
+        recording is raised; otherwise it becomes a RuntimeWarning, and the stream continues eagerly."""
         self.cache, self.recorder, self.insist = cache, recorder, insist
         self.replayed = 0
-        """Passes that were replays, so far."""
+        """How many passes were replays so far."""
         self._recorded: dict[Hashable, Recording] = {}
-        self._now: set[Hashable] = set()  # shapes met in this chunk
-        self._before: set[Hashable] = set()  # and in earlier ones
+        self._in_this_chunk: set[Hashable] = set()  # shapes of passes in this chunk
+        self._in_earlier_chunks: set[Hashable] = set()  # shapes of passes in earlier chunks
 
     @property
     def graphs(self) -> int:
-        """Recordings so far."""
+        """How many recordings there are."""
         return len(self._recorded)
 
     def new_chunk(self) -> None:
-        """Only what an earlier chunk has met is recorded: it may be expected to come again."""
-        self._before |= self._now
-        self._now = set()
+        """To be called before a chunk. A pass is recorded when an earlier chunk had one of its shape, because such a
+        shape can be expected to recur."""
+        self._in_earlier_chunks |= self._in_this_chunk
+        self._in_this_chunk = set()
 
     def run(self, shape: Hashable, one_pass: OnePass) -> Tensor | None:
-        """The result of a pass. shape: all that the pass depends on and that no tensor holds."""
+        """Runs a pass and returns its result. shape: all that the pass depends on and that no tensor holds."""
         if self.recorder is None:
             return one_pass()
         if shape not in self._recorded:
-            if shape not in self._before:
-                self._now.add(shape)
+            if shape not in self._in_earlier_chunks:
+                self._in_this_chunk.add(shape)
                 return self.recorder.warm_up(one_pass)
             if not self._record(shape, one_pass):
                 return one_pass()

@@ -1,4 +1,4 @@
-"""The flow-matching sampler: from noise to a chunk in any number of steps.
+"""The flow-matching sampler, which turns noise into a chunk in any number of steps.
 
 Noise level sigma runs from 1 (pure noise) to 0 (clean); a noisy chunk is x = (1 - sigma) x0 + sigma noise, its
 velocity noise - x0, and the model's timestep 1000 sigma. `shift` spends more steps at high noise: sigma = shift s /
@@ -13,16 +13,16 @@ from torch import Tensor
 
 
 def shifted(s: Tensor, shift: float) -> Tensor:
-    """Evenly spread noise levels s in 0..1 -> shifted ones, same shape; 0 and 1 stay where they are."""
+    """Shifts evenly spread noise levels s, from 0 to 1. 0 and 1 stay as they are."""
     return shift * s / (1 + (shift - 1) * s)
 
 
 class FlowMatchSampler:
-    """Noise levels and the step between them.
+    """The noise levels of a chunk's passes, and the step from one to the next.
 
-    steps: passes of the model per chunk, the clean pass not counted.
+    steps: passes of the model per chunk, without the clean pass.
     stochastic: every step renews the noise (few-step distilled models); otherwise Euler along the velocity.
-    prediction: what the model's output means, `ModelConfig.prediction`.
+    prediction: what the model's output means; see `ModelConfig`.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class FlowMatchSampler:
         return y if self.prediction == "x0" else x - sigma * y
 
     def step(self, x: Tensor, x0: Tensor, i: int, noise: Tensor | None = None) -> Tensor:
-        """x at sigmas[i] and the denoised x0 -> x at sigmas[i + 1]; the last step returns x0 itself.
+        """From x at sigmas[i] and the denoised x0 to x at sigmas[i + 1]. The last step returns x0 itself.
 
-        noise: like x, the fresh noise of a stochastic step but the last.
+        noise: fresh noise, like x. A stochastic sampler needs it in every step except the last.
         """
         sigma, following = self.sigmas[i], self.sigmas[i + 1]
         if following == 0:

@@ -1,4 +1,4 @@
-"""What shapes a stream, and the cache that it will allocate for it."""
+"""The settings of a stream, and the size of the cache that follows from them."""
 
 from dataclasses import dataclass, field
 from typing import Literal, get_args
@@ -19,12 +19,12 @@ USED_BY: dict[str, tuple[MemoryMode, ...]] = {
     "top_k": ("memflow",),
     "query_group": ("memflow",),
 }
-"""Settings that only some kinds of memory look at, of those that a command offers."""
+"""The kinds of memory that use a setting, for settings that a command offers and not all kinds use."""
 
 
 @dataclass(frozen=True)
 class StreamSettings:
-    """Everything that shapes a stream but the model, the prompts and the seed."""
+    """All that determines a stream beside the model, the prompts and the seed."""
 
     memory: MemoryMode = "memflow"
     """How a chunk sees the past beyond its local window."""
@@ -37,13 +37,13 @@ class StreamSettings:
     window_frames: int = 6
     """The local window, always attended to in full, current chunk included; a multiple of chunk_frames."""
     sink_frames: int = 3
-    """First frames of the video, kept for good; not with memory="none"."""
+    """First frames of the video, which are kept forever; not with memory="none"."""
     bank_frames: int = 3
-    """Frames retrieved for a chunk, at most; memflow and released."""
+    """Frames that are retrieved for a chunk at most; memflow and released."""
     device_frames: int = 64
     """Prototypes that the device holds; memflow and full."""
     host_frames: int = 0
-    """Further prototypes that may wait in host memory; beyond them the oldest is forgotten; memflow only."""
+    """Further prototypes that wait in host memory. When there are more, the oldest is forgotten; memflow only."""
     top_k: int = 24
     """Blocks of sink and bank that each query group attends to; memflow only."""
     block_size: int = 64
@@ -51,25 +51,26 @@ class StreamSettings:
     query_group: int | None = 128
     """Consecutive queries that share a selection; None: the whole chunk, as in the paper."""
     relevance: RelevanceKind = "linear"
-    """What retrieval goes by: a score of `frame_relevance`, word by word ("coverage"), or "random", a control."""
+    """How retrieval ranks frames: by a score of `frame_relevance`, word by word ("coverage"; see `Coverage`), or at
+    random, which is a control."""
     selection: SelectionKind = "top"
-    """Which blocks activation takes: those that score best, or as many "random" ones, a control."""
+    """The blocks that activation takes: those with the best scores, or as many random ones, which is a control."""
     redundancy: float | None = None
     """Retrieval passes over frames whose mean key has a larger cosine than this with one already taken; None: it passes
     over none."""
     record_interval: int = 3
-    """Chunks after which the bank goes on to its next place; released only."""
+    """The bank moves on to its next place after so many chunks; released only."""
     top_frames: int | None = None
-    """Frames of sink and bank that each head attends to, the same for a whole chunk (the authors' sparse memory
-    activation: 3); None: all, as their checkpoints come; released only."""
+    """Frames of sink and bank that each head attends to, the same for the whole chunk (sparse memory activation; its
+    authors use 3). None: all of them, the default of their checkpoints; released only."""
     recache: bool = True
-    """Re-cache the local window at a prompt switch."""
+    """Whether the local window is re-cached at a prompt switch."""
     steps: int = 4
-    """Passes per chunk, the clean pass not counted."""
+    """Passes per chunk, without the clean pass."""
     shift: float = 5.0
-    """The sampler's timestep shift; above 1 it spends more steps at high noise."""
+    """The sampler's timestep shift. Above 1, more steps are spent at high noise."""
     stochastic: bool = False
-    """Renew the noise in every step (few-step distilled models) instead of following the velocity."""
+    """Whether every step renews the noise (few-step distilled models) instead of following the velocity."""
     impl: str = "auto"
     """Implementation of the attention op: auto, reference, torch or triton."""
 
@@ -87,8 +88,8 @@ class StreamSettings:
             raise ValueError(f"top_frames must be positive or None (all), got {self.top_frames}")
         if self.redundancy is not None and not -1 <= self.redundancy <= 1:
             raise ValueError(f"redundancy is a cosine, -1 to 1, or None, got {self.redundancy}")
-        FlowMatchSampler(self.steps, self.shift)  # refuses what it cannot do
-        # Sizes of the cache are refused by its layout, here rather than when the stream starts.
+        FlowMatchSampler(self.steps, self.shift)  # checks steps and shift
+        # The layouts check the sizes of the cache, here rather than when the stream starts.
         CacheLayout(1, 1, 1, 1, 1, *self._cache_sizes(), block_size=self.block_size)
         self._released_layout((1, 1, 1, 1, 1), torch.float32)
 
@@ -104,7 +105,8 @@ class StreamSettings:
         )
 
     def _cache_sizes(self) -> tuple[int, int, int, int, int, int]:
-        """chunk, window, sink, bank, device and host frames in this mode: what a mode does not use is not kept."""
+        """The chunk, window, sink, bank, device and host frames of the cache; 0 for what this kind of memory does not
+        use."""
         has_sink, has_bank, has_history = (
             self.memory in modes for modes in (("sink", "memflow", "full"), ("memflow",), ("memflow", "full"))
         )
@@ -122,7 +124,7 @@ class StreamSettings:
         return sum(chunk * self.chunk_frames >= self.sink_frames for chunk in range(chunks))
 
     def cache_layout(self, model: CausalVideoModel, batch: int) -> CacheLayout:
-        """What a stream of `batch` stories will allocate; `CacheLayout` states it in bytes."""
+        """The layout of the cache that a stream of `batch` stories allocates; it states the size in bytes."""
         config, dtype = model.config, model.patch_embedding.weight.dtype
         tokens = model.tokens(self.height, self.width)
         sizes = (config.num_layers, batch, tokens, config.num_heads, config.head_dim)

@@ -1,4 +1,4 @@
-"""What the extra [wan] brings, imported on first use, and what its loaders leave unsaid."""
+"""Helpers for the optional packages of the extra [wan], which are imported on first use."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -7,7 +7,7 @@ from typing import Any
 
 @contextmanager
 def needs(package: str) -> Iterator[None]:
-    """Around an import from the extra [wan]: says how to install what is not there."""
+    """A context for an import from the extra [wan]. If the package is missing, the error says how to install it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -19,9 +19,11 @@ def needs(package: str) -> Iterator[None]:
 
 
 def check_loaded(info: Mapping[str, Any], source: str, may_remain: tuple[str, ...] = ()) -> None:
-    """A ValueError that names the weights which transformers or diffusers would have made up or left out.
+    """A ValueError that names every weight that is missing, unexpected or of the wrong shape. transformers and
+    diffusers would fill it with random numbers, or ignore it.
 
-    info: their loading info. may_remain: beginnings of names that a file may have beyond the model.
+    info: the loading info that they return. may_remain: beginnings of names of weights that a file may have although
+        the model does not.
     """
     problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
     problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"]) if not name.startswith(may_remain)]
@@ -32,7 +34,7 @@ def check_loaded(info: Mapping[str, Any], source: str, may_remain: tuple[str, ..
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Without the progress bars of transformers' loader."""
+    """Turns off the progress bars of transformers in this context."""
     from transformers.utils import logging
 
     shown = logging.is_progress_bar_enabled()

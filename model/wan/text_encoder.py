@@ -18,7 +18,8 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 
 
 def clean_prompt(prompt: str) -> str:
-    """As Wan cleans its captions: mended Unicode, no HTML entities, single spaces."""
+    """Cleans a prompt as Wan cleaned its captions: broken Unicode is repaired, HTML entities are decoded, and white
+    space becomes single spaces."""
     with needs("ftfy"):
         import ftfy
     text = html.unescape(html.unescape(ftfy.fix_text(prompt)))
@@ -26,10 +27,10 @@ def clean_prompt(prompt: str) -> str:
 
 
 class UMT5TextEncoder:
-    """Prompts -> text embeddings, as `stream` takes them.
+    """Turns prompts into the text embeddings that `stream` takes.
 
-    model: transformers' UMT5EncoderModel. tokenizer: its tokenizer. text_len: tokens of a prompt at most, the end token
-    included; what is longer is cut, with a warning, as Wan does silently.
+    model: a UMT5EncoderModel of transformers. tokenizer: its tokenizer. text_len: tokens of a prompt at most, with the
+    end token. A longer prompt is cut, with a warning; Wan cuts it silently.
     """
 
     def __init__(self, model: Any, tokenizer: Callable[..., Any], text_len: int = 512):
@@ -44,10 +45,11 @@ class UMT5TextEncoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "UMT5TextEncoder":
-        """A diffusers pipeline's folder (with text_encoder/ and tokenizer/ in it), or the encoder's own, with the
-        tokenizer in it or in tokenizer/ in or beside it.
+        """Loads the encoder from the folder of a diffusers pipeline (with text_encoder/ and tokenizer/ in it), or from
+        the encoder's own folder. The tokenizer of the latter is in the same folder, or in tokenizer/ inside or beside
+        it.
 
-        FileNotFoundError or ValueError where something is missing or no UMT5; missing weights are named.
+        A FileNotFoundError or ValueError if something is missing or is no UMT5; missing weights are named.
         """
         encoder, tokenizer = find_text_encoder(Path(path))
         with needs("transformers"):
@@ -55,7 +57,7 @@ class UMT5TextEncoder:
         options: dict[str, Any] = {"local_files_only": True}
         try:
             words = AutoTokenizer.from_pretrained(tokenizer, **options)
-        except Exception as error:  # whatever its parsers raise
+        except Exception as error:  # the parsers of tokenizers raise errors of many types
             raise ValueError(f"{tokenizer} holds no tokenizer that transformers can load: {error}") from error
         with quiet():
             loaded: Any = UMT5EncoderModel.from_pretrained(
@@ -71,7 +73,8 @@ class UMT5TextEncoder:
 
     @torch.no_grad()
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> (B, Lt, dim) in the model's dtype, Lt that of the longest, zero past each one's true length."""
+        """The embeddings (B, Lt, dim) of B prompts in the model's dtype. Lt is the length of the longest; the rows past
+        a prompt's true length are zero."""
         cleaned = [clean_prompt(prompt) for prompt in prompts]
         whole = self.tokenizer(cleaned).input_ids
         for prompt, ids in zip(prompts, whole, strict=True):
@@ -80,25 +83,30 @@ class UMT5TextEncoder:
                     f"the prompt {prompt[:60]!r}... has {len(ids)} tokens and is cut to {self.text_len}", stacklevel=2
                 )
         tokens = self.tokenizer(
-            cleaned, padding=True, max_length=self.text_len, truncation=True, return_attention_mask=True,
+            cleaned,
+            padding=True,
+            max_length=self.text_len,
+            truncation=True,
+            return_attention_mask=True,
             return_tensors="pt",
-        ).to(self.device)  # fmt: skip
-        # Padding is masked inside the encoder, so padding to the longest gives what padding to text_len would.
+        ).to(self.device)
+        # The encoder masks padding, so padding to the longest prompt gives the same result as padding to text_len.
         out = self.model(tokens.input_ids, tokens.attention_mask).last_hidden_state
         return out * tokens.attention_mask[..., None].to(out.dtype)
 
 
 class EncodedPrompts:
-    """Embeddings of prompts that were encoded beforehand, so that the encoder need not stay in memory."""
+    """A text encoder for prompts that are known beforehand: they are encoded once, and the encoder can be freed."""
 
     def __init__(self, encode: Callable[[Sequence[str]], Tensor], prompts: Sequence[str]):
-        """encode: called once per different prompt."""
+        """encode: is called once for each different prompt."""
         self._embeddings: dict[str, Tensor] = {}
         for prompt in dict.fromkeys(prompts):
             self._embeddings[prompt] = encode([prompt])[0]
 
     def __call__(self, prompts: Sequence[str]) -> Tensor:
-        """B prompts -> (B, Lt, dim), zero past each one's length."""
+        """The embeddings (B, Lt, dim) of B prompts, zero past the length of each. A ValueError for an unknown
+        prompt."""
         unknown = [prompt for prompt in prompts if prompt not in self._embeddings]
         if unknown:
             raise ValueError(f"these prompts have not been encoded beforehand: {unknown}")
@@ -106,7 +114,7 @@ class EncodedPrompts:
 
 
 def find_text_encoder(path: Path) -> tuple[Path, Path]:
-    """The folders of the encoder and of its tokenizer."""
+    """Finds the folders of a text encoder and of its tokenizer; see `UMT5TextEncoder.from_folder`."""
     encoder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
     config = encoder / "config.json"
     if not config.is_file():

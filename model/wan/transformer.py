@@ -1,11 +1,12 @@
-"""A causal diffusion transformer in the Wan 2.1 architecture, thin: attention over the past is injected by the caller.
+"""A causal diffusion transformer in the Wan 2.1 architecture, whose self-attention is the caller's.
 
-The model knows nothing about caches, windows or memory. Every self-attention layer hands its queries, keys and
-values, normalised and not yet rotated, to the caller's `attend`, which decides what the chunk may see. Parameter names
-are those of the original Wan 2.1 release, so its checkpoints load as they are.
+The model knows nothing of caches, windows or memory. Every self-attention layer hands its queries, keys and values to
+the caller's `Attend`, which decides what the chunk sees. The names of the parameters are those of the original Wan 2.1
+release, so that its checkpoints load as they are.
 
-What differs from the image-shaped Wan: the timestep is given per frame, RoPE takes absolute frame indices of any size,
-and conditions (such as coordinates) may be concatenated to the noisy channels, as Wan's image-to-video models do.
+It differs from the original Wan in three points. The timestep is given per frame, RoPE takes absolute frame indices of
+any size, and a condition, such as pixel coordinates, may be concatenated to the noisy channels, as in Wan's
+image-to-video models.
 """
 
 import math
@@ -20,15 +21,12 @@ from memflow_ops.cache.attend import Attend, AttendProjections
 from memflow_ops.ops.cache_write import QKNorm
 from memflow_ops.rotary import apply_rotation, rope_rotation
 
-"""attend(layer, q, k, v) -> out; all (B, F * T, heads, head_dim), q and k after their RMSNorm and before RoPE."""
-
-
 TextKeysValues = list[tuple[Tensor, Tensor]]
 """Per layer the keys (after norm_k) and values of the text cross-attention, each (B, text_len, heads, head_dim)."""
 
 
 class TimeEmbedding(NamedTuple):
-    """What a pass needs of its timesteps; B and F may be 1, for all stories or frames alike."""
+    """The embedding of the timesteps of a pass. B or F is 1 if all stories or frames have the same timestep."""
 
     embedding: Tensor  # (B, F, dim), for the head
     modulation: Tensor  # (B, F, 6, dim), for the blocks
@@ -38,7 +36,7 @@ class TimeEmbedding(NamedTuple):
 class ModelConfig:
     """The sizes of a model, and what its output means.
 
-    `in_dim` counts the condition channels too: x carries out_dim channels, `condition` the remaining in_dim - out_dim.
+    `in_dim` includes the channels of the condition: x has out_dim channels, and `condition` the other in_dim - out_dim.
     """
 
     dim: int
@@ -74,7 +72,8 @@ class ModelConfig:
 
 
 def sinusoid(t: Tensor, dim: int) -> Tensor:
-    """The timestep embedding: t (...) -> (..., dim) float32, cosines first, computed in float64 as Wan does."""
+    """The sinusoidal embedding (..., dim) float32 of timesteps t (...): cosines, then sines, computed in float64 as in
+    Wan."""
     half = dim // 2
     frequencies = torch.arange(half, dtype=torch.float64, device=t.device).div(-half).mul(math.log(10_000)).exp()
     angles = t.double()[..., None] * frequencies
@@ -85,7 +84,7 @@ def sinusoid(t: Tensor, dim: int) -> Tensor:
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square norm over the full width, in float32 whatever the model's dtype."""
+    """Root-mean-square norm over the full width, computed in float32 for every dtype of the model."""
 
     def __init__(self, dim: int, eps: float):
         super().__init__()
@@ -97,7 +96,7 @@ class RMSNorm(nn.Module):
 
 
 class LayerNorm(nn.LayerNorm):
-    """Layer norm in float32 whatever the model's dtype."""
+    """Layer norm, computed in float32 for every dtype of the model."""
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = (None if p is None else p.float() for p in (self.weight, self.bias))
@@ -105,7 +104,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Attention(nn.Module):
-    """The projections and norms that Wan's self-attention and text cross-attention share."""
+    """The projections and norms of Wan's self-attention and of its text cross-attention."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -132,7 +131,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Self-attention, text cross-attention, feed-forward; the first and the last modulated by the frame's timestep."""
+    """Self-attention, text cross-attention and feed-forward. The timestep modulates the first and the last."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -146,21 +145,22 @@ class Block(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def encode_text(self, context: Tensor) -> tuple[Tensor, Tensor]:
-        """Text after the text MLP (B, text_len, dim) -> keys and values (B, text_len, heads, head_dim)."""
+        """Keys and values (B, text_len, heads, head_dim) of text after the text MLP (B, text_len, dim)."""
         return self.cross_attn.keys_values(context)
 
     def forward(self, x: Tensor, time: Tensor, text: tuple[Tensor, Tensor], layer: int, attend: Attend) -> Tensor:
-        """x (B, F * T, dim), time (B, F, 6, dim), text keys and values (B, text_len, heads, head_dim) -> like x."""
+        """The block's output, like x. x (B, F * T, dim), time (B, F, 6, dim), text: keys and values (B, text_len,
+        heads, head_dim)."""
         return self.after(x, self.attend(x, time, layer, attend), time, *text)
 
     def attend(self, x: Tensor, time: Tensor, layer: int, attend: Attend) -> Tensor:
-        """The block as far as its self-attention, which is the caller's."""
+        """The block up to and including its self-attention, which is the caller's `attend`."""
         if isinstance(attend, AttendProjections) and not torch.is_grad_enabled():
             return attend.projections(layer, *self.before(x, time, normalise=False), self.self_attn.norm)
         return attend(layer, *self.before(x, time))
 
     def before(self, x: Tensor, time: Tensor, normalise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
-        """The block as far as its self-attention: queries, keys and values that `attend` takes."""
+        """The block up to its self-attention: the queries, keys and values for `attend`."""
         shift, scale = self.modulated(time, slice(2), x.dtype)
         h = modulate(self.norm1(x), shift, scale)
         if not normalise:
@@ -168,7 +168,7 @@ class Block(nn.Module):
         return self.self_attn.queries(h), *self.self_attn.keys_values(h)
 
     def after(self, x: Tensor, attended: Tensor, time: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The rest of the block, from what `attend` returned; k and v of the text."""
+        """The rest of the block. attended: what `attend` returned. k, v: of the text."""
         gate, ffn_shift, ffn_scale, ffn_gate = self.modulated(time, slice(2, 6), x.dtype)
         x = add_gated(x, self.self_attn.o(attended.flatten(2)), gate)
 
@@ -179,7 +179,8 @@ class Block(nn.Module):
         return add_gated(x, self.ffn(modulate(self.norm2(x), ffn_shift, ffn_scale)), ffn_gate)
 
     def modulated(self, time: Tensor, part: slice, dtype: torch.dtype) -> tuple[Tensor, ...]:
-        """Those in `part` of shift, scale, gate of the self-attention, then of the feed-forward; each (B, F, dim)."""
+        """A part of the six modulations (B, F, dim): shift, scale and gate of the self-attention, then of the
+        feed-forward."""
         return (self.modulation[:, part] + time[:, :, part]).to(dtype).unbind(2)
 
 
@@ -190,13 +191,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def add_gated(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    """x + update, both (B, F * T, dim), the update times gate (B, F, dim) per frame."""
+    """x + gate * update, with x and update (B, F * T, dim) and gate (B, F, dim) per frame."""
     per_frame = (gate.shape[1], -1)
     return torch.addcmul(x.unflatten(1, per_frame), update.unflatten(1, per_frame), gate[:, :, None]).flatten(1, 2)
 
 
 class Head(nn.Module):
-    """Norm, modulation by the time embedding (before `time_projection`), and the projection to pixels of a patch."""
+    """Norm, modulation by the time embedding before `time_projection`, and projection to the values of a patch."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -205,7 +206,7 @@ class Head(nn.Module):
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / config.dim**0.5)
 
     def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
-        """x (B, F * T, dim), embedding (B, F, dim) -> (B, F * T, patch values * out_dim)."""
+        """The values (B, F * T, patch positions * out_dim) for x (B, F * T, dim) and embedding (B, F, dim)."""
         shift, scale = (self.modulation + embedding[:, :, None]).to(x.dtype).unbind(2)
         return self.head(modulate(self.norm(x), shift, scale))
 
@@ -214,7 +215,7 @@ class Head(nn.Module):
 
 
 class CausalVideoModel(nn.Module):
-    """One pass over one chunk. What `prediction` names is what the raw output means; the sampler turns it into x0."""
+    """The network; one call is one pass over one chunk. `ModelConfig.prediction` says what its raw output means."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -228,8 +229,9 @@ class CausalVideoModel(nn.Module):
         self.head = Head(config)
 
     def compile_blocks(self, backend: str = "inductor") -> None:
-        """Compiles every block but for its attention to the past, in place: the part before and the part after it, each
-        as a whole. All blocks share them, so that a shape of the chunk is compiled once. Results move by rounding.
+        """Compiles every block in place, except its attention to the past: the part before it and the part after it,
+        each as one graph. All blocks share the compiled code, so that each shape of a chunk is compiled once. Results
+        change by rounding.
 
         backend: of torch.compile.
         """
@@ -239,7 +241,7 @@ class CausalVideoModel(nn.Module):
                 setattr(block, part, whole)
 
     def grid(self, height: int, width: int) -> tuple[int, int]:
-        """Token rows and columns of a frame; a ValueError when patches do not divide it."""
+        """Rows and columns of tokens of a frame; a ValueError if it does not divide into patches."""
         _, patch_height, patch_width = self.config.patch_size
         if height % patch_height or width % patch_width:
             raise ValueError(f"a {height} x {width} frame does not divide into {patch_height} x {patch_width} patches")
@@ -250,10 +252,10 @@ class CausalVideoModel(nn.Module):
         return math.prod(self.grid(height, width))
 
     def encode_text(self, embeddings: Tensor) -> TextKeysValues:
-        """embeddings (B, Lt, text_dim) -> the text keys and values of every layer; once per prompt.
+        """The text keys and values of every layer for embeddings (B, Lt, text_dim); needed once per prompt.
 
-        Shorter texts are padded with zeros to text_len before the text MLP. As in Wan, nothing masks the padding: all
-        text_len positions are attended to.
+        Texts are padded with zeros to text_len before the text MLP. As in Wan, the padding is not masked: all text_len
+        positions are attended to.
         """
         self.check_text(embeddings)
         padded = F.pad(embeddings, (0, 0, 0, self.config.text_len - embeddings.shape[1]))
@@ -261,19 +263,19 @@ class CausalVideoModel(nn.Module):
         return [block.encode_text(context) for block in cast("list[Block]", self.blocks)]
 
     def check_text(self, embeddings: Tensor) -> None:
-        """A ValueError unless `encode_text` takes them."""
+        """A ValueError unless `encode_text` can take these embeddings."""
         config = self.config
         if embeddings.dim() != 3 or embeddings.shape[1] > config.text_len or embeddings.shape[2] != config.text_dim:
             expected = f"(batch, up to {config.text_len}, {config.text_dim})"
             raise ValueError(f"text embeddings must be {expected}, got {tuple(embeddings.shape)}")
 
     def rotate(self, x: Tensor, frames: Tensor, grid: tuple[int, int]) -> Tensor:
-        """3-D RoPE of x (B, F * h * w, heads, head_dim); frames (F,) or (B, F) absolute indices, grid (h, w)."""
+        """Applies 3-D RoPE to x (B, F * h * w, heads, head_dim). frames: absolute, (F,) or (B, F). grid: (h, w)."""
         rows, columns = (torch.arange(n, device=x.device) for n in grid)
         return apply_rotation(x, *rope_rotation(x.shape[-1], frames.to(x.device), rows, columns))
 
     def encode_time(self, t: Tensor) -> TimeEmbedding:
-        """t (B, F) timesteps in 0..1000, 0 = clean; once per timestep, for as many passes as have it."""
+        """Embeds timesteps t (B, F), from 0 (clean) to 1000. One embedding serves all passes with these timesteps."""
         waves = sinusoid(t, self.config.freq_dim).to(self.patch_embedding.weight.dtype)
         embedding = self.time_embedding(waves)
         return TimeEmbedding(embedding, self.time_projection(embedding).unflatten(-1, (6, -1)))
@@ -286,11 +288,12 @@ class CausalVideoModel(nn.Module):
         attend: Attend,
         condition: Tensor | None = None,
     ) -> Tensor:
-        """One pass of a chunk.
+        """One pass over a chunk; the output is like x.
 
-        x (B, out_dim, F, H, W) noisy latents · t (B, F) timesteps in 0..1000, 0 = clean, or what `encode_time` makes
-        of them · text: of `encode_text` · condition (B, in_dim - out_dim, F, H, W), needed exactly when in_dim >
-        out_dim -> (B, out_dim, F, H, W).
+        x: noisy latents (B, out_dim, F, H, W).
+        t: timesteps (B, F) from 0 (clean) to 1000, or what `encode_time` makes of them.
+        text: of `encode_text`.
+        condition: (B, in_dim - out_dim, F, H, W), given if and only if in_dim > out_dim.
         """
         hidden, embedding, grid = self._through(x, t, text, attend, condition, len(self.blocks))
         return self._unpatched(self.head(hidden, embedding.embedding), x.shape[2], grid)
@@ -303,8 +306,8 @@ class CausalVideoModel(nn.Module):
         attend: Attend,
         condition: Tensor | None = None,
     ) -> None:
-        """A pass for the sake of its keys and values: as `forward`, but ends when the last layer's have been handed to
-        `attend`, whose result for that layer is not used."""
+        """A pass that only writes keys and values: as `forward`, but it ends when those of the last layer have been
+        handed to `attend`, whose result for that layer is not used."""
         last = len(self.blocks) - 1
         hidden, embedding, _ = self._through(x, t, text, attend, condition, last)
         cast(Block, self.blocks[last]).attend(hidden, embedding.modulation, last, attend)
@@ -318,7 +321,7 @@ class CausalVideoModel(nn.Module):
         condition: Tensor | None,
         blocks: int,
     ) -> tuple[Tensor, TimeEmbedding, tuple[int, int]]:
-        """The chunk's tokens (B, F * T, dim) after the first so many blocks, their time embedding, and their grid."""
+        """Runs the first so many blocks. Returns the tokens (B, F * T, dim), their time embedding and their grid."""
         hidden, grid = self._hidden(x, condition)
         embedding = t if isinstance(t, TimeEmbedding) else self.encode_time(t)
         for layer in range(blocks):
@@ -326,7 +329,7 @@ class CausalVideoModel(nn.Module):
         return hidden, embedding, grid
 
     def _hidden(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
-        """The chunk's tokens (B, F * T, dim), condition included, and their grid."""
+        """The chunk's tokens (B, F * T, dim), which include the condition, and their grid."""
         if condition is not None:
             x = torch.cat([x, condition.to(x.dtype).expand(len(x), *condition.shape[1:])], dim=1)
         if x.shape[1] != self.config.in_dim:
@@ -335,7 +338,8 @@ class CausalVideoModel(nn.Module):
         return self._patches(x, grid), grid
 
     def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
-        """(B, in_dim, F, H, W) -> (B, F * T, dim). Patches do not overlap, so the convolution is one matrix product."""
+        """Embeds the patches of x (B, in_dim, F, H, W) as tokens (B, F * T, dim). Patches do not overlap, so that the
+        convolution is one matrix product."""
         _, patch_height, patch_width = self.config.patch_size
         x = x.unflatten(4, (grid[1], patch_width)).unflatten(3, (grid[0], patch_height))  # (B, C, F, h, p, w, q)
         x = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)  # (B, F * T, C * p * q)
@@ -343,7 +347,7 @@ class CausalVideoModel(nn.Module):
         return F.linear(x.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 
     def _unpatched(self, x: Tensor, frames: int, grid: tuple[int, int]) -> Tensor:
-        """(B, F * T, p * q * out_dim), channels last in a patch -> (B, out_dim, F, H, W)."""
+        """Joins patches (B, F * T, p * q * out_dim), channels last, to latents (B, out_dim, F, H, W)."""
         _, patch_height, patch_width = self.config.patch_size
         x = x.unflatten(-1, (patch_height, patch_width, self.config.out_dim)).unflatten(1, (frames, *grid))
         return x.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)  # from (B, F, h, w, p, q, C)

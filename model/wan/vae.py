@@ -1,4 +1,4 @@
-"""Wan 2.1's decoder, AutoencoderKLWan from diffusers (extra [wan]), chunk by chunk and bit-identical to all at once."""
+"""Wan 2.1's VAE, AutoencoderKLWan from diffusers (extra [wan]), decoded chunk by chunk to the same bits as at once."""
 
 import json
 from collections.abc import Mapping
@@ -12,7 +12,7 @@ from memflow_ops.model.wan.optional_deps import check_loaded, needs
 
 
 def find_vae(path: Path) -> tuple[Path, dict[str, Any]]:
-    """The VAE's folder, path itself or vae/ in it, and its config."""
+    """Finds the folder of a VAE, which is path itself or vae/ in it. Returns the folder and its config."""
     folder = path / "vae" if (path / "vae").is_dir() else path
     config = folder / "config.json"
     if not config.is_file():
@@ -29,9 +29,9 @@ def find_vae(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def load_vae(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
-    """diffusers' AutoencoderKLWan of a pipeline's folder or its own, in eval mode.
+    """Loads an AutoencoderKLWan of diffusers, in eval mode, from the folder of a pipeline or its own.
 
-    FileNotFoundError or ValueError where there is none; missing weights are named.
+    A FileNotFoundError or ValueError if there is none; missing weights are named.
     """
     folder, _ = find_vae(Path(path))
     with needs("diffusers"):
@@ -50,15 +50,15 @@ STATE_FORMAT = "memflow-ops decoder 1"
 
 
 class StreamingDecoder:
-    """The decoder's state for one video: what its causal convolutions remember of the frames before.
+    """Decodes one video and keeps the past frames that the causal convolutions of the decoder need.
 
-    Several may share a VAE; each keeps its own memory. The first latent frame becomes one video frame, every other one
-    `vae.config.scale_factor_temporal` (4).
+    Several of these may share a VAE, because each keeps its own past. The first latent frame becomes one video frame,
+    every other one `vae.config.scale_factor_temporal` (4).
     """
 
     def __init__(self, vae: Any):
         self._decoder, self._post_quant = vae.decoder, vae.post_quant_conv
-        vae.clear_cache()  # sizes its list of memories, one per causal convolution
+        vae.clear_cache()  # gives `_feat_map` one entry per causal convolution
         self._memory: list[Any] = list(vae._feat_map)
         self._started = False
         weight = self._post_quant.weight
@@ -70,8 +70,8 @@ class StreamingDecoder:
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
-        """The next latent frames (B, C, F, h, w), normalised as the transformer makes them -> (B, 3, frames, H, W) in
-        -1..1, in the VAE's dtype."""
+        """Decodes the next latent frames (B, C, F, h, w), normalised as the transformer makes them, into video frames
+        (B, 3, frames, H, W) from -1 to 1 in the VAE's dtype."""
         z = latents.to(self._mean.device, self._mean.dtype) * self._std + self._mean
         frames = []
         for x in self._post_quant(z).split(1, dim=2):
@@ -82,14 +82,15 @@ class StreamingDecoder:
         return torch.cat(frames, dim=2)
 
     def state_dict(self) -> dict[str, Any]:
-        """What it remembers, in host memory, as `torch.save` takes it: with this and `Streamer.state_dict` a video that
-        is stopped between two chunks goes on to the same pixels, bit for bit."""
+        """The past that the decoder keeps, in host memory, as `torch.save` takes it. With this and
+        `Streamer.state_dict` a video that is stopped between two chunks can be continued to the same pixels, to the
+        bit."""
         memory = [x.cpu() if isinstance(x, Tensor) else x for x in self._memory]
         return {"format": STATE_FORMAT, "started": self._started, "memory": memory}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Goes on where the decoder of another process was; the VAE must have the same weights. A ValueError, before
-        anything is changed, for what is no state of such a decoder."""
+        """Continues a saved decoder; the VAE must have the same weights. A ValueError, before anything is changed, if
+        the state is not that of such a decoder."""
         memory = state.get("memory") if isinstance(state, Mapping) and state.get("format") == STATE_FORMAT else None
         if not isinstance(memory, list) or len(memory) != len(self._memory):
             raise ValueError(f"this is no state of a decoder with {len(self._memory)} causal convolutions")
@@ -98,5 +99,5 @@ class StreamingDecoder:
 
     @property
     def state_bytes(self) -> int:
-        """What the convolutions remember, now."""
+        """The size in bytes of the past that the decoder keeps at present."""
         return sum(x.nbytes for x in self._memory if isinstance(x, Tensor))
