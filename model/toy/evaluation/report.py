@@ -14,7 +14,6 @@ from memflow_ops.files import sha256, write_atomically
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming
 from memflow_ops.model.toy.evaluation.held_out import FRAMES_PER_PROMPT
-from memflow_ops.model.toy.evaluation.plot import draw_evaluation
 from memflow_ops.model.toy.schedule import HELD_OUT_SEED
 
 
@@ -66,6 +65,9 @@ def write_evaluation(
 
     settings, seed, stories (of each length) and weights (the file) are what the stories were streamed with.
     """
+    # It brings matplotlib, which every command would otherwise wait for, even `memflow --help`.
+    from memflow_ops.model.toy.evaluation.plot import draw_evaluation
+
     results = {
         "command": "memflow toy evaluate",
         **environment(torch.device("cpu")),
