@@ -19,7 +19,7 @@ from memflow_ops.model.pipeline.budget import (
 from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT
 from memflow_ops.model.pipeline.sources import Sources
 from memflow_ops.model.stories.prompts import chunk_prompts
-from memflow_ops.model.streaming.cuda_graphs import why_not
+from memflow_ops.model.streaming.cuda_graphs import why_not_record
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.wan.text_encoder import find_text_encoder
 from memflow_ops.model.wan.vae import find_vae
@@ -92,7 +92,7 @@ def plan_streams(
     """
     if options.compiled and why_not_compile(free.device):
         raise ValueError(f"--compile cannot be: {why_not_compile(free.device)}")
-    reason = why_not(free.device, settings)
+    reason = why_not_record(free.device, settings)
     if options.cuda_graphs and reason:
         raise ValueError(f"no CUDA graphs for this stream: {reason}")
     streams = []
@@ -145,7 +145,7 @@ def stream_budget(
     dtype, config = sources.torch_dtype(free.device), pretrained.config
     model = empty_model(config).to(dtype)
     tokens = model.tokens(settings.height, settings.width)
-    records = options.cuda_graphs is not False and not why_not(free.device, settings)
+    records = options.cuda_graphs is not False and not why_not_record(free.device, settings)
     items = model_items(config, settings, pretrained.parameters, batch, tokens, dtype, pools=2 if records else 1)
     if sources.vae is not None:
         folder, vae = find_vae(sources.vae)

@@ -63,7 +63,7 @@ class CudaGraphs:
         return graph.replay, out
 
 
-def why_not(device: torch.device, settings: StreamSettings) -> str:
+def why_not_record(device: torch.device, settings: StreamSettings) -> str:
     """The reason why the passes of such a stream cannot be recorded; "" if they can."""
     if device.type != "cuda":
         return f"they need a CUDA device, the model is on {device}"

@@ -11,7 +11,7 @@ from memflow_ops.cache.policies import Coverage, Policy, Random, Relevance
 from memflow_ops.cache.released_cache import ReleasedCache
 from memflow_ops.cache.released_layout import ReleasedLayout
 from memflow_ops.cache.ring import RingCache
-from memflow_ops.model.streaming.cuda_graphs import CudaGraphs, Recorder, why_not
+from memflow_ops.model.streaming.cuda_graphs import CudaGraphs, Recorder, why_not_record
 from memflow_ops.model.streaming.settings import StreamSettings
 
 
@@ -19,11 +19,15 @@ def make_cache(layout: CacheLayout, device: torch.device) -> RingCache:
     return ReleasedCache(layout, device) if isinstance(layout, ReleasedLayout) else FrameCache(layout, device)
 
 
-def make_policy(settings: StreamSettings, seeds: Sequence[int]) -> Policy | None:
-    """The policy that `settings.relevance` names; None where a stream retrieves nothing. seeds: one per story, for
-    "random"."""
+def make_policy(settings: StreamSettings, seeds: Sequence[int], given: Policy | None = None) -> Policy | None:
+    """The policy that `settings.relevance` names; None where a stream retrieves nothing.
+
+    seeds: one per story, for "random". given: takes the place of the policy that the settings name.
+    """
     if settings.memory != "memflow" or not settings.bank_frames:
         return None
+    if given is not None:
+        return given
     if settings.relevance == "coverage":
         return Coverage(settings.bank_frames, settings.impl)
     if settings.relevance == "random":
@@ -52,7 +56,7 @@ def make_recorder(
     cuda_graphs: None records wherever that is possible, False never; True raises a ValueError where it is not possible.
     observed: every pass is shown to an observer, which a replay could not do.
     """
-    reason = "they are off" if cuda_graphs is False else why_not(device, settings)
+    reason = "they are off" if cuda_graphs is False else why_not_record(device, settings)
     if observed:
         reason = reason or "every pass is observed"
     if cuda_graphs and reason:

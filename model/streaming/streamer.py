@@ -150,9 +150,7 @@ class Streamer:
         recorder = make_recorder(settings, self.device, cuda_graphs, observed=observe is not None)
         self.passes = Passes(self.cache, recorder, insist=bool(cuda_graphs))
         self.sampler = FlowMatchSampler(settings.steps, settings.shift, settings.stochastic, model.config.prediction)
-        self.policy = make_policy(settings, self.seeds)
-        if self.policy is not None and policy is not None:
-            self.policy = policy
+        self.policy = make_policy(settings, self.seeds, policy)
         self.inputs = PassInputs(model, settings, batch)
         self.text = StreamText(model, encode, batch)
         self._random_blocks = torch.Generator()  # of the current chunk, for selection="random"
@@ -198,7 +196,7 @@ class Streamer:
     # ----------------------------------------------------------------------------------------------- before the passes
 
     def _recache(self, prompts: list[str]) -> None:
-        """Passes the window's past chunks again under the new text; see `FrameCache.restart_window`."""
+        """Passes the window's past chunks again under the new text; see `RingCache.restart_window`."""
         switched = [old != new for old, new in zip(self._window_prompts, prompts, strict=True)]
         # If this is interrupted, the windows belong to neither prompt, and the next chunk re-caches them.
         self._window_prompts = [None] * len(prompts)

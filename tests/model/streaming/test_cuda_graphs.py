@@ -66,7 +66,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeRecorder:
-    """A `graphs.Recorder` for a CPU."""
+    """A `Recorder` for a CPU."""
 
     def __init__(self) -> None:
         self.tapes: list[Tape] = []
@@ -239,9 +239,9 @@ def test_where_there_can_be_none():
     for off in (None, False):
         streamer = Streamer(model, 2, settings_of(), encode=encode, cuda_graphs=off)
         assert streamer.passes.recorder is None
-    assert "draws its blocks on the host" in cuda_graphs.why_not(cuda, settings_of(selection="random"))
-    assert "reads values back" in cuda_graphs.why_not(cuda, settings_of(impl="reference"))
-    assert cuda_graphs.why_not(cuda, settings_of()) == ""
+    assert "draws its blocks on the host" in cuda_graphs.why_not_record(cuda, settings_of(selection="random"))
+    assert "reads values back" in cuda_graphs.why_not_record(cuda, settings_of(impl="reference"))
+    assert cuda_graphs.why_not_record(cuda, settings_of()) == ""
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         with pytest.raises(RuntimeError, match="a graph cannot hold"):  # and the double refuses it as well

@@ -423,43 +423,6 @@ def test_half_precision_follows_float32(model):
     assert (frames_of(got) - frames_of(want)).abs().mean() < 0.05 * frames_of(want).abs().mean()
 
 
-def test_chunk_prompts_round_switches_up_to_a_chunk():
-    assert chunk_prompts([["a", "b", "c"]], 4) == [("a",), ("a",), ("b",), ("c",)]
-    assert chunk_prompts([["a", "b"], ["c", "d"]], 3) == [("a", "c"), ("b", "d")]
-    assert len(chunk_prompts([STORY], 12)) == 16
-    for stories, frames, message in (
-        ([["a"], ["b", "c"]], 3, r"same number of prompts, at least 1, got \[1, 2\]"),
-        ([[]], 3, r"got \[0\]"),
-        ([], 3, r"got \[\]"),
-        ([["a"]], 0, "frames_per_prompt must be positive, got 0"),
-    ):
-        with pytest.raises(ValueError, match=message):
-            chunk_prompts(stories, frames)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"memory": "all"}, "memory must be one of none, sink, memflow, full, released, got 'all'"),
-        ({"relevance": "cosine"}, "relevance must be one of linear, softmax, coverage, random, got 'cosine'"),
-        ({"window_frames": 7}, "window_frames must be a multiple of chunk_frames=3, got 7"),
-        ({"steps": 0}, "steps must be positive, got 0"),
-        ({"shift": -1.0}, "shift must be positive, got -1.0"),
-        ({"top_k": 0}, "top_k must be positive, got 0"),
-        ({"query_group": 0}, "query_group must be positive or None"),
-        ({"redundancy": 2.0}, "redundancy is a cosine"),
-        ({"device_frames": 2}, "device_frames must hold the bank"),
-        ({"block_size": 0}, "block_size must be positive, got 0"),
-        ({"top_frames": 0}, "top_frames must be positive or None"),
-        ({"record_interval": 0}, "record_interval must be positive, got 0"),
-    ],
-    ids=str,
-)
-def test_impossible_settings_are_refused(changes, message):
-    with pytest.raises(ValueError, match=message):
-        settings_of(**changes)
-
-
 def test_what_cannot_work_is_said_before_the_first_chunk(model):
     with pytest.raises(ValueError, match="20 chunks need device_frames >= 19, got 10"):
         stream(model, [["a ball in the sea"]] * 20, settings_of(memory="full", device_frames=10), encode=embed_prompts)
