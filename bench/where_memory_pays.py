@@ -3,9 +3,9 @@
     python -m memflow_ops.bench.where_memory_pays [--stories 8] [--lengths 24] [--banks 3 1 6 2] [--out FILE.json]
 
 Held-out stories are streamed with banks of several sizes and several numbers of activated blocks, those of the highest
-score and as many at random; without memory and with the whole history for comparison. Each row is judged as `memflow
-evaluate` does, and every setting timed in turn with the others. Everything is written as soon as it is there: after
-Ctrl-C the same command continues.
+score and as many at random; without memory and with the whole history for comparison. Each setting is judged as
+`memflow toy evaluate` does, and is timed in turn with the others. Everything is written as soon as it is measured:
+after Ctrl-C the same command continues.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ import argparse
 import io
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -28,7 +29,7 @@ from rich.progress import Progress
 from memflow_ops.allocator import keep_freed_memory
 from memflow_ops.bench.harness.results import load, write_json
 from memflow_ops.environment import environment
-from memflow_ops.files import check_target, sha256, write_atomically
+from memflow_ops.files import check_target, locked, sha256, write_atomically
 from memflow_ops.model.checkpoints.native import load_checkpoint
 from memflow_ops.model.plot_style import INK, PALE
 from memflow_ops.model.streaming.settings import StreamSettings
@@ -39,28 +40,32 @@ from memflow_ops.model.toy.evaluation.kinds import MEMORY_KINDS, MemoryKind
 from memflow_ops.model.toy.evaluation.report import without_nan
 from memflow_ops.model.toy.settings import TOY_SETTINGS
 
+RESULT = Path(__file__).resolve().parent / "results" / "where-memory-pays.json"
 BANKS = (3, 1, 6, 2)
-"""Frames retrieved for a chunk, what is asked first first."""
+"""Frames that are retrieved for a chunk, in the order in which they are measured."""
 TOP_K = (1, 2, 4, 8, 16)
-"""Blocks that a query group activates; all of them come with every bank."""
+"""Blocks that a query group activates; with every bank, all of its blocks are measured besides."""
 MEASURED = ("device", "date", "commit")
-"""What each row and time says of its own run."""
+"""What every row and every time says of its own measurement."""
 COLOURS = {1: "#3d9a5f", 2: "#8a5bb5", 3: "#2f6fc4", 6: "#d9822b"}
+
+Measured = dict[str, Any]
+"""A result file: what was asked for, `rows` and `timings` by the settings' names."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One kind of memory."""
+    """A kind of memory, and how many blocks of its bank are activated."""
 
     memory: str
-    """none, full or memflow"""
+    """`none`, `full` or `memflow`; the other fields are for `memflow` alone."""
     bank_frames: int = 0
     top_k: int = 0
-    """memflow: blocks activated"""
+    """Blocks that a query group activates."""
     of: int = 0
-    """blocks of sink and bank"""
+    """Blocks of the sink and the bank."""
     blocks: str = ""
-    """memflow: top or random"""
+    """Which blocks are activated: `top` or `random`."""
 
     @property
     def name(self) -> str:
@@ -70,10 +75,11 @@ class Setting:
 
     @property
     def cost(self) -> str:
-        """Whose time it takes: blocks at random cost what the best do."""
+        """The name of the setting whose time it takes: blocks at random cost as much as the best."""
         return replace(self, blocks="top").name if self.memory == "memflow" else self.memory
 
     def change(self, settings: StreamSettings) -> StreamSettings:
+        """A stream's settings with this memory."""
         if self.memory != "memflow":
             return MEMORY_KINDS[self.memory].change(settings)
         selection: Any = self.blocks
@@ -81,7 +87,7 @@ class Setting:
 
 
 def settings_of(banks: Sequence[int], top_k: Sequence[int], blocks_per_frame: int) -> list[Setting]:
-    """All settings, in the order of the banks; what is the same is there once."""
+    """All settings, each once, in the order of the banks."""
     found: list[Setting] = []
     for number, bank in enumerate(banks):
         if number == 1:
@@ -98,47 +104,56 @@ def have_returns(stories: int, seed: int, lengths: Sequence[int]) -> bool:
     return any(is_return(appearance) for group in groups for appearance in appearances(group))
 
 
-def load_told(target: Path) -> dict[str, Any]:
-    """What has been told so far; a ValueError where the file is damaged. Rows and times that do not say when and where
-    they were measured are of the run that the file's head names."""
-    told = load(target, {"rows": {}, "timings": {}})
-    for row in [*told["rows"].values(), *told["timings"].values()]:
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+def load_measured(target: Path) -> Measured:
+    """What has been measured so far. Raises ValueError where the file is damaged.
+
+    Rows and times that do not say when and where they were measured take that from the head of the file.
+    """
+    measured = load(target, {"rows": {}, "timings": {}})
+    for row in [*measured["rows"].values(), *measured["timings"].values()]:
         for name in MEASURED:
-            row.setdefault(name, told.get(name))
-    return told
+            row.setdefault(name, measured.get(name))
+    return measured
 
 
-def measure(told: dict[str, Any], settings: Sequence[Setting], about: dict[str, Any], bar: Progress) -> Iterator[str]:
-    """Adds to what has been told the rows that are missing, and at last the times; after each yields what it was.
-    about: the head of the file."""
+def measure(measured: Measured, settings: Sequence[Setting], about: Measured, bar: Progress) -> Iterator[str]:
+    """Add the rows that are missing, and in the end the times; after each, yield in words what it was.
+
+    about: the head of the file.
+    """
     model = load_checkpoint(TOY_WEIGHTS)
     count = {name: about[name] for name in ("stories", "seed", "lengths")}
-    measured = {name: about[name] for name in MEASURED}
+    now = {name: about[name] for name in MEASURED}
     task = bar.add_task("settings", total=len(settings))
     for setting in settings:
-        if setting.name not in told["rows"]:
+        if setting.name not in measured["rows"]:
             chunks = bar.add_task(setting.name, total=None)
             (row,) = evaluate_kinds(
-                model, kinds=["memflow"], settings=setting.change(TOY_SETTINGS), **count,
+                model,
+                kinds=["memflow"],
+                settings=setting.change(TOY_SETTINGS),
+                **count,
                 report=lambda _, done, total: bar.update(chunks, completed=done, total=total),  # noqa: B023
-            )  # fmt: skip
+            )
             bar.remove_task(chunks)
-            found = {**asdict(setting), **asdict(row), "memory": setting.memory, **measured}
-            told["rows"][setting.name] = without_nan(found)
-            yield f"{setting.name}: {_share(found['hue'])}"
+            found = {**asdict(setting), **asdict(row), "memory": setting.memory, **now}
+            measured["rows"][setting.name] = without_nan(found)
+            yield f"{setting.name}: {_percentage(found['hue'])}"
         bar.advance(task)
-    kinds = {"none": MEMORY_KINDS["none"]} | {
-        s.cost: MemoryKind("", s.change) for s in settings if s.blocks != "random"
-    }
-    if kinds.keys() - told["timings"].keys():
+    kinds = {"none": MEMORY_KINDS["none"]}
+    kinds |= {setting.cost: MemoryKind("", setting.change) for setting in settings if setting.blocks != "random"}
+    if kinds.keys() - measured["timings"].keys():
         bar.add_task("times", total=None)
         timings = time_kinds(model, kinds)
-        told["timings"] = {name: {**asdict(timing), **measured} for name, timing in timings.items()}
+        measured["timings"] = {name: {**asdict(timing), **now} for name, timing in timings.items()}
         yield "times"
 
 
-def compared(rows: dict[str, Any]) -> list[str]:
-    """For every bank and number of blocks, the best against as many at random, in words."""
+def compared(rows: Measured) -> list[str]:
+    """In words, for every bank and number of blocks: the blocks of the highest score against as many at random."""
     lines = []
     for row in rows.values():
         other = rows.get(replace(_setting(row), blocks="random").name)
@@ -146,111 +161,160 @@ def compared(rows: dict[str, Any]) -> list[str]:
             best, drawn = row["hue"], other["hue"]
             apart = "apart" if best["low"] > drawn["high"] else "the intervals overlap"
             lines.append(
-                f"bank of {row['bank_frames']}, {row['top_k']:>2} of {row['of']} blocks: {_share(best)} of "
-                f"{best['count']} returns have their hue, at random {_share(drawn)}; {apart}"
+                f"bank of {row['bank_frames']}, {row['top_k']:>2} of {row['of']} blocks: {_percentage(best)} of "
+                f"{best['count']} returns have their hue, at random {_percentage(drawn)}; {apart}"
             )
     return lines
 
 
-def _share(share: dict[str, Any]) -> str:
-    if not share["count"]:
+def _percentage(proportion: Mapping[str, Any]) -> str:
+    if not proportion["count"]:
         return "no returns"
-    return f"{100 * share['value']:.0f} % ({100 * share['low']:.0f}-{100 * share['high']:.0f})"
+    return "{:.0f} % ({:.0f}-{:.0f})".format(*(100 * proportion[name] for name in ("value", "low", "high")))
 
 
-def _setting(row: dict[str, Any]) -> Setting:
+def _setting(row: Mapping[str, Any]) -> Setting:
     return Setting(row["memory"], row["bank_frames"], row["top_k"], row["of"], row["blocks"])
 
 
-def draw(rows: dict[str, Any], timings: dict[str, Any]) -> bytes:
-    """Same hue against blocks activated, and against time; PNG."""
+# -------------------------------------------------------------------------------------------------------------- drawing
+
+
+def draw(rows: Measured, timings: Measured) -> bytes:
+    """The share of returns with the same hue, against the blocks activated and against the time; a PNG."""
     figure = Figure(figsize=(12.5, 5), dpi=110, facecolor="white", layout="constrained")
     canvas = FigureCanvasAgg(figure)
     count = max(row["hue"]["count"] for row in rows.values())
-    figure.suptitle(
+    title = (
         f"The toy world: returning characters with the hue of their first appearance, {count} returns a point, "
-        "bars: 95 %", fontsize=11.5, color=INK,
-    )  # fmt: skip
+        "bars: 95 %"
+    )
+    figure.suptitle(title, fontsize=11.5, color=INK)
     by_blocks, by_time = figure.subplots(1, 2, sharey=True)
-    memories = [row for row in rows.values() if row["memory"] == "memflow"]
-    for bank in sorted({row["bank_frames"] for row in memories}):
-        for kind, style in (("top", "-"), ("random", (0, (1, 1.5)))):
-            line = [row for row in memories if (row["bank_frames"], row["blocks"]) == (bank, kind)]
-            if kind == "random":  # all blocks at random are all blocks
-                line += [row for row in memories if row["bank_frames"] == bank and row["top_k"] == row["of"]]
-            line.sort(key=lambda row: row["top_k"])
-            label = f"bank of {bank} frames" + (", blocks at random" if kind == "random" else "")
-            if len(line) > 1 or kind == "top":
-                _line(by_blocks, line, [row["top_k"] for row in line], COLOURS.get(bank, INK), style, label)
-            timed = [row for row in line if _ratio(row, timings) is not None]
-            if timed and (len(timed) > 1 or kind == "top"):
-                taken = [_ratio(row, timings) for row in timed]
-                _line(by_time, timed, taken, COLOURS.get(bank, INK), style, label)
-    for name, marker in (("none", "v"), ("full", "^")):
-        if name in rows:
-            value = _percent(rows[name]["hue"]["value"])
-            if math.isnan(value):
-                continue
-            by_blocks.axhline(value, color=PALE, linewidth=0.9, linestyle=(0, (5, 3)))
-            words = {"none": "no memory", "full": "the whole history, dense"}[name]
-            by_blocks.text(1, value + 1.2, words, fontsize=8, color=PALE)
-            if (ratio := _ratio(rows[name], timings)) is not None:
-                by_time.scatter(ratio, value, marker=marker, s=50, color=INK, label=words, zorder=3)
+    for bank in sorted({row["bank_frames"] for row in rows.values() if row["memory"] == "memflow"}):
+        _draw_bank(by_blocks, by_time, bank, rows, timings)
+    _draw_comparisons(by_blocks, by_time, rows, timings)
     if not timings:
         by_time.text(0.5, 0.5, "not timed yet", ha="center", va="center", color=PALE, transform=by_time.transAxes)
-    ticks = sorted({row["top_k"] for row in memories})
+    ticks = sorted({row["top_k"] for row in rows.values() if row["memory"] == "memflow"})
     by_blocks.set_xscale("log", base=2)
     by_blocks.set_xticks(ticks, [str(tick) for tick in ticks])
     by_blocks.set_xlabel(f"blocks of {TOY_SETTINGS.block_size} tokens that a query group activates", fontsize=9)
     by_time.set_xlabel("time of a chunk, times that without memory (median)", fontsize=9)
     by_blocks.set_ylabel("same hue, %", fontsize=9)
     for panel in (by_blocks, by_time):
-        if panel.get_legend_handles_labels()[0]:
-            panel.legend(fontsize=8, frameon=False, loc="lower right")
-        panel.set_ylim(0, 104)
-        panel.tick_params(length=0, colors=INK, labelsize=8)
-        panel.grid(color="#e4e8ec", linewidth=0.7)
-        panel.set_axisbelow(True)
-        for spine in panel.spines.values():
-            spine.set_visible(False)
+        _finish(panel)
     target = io.BytesIO()
     canvas.print_png(target)
     return target.getvalue()
 
 
-def _ratio(row: dict[str, Any], timings: dict[str, Any]) -> float | None:
-    timing = timings.get(_setting(row).cost)
-    return timing["ratio"] if timing else None
+def _draw_bank(by_blocks: Any, by_time: Any, bank: int, rows: Measured, timings: Measured) -> None:
+    """A bank's two lines: the blocks of the highest score, and blocks at random."""
+    of_bank = [row for row in rows.values() if (row["memory"], row["bank_frames"]) == ("memflow", bank)]
+    for blocks, style in (("top", "-"), ("random", (0, (1, 1.5)))):
+        line = [row for row in of_bank if row["blocks"] == blocks]
+        if blocks == "random":  # All blocks at random are all blocks.
+            line += [row for row in of_bank if row["top_k"] == row["of"]]
+        line.sort(key=lambda row: row["top_k"])
+        look = {"color": COLOURS.get(bank, INK), "linestyle": style}
+        look["label"] = f"bank of {bank} frames" + (", blocks at random" if blocks == "random" else "")
+        if len(line) > 1 or blocks == "top":
+            _draw_line(by_blocks, line, [row["top_k"] for row in line], look)
+        timed = [row for row in line if _time_ratio(row, timings) is not None]
+        if timed and (len(timed) > 1 or blocks == "top"):
+            _draw_line(by_time, timed, [_time_ratio(row, timings) for row in timed], look)
 
 
-def _percent(share: float | None) -> float:
-    """NaN where nothing was judged, which is not drawn."""
-    return math.nan if share is None else 100 * share
+def _draw_comparisons(by_blocks: Any, by_time: Any, rows: Measured, timings: Measured) -> None:
+    """No memory and the whole history: lines across the blocks, points in time."""
+    for name, words, marker in (("none", "no memory", "v"), ("full", "the whole history, dense", "^")):
+        value = _percent(rows[name]["hue"]["value"]) if name in rows else math.nan
+        if math.isnan(value):
+            continue
+        by_blocks.axhline(value, color=PALE, linewidth=0.9, linestyle=(0, (5, 3)))
+        by_blocks.text(1, value + 1.2, words, fontsize=8, color=PALE)
+        if (ratio := _time_ratio(rows[name], timings)) is not None:
+            by_time.scatter(ratio, value, marker=marker, s=50, color=INK, label=words, zorder=3)
 
 
-def _line(panel: Any, line: list[dict[str, Any]], x: list[Any], colour: str, style: Any, label: str) -> None:
+def _draw_line(panel: Any, line: Sequence[Mapping[str, Any]], x: Sequence[Any], look: Mapping[str, Any]) -> None:
+    """A line through the rows' shares with their intervals."""
     value, low, high = ([_percent(row["hue"][name]) for row in line] for name in ("value", "low", "high"))
     spans = [
         [max(0.0, v - bound) for v, bound in zip(value, low, strict=True)],
         [max(0.0, bound - v) for v, bound in zip(value, high, strict=True)],
     ]
-    panel.errorbar(
-        x, value, yerr=spans, color=colour, linestyle=style, linewidth=1.6, marker="o", markersize=4.5, label=label,
-        elinewidth=0.7, alpha=0.9,
-    )  # fmt: skip
+    panel.errorbar(x, value, yerr=spans, linewidth=1.6, marker="o", markersize=4.5, elinewidth=0.7, alpha=0.9, **look)
+
+
+def _finish(panel: Any) -> None:
+    if panel.get_legend_handles_labels()[0]:
+        panel.legend(fontsize=8, frameon=False, loc="lower right")
+    panel.set_ylim(0, 104)
+    panel.tick_params(length=0, colors=INK, labelsize=8)
+    panel.grid(color="#e4e8ec", linewidth=0.7)
+    panel.set_axisbelow(True)
+    for spine in panel.spines.values():
+        spine.set_visible(False)
+
+
+def _time_ratio(row: Mapping[str, Any], timings: Measured) -> float | None:
+    """The time of a chunk over that without memory; None where it has not been timed."""
+    timing = timings.get(_setting(row).cost)
+    return timing["ratio"] if timing else None
+
+
+def _percent(share: float | None) -> float:
+    """NaN, which is not drawn, where nothing was judged."""
+    return math.nan if share is None else 100 * share
+
+
+# ---------------------------------------------------------------------------------------------------------- the command
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    _check_options(parser, given)
+    about = {"command": "make where-memory-pays", **environment(torch.device("cpu")), **_identity(given)}
+    with ExitStack() as stack:
+        measured = _measured_before(parser, given, about, stack)
+        model = load_checkpoint(TOY_WEIGHTS)
+        tokens = model.tokens(TOY_SETTINGS.height, TOY_SETTINGS.width)
+        settings = settings_of(given.banks, given.top_k, -(-tokens // TOY_SETTINGS.block_size))
+        keep_freed_memory()
+        try:
+            _measure_and_write(measured, settings, about, given.out)
+        except KeyboardInterrupt:
+            same = "the same command without --restart" if given.restart else "the same command"
+            found = f"what was measured is in {given.out}, {same} continues"
+            print(f"interrupted; {found if measured['rows'] else 'nothing has been measured yet'}", file=sys.stderr)
+            raise SystemExit(130) from None
+    print("\n".join(compared(measured["rows"])))
+    for name, timing in measured["timings"].items():
+        print(f"{name}: {timing['seconds']:.3f} s a chunk, {timing['ratio']:.2f} of none")
+    print(f"written to {given.out} and {given.out.with_suffix('.png').name}")
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stories", type=int, default=8, help="held-out stories of each length (8)")
     parser.add_argument("--lengths", type=int, nargs="+", default=[24], help="of the stories, in prompts (24)")
     parser.add_argument("--banks", type=int, nargs="+", default=list(BANKS), help="frames retrieved (3 1 6 2)")
     parser.add_argument("--top-k", type=int, nargs="+", default=list(TOP_K), help="blocks (1 2 4 8 16); all are added")
     parser.add_argument("--seed", type=int, default=20_000, help="of stories and noise (20000)")
-    results = Path(__file__).resolve().parent / "results"
-    parser.add_argument("--out", type=Path, default=results / "where-memory-pays.json")
+    parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--restart", action="store_true", help="replace results of other stories or weights")
-    given = parser.parse_args(arguments)
+    return parser
+
+
+def _fail(parser: argparse.ArgumentParser, words: object) -> NoReturn:
+    """End with one line, where a line of usage would not help."""
+    parser.exit(2, f"where_memory_pays: {words}\n")
+
+
+def _check_options(parser: argparse.ArgumentParser, given: argparse.Namespace) -> None:
     for name in ("stories", "lengths", "banks", "top_k"):
         values = getattr(given, name)
         if min(values if isinstance(values, list) else [values]) < 1:
@@ -258,58 +322,63 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.seed < 10_000:
         parser.error(f"seeds below 10000 are for training, got {given.seed}")
     if not have_returns(given.stories, given.seed, given.lengths):
-        parser.exit(2, "where_memory_pays: nobody comes back in these stories, so there is nothing to judge; ask for "
-                    "longer --lengths, more --stories or another --seed\n")  # fmt: skip
-    identity = {
+        _fail(
+            parser,
+            "nobody comes back in these stories, so there is nothing to judge; ask for longer --lengths, more "
+            "--stories or another --seed",
+        )
+
+
+def _identity(given: argparse.Namespace) -> dict[str, Any]:
+    """What results must have in common to stand in one file."""
+    return {
         "stories": given.stories,
         "lengths": given.lengths,
         "seed": given.seed,
         "weights": {"name": TOY_WEIGHTS.name, "sha256": sha256(TOY_WEIGHTS)},
         "settings": asdict(TOY_SETTINGS),
     }
-    told: dict[str, Any] = {"rows": {}, "timings": {}}
+
+
+def _measured_before(
+    parser: argparse.ArgumentParser, given: argparse.Namespace, about: dict[str, Any], stack: ExitStack
+) -> Measured:
+    """What the file holds already. It is locked until the stack is closed.
+
+    Ends the command where the file holds results of something else, cannot be written, or is being written.
+    """
+    measured: Measured = {"rows": {}, "timings": {}}
     try:
         check_target(given.out, ".json")
         check_target(given.out.with_suffix(".png"), ".png")
+        stack.enter_context(locked(given.out, wait=False))
         if not given.restart:
-            told = load_told(given.out)
+            measured = load_measured(given.out)
     except ValueError as error:
-        parser.exit(2, f"where_memory_pays: {error}\n")
-    changed = [name for name, value in identity.items() if told["rows"] and told.get(name) != value]
+        _fail(parser, error)
+    changed = [name for name in _identity(given) if measured["rows"] and measured.get(name) != about[name]]
     if changed:
         parser.error(
             f"{given.out} has results with other {', '.join(changed)}: say --restart to replace them, or --out "
             f"another file"
         )
-    about = {"command": "make where-memory-pays", **environment(torch.device("cpu")), **identity}
-    devices = {row["device"] for row in told["rows"].values()} - {about["device"]}
+    devices = {row["device"] for row in measured["rows"].values()} - {about["device"]}
     if devices:
         parser.error(
             f"{given.out} was measured on {', '.join(map(str, devices))}, this is {about['device']}: go on there, or "
             f"say --restart to replace it, or --out another file"
         )
-    keep_freed_memory()
-    model = load_checkpoint(TOY_WEIGHTS)
-    tokens = model.tokens(TOY_SETTINGS.height, TOY_SETTINGS.width)
-    settings = settings_of(given.banks, given.top_k, -(-tokens // TOY_SETTINGS.block_size))
-    kept = bool(told["rows"])
+    return measured
+
+
+def _measure_and_write(measured: Measured, settings: Sequence[Setting], about: dict[str, Any], out: Path) -> None:
+    """Measure what is missing, and write results and picture after each step."""
     console = Console(stderr=True)
-    try:
-        with Progress(console=console) as bar:
-            for done in measure(told, settings, about, bar):
-                write_json(given.out, without_nan({**told, **about}))
-                kept = True
-                write_atomically(given.out.with_suffix(".png"), draw(told["rows"], told["timings"]))
-                console.print(done)
-    except KeyboardInterrupt:
-        same = "the same command without --restart" if given.restart else "the same command"
-        found = f"what was measured is in {given.out}, {same} continues" if kept else "nothing has been measured yet"
-        print(f"interrupted; {found}", file=sys.stderr)
-        raise SystemExit(130) from None
-    print("\n".join(compared(told["rows"])))
-    for name, timing in told["timings"].items():
-        print(f"{name}: {timing['seconds']:.3f} s a chunk, {timing['ratio']:.2f} of none")
-    print(f"written to {given.out} and {given.out.with_suffix('.png').name}")
+    with Progress(console=console) as bar:
+        for done in measure(measured, settings, about, bar):
+            write_json(out, without_nan({**measured, **about}))
+            write_atomically(out.with_suffix(".png"), draw(measured["rows"], measured["timings"]))
+            console.print(done)
 
 
 if __name__ == "__main__":

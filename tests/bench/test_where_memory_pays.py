@@ -7,6 +7,7 @@ import pytest
 
 from memflow_ops.bench import where_memory_pays as pays
 from memflow_ops.bench.where_memory_pays import Setting, compared, draw, main, settings_of
+from memflow_ops.files import locked
 from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming, Proportion
 from memflow_ops.model.toy.settings import TOY_SETTINGS
 
@@ -127,6 +128,14 @@ def test_rows_say_where_and_when_they_were_measured(tmp_path, judge, monkeypatch
         **dict.fromkeys(NAMES[:4], ("old", "2026-11-20", "here")), "full": ("new", "2026-11-23", "here")
     }  # fmt: skip
     assert {timing["commit"] for timing in told["timings"].values()} == {"new"} and told["commit"] == "new"
+
+
+def test_a_second_run_into_the_same_file_is_refused(tmp_path, judge, capsys):
+    out = tmp_path / "pays.json"
+    with locked(out), pytest.raises(SystemExit) as end:
+        main([*SMALL, "--out", str(out)])
+    assert end.value.code == 2 and f"another process is writing {out}" in capsys.readouterr().err
+    assert not judge.asked and not list(tmp_path.iterdir())
 
 
 def test_results_of_another_device_are_not_mixed(tmp_path, judge, capsys, monkeypatch):
