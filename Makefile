@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-.PHONY: help demo test lint bench bench-compare where-memory-pays aot gpu-test gpu-bench train docs pictures clean
+.PHONY: help demo test lint bench bench-compare where-memory-pays aot gpu-test gpu-warm gpu-bench train docs pictures clean
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -52,6 +52,10 @@ PYTEST := -m pytest -o addopts= -q --strict-markers --import-mode=importlib -p n
 gpu-test:  ## the kernels on a GPU, with this machine's own torch and triton; writes bench/results
 	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-test: no CUDA device')" || exit 2
 	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) $(PYTEST) tests/gpu --record $(OUT)
+
+gpu-warm:  ## compile what gpu-bench and gpu-test need, in several processes; measures nothing
+	@$(PYTHON) -m memflow_ops.bench.warm
+	-@$(PYTHON) $(PYTEST) tests/gpu -n 8
 
 gpu-bench:  ## attention, cache and streams against every alternative on a GPU, then our kernels alone; writes bench/results
 	@$(PYTHON) -m memflow_ops bench --device cuda --out $(OUT)

@@ -1,4 +1,4 @@
-"""Options of `make bench` and `make bench-compare`; what they mean is in `run.py`."""
+"""The options of `make bench` and `make bench-compare`, which are those of `Session` in run.py."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Seeded inputs for benchmarks: keys and queries whose neighbours agree, as in a video, and unrelated ones."""
+"""Seeded inputs for benchmarks: tokens whose neighbours agree, as in a video, and unrelated ones."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-# Tokens from one knot of the random curves to the next: neighbours within it agree.
+# Tokens from one knot of the random curves to the next, within which neighbours agree.
 _KNOT_TOKENS = 64
-# Directions that the curves move in; real keys have few.
+# Directions that the curves move in. Real keys have few.
 _DIRECTIONS = 12
-# Share of the variance that is the curve's, the rest is noise of each token.
+# The curve's share of the variance. The rest is noise of each token.
 _SHARED = 0.7
 
 
 def random_tokens(
     batch: int, tokens: int, heads: int, head_dim: int, dtype: torch.dtype, seed: int, device: str = "cpu"
 ) -> Tensor:
-    """Independent normal values (B, L, H, D); others on another kind of device."""
+    """Independent normal values (B, L, H, D). Each type of device has its own values for a seed."""
     generator = torch.Generator(device).manual_seed(seed)
     return torch.randn(batch, tokens, heads, head_dim, generator=generator, device=device).to(dtype)
 
@@ -27,8 +27,8 @@ def correlated_tokens(
 ) -> Tensor:
     """Unit-variance values (B, L, H, D) that follow a smooth random curve in few directions, plus noise.
 
-    The directions of a head are the same for every seed, so queries and keys of different seeds have much to do with
-    one another, and neighbouring queries with the same keys.
+    The directions of a head are the same for every seed, so that queries and keys of different seeds have much in
+    common, and neighbouring queries prefer the same keys.
     """
     shared = torch.Generator().manual_seed(0)
     basis = (torch.randn(heads, _DIRECTIONS, head_dim, generator=shared) / _DIRECTIONS**0.5).to(device)

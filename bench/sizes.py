@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 
 @dataclass(frozen=True)
 class Size:
-    """A layer with memory and the model around it; defaults are Wan 2.1 1.3B at 480 x 832, a chunk of 3 frames."""
+    """A layer with memory and the model around it. The defaults are Wan 2.1 1.3B at 480 x 832, a chunk of 3 frames."""
 
     name: str = "wan-1.3b"
     height: int = 60
@@ -22,7 +22,7 @@ class Size:
     window_frames: int = 9
     sink_frames: int = 3
     bank_frames: int = 16
-    """Of the op's and the layer's cases; a stream's case names its own."""
+    """Frames of the bank for ops and layers; a stream's case names its own."""
     block_size: int = 64
     top_k: int = 24
     query_group: int = 128
@@ -34,7 +34,7 @@ class Size:
 
     @property
     def frame_tokens(self) -> int:
-        """Patches are 2 x 2."""
+        """Tokens of a frame: patches are 2 x 2."""
         return self.height * self.width // 4
 
     @property
@@ -54,40 +54,69 @@ class Size:
         return -(-self.queries // self.query_group)
 
     def attention_flops(self, keys: int) -> int:
-        """Two products of every query with `keys` keys."""
+        """Floating-point operations of two products of every query with `keys` keys."""
         return 4 * self.queries * keys * self.dim
 
     def attention_bytes(self, keys: int, itemsize: int) -> int:
-        """Queries, `keys` keys and values, and the output, each once."""
+        """Bytes of the queries, of `keys` keys and values, and of the output."""
         return 2 * (self.queries + keys) * self.dim * itemsize
 
     def settings(self) -> dict[str, object]:
-        """As a row of results states them."""
+        """The size as a row of results states it."""
         return {name: value for name, value in asdict(self).items() if name != "name"}
 
 
 WAN = Size()
 
 WAN_FRAME = replace(WAN, name="wan-1.3b-frame", chunk_frames=1)
-"""A third of a chunk, for CPUs."""
+"""One frame at a time, a third of a chunk: for CPUs."""
 
 QUARTER = Size("wan-quarter", height=30, width=52, dim=384, heads=3, ffn_dim=2240, layers=4, text_dim=256, top_k=6)
-"""A quarter of Wan in width and in tokens per frame (240 x 416), for CPUs; 4 layers of its 30. All parts of a pass
-shrink alike, so that attention keeps its share of it; the budget stays one frame's worth, 6 blocks of 64 where Wan has
-24."""
+"""For CPUs: a quarter of Wan in width and in tokens per frame (240 x 416), with 4 of its 30 layers.
 
-TINY = Size("tiny", height=8, width=12, dim=64, heads=2, ffn_dim=128, layers=2, text_dim=32, window_frames=6,
-            bank_frames=4, block_size=8, top_k=4, query_group=16, steps=2)  # fmt: skip
-"""Seconds on a CPU, to see that everything runs: its times say nothing about real sizes."""
+All parts of a pass shrink alike, so that attention keeps its share of the time. The budget stays at one frame's worth:
+6 blocks of 64, where Wan has 24."""
+
+TINY = Size(
+    "tiny",
+    height=8,
+    width=12,
+    dim=64,
+    heads=2,
+    ffn_dim=128,
+    layers=2,
+    text_dim=32,
+    window_frames=6,
+    bank_frames=4,
+    block_size=8,
+    top_k=4,
+    query_group=16,
+    steps=2,
+)
+"""Takes seconds on a CPU, to see that everything runs. Its times say nothing about real sizes."""
 
 WAN_KERNELS = replace(WAN, bank_frames=64)
 """For our kernels alone: a whole chunk over a large bank."""
 
-TINY_KERNELS = Size("tiny-kernels", height=8, width=18, dim=32, heads=2, ffn_dim=64, layers=2, text_dim=32,
-                    chunk_frames=2, window_frames=4, sink_frames=2, bank_frames=3, block_size=32, top_k=3,
-                    query_group=64)  # fmt: skip
+TINY_KERNELS = Size(
+    "tiny-kernels",
+    height=8,
+    width=18,
+    dim=32,
+    heads=2,
+    ffn_dim=64,
+    layers=2,
+    text_dim=32,
+    chunk_frames=2,
+    window_frames=4,
+    sink_frames=2,
+    bank_frames=3,
+    block_size=32,
+    top_k=3,
+    query_group=64,
+)
 """For our kernels alone, in Triton's interpreter. Frames of 36 tokens end in a ragged block, and 72 queries in a ragged
 group, which is long enough for its queries to share a tile."""
 
 LONG_BANKS = (4, 16, 64, 256, 1000)
-"""Frames."""
+"""Frames of the bank in the cases of long histories."""

@@ -1,6 +1,6 @@
-"""`make bench`: every case of the registry under pytest-benchmark. `--compare`: held against the stored results.
+"""`make bench`: every case of the registry under pytest-benchmark; with `--compare` held against the stored results.
 
-pytest-benchmark times ours; before and after it, the others are timed in turn, so that ratios are pairwise.
+pytest-benchmark times ours. Before and after ours, the others are timed in turn, so that ratios are pairwise.
 """
 
 import pytest
@@ -18,7 +18,7 @@ def test_case(case, session, benchmark, request):
         return
     try:
         worse = session.worse(contest)
-    except ValueError as error:  # the baseline is another one
+    except ValueError as error:  # The stored ratio is over another baseline.
         worse = str(error)
     if worse:
         pytest.fail(worse, pytrace=False)

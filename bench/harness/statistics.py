@@ -7,8 +7,11 @@ from collections.abc import Mapping, Sequence
 
 
 def in_turn(names: Sequence[str], number: int) -> list[str]:
-    """The order of a round: in as many rounds as there are names (twice as many for an odd count) each is in every
-    place, and next after every other, equally often (the Latin squares of Williams, 1949)."""
+    """The order of the names in a round of that number.
+
+    In as many rounds as there are names (twice as many for an odd count), each is in every place, and next after every
+    other, equally often. These are the Latin squares of Williams (1949).
+    """
     count = len(names)
     zigzag = [(place + 1) // 2 if place % 2 else -(place // 2) for place in range(count)]  # 0, 1, -1, 2, -2, ...
     order = [names[(step + number) % count] for step in zigzag]
@@ -23,10 +26,10 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
 
 
 def paired(ours: Sequence[float | None], theirs: Sequence[float | None]) -> dict[str, float]:
-    """Quantiles of the ratios of those rounds in which both ran."""
+    """Quantiles of the ratios of the rounds in which both ran."""
     return quantiles([a / b for a, b in zip(ours, theirs, strict=True) if a is not None and b is not None])
 
 
 def decided(ratio: Mapping[str, float], rounds: int) -> bool:
-    """Whether the ratio's spread leaves no doubt which of the two is faster; a single round has no spread."""
+    """Whether the spread of a ratio leaves no doubt which of the two is faster. A single round has no spread."""
     return rounds > 1 and (ratio["p20"] > 1 or ratio["p80"] < 1)

@@ -23,8 +23,8 @@ from memflow_ops.bench.report.table import (
 from memflow_ops.files import write_atomically
 
 AIM_OVERHEAD = 7.9
-"""Percent more time than without memory: what ours is to stay below. (The paper's 7.9 % is of its speed against a frame
-sink, 20.3 to 18.7 frames/s: 8.6 % more time.)"""
+"""Ours is to take at most so many percent more time than without memory. (The paper's 7.9 % is of its speed against a
+frame sink, 20.3 to 18.7 frames/s, which is 8.6 % more time.)"""
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -64,6 +64,7 @@ _WORDS = {
 
 
 def page(results: Mapping[str, Any]) -> str:
+    """The results of a device as HTML."""
     rows: Sequence[ResultRow] = results["rows"]
     about = (
         f"{results['device']}, {measured_at(rows)}; {ceilings_line(results['ceilings'])}. All of it is measured: "
@@ -84,12 +85,13 @@ def page(results: Mapping[str, Any]) -> str:
 
 
 def percent(ratio: Mapping[str, float]) -> svg.Spread:
-    """What a ratio is over 1."""
+    """By how many percent a ratio is over 1, with its spread."""
     middle, low, high = (100 * (ratio[name] - 1) for name in ("p50", "p20", "p80"))
     return middle, low, high
 
 
 def streams(rows: Sequence[ResultRow]) -> str:
+    """A chart of what a chunk takes over the same stream without memory; empty where no stream was measured."""
     shown = [row for row in rows if row["level"] == "stream" and row["contender"] not in (row["baseline"], "full")]
     sizes, found = len({row["size"] for row in shown}), {}
     for row in shown:
@@ -101,11 +103,14 @@ def streams(rows: Sequence[ResultRow]) -> str:
         if sizes > 1:
             words.insert(0, row["size"])
         found[", ".join(words)] = {name.split(",")[0]: percent(row["over_baseline"])}
-    return svg.bars(found, "overhead of a stream's chunk", "% more time per chunk than without memory",
-                    edge=AIM_OVERHEAD, edge_label=f"aim: {AIM_OVERHEAD} %") if found else ""  # fmt: skip
+    if not found:
+        return ""
+    label, x_label = "overhead of a stream's chunk", "% more time per chunk than without memory"
+    return svg.bars(found, label, x_label, edge=AIM_OVERHEAD, edge_label=f"aim: {AIM_OVERHEAD} %")
 
 
 def bank_sizes(rows: Sequence[ResultRow]) -> str:
+    """A chart of what attention takes by the frames in the bank; empty where no bank but the size's was measured."""
     names = {
         OURS: "memory_attention",
         "released way": "the released way",
@@ -120,9 +125,7 @@ def bank_sizes(rows: Sequence[ResultRow]) -> str:
         found.setdefault(name, []).append((frames, *percent(row["over_baseline"])))
     others = [point[1] for name, of in found.items() if not name.startswith("dense") for point in of]
     for name, of in found.items():
-        if (
-            name.startswith("dense") and others
-        ):  # it leaves the picture; where it fits is enough, the table has the rest
+        if name.startswith("dense") and others:  # It would flatten the other lines; the table has the rest of it.
             found[name] = [point for point in of if point[1] <= 4 * max(others)]
     found = {name: sorted(of) for name, of in found.items() if of}
     if not found:
@@ -133,7 +136,7 @@ def bank_sizes(rows: Sequence[ResultRow]) -> str:
 
 
 def parts(rows: Sequence[ResultRow]) -> str:
-    """Milliseconds of each part, by size."""
+    """A chart of the milliseconds that each part of attention with memory takes, by size."""
     of = {
         "select": ("select", OURS),
         "window": ("attend", "window, dense"),
@@ -151,6 +154,7 @@ def parts(rows: Sequence[ResultRow]) -> str:
 
 
 def against_ceilings(rows: Sequence[ResultRow]) -> str:
+    """A chart of the products per second of each way to attend, in percent of what the device reaches."""
     found: dict[str, dict[str, svg.Spread]] = {}
     for row in rows:
         if (
@@ -162,11 +166,14 @@ def against_ceilings(rows: Sequence[ResultRow]) -> str:
             work = 100 * row["of_product_ceiling"] * row["seconds"]["p50"]
             middle, low, high = (work / row["seconds"][q] for q in ("p50", "p80", "p20"))
             found[f"{name}, {row['size']}, {row['dtype']}"] = {"products": (middle, low, high)}
-    return svg.bars(found, "TFLOP/s over the measured ceiling", "% of the product ceiling", edge=100,
-                    legend=False) if found else ""  # fmt: skip
+    if not found:
+        return ""
+    label, x_label = "TFLOP/s over the measured ceiling", "% of the product ceiling"
+    return svg.bars(found, label, x_label, edge=100, legend=False)
 
 
 def history(results: Mapping[str, Any]) -> str:
+    """A chart of the ratios at each commit that was measured."""
     past = results.get("history", [])
     found: dict[str, list[svg.Point]] = {}
     for number, entry in enumerate(past):
@@ -182,6 +189,7 @@ def history(results: Mapping[str, Any]) -> str:
 
 
 def table(rows: Sequence[ResultRow]) -> str:
+    """All figures, with what was left out and why."""
     lines = [f"<table><tr><th>case, contender</th>{''.join(f'<th>{h}</th>' for h in HEADINGS)}</tr>"]
     for case, of in cases_of(rows).items():
         when = f"<span class=faint>{escape(of[0]['date'])}, commit {escape(str(of[0]['commit']))}</span>"
@@ -200,8 +208,10 @@ def write_report(results: Mapping[str, Any], target: Path) -> None:
 
 
 def write_plot(results: Mapping[str, Any], target: Path) -> bool:
-    """The README's plot: overhead against the bank, as an SVG that follows light and dark; whether there was one to
-    draw."""
+    """Draw the README's plot, the overhead against the bank, and return whether there was anything to draw.
+
+    It is an SVG that follows the reader's light or dark scheme.
+    """
     chart = bank_sizes(results["rows"])
     if chart:
         head, body = chart.split("\n", 1)

@@ -8,12 +8,12 @@ from html import escape
 
 _WIDTH = 760
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 200, 16, 44
-_LETTER = 7  # at the most, of the font below
-_ASIDE = 4.0  # at the most, from one series to the next at the same place
+_LINES_HEIGHT = 340
+_LETTER = 7  # The width of a letter of the font below, at the most.
+_ASIDE = 4.0  # The distance of two series at the same place, at the most.
 COLOURS = 8
-"""Series colours of the page: var(--c0) to var(--c7)."""
-_DASHES = ("", "7 4", "2 3")
-"""Of further lines in the same colours."""
+"""Colours of the page for series: var(--c0) to var(--c7)."""
+_DASHES = ("", "7 4", "2 3")  # Where there are more lines than colours, the next ones are dashed.
 
 STYLE = """
 :root { --paper: #ffffff; --ink: #1b1f24; --faint: #59636e; --rule: #d8dee4; --panel: #f6f8fa;
@@ -33,7 +33,7 @@ svg .spread { stroke: var(--ink); stroke-width: 1.3; fill: none; }
 
 
 def ticks(low: float, high: float, most: int = 6) -> list[float]:
-    """Round numbers from low to high."""
+    """Round numbers from low to high, about `most` of them."""
     span = max(high - low, 1e-12)
     step = 10 ** math.floor(math.log10(span / most))
     step = next(step * m for m in (1, 2, 2.5, 5, 10, 20) if span / (step * m) <= most)
@@ -69,66 +69,96 @@ Point = tuple[float, float, float, float]
 """x, and y with its spread."""
 
 
-def lines(
-    series: Mapping[str, Sequence[Point]], label: str, x_label: str, y_label: str, *, x_names: Sequence[str] = (),
-    log_x: bool = False, edge: float | None = None, edge_label: str = "", right: int = _RIGHT,
-) -> str:  # fmt: skip
-    """A line per series with a bar for each point's spread. x_names: names of x = 0, 1, 2, ..., where series stand side
-    by side; edge: a line to stay below. right: room for the names of the series."""
-    height = 340
-    points = [point for of in series.values() for point in of]
-    place = (lambda x: math.log10(x)) if log_x else float
-    xs = sorted({point[0] for point in points})
-    x_low, x_high = place(xs[0]), place(xs[-1])
-    if x_low == x_high:
-        x_low, x_high = x_low - 0.5, x_high + 0.5
-    y_low = min(0.0, *(point[2] for point in points))
-    y_high = max(*(point[3] for point in points), edge or 0.0) * 1.05
-    right, bottom = _WIDTH - right, height - _BOTTOM
+class _Plane:
+    """The plane that lines are drawn in: where a point lies, and its axes."""
 
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (place(x) - x_low) / (x_high - x_low)
-        return _LEFT + 20 + across * (right - _LEFT - 40), bottom - (y - y_low) / (y_high - y_low) * (bottom - _TOP)
+    def __init__(self, points: Sequence[Point], right: int, log_x: bool):
+        self.log_x = log_x
+        self.xs = sorted({point[0] for point in points})
+        self.x_low, self.x_high = self._across(self.xs[0]), self._across(self.xs[-1])
+        if self.x_low == self.x_high:
+            self.x_low, self.x_high = self.x_low - 0.5, self.x_high + 0.5
+        self.y_low = min(0.0, *(point[2] for point in points))
+        self.y_high = max(*(point[3] for point in points), 0.0) * 1.05
+        self.right, self.bottom = _WIDTH - right, _LINES_HEIGHT - _BOTTOM
 
-    body = []
-    for tick in ticks(y_low, y_high):
-        _, y = at(xs[0], tick)
-        body += [_line(_LEFT, y, right, y), _text(_LEFT - 8, y + 4, number(tick), "end", "faint")]
-    names = [str(x_names[round(x)]) if x_names else number(x) for x in xs]
-    room = _LETTER * max(map(len, names)) + 10
-    every = math.ceil(len(xs) * room / (right - _LEFT)) if x_names else 1
-    for x, name in list(zip(xs, names, strict=True))[::-every]:  # the newest has its name
-        body.append(_text(at(x, y_low)[0], bottom + 18, name, "middle", "faint"))
-    body += [_text((_LEFT + right) / 2, height - 6, x_label, "middle"), _text(4, 12, y_label)]
-    if edge is not None:
-        _, y = at(xs[0], edge)
-        body += [_line(_LEFT, y, right, y, "edge"), _text(right + 10, y + 4, edge_label)]
-    aside = min(_ASIDE, 0.7 * (right - _LEFT) / len(xs) / len(series)) if x_names else 0.0
-    for number_of, (name, of) in enumerate(series.items()):
-        colour = f"var(--c{number_of % COLOURS})"
-        line = f'stroke-width="2" stroke-dasharray="{_DASHES[number_of // COLOURS % len(_DASHES)]}"'
-        shift = aside * (number_of - (len(series) - 1) / 2)
-        places = [(at(x, y)[0] + shift, at(x, y)[1]) for x, y, *_ in of]
+    def _across(self, x: float) -> float:
+        return math.log10(x) if self.log_x else x
+
+    def at(self, x: float, y: float) -> tuple[float, float]:
+        across = (self._across(x) - self.x_low) / (self.x_high - self.x_low)
+        up = (y - self.y_low) / (self.y_high - self.y_low)
+        return _LEFT + 20 + across * (self.right - _LEFT - 40), self.bottom - up * (self.bottom - _TOP)
+
+    def axes(self, x_label: str, y_label: str, x_names: Sequence[str]) -> list[str]:
+        body = []
+        for tick in ticks(self.y_low, self.y_high):
+            _, y = self.at(self.xs[0], tick)
+            body += [_line(_LEFT, y, self.right, y), _text(_LEFT - 8, y + 4, number(tick), "end", "faint")]
+        names = [str(x_names[round(x)]) if x_names else number(x) for x in self.xs]
+        room = _LETTER * max(map(len, names)) + 10
+        every = math.ceil(len(self.xs) * room / (self.right - _LEFT)) if x_names else 1
+        for x, name in list(zip(self.xs, names, strict=True))[::-every]:  # From the newest, which always has its name.
+            body.append(_text(self.at(x, self.y_low)[0], self.bottom + 18, name, "middle", "faint"))
+        middle = (_LEFT + self.right) / 2
+        return [*body, _text(middle, _LINES_HEIGHT - 6, x_label, "middle"), _text(4, 12, y_label)]
+
+    def series(self, name: str, points: Sequence[Point], which: int, shift: float) -> list[str]:
+        """A line, its points with their spreads, and its entry in the legend. shift: of the whole line to the right."""
+        colour = f"var(--c{which % COLOURS})"
+        stroke = f'stroke-width="2" stroke-dasharray="{_DASHES[which // COLOURS % len(_DASHES)]}"'
+        places = [(self.at(x, y)[0] + shift, self.at(x, y)[1]) for x, y, *_ in points]
         path = " ".join(f"{'L' if i else 'M'}{px:.1f} {py:.1f}" for i, (px, py) in enumerate(places))
-        body.append(f'<g stroke="{colour}" fill="{colour}"><path d="{path}" fill="none" {line}/>')
-        for (px, py), (x, y, low, high) in zip(places, of, strict=True):
-            top, end, said = at(x, high)[1], at(x, low)[1], f"{name}: {spread(y, low, high)}"
+        body = [f'<g stroke="{colour}" fill="{colour}"><path d="{path}" fill="none" {stroke}/>']
+        for (px, py), (x, y, low, high) in zip(places, points, strict=True):
+            top, end, said = self.at(x, high)[1], self.at(x, low)[1], f"{name}: {spread(y, low, high)}"
             body += [
                 f'<path d="M{px - 3:.1f} {top:.1f} h6 m-3 0 V{end:.1f} m-3 0 h6"/>',
                 f'<circle cx="{px:.1f}" cy="{py:.1f}" r="3.5"><title>{escape(said)}</title></circle>',
             ]
-        y = _TOP + 14 + 20 * number_of
-        body += [f'<path d="M{right + 8} {y - 4} h20" {line}/><circle cx="{right + 18}" cy="{y - 4}" r="3.5"/></g>',
-                 _text(right + 34, y + 1, name)]  # fmt: skip
-    return _frame(height, label, body)
+        x, y = self.right, _TOP + 14 + 20 * which
+        body += [
+            f'<path d="M{x + 8} {y - 4} h20" {stroke}/><circle cx="{x + 18}" cy="{y - 4}" r="3.5"/></g>',
+            _text(x + 34, y + 1, name),
+        ]
+        return body
+
+
+def lines(
+    series: Mapping[str, Sequence[Point]],
+    label: str,
+    x_label: str,
+    y_label: str,
+    *,
+    x_names: Sequence[str] = (),
+    log_x: bool = False,
+    right: int = _RIGHT,
+) -> str:
+    """A line per series, with a bar for the spread of each point.
+
+    x_names: the names of x = 0, 1, 2, ..., where series stand side by side. right: room for the names of the series.
+    """
+    plane = _Plane([point for points in series.values() for point in points], right, log_x)
+    body = plane.axes(x_label, y_label, x_names)
+    apart = min(_ASIDE, 0.7 * (plane.right - _LEFT) / len(plane.xs) / len(series)) if x_names else 0.0
+    for which, (name, points) in enumerate(series.items()):
+        body += plane.series(name, points, which, apart * (which - (len(series) - 1) / 2))
+    return _frame(_LINES_HEIGHT, label, body)
 
 
 def bars(
-    rows: Mapping[str, Mapping[str, Spread]], label: str, x_label: str, *, edge: float | None = None,
-    edge_label: str = "", legend: bool = True,
-) -> str:  # fmt: skip
-    """Per row a horizontal bar for each of its parts, one beneath the other, with its spread. edge: a line to stay
-    below."""
+    rows: Mapping[str, Mapping[str, Spread]],
+    label: str,
+    x_label: str,
+    *,
+    edge: float | None = None,
+    edge_label: str = "",
+    legend: bool = True,
+) -> str:
+    """A horizontal bar with its spread for each part of each row, one beneath the other.
+
+    edge: a value to stay below, drawn as a dashed line.
+    """
     left = 24 + _LETTER * max(len(name) for name in rows)
     parts = list(dict.fromkeys(name for of in rows.values() for name in of))
     thick, pitch, gap = (20, 20, 8) if max(map(len, rows.values())) == 1 else (13, 17, 8)
@@ -166,10 +196,14 @@ def bars(
     if low:
         body.append(_line(at(0), top - 4, at(0), bottom, "spread"))
     body += values
-    if legend:
-        x = left
-        for number_of, part in enumerate(parts):
-            body += [f'<rect x="{x}" y="6" width="12" height="12" fill="var(--c{number_of % COLOURS})"/>',
-                     _text(x + 18, 17, part)]  # fmt: skip
-            x += 42 + _LETTER * len(part)
-    return _frame(height, label, body)
+    return _frame(height, label, [*body, *(_legend(parts, left) if legend else [])])
+
+
+def _legend(parts: Sequence[str], x: int) -> list[str]:
+    """A square and a name for each part, from x on."""
+    body = []
+    for which, part in enumerate(parts):
+        square = f'<rect x="{x}" y="6" width="12" height="12" fill="var(--c{which % COLOURS})"/>'
+        body += [square, _text(x + 18, 17, part)]
+        x += 42 + _LETTER * len(part)
+    return body
