@@ -220,9 +220,7 @@ def profile_selection(
         latent_height, latent_width = latent_size(None, height, width)
         tokens = latent_height * latent_width // 4
         total = len(chunk_prompts(told, frames_per_prompt, WAN_SETTINGS.chunk_frames))
-        if bank_frames is None:  # as large as is full for a quarter of the story
-            beyond = first_full_chunk(replace(WAN_SETTINGS, bank_frames=0))
-            settings["bank_frames"] = max(0, min(WAN_SETTINGS.bank_frames, total - total // 4 - 1 - beyond))
+        settings.setdefault("bank_frames", _largest_full_bank(total))
         if "block_size" not in typed(context):
             block_size = [size for size in block_size if size <= tokens] or [tokens]
         sizes = _compared_sizes(block_size, query_group)
@@ -329,6 +327,12 @@ def toy_profile_selection(
         about=about,
     )
     _profile(profiled, out, sampling)
+
+
+def _largest_full_bank(chunks: int) -> int:
+    """The largest bank, up to the default, that is full for the last quarter of a story of so many chunks."""
+    beyond_bank = first_full_chunk(replace(WAN_SETTINGS, bank_frames=0))
+    return max(0, min(WAN_SETTINGS.bank_frames, chunks - chunks // 4 - 1 - beyond_bank))
 
 
 def _check_targets(out: Path) -> None:

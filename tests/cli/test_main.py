@@ -35,6 +35,12 @@ def python(*words, **environment):
     return subprocess.run([sys.executable, *words], capture_output=True, text=True, cwd=ROOT, env=variables)
 
 
+@pytest.fixture(autouse=True)
+def no_colours(monkeypatch):
+    """Typer takes the logs of some services for terminals with colours."""
+    monkeypatch.setattr("typer.rich_utils.FORCE_TERMINAL", False)
+
+
 @pytest.mark.parametrize("page, names", [((), TOP), (("toy",), TOY)], ids=["memflow", "memflow toy"])
 def test_a_group_alone_names_its_commands(page, names, capfd):
     assert memflow(*page) == 0
@@ -115,7 +121,7 @@ def test_version(capfd):
 
 def test_the_package_runs_and_imports_nothing_that_help_does_not_need():
     """torch comes with the package itself; the rest of what is slow waits until a command needs it."""
-    done = python("-X", "importtime", "-m", "memflow_ops", "--help")
+    done = python("-X", "importtime", "-m", "memflow_ops", "--help", _TYPER_FORCE_DISABLE_TERMINAL="1")
     assert done.returncode == 0 and "Usage: memflow" in done.stdout
     imported = set(re.findall(r"\| +([\w.]+)$", done.stderr, re.MULTILINE))
     assert "torch" in imported
