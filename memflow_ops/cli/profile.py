@@ -245,7 +245,7 @@ def profile_selection(
     profiled = ProfiledStream(
         "memflow profile-selection",
         parts.model,
-        [(prompt,) for prompt in plan.spoken],
+        [(prompt,) for prompt in plan.prompts_by_chunk],
         plan.settings,
         parts.encode,
         *sizes,

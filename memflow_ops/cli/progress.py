@@ -31,7 +31,7 @@ def run_stories(
     stories = sum(map(len, streams))
     for plans in streams:
         runs = _run_stream(plans, generate, speed, several=stories > 1)
-        done, chunks = len(runs[0].chunks), len(plans[0].spoken)
+        done, chunks = len(runs[0].chunks), len(plans[0].prompts_by_chunk)
         if runs[0].interrupted and not done:
             fail("interrupted before the first chunk was made; nothing was written", code=130)
         if runs[0].interrupted:
@@ -48,7 +48,7 @@ def _run_stream(
     several: bool,
 ) -> Sequence[RunType]:
     """Generate one stream. several: the command has more than one story, so the bar names the folder."""
-    spoken = plans[0].spoken
+    prompts = plans[0].prompts_by_chunk
     more = f" and {len(plans) - 1} more" if len(plans) > 1 else ""
     which = f"{plans[0].folder.name}{more}: " if several else ""
     columns = (
@@ -60,11 +60,11 @@ def _run_stream(
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task(which + spoken[0], total=len(spoken), speed="")
+        task = bar.add_task(which + prompts[0], total=len(prompts), speed="")
 
         def report(run: RunType) -> None:
             done = len(run.chunks)
-            prompt = spoken[min(done, len(spoken) - 1)]
+            prompt = prompts[min(done, len(prompts) - 1)]
             bar.update(task, completed=done, description=which + prompt, speed=speed(run))
 
         try:

@@ -16,7 +16,7 @@ from memflow_ops.model.pipeline.plan import WanPlan
 from memflow_ops.model.pipeline.settings import FRAMES_PER_SECOND
 from memflow_ops.model.pipeline.sources import Parts, Sources
 from memflow_ops.model.stories.interrupts import Interrupts
-from memflow_ops.model.stories.run import make_stories
+from memflow_ops.model.stories.run import write_stories
 from memflow_ops.model.stories.video import VideoWriter, to_pixels
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Chunk, Streamer
@@ -107,7 +107,7 @@ def speed(
 def generate_stories(
     parts: Parts, plans: Sequence[WanPlan], sources: Sources, report: Callable[[WanRun], None] | None = None
 ) -> list[WanRun]:
-    """Streams stories together, each into video.mp4 and run.json in its folder; `make_stories` says how that may end.
+    """Streams stories together, each into video.mp4 and run.json in its folder; `write_stories` says how that may end.
     report: is called with the first of the runs after every chunk."""
     runs = [WanRun(plan, sources, parts.device) for plan in plans]
     writers = [video_writer(plan.folder / "video.mp4", plan.settings, parts.vae) for plan in plans]
@@ -124,7 +124,7 @@ def generate_stories(
     def files(run: WanRun) -> dict[str, bytes]:
         return {"run.json": (json.dumps(run.record(), indent=1) + "\n").encode()}
 
-    make_stories(runs, writers, rounds, files, report)
+    write_stories(runs, writers, rounds, files, report)
     return runs
 
 
@@ -151,7 +151,7 @@ def stream_videos(
     graphs = first.options.cuda_graphs
     streamer = Streamer(parts.model, len(plans), first.settings, seeds, encode=parts.encode, cuda_graphs=graphs)
     decoders = [StreamingDecoder(parts.vae) for _ in plans]
-    for prompts in zip(*(plan.spoken for plan in plans), strict=True):
+    for prompts in zip(*(plan.prompts_by_chunk for plan in plans), strict=True):
         with interrupts.allowed():
             chunk = streamer.next_chunk(prompts)
             started = time.perf_counter()

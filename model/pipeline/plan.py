@@ -68,7 +68,7 @@ class WanPlan:
         return self.budget.layout.batch
 
     @property
-    def spoken(self) -> list[str]:
+    def prompts_by_chunk(self) -> list[str]:
         """The prompt of every chunk."""
         chunks = chunk_prompts([self.prompts], self.options.frames_per_prompt, self.settings.chunk_frames)
         return [prompt for (prompt,) in chunks]

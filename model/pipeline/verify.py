@@ -78,7 +78,7 @@ def _stream(parts: Parts, plan: WanPlan, report: Callable[[str, int, int], None]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     stream = VerifiedStream(plan, [], [], [], [], None)
-    moments = np.linspace(0, len(plan.spoken) - 1, COLUMNS).round().astype(int)
+    moments = np.linspace(0, len(plan.prompts_by_chunk) - 1, COLUMNS).round().astype(int)
     with Interrupts() as interrupts, video_writer(plan.folder / f"{memory}.mp4", plan.settings, parts.vae) as writer:
         try:
             for chunk, (frames,), seconds in stream_videos(parts, [plan], interrupts):
@@ -88,7 +88,7 @@ def _stream(parts: Parts, plan: WanPlan, report: Callable[[str, int, int], None]
                 stream.decode_seconds.append(seconds)
                 stream.shown += [frames[-1]] * int((moments == chunk.index).sum())
                 if report is not None:
-                    report(memory, chunk.index + 1, len(plan.spoken))
+                    report(memory, chunk.index + 1, len(plan.prompts_by_chunk))
         except BaseException:
             writer.discard()
             raise
@@ -165,14 +165,14 @@ def _picture(streams: Sequence[VerifiedStream]) -> bytes:
     height, width = streams[0].shown[0].shape[:2]
     figure = Figure(figsize=(2 * COLUMNS + 1, 2 * len(streams) * height / width + 0.6), layout="constrained")
     axes = figure.subplots(len(streams), COLUMNS, squeeze=False)
-    spoken = len(streams[0].plan.spoken)
+    chunks = len(streams[0].plan.prompts_by_chunk)
     for stream, row in zip(streams, axes, strict=True):
         for i, (axis, frame) in enumerate(zip(row, stream.shown, strict=True)):
             axis.imshow(frame)
             axis.set_xticks([])
             axis.set_yticks([])
             if axis in axes[0]:
-                axis.set_title(f"chunk {round(i * (spoken - 1) / (COLUMNS - 1))}", fontsize=8)
+                axis.set_title(f"chunk {round(i * (chunks - 1) / (COLUMNS - 1))}", fontsize=8)
         row[0].set_ylabel(stream.memory)
     content = io.BytesIO()
     figure.savefig(content, format="png", dpi=100)

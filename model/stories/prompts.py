@@ -55,5 +55,5 @@ def chunk_prompts(
     if len(lengths) != 1 or not lengths[0]:
         raise ValueError(f"stories that run together must have the same number of prompts, at least 1, got {lengths}")
     chunks = -(-lengths[0] * frames_per_prompt // chunk_frames)
-    spoken = [min(chunk * chunk_frames // frames_per_prompt, lengths[0] - 1) for chunk in range(chunks)]
-    return [tuple(story[i] for story in stories) for i in spoken]
+    numbers = [min(chunk * chunk_frames // frames_per_prompt, lengths[0] - 1) for chunk in range(chunks)]
+    return [tuple(story[i] for story in stories) for i in numbers]

@@ -19,7 +19,7 @@ class StoryPlan(Protocol):
         """For its files."""
 
     @property
-    def spoken(self) -> Sequence[str]:
+    def prompts_by_chunk(self) -> Sequence[str]:
         """The prompt of every chunk."""
 
 
@@ -41,7 +41,7 @@ class StoryRun(Protocol):
 RunType = TypeVar("RunType", bound=StoryRun)
 
 
-def make_stories(
+def write_stories(
     runs: Sequence[RunType],
     writers: Sequence[VideoWriter],
     rounds: Callable[[Interrupts], Iterator[None]],

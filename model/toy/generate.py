@@ -14,7 +14,7 @@ import numpy as np
 
 from memflow_ops.model.stories.interrupts import Interrupts
 from memflow_ops.model.stories.prompts import chunk_prompts
-from memflow_ops.model.stories.run import make_folders, make_stories
+from memflow_ops.model.stories.run import make_folders, write_stories
 from memflow_ops.model.stories.video import VideoWriter, to_pixels
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import stream
@@ -56,21 +56,21 @@ def make_toy_plans(
 
 
 def stream_toy_story(model: CausalVideoModel, plan: ToyPlan, report: Callable[[ToyRun], None] | None = None) -> ToyRun:
-    """Streams one story into its folder; `make_stories` says how that may end. `report` is called after every
+    """Streams one story into its folder; `write_stories` says how that may end. `report` is called after every
     chunk."""
     settings = plan.settings
     run = ToyRun(plan, model.patch_embedding.weight.device)
     writer = VideoWriter(
         plan.folder / "video.mp4", settings.height, settings.width, fragment_frames=settings.chunk_frames
     )
-    make_stories([run], [writer], lambda interrupts: _rounds(model, run, writer, interrupts), _files, report)
+    write_stories([run], [writer], lambda interrupts: _rounds(model, run, writer, interrupts), _files, report)
     return run
 
 
 def _rounds(model: CausalVideoModel, run: ToyRun, writer: VideoWriter, interrupts: Interrupts) -> Iterator[None]:
     """Makes chunk after chunk, each with its baseline."""
     plan = run.plan
-    prompts = [(prompt,) for prompt in plan.spoken]
+    prompts = [(prompt,) for prompt in plan.prompts_by_chunk]
     ours = stream(model, prompts, plan.settings, plan.seed, encode=embed_prompts)
     baseline = None
     if plan.baseline and plan.settings.memory != "none":

@@ -36,7 +36,7 @@ class ToyPlan:
     """what run.json calls them"""
 
     @property
-    def spoken(self) -> list[str]:
+    def prompts_by_chunk(self) -> list[str]:
         """The prompt of every chunk."""
         chunks = chunk_prompts([self.prompts], self.frames_per_prompt, self.settings.chunk_frames)
         return [prompt for (prompt,) in chunks]
@@ -99,7 +99,7 @@ class ToyRun:
         size = self.plan.settings.chunk_frames
         without = self.baseline_video
         judged = []
-        for there in find_returns(self.plan.spoken[: len(self.chunks)], size):
+        for there in find_returns(self.plan.prompts_by_chunk[: len(self.chunks)], size):
             row = {**asdict(there), "gap": there.gap, "with_memory": asdict(judge_return(self.video, there, size))}
             row["without_memory"] = None if without is None else asdict(judge_return(without, there, size))
             judged.append(row)
