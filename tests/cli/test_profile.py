@@ -1,4 +1,4 @@
-"""`memflow toy profile-selection` world."""
+"""`memflow toy profile-selection`, and the places that both commands for profiles refuse to write to."""
 
 import json
 
