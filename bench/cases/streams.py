@@ -14,7 +14,8 @@ from memflow_ops.bench.harness.case import Built, Contender
 from memflow_ops.bench.sizes import Size
 from memflow_ops.cache.attend import Attend, BlockSelection, attend_to_memory
 from memflow_ops.cache.frame_cache import FrameCache
-from memflow_ops.model.streaming.streamer import Streamer, StreamSettings
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.streaming.streamer import Streamer
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 _VIDEO_FRAMES = 4  # What Wan's VAE makes of a latent frame.

@@ -176,21 +176,21 @@ def verify(
             device=device,
             names=("frames.png", "report.json", *(f"{kind}.mp4" for kind in kinds)),
         )
-    outcomes: list[pipeline.VerifiedStream] = []
+    streamed: list[pipeline.VerifiedStream] = []
     ended: BaseException | None = None
     try:
-        for outcome in _stream_kinds(parts, [plan for (plan,) in streams]):
-            outcomes.append(outcome)
+        for stream in _stream_kinds(parts, [plan for (plan,) in streams]):
+            streamed.append(stream)
     except (KeyboardInterrupt, OSError) as error:
         ended = error
     problems: list[str] = []
-    if outcomes:  # what was complete before an end is reported too
+    if streamed:  # what was complete before an end is reported too
         with one_line_errors(code=1):
-            report: dict[str, Any] = pipeline.write_report(outcomes, sources, parts.device, out)
+            report: dict[str, Any] = pipeline.write_report(streamed, sources, parts.device, out)
         typer.echo(_compared(report, out))
         problems = report["problems"]
     if isinstance(ended, KeyboardInterrupt):
-        fail(f"interrupted after {len(outcomes)} of {len(kinds)} kinds of memory; they are kept", code=130)
+        fail(f"interrupted after {len(streamed)} of {len(kinds)} kinds of memory; they are kept", code=130)
     if ended or problems:
         fail("; ".join([*([str(ended)] if ended else []), *problems]), code=1)
 
