@@ -1,12 +1,13 @@
-"""`make aot`: every kernel and shipped configuration, compiled for GPUs that need not be there, and what it takes.
+"""`make aot`: compiles every shipped configuration for GPUs that need not be there, and lists what each kernel takes.
 
     python -m memflow_ops.bench.aot [--renew] [--only "per query"] [--jobs 1] [--triton-36 .venv/triton-3.6.0]
 
-Compiles with this triton and, where it is installed in a folder of its own, with 3.6.0; writes bench/results/aot.json.
-What was compiled stays in build/aot by the hash of what it was made from: a run that was stopped goes on where it was.
-Fails where a configuration in a half precision has no tensor-core products on sm_90 or spills registers there, where
-spills are in a main loop, where a program takes more shared memory than the device has, or where registers or the
-instructions of the main loop have grown by more than 10 % over the stored table (--renew stores it anew).
+It compiles with this triton and, where that is installed in a folder of its own, with 3.6.0, and writes
+bench/results/aot.json. Compiled code stays in build/aot under a hash of its sources, so a run that was stopped goes on
+where it was. It fails where a configuration in a half precision has no tensor-core products on sm_90 or spills
+registers there, where a main loop has spills, where a program takes more shared memory than the device has, or where
+registers or the instructions of the main loop have grown by more than 10 % over the stored table (--renew stores it
+all the same).
 """
 
 from __future__ import annotations
@@ -27,9 +28,10 @@ import torch
 import triton
 
 from memflow_ops.bench.harness.results import write_json
+from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, launch_source
 from memflow_ops.kernels.attention.backward import plan_attend_backward
-from memflow_ops.kernels.attention.forward import plan_attend, plan_select_and_attend
+from memflow_ops.kernels.attention.plan import plan_attend, plan_select_and_attend
 from memflow_ops.kernels.cache_write import plan_write_projections
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.retrieval.choose import plan_retrieve_frames
@@ -49,7 +51,7 @@ def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 
 
 def cached(tokens: int, heads: int, head_dim: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Keys or values (1, tokens, heads, D) as the frame cache has them: a head's tokens behind one another."""
+    """Keys or values (1, tokens, heads, D) as they lie in the frame cache: the tokens of a head follow one another."""
     return meta(1, heads, tokens, head_dim, dtype=dtype).transpose(1, 2)
 
 
@@ -66,19 +68,20 @@ def memory_attention(
     dense: bool = False,
     multiprocessors: int = 0,
 ) -> list[Launch]:
-    """The launches of a layer's bank part, resuming; with `dense` of the window too, starting afresh.
+    """The launches of a layer's attention to the bank, which resume; with `dense` to the window too, starting afresh.
 
-    multiprocessors: of the device, so that the last wave is split; 0: it is not.
+    multiprocessors: how many the device has, so that the last wave is split; 0: it is not.
     """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
     k = cached(WINDOW, heads[1], head_dim, dtype) if dense else None
     memory = cached(frames * FRAME_TOKENS, heads[1], head_dim, dtype)
     blocks = frames * -(-FRAME_TOKENS // block_size)
+    descriptors = meta(1, blocks, heads[1], head_dim, dtype=dtype)
+    slots, valid = meta(1, frames, dtype=torch.int32), meta(1, dtype=torch.int32)
+    geometry = Geometry(block_size, FRAME_TOKENS, query_group, head_dim**-0.5, slots, valid)
+    resume = None if dense else (q, meta(1, heads[0], QUERIES, dtype=torch.float32))
     launches, *_ = plan_select_and_attend(
-        q, k, k, memory, memory, meta(1, blocks, heads[1], head_dim, dtype=dtype), top_k=top_k,
-        memory_frames=meta(1, dtype=torch.int32), memory_slots=meta(1, frames, dtype=torch.int32),
-        block_size=block_size, frame_tokens=FRAME_TOKENS, query_group=query_group, softmax_scale=head_dim**-0.5,
-        resume_out=None if dense else q, resume_lse=None if dense else meta(1, heads[0], QUERIES, dtype=torch.float32),
+        q, k, k, memory, memory, descriptors, top_k, geometry, resume,
         capability=capability, multiprocessors=multiprocessors,
     )  # fmt: skip
     return launches
@@ -87,10 +90,8 @@ def memory_attention(
 def window(capability: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
     """Our own dense attention to the local window."""
     q, k = meta(1, QUERIES, 12, 128, dtype=dtype), cached(WINDOW, 12, 128, dtype)
-    launches, *_ = plan_attend(
-        q, k, k, None, None, None, block_size=64, frame_tokens=FRAME_TOKENS, query_group=128, softmax_scale=0.1,
-        capability=capability,
-    )  # fmt: skip
+    geometry = Geometry(64, FRAME_TOKENS, query_group=128, softmax_scale=0.1)
+    launches, *_ = plan_attend(q, k, k, None, None, None, geometry, capability=capability)
     return launches
 
 
@@ -127,22 +128,25 @@ def backward(
     query_group: int = 128,
     dense: bool = False,
 ) -> list[Launch]:
-    """The backward of a layer's bank part, all gradients; with `dense` of window and bank, the latter needing none."""
+    """The backward pass of a layer's attention to the bank; with `dense` to the window too.
+
+    The gradients are those of the bank, or with `dense` of the window.
+    """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
     k = cached(WINDOW, heads[1], head_dim, dtype) if dense else None
     memory = cached(64 * FRAME_TOKENS, heads[1], head_dim, dtype)
     indices = meta(1, heads[0], -(-QUERIES // query_group), 24, dtype=torch.int32)
     lse = meta(1, heads[0], QUERIES, dtype=torch.float32)
+    geometry = Geometry(block_size, FRAME_TOKENS, query_group, head_dim**-0.5, meta(1, 64, dtype=torch.int32))
+    wanted = [True, dense, dense, not dense, not dense]
     steps, _ = plan_attend_backward(
-        q, lse, q, k, k, memory, memory, indices, q, lse, block_size=block_size, frame_tokens=FRAME_TOKENS,
-        query_group=query_group, softmax_scale=head_dim**-0.5, memory_slots=meta(1, 64, dtype=torch.int32),
-        wanted=[True, dense, dense, not dense, not dense], capability=capability,
-    )  # fmt: skip
+        q, lse, q, k, k, memory, memory, indices, q, lse, geometry, wanted, capability=capability
+    )
     return [step for step in steps if isinstance(step, Launch)]
 
 
 def shipped() -> dict[str, Callable[[int], list[Launch]]]:
-    """Name -> the launches for a compute capability."""
+    """The name of each case, and a function that plans its launches for a compute capability."""
 
     def case(**options) -> Callable[[int], list[Launch]]:
         return lambda capability: memory_attention(capability, **options)
@@ -228,7 +232,7 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
 
 
 def figures(capability: int, case: str, index: int) -> dict[str, Any]:
-    """What one launch of a case takes; why it does not compile, where it does not."""
+    """What one launch of a case takes, or the error of the compiler."""
     try:
         machine = compile_launch(shipped()[case](capability)[index], capability)
     except RuntimeError as error:
@@ -245,8 +249,8 @@ def figures(capability: int, case: str, index: int) -> dict[str, Any]:
 
 
 def compile_all(jobs: int, only: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """sm -> case and kernel -> figures, with the triton of this process; only rows with `only` in their name."""
-    # Cases share launches: each is compiled once, and stands under the first case that has it.
+    """Architecture -> case and kernel -> figures, with this process's triton. Only rows with `only` in their name."""
+    # Cases share launches: each is compiled once, and its row has the name of the first case with it.
     rows: dict[tuple[int, str], tuple[int, str, int]] = {}
     known = set()
     for capability in CAPABILITIES:
@@ -267,7 +271,7 @@ def compile_all(jobs: int, only: str) -> dict[str, dict[str, dict[str, Any]]]:
 
 
 def complaints(version: str, result: dict, stored: dict) -> list[str]:
-    """What the gate objects to, in words."""
+    """The complaints of the gate about the table of one triton version, one line each. stored: the tables before."""
     found = []
     for architecture, rows in result.items():
         capability = int(architecture.removeprefix("sm_"))
@@ -283,7 +287,7 @@ def complaints(version: str, result: dict, stored: dict) -> list[str]:
             elif row.get("loop_spills"):
                 found.append(f"{where}: {row['loop_spills']} spills in the main loop")
             multiplies = any(kernel in name for kernel in ("attend_kernel", "select_rows_kernel", "backward_"))
-            # HMMA, the product of sm_80, is what tiles of less than 64 rows get
+            # Tiles of less than 64 rows are multiplied by HMMA, the product of sm_80.
             products = sum(row.get(opcode, 0) for opcode in ("HMMA", "HGMMA"))
             if capability == 90 and "float32" not in name and multiplies and not products:
                 found.append(f"{where}: no tensor-core products")
@@ -297,7 +301,7 @@ def complaints(version: str, result: dict, stored: dict) -> list[str]:
 
 
 def compile_elsewhere(folder: Path, options: list[str]) -> dict:
-    """compile_all with the triton in `folder`, in a process of its own."""
+    """compile_all with the triton in `folder`, in a separate process."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
     command = [sys.executable, "-m", "memflow_ops.bench.aot", "--print", *options]
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
@@ -313,7 +317,7 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
     parser.add_argument("--cache", type=Path, default=Path("build/aot"), help="folder of what was compiled before")
     arguments = parser.parse_args()
-    # Triton's own cache goes by hashes of the kernel with all that it calls, of its arguments and of the compiler.
+    # Triton names its cache entries by hashes of the kernel and all that it calls, its arguments and the compiler.
     os.environ["TRITON_CACHE_DIR"] = str(arguments.cache.resolve())
     tables = {triton.__version__: compile_all(arguments.jobs, arguments.only)}
     if arguments.print:

@@ -1,4 +1,4 @@
-"""Ahead-of-time compilation of a planned launch for a GPU that need not be there, and what the machine code says.
+"""Compiles a planned launch ahead of time, for a GPU that need not be there, and reads figures off the machine code.
 
 launch, *_ = plan_attend(...)   # tensors on the "meta" device will do
 compile_launch(launch, capability=90).registers
@@ -33,14 +33,14 @@ POINTER_TYPES = {
 
 @dataclass(frozen=True)
 class Machine:
-    """What a compiled kernel takes: registers per thread, bytes, and the count of each opcode in the code."""
+    """What a compiled kernel takes: registers per thread, bytes, and how often each opcode stands in its code."""
 
     registers: int
     stack_bytes: int
     shared_bytes: int
     opcodes: Counter[str]
     loop_opcodes: Counter[str]
-    """Of the main loop alone, see main_loop; what it branches around as a rule is counted too."""
+    """Those of the main loop alone, see main_loop. Instructions that it usually jumps over count too."""
     ptx: str = field(repr=False)
 
     @property
@@ -50,7 +50,7 @@ class Machine:
 
     @property
     def loop_spills(self) -> int:
-        """Of these what the main loop does over and over; a few around it cost next to nothing."""
+        """Those of the main loop, which repeats them; a few outside it cost next to nothing."""
         return spills(self.loop_opcodes)
 
     @property
@@ -60,7 +60,7 @@ class Machine:
 
 
 def compile_launch(launch: Launch, capability: int) -> Machine:
-    """Compile as the launch itself would on a device of this compute capability (80, 90, 100); takes seconds."""
+    """Compile as the launch would on a device of this compute capability (80, 90, 100). It takes seconds."""
     source = launch_source(launch)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=dict(launch.options))
@@ -69,7 +69,7 @@ def compile_launch(launch: Launch, capability: int) -> Machine:
         usage = cuobjdump("--dump-resource-usage", file.name)
         assembly = cuobjdump("-sass", file.name)
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    # An instruction: /*address*/, perhaps a predicate (@!P0), the opcode, its modifiers and operands.
+    # An instruction is /*address*/, a predicate (@!P0) in some, the opcode, its modifiers and operands.
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([^;]*)", assembly, re.MULTILINE)
     instructions = [(int(address, 16), opcode, rest) for address, opcode, rest in found]
     return Machine(
@@ -91,10 +91,11 @@ def products(opcodes: Counter[str]) -> int:
 
 
 def main_loop(instructions: list[tuple[int, str, str]]) -> Counter[str]:
-    """The opcodes of the main loop of (address, opcode, operands); a loop ends with a branch back to its start.
+    """The opcodes of the main loop among instructions (address, opcode, operands).
 
-    It is the innermost loop with the most matrix products, of several the shortest: others are for rare cases. Without
-    products it is the longest.
+    A loop ends with a branch back to its start. The main loop is the innermost loop with the most matrix products; of
+    several with as many it is the shortest, because the others are for rare cases. Without products it is the longest
+    innermost loop.
     """
     loops = []
     for address, opcode, rest in instructions:
@@ -108,7 +109,7 @@ def main_loop(instructions: list[tuple[int, str, str]]) -> Counter[str]:
 
 
 def cuobjdump(*arguments: str) -> str:
-    """Output of NVIDIA's disassembler, which comes with triton."""
+    """The output of NVIDIA's disassembler, which comes with triton."""
     command = [triton.knobs.nvidia.cuobjdump.path, *arguments]
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
@@ -121,7 +122,8 @@ def launch_source(launch: Launch) -> ASTSource:
 
     def describe(value: Any, path: tuple[int, ...], constant: bool) -> Any:
         if isinstance(value, tuple):
-            return tuple(describe(item, (*path, i), constant) for i, item in enumerate(value))
+            items = [describe(item, (*path, i), constant) for i, item in enumerate(value)]
+            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
         if constant or value is None or (isinstance(value, int) and value == 1):
             constants[path] = value
             return "constexpr"

@@ -1,8 +1,9 @@
-"""The cache write: norm, rotation, and the way into the pool, in one reading of the projections.
+"""The cache write: one reading of the projections normalises, rotates and stores them in the pool.
 
-The norm is over all heads of a token, so a program has a few tokens of all heads: of q, of k, or of v. A mean is over
-more tokens than that: programs leave the sums of their keys behind, and a small second launch adds these up. They are
-an eighth of the float32 keys, less than reading the keys again would take; no sum depends on who comes first.
+The norm is over all heads of a token, so a program handles a few tokens of all heads: of q, of k, or of v. A mean is
+over more tokens than that: programs write down the sums of their keys, and a small second launch adds these up. The
+sums are an eighth of the size of the float32 keys, so this costs less than reading the keys again. The order of every
+addition is fixed.
 """
 
 import math
@@ -12,25 +13,25 @@ import triton
 import triton.language as tl
 
 from memflow_ops.geometry import WriteTarget
-from memflow_ops.kernels.launch import Launch
+from memflow_ops.kernels.launch import Launch, run_all
 from memflow_ops.kernels.primitives import cast
 
 TILE_TOKENS = 8
-"""Tokens of a program, at most."""
+"""The most tokens that one program handles."""
 
 TILE_ELEMENTS = 4096
-"""Elements of those that are in registers at a time: 80 registers on sm_90, three programs on a processor."""
+"""Elements of the tokens that are in registers at a time: 80 registers on sm_90, three programs per multiprocessor."""
 
 
 @triton.jit
 def heads_of_token(columns, head_stride, HEAD_DIM: tl.constexpr):
-    """Where in a token the elements of all heads lie, head by head, [COLUMNS]."""
+    """The offsets [COLUMNS] of the elements of all heads in a token, head by head."""
     return (columns // HEAD_DIM).to(tl.int64) * head_stride + columns % HEAD_DIM
 
 
 @triton.jit
 def rms_normalise(x, weight, columns, eps, WIDTH: tl.constexpr):
-    """x [ROWS, COLUMNS] float32 over its root mean square and times the weight (pointer; None: x as it is)."""
+    """x [ROWS, COLUMNS] float32 divided by its root mean square, times the weight (a pointer; None: x is returned)."""
     if weight is not None:
         scale = tl.load(weight + columns, mask=columns < WIDTH, other=0.0).to(tl.float32)
         x = x * tl.rsqrt(tl.sum(x * x, 1) / WIDTH + eps)[:, None] * scale[None, :]
@@ -39,8 +40,10 @@ def rms_normalise(x, weight, columns, eps, WIDTH: tl.constexpr):
 
 @triton.jit
 def rotate_pairs(x, cosines, sines, row_mask, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    """The interleaved pairs of x [ROWS, COLUMNS] turned by the angles of their token, pointers [ROWS] to HEAD_DIM / 2
-    cosines and sines."""
+    """x [ROWS, COLUMNS] with its interleaved pairs rotated by the angles of their token.
+
+    cosines, sines: pointers [ROWS] to HEAD_DIM / 2 numbers each.
+    """
     ROWS: tl.constexpr = x.shape[0]
     PAIRS: tl.constexpr = x.shape[1] // 2
     pairs = tl.arange(0, PAIRS)
@@ -54,19 +57,19 @@ def rotate_pairs(x, cosines, sines, row_mask, WIDTH: tl.constexpr, HEAD_DIM: tl.
 
 @triton.jit
 def normalise_and_rotate(
-    x,  # pointer to this batch, and its strides (B, L, H)
-    strides,
+    x,  # pointer to this batch element
+    strides,  # of x (B, L, H)
     tokens,  # [ROWS]
     row_mask,
     weight,
-    cosines,  # pointers to this batch
+    cosines,  # pointer to this batch element
     sines,
     eps,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """The tile [ROWS, COLUMNS] of the tokens' heads in float32, before and after rotation; 0 where masked."""
+    """The tile [ROWS, COLUMNS] of all heads of the tokens in float32, before and after rotation; 0 where masked."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     columns = tl.arange(0, COLUMNS)
     offsets = tokens.to(tl.int64)[:, None] * strides[1] + heads_of_token(columns, strides[2], HEAD_DIM)[None, :]
@@ -79,7 +82,7 @@ def normalise_and_rotate(
 
 @triton.jit
 def store_heads(
-    x,  # pointer to this batch
+    x,  # pointer to this batch element
     strides,
     tokens,
     mask,
@@ -87,20 +90,20 @@ def store_heads(
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """Put the tile [ROWS, COLUMNS], in the dtype of x, where its tokens are."""
+    """Store the tile [ROWS, COLUMNS], which has the dtype of x, at its tokens."""
     columns = tl.arange(0, tile.shape[1])
     offsets = tokens.to(tl.int64)[:, None] * strides[1] + heads_of_token(columns, strides[2], HEAD_DIM)[None, :]
     tl.store(x + offsets, tile, mask=mask[:, None] & (columns < HEADS * HEAD_DIM)[None, :])
 
 
-# FLOPs: about 12 per element. Bytes: q, k and v once in and once out, 4 D per token of cosines and sines twice (mostly
-# from L2), and where there are means an eighth of the keys in float32; bound by memory.
+# FLOPs: about 12 per element. Bytes: q, k and v are read once and written once; cosines and sines, 4 D per token, are
+# read twice (mostly from L2); where means are wanted an eighth of the keys is written in float32. Bound by memory.
 @triton.jit
 def write_projections_kernel(
     q,  # (B, L, H, D)
     k,  # (B, L, Hkv, D)
     v,  # (B, L, Hkv, D)
-    weight_q,  # (H * D,) or None: q and k are normalised
+    weight_q,  # (H * D,), or None: q and k are not normalised
     weight_k,  # (Hkv * D,)
     cosines,  # (1 or B, L, D / 2) float32
     sines,
@@ -116,14 +119,14 @@ def write_projections_kernel(
     rotated_q_strides,
     memory_k_strides,
     memory_v_strides,
-    rotation_stride,  # of cosines and sines between batches, 0 for one for all
-    place_stride,  # of places, between batches
+    rotation_stride,  # of cosines and sines between batch elements, 0 where all share one
+    place_stride,  # of places between batch elements
     eps,
     frames,
     frame_tokens,
     pool_frames,
     mean_frames,  # M
-    unit_tokens,  # a mean is of whole units, which tiles do not cross
+    unit_tokens,  # a mean is over whole units, and no tile crosses their bounds
     tiles_per_unit,
     tiles,  # of a frame
     HEADS: tl.constexpr,
@@ -198,8 +201,8 @@ def write_projections_kernel(
 
 @triton.jit
 def mean_of_sums(
-    sums,  # pointer to this batch and frame
-    index,  # of the mean in its frame
+    sums,  # pointer to this batch element and frame
+    index,  # the number of the mean in its frame
     size,  # tokens of a mean
     columns,  # [COLUMNS]
     frame_tokens,
@@ -243,7 +246,7 @@ def means_of_sums_kernel(
     blocks,  # of a frame
     mean_size,
     means_per_frame,  # n
-    described,  # F * blocks, or 0: programs of descriptors, before those of means
+    described,  # F * blocks, or 0: how many programs, the first ones, make descriptors; the others make means
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -297,13 +300,13 @@ def plan_write_projections(
     mean_size: int,
     eps: float,
 ) -> tuple[list[Launch], torch.Tensor]:
-    """The launches of `write_projections`, and the rotated q that they fill."""
+    """The launches of `write_projections`, in order, and the rotated q that they fill."""
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"the kernels take float16, bfloat16 and float32, got {q.dtype}: use impl='torch'")
     frames = length // frame_tokens
-    # Tiles lie within units, so that every mean is of whole tiles; a frame without means is one unit.
+    # Tiles lie within units, so that every mean is over whole tiles. A frame without means is one unit.
     sizes = [size for size, out in ((block_size, descriptors), (mean_size, means)) if out is not None]
     unit = math.gcd(*(size for size in sizes if size < frame_tokens)) or frame_tokens
     tile = min(TILE_TOKENS, triton.next_power_of_2(unit))
@@ -374,6 +377,7 @@ def _plan_means(
     kv_heads: int,
     batch: int,
 ) -> Launch:
+    """The launch that makes descriptors and means from the sums. shared: the arguments that both launches have."""
     width = kv_heads * shared["HEAD_DIM"]
     blocks = triton.cdiv(shared["frame_tokens"], block_size)
     described = 0 if descriptors is None else shared["frames"] * blocks
@@ -405,11 +409,10 @@ def write_projections(
     norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
     target: WriteTarget,
 ) -> torch.Tensor:
-    """Norm, rotation and cache write, see `memflow_ops.write_projections`. Returns the rotated q."""
+    """Normalise, rotate and store the projections, see `memflow_ops.write_projections`. Returns the rotated q."""
     weight_q, weight_k, eps = norm
     written = (target.memory_k, target.memory_v, target.places, weight_q, weight_k, target.descriptors, target.means)
     sizes = dict(frame_tokens=target.frame_tokens, block_size=target.block_size, mean_size=target.mean_size)
     launches, rotated_q = plan_write_projections(q, k, v, *rotation, *written, **sizes, eps=eps)
-    for launch in launches:
-        launch.run()
+    run_all(launches)
     return rotated_q

@@ -1,6 +1,7 @@
-"""Tile sizes and launch options of the kernels: one readable table per architecture, nothing is tuned at import.
+"""Tile sizes and launch options of the kernels: one readable table per architecture. Nothing is tuned at import.
 
-The figures of `make aot` (bench/results/aot.json) say what each row takes; `make gpu-bench` times them.
+The figures of `make aot` (bench/results/aot.json) say what each row takes in registers and shared memory; `make
+gpu-bench` times them.
 """
 
 from collections.abc import Mapping
@@ -14,7 +15,7 @@ def select_rows_config(
 ) -> tuple[dict[str, int | bool], dict[str, int]]:
     """ROWS, COLUMNS, DIM_TILE and TENSOR_CORES of select_rows_kernel, and its launch options.
 
-    A tile of scores is 8192: more columns where k is large, because the k-th of fewer class maxima says nothing.
+    A tile holds 8192 scores. It has more columns where k is large: the k-th of few class maxima is a poor bound.
     """
     tensor_cores = dtype != torch.float32
     columns = min(max(triton.next_power_of_2(2 * top_k), 64), 512)
@@ -35,7 +36,7 @@ SPAN_BLOCKS = 256
 """Blocks of the bank that one program of span_kernel ranks in registers."""
 
 MERGE_LIMIT = 8192
-"""Candidates that one group may have in the last round: their keys fill the registers of a program."""
+"""The most candidates that one group may have in the last round: their keys fill the registers of a program."""
 
 
 def span_config() -> tuple[dict[str, int], dict[str, int]]:
@@ -52,9 +53,9 @@ def merge_config(candidates: int) -> tuple[dict[str, int], dict[str, int]] | Non
 
 
 ONE_LAUNCH_BYTES = 32 << 20
-"""Descriptors that all programs together may read, in bytes, if each selects for itself. Where it would be more, a
-launch before reads them once per 16 groups. An estimate (5 us of L2 traffic on sm_90, about what two launches cost): no
-GPU has measured the crossover yet, `make gpu-bench` does."""
+"""Bytes of descriptors that all programs together may read where each selects for itself. Where it would be more, an
+earlier launch reads them once per 16 groups. This is an estimate (5 us of L2 traffic on sm_90, about the cost of two
+launches): no GPU has measured the crossover yet; `make gpu-bench` does."""
 
 
 def capability_of(tensor: torch.Tensor) -> int:
@@ -65,29 +66,29 @@ def capability_of(tensor: torch.Tensor) -> int:
     return 10 * major + minor
 
 
-# Half precisions on tensor cores: BLOCK_M, BLOCK_N, num_warps, num_stages by head dimension.
-# 4 warps for 128 rows do not hold the state in registers; 128 keys do not fit beside it.
+# attend_kernel in half precisions, on tensor cores: BLOCK_M, BLOCK_N, num_warps, num_stages by the largest head size.
+# 4 warps do not hold the state of 128 rows in registers, and 128 keys do not fit beside it.
 ATTEND_TILES = {
     80: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
     90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     100: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     120: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},  # 99 KB of shared memory, as sm_86 and sm_89
 }
-# The backward of the queries: likewise.
+# backward_queries_kernel: likewise.
 BACKWARD_QUERIES_TILES = {
     80: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
     90: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
     100: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
     120: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
-# The backward of the keys: BLOCK_N keys, whose gradients are the state, and BLOCK_M queries at a time.
+# backward_keys_kernel: BLOCK_N keys, whose gradients are the state, and BLOCK_M queries at a time.
 BACKWARD_KEYS_TILES = {
     80: {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
     90: {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
     100: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
     120: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 32, 8, 1)},
 }
-# Blocks of no more than half as many: 8 warps would hold everything twice.
+# The same where a block has at most half of these BLOCK_N keys: 8 warps would hold everything twice.
 BACKWARD_BLOCK_TILES = {
     80: {64: (32, 64, 4, 3), 128: (32, 64, 4, 2), 256: (32, 32, 4, 1)},
     90: {64: (64, 64, 4, 3), 128: (32, 64, 4, 3), 256: (32, 32, 4, 1)},
@@ -106,18 +107,18 @@ def attend_config(
 ) -> tuple[dict[str, int], dict[str, int], bool]:
     """BLOCK_M, BLOCK_N and DIM of attend_kernel, its launch options, and whether each row of a tile has its own blocks.
 
-    It has where two groups and more fit a tile; else a tile is of one group. `table`: or BACKWARD_QUERIES_TILES, for
-    that kernel.
+    Rows have blocks of their own where more than two groups fit in a tile; otherwise a tile is of one group. `table`:
+    BACKWARD_QUERIES_TILES gives the sizes of backward_queries_kernel.
     """
     dim = dim_of(dtype, head_dim)
-    if dtype == torch.float32:  # no tensor cores: the operands, too, have to fit in registers
+    if dtype == torch.float32:  # without tensor cores the operands, too, have to fit in registers
         tiles = (32, 16, 8, 3 if capability >= 90 and table is ATTEND_TILES else 2)
     else:
         tiles = _row(table, capability, head_dim)
     block_m, block_n, warps, stages = tiles
     by_row = 2 * query_group < block_m and query_group < queries
     if by_row and capability >= 100 and head_dim > 64 and table is BACKWARD_QUERIES_TILES:
-        block_n = min(block_n, 32)  # the rows' places in their lists do not fit beside 64
+        block_n = min(block_n, 32)  # the cursors of the rows do not fit in registers beside 64 keys
     if not by_row:
         block_m = min(block_m, max(triton.next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
     if block_m <= 64 and dim <= 128 and dtype != torch.float32:
@@ -128,20 +129,20 @@ def attend_config(
 
 
 SPLIT_ROWS = 128
-"""Queries of the tiles that fill a multiprocessor, one program at a time."""
+"""Queries of a tile whose program fills a multiprocessor alone."""
 
 SPLIT_SAVES_KEYS = 512
-"""Keys of which the last wave has to get rid for a split to pay: the time of 64 for 128 queries is 0.6 us and more on
-sm_90, that of merging about 4 us. An estimate; `make gpu-bench` times the launch with and without."""
+"""A split pays where it takes at least this many keys from the programs of the last wave: 64 keys for 128 queries take
+0.6 us and more on sm_90, and merging about 4 us. This is an estimate; `make gpu-bench` times both ways."""
 
 MAX_SPLITS = 8
-"""Programs per tile of the last wave; 1 turns the splitting off."""
+"""The most programs per tile of the last wave; 1 turns the splitting off."""
 
 
 def splits_config(tiles: int, keys: int, block_m: int, multiprocessors: int) -> tuple[int, int]:
-    """How many of the tiles (of `keys` keys each) are not split, and the programs for each of the others.
+    """How many of the tiles (of `keys` keys each) are not split, and how many programs each of the others gets.
 
-    The tiles of a last, incomplete wave are split if two programs for each still are one wave.
+    The tiles of a last, incomplete wave are split where two programs for each of them are still one wave.
     """
     last = tiles % multiprocessors if multiprocessors else 0
     splits = min(multiprocessors // last, MAX_SPLITS) if last else 1
@@ -151,14 +152,14 @@ def splits_config(tiles: int, keys: int, block_m: int, multiprocessors: int) -> 
 
 
 def multiprocessors_of(tensor: torch.Tensor) -> int:
-    """Of the tensor's device; 0 where there is no GPU."""
+    """The number of multiprocessors of the tensor's device; 0 where there is no GPU."""
     if tensor.device.type != "cuda":
         return 0
     return torch.cuda.get_device_properties(tensor.device).multi_processor_count
 
 
 def dim_of(dtype: torch.dtype, head_dim: int) -> int:
-    """DIM of a head; a ValueError for a dtype or a head that the kernels do not take."""
+    """The head size rounded up to a power of two, at least 16. ValueError: the kernels do not take it or the dtype."""
     dim = max(triton.next_power_of_2(head_dim), 16)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32) or dim > 256:
         raise ValueError(
@@ -171,7 +172,7 @@ def dim_of(dtype: torch.dtype, head_dim: int) -> int:
 def _row(
     table: Mapping[int, Mapping[int, tuple[int, int, int, int]]], capability: int, head_dim: int
 ) -> tuple[int, int, int, int]:
-    """By head size; unknown architectures take the row below."""
+    """The sizes for a head size; an unknown architecture takes the row of the next lower one."""
     row = max((known for known in table if known <= capability), default=80)
     return next(tiles for size, tiles in table[row].items() if head_dim <= size)
 
@@ -181,7 +182,7 @@ def backward_keys_config(
 ) -> tuple[dict[str, int | bool], dict[str, int]]:
     """BLOCK_M, BLOCK_N, DIM and PACKED of backward_keys_kernel, and its launch options.
 
-    block_size: None for keys that every query attended to, whose blocks are tiles.
+    block_size: None for a dense segment, whose keys every query attended to; its blocks are the tiles.
     """
     dim = dim_of(dtype, head_dim)
     tiles = (16, 32, 8, 2) if dtype == torch.float32 else _row(BACKWARD_KEYS_TILES, capability, head_dim)
@@ -191,6 +192,6 @@ def backward_keys_config(
     packed = False
     if block_size is not None:
         block_n = min(block_n, max(triton.next_power_of_2(block_size), 16))
-        # a tile of its own for each group would be a quarter empty and more
+        # Pack groups where tiles of one group each would be more than a quarter empty.
         packed = 4 * query_group < 3 * block_m * triton.cdiv(query_group, block_m)
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim, PACKED=packed), dict(num_warps=warps, num_stages=stages)

@@ -1,16 +1,19 @@
 """A kernel with everything that its launch needs, so that what runs and what is compiled ahead of time are the same."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A jit kernel, its grid (programs per axis), all of its arguments by name, and num_warps and num_stages."""
+    """A jit kernel, its grid (programs per axis), all of its arguments by name, and num_warps and num_stages.
+
+    An argument may be a tuple, a named one too, of tensors, numbers, None and tuples.
+    """
 
     kernel: Any
     grid: tuple[int, int, int]
@@ -21,6 +24,26 @@ class Launch:
         """Launch on the device of the tensors, without waiting. An empty grid has nothing to write."""
         if prod(self.grid) == 0:
             return
-        tensor = next(value for value in self.arguments.values() if isinstance(value, torch.Tensor))
-        with torch.cuda.device_of(tensor):
+        with torch.cuda.device_of(next(tensors_in(self.arguments.values()))):
             self.kernel[self.grid](**self.arguments, **self.options)
+
+
+class Step(Protocol):
+    """What a plan consists of: launches, and what runs between them."""
+
+    def run(self) -> None: ...
+
+
+def run_all(steps: Iterable[Step]) -> None:
+    """Run the steps of a plan in order."""
+    for step in steps:
+        step.run()
+
+
+def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """The tensors among values and in tuples among them, in order."""
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, tuple):
+            yield from tensors_in(value)

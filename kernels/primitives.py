@@ -1,13 +1,55 @@
-"""What the kernels share: tile loads, products, rounding, the online softmax, the slot table."""
+"""Small device functions and argument tuples that the kernels share."""
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-# Triton's interpreter multiplies the raw bits of bfloat16 and truncates when it casts to it: both are put right below.
+# Triton's interpreter multiplies the raw bits of bfloat16, and truncates when it casts to it. `matmul` and `cast` below
+# correct both.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+
+
+class Strided(NamedTuple):
+    """A tensor as a kernel's argument: the tensor, which is a pointer in the kernel, and its first three strides.
+
+    Strides are in elements. The last dimension of a tensor (B, L, H, D) or (B, H, G, K) is contiguous. Strides of None
+    are those of another tensor that the kernel names: one offset for both saves registers.
+    """
+
+    pointer: Any
+    strides: Any
+
+
+def strided(tensor: torch.Tensor, like: torch.Tensor | None = None) -> Strided:
+    """The tensor with its strides, or with None if they are those of `like`."""
+    shared = like is not None and tensor.stride() == like.stride()
+    return Strided(tensor, None if shared else tensor.stride()[:3])
+
+
+@triton.jit
+def strides_like(tensor, other):
+    """The tensor with the strides of `other`, if it has none of its own."""
+    if tensor.strides is None:
+        tensor = Strided(tensor.pointer, other.strides)
+    return tensor
+
+
+@triton.jit
+def row_pointers(tensor, batch, rows, head):
+    """Pointers to rows [ROWS] int64 of one batch element and head of a tensor (B, L, H, D)."""
+    # What all rows share is added first: it needs no registers per lane.
+    return tensor.pointer + batch * tensor.strides[0] + head * tensor.strides[2] + rows * tensor.strides[1]
+
+
+@triton.jit
+def lse_pointers(lse, batch, head, rows):
+    """Pointers to rows [ROWS] int64 of one batch element and head of a tensor (B, H, L)."""
+    return lse.pointer + batch * lse.strides[0] + head * lse.strides[1] + rows * lse.strides[2]
 
 
 @triton.jit
@@ -35,10 +77,23 @@ def matmul(a, b, accumulator):
     return tl.dot(a, b, accumulator, input_precision="ieee")
 
 
+class SoftmaxState(NamedTuple):
+    """An attention under way: what its rows have accumulated over the keys so far."""
+
+    row_max: Any
+    """[BLOCK_M] float32: the largest scaled score in base 2, -inf before the first key."""
+    row_sum: Any
+    """[BLOCK_M] float32: the sum of the weights relative to row_max, 0 before the first key."""
+    accumulator: Any
+    """[BLOCK_M, DIM] float32: the sum of the weighted values."""
+
+
 @triton.jit
 def initial_state(
-    resume_rows,  # [BLOCK_M] pointers to the rows of an output, or None: start afresh
-    resume_lse_rows,  # [BLOCK_M] pointers, natural logarithm
+    resume,  # (out, lse) of the attention to continue, Strided (B, Lq, H, D) and (B, H, Lq); or None: start afresh
+    batch,
+    rows,  # [BLOCK_M] int64
+    head,
     row_mask,
     HEAD_DIM: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -48,12 +103,14 @@ def initial_state(
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
     accumulator = tl.zeros([BLOCK_M, DIM], tl.float32)
-    if resume_rows is not None:
-        row_max = tl.load(resume_lse_rows, mask=row_mask, other=float("-inf")) * LOG2_E
+    if resume is not None:
+        lse_rows = lse_pointers(resume[1], batch, head, rows)
+        out_rows = row_pointers(resume[0], batch, rows, head)
+        row_max = tl.load(lse_rows, mask=row_mask, other=float("-inf")) * LOG2_E
         started = row_max != float("-inf")
         row_sum = tl.where(started, 1.0, 0.0)
-        accumulator = load_rows(resume_rows, row_mask & started, tl.arange(0, DIM), HEAD_DIM).to(tl.float32)
-    return row_max, row_sum, accumulator
+        accumulator = load_rows(out_rows, row_mask & started, tl.arange(0, DIM), HEAD_DIM).to(tl.float32)
+    return SoftmaxState(row_max, row_sum, accumulator)
 
 
 @triton.jit
@@ -79,10 +136,13 @@ def online_softmax_update(scores, scale_log2, wanted, row_max, row_sum):
 
 
 @triton.jit
-def physical_frame(memory_slots, frame, mask, physical_frames):
-    """Where in memory the bank's frames lie: by the slot table of this batch (clamped), or in order without one."""
-    if memory_slots is None:
+def stored_frame(slots, frame, mask, stored_frames):
+    """The number of each bank frame among the stored frames: by the slot table of this batch element, clamped.
+
+    Without a table (None) the stored frames are the bank, in order.
+    """
+    if slots is None:
         slot = frame
     else:
-        slot = tl.minimum(tl.maximum(tl.load(memory_slots + frame, mask=mask, other=0), 0), physical_frames - 1)
+        slot = tl.minimum(tl.maximum(tl.load(slots + frame, mask=mask, other=0), 0), stored_frames - 1)
     return slot

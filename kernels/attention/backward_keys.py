@@ -1,37 +1,37 @@
 """The gradients of keys and values: one program per block of keys, which visits all queries that attended to it.
 
-Every block belongs to one program, so sums have one order and no atomics, and a block that nobody selected is zero. A
-block that many groups selected keeps its program busy for as long: its neighbours fill the machine meanwhile, and the
-last ones to finish are what the imbalance costs.
+Every block belongs to one program, so sums have one order and need no atomics, and a block that nobody selected gets
+zeros. A block that many groups selected keeps its program busy longer than others. Its neighbours fill the machine
+meanwhile; the cost of the imbalance is the time after most programs have finished.
 """
 
 import torch
 import triton
 import triton.language as tl
 
+from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.attention.backward_queries import load_terms
-from memflow_ops.kernels.attention.blocks import bank_place
-from memflow_ops.kernels.attention.forward import strides_of
+from memflow_ops.kernels.attention.blocks import Blocks, Segment, locate_block, segment_of_head
 from memflow_ops.kernels.attention.inverse import Inverse
 from memflow_ops.kernels.configs import backward_keys_config, capability_of
 from memflow_ops.kernels.launch import Launch
-from memflow_ops.kernels.primitives import LOG2_E, cast, load_rows, matmul
+from memflow_ops.kernels.primitives import LOG2_E, cast, load_rows, matmul, row_pointers, strided, strides_like
 
 
 @triton.jit
 def query_places(
     tile,
     count,  # of members
-    members,  # pointer to the block's members, see Inverse; or None: all queries of each query head
+    members,  # pointer to the members of the block, see Inverse; or None: all queries of each query head
     query_group,
     queries,
     BLOCK_M: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Where the queries [BLOCK_M] of a tile are: head, first row, offset from that, and which of them there are.
+    """Where the queries [BLOCK_M] of a tile are: head, first row, offset from it, and which of the queries exist.
 
-    PACKED: the groups of the members lie one behind the other, and each query has a head and a first row of its own;
-    else each group begins with a tile of its own, and head and first row are scalars.
+    PACKED: the groups of the members follow one another without gaps, and each query has its own head and first row.
+    Otherwise each group begins with a tile of its own, and head and first row are scalars.
     """
     lanes = tl.arange(0, BLOCK_M)
     if PACKED:
@@ -58,21 +58,13 @@ def query_places(
 # a query attends to (from L2, mostly), keys, values and their gradients once. Bound by the tensor cores.
 @triton.jit
 def backward_keys_kernel(
-    grad_out,  # (B, Lq, H, D)
-    q,  # (B, Lq, H, D)
-    k,  # (B, frames * frame_tokens, Hkv, D)
-    v,
-    members,  # int64, see Inverse; or None: every query attended to every block
-    starts,  # (B * Hkv * blocks + 1,) int32
+    grad_out,  # Strided (B, Lq, H, D), strides None: those of q
+    q,  # Strided (B, Lq, H, D)
+    segment,  # Segment (B, frames * frame_tokens, Hkv, D)
+    inverse,  # Inverse, or None: every query attended to every block
     terms,  # (B, H, Lq) int64 of row_terms_kernel
-    grad_k,  # like k, or None: not wanted
+    grad_k,  # Strided like k, or None: not wanted
     grad_v,
-    grad_out_strides,  # (B, L, H) of each tensor, in elements; their last dimension is contiguous. None: those of q
-    q_strides,
-    k_strides,
-    v_strides,  # None: those of k
-    grad_k_strides,
-    grad_v_strides,
     queries,
     blocks,
     frame_tokens,
@@ -93,43 +85,41 @@ def backward_keys_kernel(
     batch = tl.program_id(2).to(tl.int64)
     columns = tl.arange(0, DIM)
     scale_log2 = softmax_scale * LOG2_E
-    if grad_out_strides is None:
-        grad_out_strides = q_strides
-    if v_strides is None:
-        v_strides = k_strides
-    frame, start, length = bank_place(
-        block, blocks, tl.cdiv(frame_tokens, BLOCK_SIZE), frame_tokens, None, 0, BLOCK_SIZE
-    )
+    grad_out = strides_like(grad_out, q)
+    # Stored blocks, not those of the bank: the inverse names them, and a frame that no slot names gets zeros.
+    stored = Blocks(None, 0, frame_tokens, tl.cdiv(frame_tokens, BLOCK_SIZE), blocks)
+    frame, start, length = locate_block(block, stored, BLOCK_SIZE)
     tokens = frame.to(tl.int64) * frame_tokens + start + offsets
     present = offsets < length
 
     count = HEADS_PER_KV_HEAD
-    if members is not None:
+    members = None
+    if inverse is not None:
         number = (batch * tl.num_programs(1) + kv_head) * blocks + block
-        begin = tl.load(starts + number)
-        count = tl.load(starts + number + 1) - begin
-        members += begin
+        begin = tl.load(inverse.starts + number)
+        count = tl.load(inverse.starts + number + 1) - begin
+        members = inverse.members + begin
     tiles = tl.cdiv(count * query_group, BLOCK_M) if PACKED else count * tl.cdiv(query_group, BLOCK_M)
     read = present & (tiles > 0)  # what nobody attended to is not read
-    key_rows = k + batch * k_strides[0] + tokens * k_strides[1] + kv_head * k_strides[2]
-    value_rows = v + batch * v_strides[0] + tokens * v_strides[1] + kv_head * v_strides[2]
-    key = load_rows(key_rows, read, columns, HEAD_DIM)  # [BLOCK_N, DIM]
+    segment = segment_of_head(segment, batch, kv_head)
+    key = load_rows(segment.k + tokens * segment.k_strides[1], read, columns, HEAD_DIM)  # [BLOCK_N, DIM]
     if grad_k is not None:
-        value = load_rows(value_rows, read, columns, HEAD_DIM)
-    first_head = kv_head * HEADS_PER_KV_HEAD if members is None else 0
+        value = load_rows(segment.v + tokens * segment.v_strides[1], read, columns, HEAD_DIM)
+    first_head = kv_head * HEADS_PER_KV_HEAD if inverse is None else 0
     grad_key = tl.zeros([BLOCK_N, DIM], tl.float32)
     grad_value = tl.zeros([BLOCK_N, DIM], tl.float32)
     zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    q += batch * q_strides[0]
-    grad_out += batch * grad_out_strides[0]
+    query_rows_of_batch = q.pointer + batch * q.strides[0]
+    grad_rows_of_batch = grad_out.pointer + batch * grad_out.strides[0]
     terms += batch * tl.num_programs(1) * HEADS_PER_KV_HEAD * queries
     for tile in range(tiles):
-        # added up in this order: what all lanes share needs no registers
+        # What all lanes share is added first: it needs no registers per lane.
         head, first, offset, there = query_places(tile, count, members, query_group, queries, BLOCK_M, PACKED)
         head += first_head
-        query_rows = q + head * q_strides[2] + first * q_strides[1] + offset * q_strides[1]
+        query_rows = query_rows_of_batch + head * q.strides[2] + first * q.strides[1] + offset * q.strides[1]
         query = load_rows(query_rows, there, columns, HEAD_DIM)  # [BLOCK_M, DIM]
-        grad_rows = grad_out + head * grad_out_strides[2] + first * grad_out_strides[1] + offset * grad_out_strides[1]
+        grad_rows = grad_rows_of_batch + head * grad_out.strides[2]
+        grad_rows += first * grad_out.strides[1] + offset * grad_out.strides[1]
         grad = load_rows(grad_rows, there, columns, HEAD_DIM)
         row_lse, row_delta = load_terms(terms + head * queries + first + offset, there)
         if grad_k is not None:  # both products before the rest: fewer registers
@@ -143,68 +133,53 @@ def backward_keys_kernel(
 
     mask = present[:, None] & (columns < HEAD_DIM)[None, :]
     if grad_k is not None:
-        grad_rows = grad_k + batch * grad_k_strides[0] + tokens * grad_k_strides[1] + kv_head * grad_k_strides[2]
-        grad_key = cast(grad_key * softmax_scale, grad_k.dtype.element_ty)
+        grad_rows = row_pointers(grad_k, batch, tokens, kv_head)
+        grad_key = cast(grad_key * softmax_scale, grad_k.pointer.dtype.element_ty)
         tl.store(grad_rows[:, None] + columns[None, :], grad_key, mask=mask)
     if grad_v is not None:
-        grad_rows = grad_v + batch * grad_v_strides[0] + tokens * grad_v_strides[1] + kv_head * grad_v_strides[2]
-        tl.store(grad_rows[:, None] + columns[None, :], cast(grad_value, grad_v.dtype.element_ty), mask=mask)
+        grad_rows = row_pointers(grad_v, batch, tokens, kv_head)
+        tl.store(grad_rows[:, None] + columns[None, :], cast(grad_value, grad_v.pointer.dtype.element_ty), mask=mask)
 
 
 def plan_backward_keys(
     grad_out: torch.Tensor,
     terms: torch.Tensor,
     q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
+    segment: Segment,
     inverse: Inverse | None,
-    *,
+    geometry: Geometry,
     wanted: tuple[bool, bool],
-    block_size: int,
-    frame_tokens: int,
-    query_group: int,
-    softmax_scale: float,
+    *,
     capability: int | None = None,
 ) -> tuple[Launch, torch.Tensor | None, torch.Tensor | None]:
-    """The launch that fills the gradients of k and v, and these tensors, None where not wanted.
+    """The launch that fills the gradients of k and v of the segment, and these tensors, None where not wanted.
 
-    inverse: who attended to which block; None: every query to all keys, whatever the sizes of blocks and groups say.
+    inverse: which groups selected which block; None: every query attended to all keys, whatever the geometry says.
     """
     batch, queries, heads, head_dim = q.shape
-    kv_heads = k.shape[2]
-    if inverse is None:
-        query_group, frame_tokens = queries, k.shape[1]
-    tiles, options = backward_keys_config(
-        capability or capability_of(q), q.dtype, head_dim, None if inverse is None else block_size, query_group
-    )
-    if inverse is None:
-        block_size = tiles["BLOCK_N"]
-    blocks = k.shape[1] // frame_tokens * triton.cdiv(frame_tokens, block_size)
+    _, length, kv_heads, _ = segment.k.shape
+    query_group, frame_tokens = (queries, length) if inverse is None else (geometry.query_group, geometry.frame_tokens)
+    block_size = None if inverse is None else geometry.block_size
+    tiles, options = backward_keys_config(capability or capability_of(q), q.dtype, head_dim, block_size, query_group)
+    block_size = block_size or tiles["BLOCK_N"]
+    blocks = length // frame_tokens * triton.cdiv(frame_tokens, block_size)
     grad_k, grad_v = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if want else None
-        for x, want in zip((k, v), wanted, strict=True)
+        for x, want in zip((segment.k, segment.v), wanted, strict=True)
     )
     arguments = dict(
-        grad_out=grad_out,
-        q=q,
-        k=k,
-        v=v,
-        members=None if inverse is None else inverse.members,
-        starts=None if inverse is None else inverse.starts,
+        grad_out=strided(grad_out, like=q),
+        q=strided(q),
+        segment=segment,
+        inverse=inverse,
         terms=terms,
-        grad_k=grad_k,
-        grad_v=grad_v,
-        grad_out_strides=strides_of(grad_out, q),
-        q_strides=strides_of(q),
-        k_strides=strides_of(k),
-        v_strides=strides_of(v, k),
-        grad_k_strides=strides_of(grad_k),
-        grad_v_strides=strides_of(grad_v),
+        grad_k=None if grad_k is None else strided(grad_k),
+        grad_v=None if grad_v is None else strided(grad_v),
         queries=queries,
         blocks=blocks,
         frame_tokens=frame_tokens,
         query_group=query_group,
-        softmax_scale=float(softmax_scale),
+        softmax_scale=float(geometry.softmax_scale),
         HEADS_PER_KV_HEAD=heads // kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,

@@ -1,95 +1,185 @@
-"""Attention over selected blocks of a memory bank: tiles of keys, and the two ways to walk the blocks of a tile."""
+"""Keys and values of a dense segment or of selected blocks of a memory bank, and the three ways to walk over them.
+
+A walk visits tiles of keys and hands each to a step: `attend_tile` of the forward pass, or `queries_tile` of the
+backward pass. The keys of a dense segment are visited in order, the blocks of a list that all rows share one after
+the other; rows with lists of their own visit the union of the lists together.
+
+step(rows, state, key, value, present, ragged, wanted, GUARD) -> state
+rows: what the step knows of its rows of queries · state: what it has accumulated so far · key, value [BLOCK_N, DIM],
+0 where there is no key · present [BLOCK_N] false: there is no such key · ragged: whether any is false · wanted
+[BLOCK_M] false: this row does not attend to the tile; or None: all rows do · GUARD: rows that do not want the tile
+keep their state even if the tile holds values that are not finite
+"""
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.launch import Launch
-from memflow_ops.kernels.primitives import cast, load_rows, matmul, online_softmax_update, physical_frame
+from memflow_ops.kernels.primitives import load_rows, stored_frame, strided
 
 
-@triton.jit
-def attend_tile(
-    query,  # [BLOCK_M, DIM]
-    key,  # [BLOCK_N, DIM], 0 where there is none
-    value,
-    present,  # [BLOCK_N] false: there is no such key
-    ragged,  # scalar: whether any is false
-    wanted,  # [BLOCK_M] false: this row does not attend to the tile; or None: all rows do
-    scale_log2,  # above 0
-    row_max,
-    row_sum,
-    accumulator,
-    GUARD: tl.constexpr,
-):
-    """Attend to one tile of keys: returns the softmax state (row_max, row_sum, accumulator) after it.
+class Segment(NamedTuple):
+    """Keys and values (B, L, Hkv, D) as an argument, or those of one batch element and head in a kernel.
 
-    A row that does not want the tile has weights of 0, and 0 times a value that is not finite is NaN, as is the weight
-    of a score that is not: with GUARD such rows keep their state instead.
+    Segment() is one without keys. A kernel asks for `segment.k is None`: triton 3.6.0 cannot compare a tuple that
+    holds None.
     """
-    scores = matmul(query, tl.trans(key), tl.zeros([query.shape[0], key.shape[0]], tl.float32))
-    if ragged:
-        scores = tl.where(present[None, :], scores, float("-inf"))
-    if GUARD:
-        scores = tl.where(wanted[:, None], scores, float("-inf"))
-    weights, correction, row_max, row_sum = online_softmax_update(scores, scale_log2, wanted, row_max, row_sum)
-    after = matmul(cast(weights, value.dtype), value, accumulator * correction[:, None])
-    if GUARD:
-        after = tl.where(wanted[:, None], after, accumulator)
-    return row_max, row_sum, after
+
+    k: Any = None
+    v: Any = None
+    k_strides: Any = None
+    """(B, L, Hkv), in elements. The last dimension is contiguous."""
+    v_strides: Any = None
+    """None: those of k. One offset for both saves registers."""
+
+
+def segment_of(k: torch.Tensor | None, v: torch.Tensor | None) -> Segment:
+    """The argument tuple of keys and values (B, L, Hkv, D), Segment() for None or no tokens."""
+    if k is None or v is None or not k.shape[1]:
+        return Segment()
+    return Segment(k, v, k.stride()[:3], strided(v, like=k).strides)
+
+
+class Frames(NamedTuple):
+    """Where the frames of the bank lie in the memory, as an argument."""
+
+    slots: Any
+    """The slot table (B, F) int32; None: the stored frames are the bank."""
+    slot_stride: Any
+    """Between the tables of two batch elements."""
+    count: Any
+    """F, the frames of the bank."""
+    stored: Any
+    """The frames that the memory holds."""
+    tokens: Any
+    """Tokens per frame."""
+
+
+def frames_of(memory: torch.Tensor, geometry: Geometry) -> Frames:
+    """The argument tuple for a memory (B, stored frames * frame_tokens, Hkv, D)."""
+    stored, slots = geometry.stored_frames(memory), geometry.memory_slots
+    slot_stride = None if slots is None else slots.stride(0)
+    return Frames(slots, slot_stride, geometry.bank_frames(stored), stored, geometry.frame_tokens)
+
+
+class Blocks(NamedTuple):
+    """Where the blocks of the bank of one batch element lie, in a kernel."""
+
+    slots: Any
+    """Pointer to the slot table of the batch element, or None."""
+    stored_frames: Any
+    frame_tokens: Any
+    per_frame: Any
+    count: Any
 
 
 @triton.jit
-def bank_place(
-    index,  # in bank order, a scalar or [BLOCK_N]
-    blocks,
-    blocks_per_frame,
-    frame_tokens,
-    memory_slots,  # pointer to this batch, or None
-    physical_frames,
-    BLOCK_SIZE: tl.constexpr,
+def segment_of_head(segment, batch, kv_head):
+    """The keys and values of one batch element and head."""
+    v_strides = segment.v_strides
+    if v_strides is None:
+        v_strides = segment.k_strides
+    k = segment.k + (batch * segment.k_strides[0] + kv_head * segment.k_strides[2])
+    v = segment.v + (batch * v_strides[0] + kv_head * v_strides[2])
+    return Segment(k, v, segment.k_strides, v_strides)
+
+
+@triton.jit
+def load_keys(segment, token, lanes, present, columns, HEAD_DIM: tl.constexpr):
+    """The keys and values [BLOCK_N, DIM] of the tokens `token + lanes`; 0, and not read, where `present` is false."""
+    # What all lanes share is added first: it needs no registers per lane.
+    key_rows = segment.k + token * segment.k_strides[1] + lanes * segment.k_strides[1]
+    value_rows = segment.v + token * segment.v_strides[1] + lanes * segment.v_strides[1]
+    return load_rows(key_rows, present, columns, HEAD_DIM), load_rows(value_rows, present, columns, HEAD_DIM)
+
+
+@triton.jit
+def blocks_of(frames, batch, BLOCK_SIZE: tl.constexpr):
+    """The Blocks of one batch element."""
+    slots = frames.slots
+    if slots is not None:
+        slots += batch * frames.slot_stride
+    per_frame = tl.cdiv(frames.tokens, BLOCK_SIZE)
+    return Blocks(slots, frames.stored, frames.tokens, per_frame, frames.count * per_frame)
+
+
+@triton.jit
+def locate_block(index, blocks, BLOCK_SIZE: tl.constexpr):
+    """Where blocks lie, by their index in bank order (a scalar or [BLOCK_N]).
+
+    Returns the stored frame, the first token in it, and the number of tokens, 0 if there is no such block.
+    """
+    inside = (index >= 0) & (index < blocks.count)
+    frame = index // blocks.per_frame
+    first = (index - frame * blocks.per_frame) * BLOCK_SIZE
+    slot = stored_frame(blocks.slots, frame, inside, blocks.stored_frames)
+    return slot, first, tl.where(inside, tl.minimum(blocks.frame_tokens - first, BLOCK_SIZE), 0)
+
+
+@triton.jit
+def list_pointers(indices, batch, head, group):
+    """Pointers to the lists of groups (a scalar or [BLOCK_M]) in the indices (B, H, G, K)."""
+    strides = indices.strides
+    return indices.pointer + (batch * strides[0] + head * strides[1] + group.to(tl.int64) * strides[2])
+
+
+@triton.jit
+def walk_segment(
+    step: tl.constexpr, rows, state, segment, keys, columns, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Where blocks of the bank lie: physical frame, first token in it, and how many there are, 0 if no such block."""
-    inside = (index >= 0) & (index < blocks)
-    frame = index // blocks_per_frame
-    first = (index - frame * blocks_per_frame) * BLOCK_SIZE
-    slot = physical_frame(memory_slots, frame, inside, physical_frames)
-    return slot, first, tl.where(inside, tl.minimum(frame_tokens - first, BLOCK_SIZE), 0)
+    """Visit the first `keys` keys of a segment, which all rows attend to. Returns the state after the last step."""
+    for first in range(0, keys, BLOCK_N):
+        lanes = tl.arange(0, BLOCK_N)
+        token = tl.zeros([], tl.int64) + first
+        present = first + lanes < keys
+        key, value = load_keys(segment, token, lanes.to(tl.int64), present, columns, HEAD_DIM)
+        state = step(rows, state, key, value, present, first + BLOCK_N > keys, None, False)
+    return state
 
 
 @triton.jit
-def used_entries(indices, entries, blocks, CHUNK: tl.constexpr):
-    """The number of leading entries of a selection that reach up to its last valid index."""
+def used_entries(list_pointer, entries, blocks, CHUNK: tl.constexpr):
+    """The number of leading entries of a list that reach up to its last valid index."""
     used = tl.zeros([CHUNK], tl.int32)
     for first in range(0, entries, CHUNK):
         places = first + tl.arange(0, CHUNK)
-        index = tl.load(indices + places, mask=places < entries, other=-1)
+        index = tl.load(list_pointer + places, mask=places < entries, other=-1)
         used = tl.where((index >= 0) & (index < blocks), places + 1, used)
     return tl.max(used, 0)
 
 
 @triton.jit
-def attend_list(
-    query, k, v, k_stride, v_stride, indices, used, blocks, blocks_per_frame, frame_tokens,
-    memory_slots, physical_frames, scale_log2, row_max, row_sum, accumulator,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_N: tl.constexpr,
-):  # fmt: skip
-    """Attend to the first `used` blocks of a list that all rows share.
+def walk_list(
+    step: tl.constexpr,
+    rows,
+    state,
+    segment,  # of the batch element and head
+    blocks,  # of the batch element
+    list_pointer,
+    used,
+    columns,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """Visit the first `used` blocks of a list that all rows share. Returns the state after the last step.
 
-    Where a tile lies is made out one step ahead and its index read two: keys would wait for one after the other.
+    A tile is located one step ahead, and its index is read two steps ahead: otherwise keys would wait for both, one
+    after the other.
     """
-    columns = tl.arange(0, DIM)
     lanes = tl.arange(0, BLOCK_N)
-    # A tile is a part of one block, or has blocks one behind the other: then each lane has an entry of its own.
+    # A tile is a part of one block, or holds several blocks one after the other: then each lane has its own entry.
     shared: tl.constexpr = BLOCK_SIZE % BLOCK_N == 0
     offset = 0 if shared else lanes
     end = used * BLOCK_SIZE
-    index = tl.load(indices + offset // BLOCK_SIZE, mask=offset < end, other=-1)
-    slot, start, length = bank_place(
-        index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
-    )
+    index = tl.load(list_pointer + offset // BLOCK_SIZE, mask=offset < end, other=-1)
+    slot, start, length = locate_block(index, blocks, BLOCK_SIZE)
     offset += BLOCK_N
-    index = tl.load(indices + offset // BLOCK_SIZE, mask=offset < end, other=-1)
+    index = tl.load(list_pointer + offset // BLOCK_SIZE, mask=offset < end, other=-1)
     for first in range(0, end, BLOCK_N):
         if shared:
             part = first % BLOCK_SIZE
@@ -99,29 +189,24 @@ def attend_list(
             part = (first + lanes) % BLOCK_SIZE
             present = part < length
             ragged = True
-        token = slot.to(tl.int64) * frame_tokens + start + part
-        within = 0 if not shared else lanes.to(tl.int64)  # added last: what all lanes share needs no registers
-        key = load_rows(k + token * k_stride + within * k_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
-        value = load_rows(v + token * v_stride + within * v_stride, present, columns, HEAD_DIM)
-        row_max, row_sum, accumulator = attend_tile(
-            query, key, value, present, ragged, None, scale_log2, row_max, row_sum, accumulator, False
-        )
-        slot, start, length = bank_place(
-            index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
-        )
+        token = slot.to(tl.int64) * blocks.frame_tokens + start + part
+        within = 0 if not shared else lanes.to(tl.int64)
+        key, value = load_keys(segment, token, within, present, columns, HEAD_DIM)
+        state = step(rows, state, key, value, present, ragged, None, False)
+        slot, start, length = locate_block(index, blocks, BLOCK_SIZE)
         offset += BLOCK_N
-        index = tl.load(indices + offset // BLOCK_SIZE, mask=offset < end, other=-1)
-    return row_max, row_sum, accumulator
+        index = tl.load(list_pointer + offset // BLOCK_SIZE, mask=offset < end, other=-1)
+    return state
 
 
-# Rows with lists of their own walk the union of them as one merges sorted lists: the next block is the lowest that
-# stands at the head of a row's list, and the rows where it does want it and move on. An entry that is no block is
-# walked over like one; lists in any order are walked to their end all the same, only less shared.
+# Rows with lists of their own walk over the union of the lists as one merges sorted lists: the next block is the lowest
+# that stands at the cursor of any row; the rows where it stands want it and move on. An entry that is no block is
+# visited like one. Lists in any order are visited to their end all the same, only less of the walk is shared.
 
 
 @triton.jit
 def used_entries_of_rows(lists, row_mask, entries, blocks, ROWS: tl.constexpr):
-    """used_entries of each of the lists [ROWS] (pointers)."""
+    """What used_entries gives, for each of the lists [ROWS] (pointers)."""
     used = tl.zeros([ROWS], tl.int32)
     for entry in range(entries):
         index = tl.load(lists + entry, mask=row_mask, other=-1)
@@ -131,18 +216,25 @@ def used_entries_of_rows(lists, row_mask, entries, blocks, ROWS: tl.constexpr):
 
 @triton.jit
 def heads_of_lists(lists, cursor, used, blocks):
-    """The entry at each row's cursor, -1 if it is no block; the largest integer behind the end."""
+    """The entry at each row's cursor: -1 if it is no block, the largest integer after the end of the list."""
     index = tl.load(lists + cursor, mask=cursor < used, other=0)
     return tl.where(cursor < used, tl.where((index >= 0) & (index < blocks), index, -1), 0x7FFFFFFF)
+
+
+class Unions(NamedTuple):
+    """What union_kernel writes: the entries that the rows of each tile visit together."""
+
+    entries: Any
+    """(B, H, tiles, ROWS * K) int32, contiguous."""
+    sizes: Any
+    """(B, H, tiles) int32, contiguous: how many entries there are."""
 
 
 # Bytes: the indices once, the union once. Bound by the latency of its steps.
 @triton.jit
 def union_kernel(
-    indices,  # (B, H, G, K) int32
-    unions,  # (B, H, tiles, ROWS * K) int32, contiguous: what the rows of a tile walk over
-    sizes,  # (B, H, tiles) int32, contiguous
-    index_strides,  # (B, H, G)
+    indices,  # Strided (B, H, G, K) int32
+    unions,  # Unions
     queries,
     query_group,
     entries,  # K
@@ -154,10 +246,9 @@ def union_kernel(
     batch = tl.program_id(2).to(tl.int64)
     rows = tile * ROWS + tl.arange(0, ROWS)
     row_mask = rows < queries
-    lists = indices + batch * index_strides[0] + head * index_strides[1]
-    lists += (rows // query_group).to(tl.int64) * index_strides[2]
+    lists = list_pointers(indices, batch, head, rows // query_group)
     place = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + tile
-    union = unions + place * ROWS * entries
+    union = unions.entries + place * ROWS * entries
     used = used_entries_of_rows(lists, row_mask, entries, blocks, ROWS)
     cursor = tl.zeros([ROWS], tl.int32)
     heads = heads_of_lists(lists, cursor, used, blocks)
@@ -169,69 +260,76 @@ def union_kernel(
         cursor += (heads == block).to(tl.int32)
         heads = heads_of_lists(lists, cursor, used, blocks)
         block = tl.min(heads, 0)
-    tl.store(sizes + place, size)
+    tl.store(unions.sizes + place, size)
 
 
 @triton.jit
-def attend_union(
-    query, k, v, k_stride, v_stride, lists, row_mask, entries, union, size, blocks,
-    blocks_per_frame, frame_tokens, memory_slots, physical_frames, scale_log2, row_max, row_sum, accumulator,
-    HEAD_DIM: tl.constexpr, DIM: tl.constexpr, BLOCK_SIZE: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+def union_of_tile(unions, batch, head, tile, entries, ROWS: tl.constexpr):
+    """Pointer to the union of a tile's lists, and its size."""
+    number = (batch * tl.num_programs(1) + head) * tl.num_programs(0) + tile
+    return unions.entries + number * ROWS * entries, tl.load(unions.sizes + number)
+
+
+@triton.jit
+def walk_union(
+    step: tl.constexpr,
+    rows,
+    state,
+    segment,  # of the batch element and head
+    blocks,  # of the batch element
+    lists,  # [BLOCK_M] pointers, each row's own list
+    row_mask,
+    entries,
+    union,  # of union_of_tile
+    size,
+    columns,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     GUARD: tl.constexpr,
-):  # fmt: skip
-    """Attend each row to the blocks of its own list, all rows together to the union of the lists."""
+):
+    """Visit the blocks of each row's own list, all rows together those of the union. Returns the state at the end."""
     PARTS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
-    columns = tl.arange(0, DIM)
     lanes = tl.arange(0, BLOCK_N)
-    used = used_entries_of_rows(lists, row_mask, entries, blocks, BLOCK_M)
+    used = used_entries_of_rows(lists, row_mask, entries, blocks.count, BLOCK_M)
     cursor = tl.zeros([BLOCK_M], tl.int32)
-    heads = heads_of_lists(lists, cursor, used, blocks)
-    # as in attend_list
+    heads = heads_of_lists(lists, cursor, used, blocks.count)
+    # Indices are read ahead as in walk_list.
     index = tl.load(union, mask=size > 0, other=-1)
-    slot, start, length = bank_place(
-        index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
-    )
+    slot, start, length = locate_block(index, blocks, BLOCK_SIZE)
     wanted = heads == index
     index = tl.load(union + 1 // PARTS, mask=size * PARTS > 1, other=-1)
-    for step in range(size * PARTS):
-        part = step % PARTS * BLOCK_N
+    for number in range(size * PARTS):
+        part = number % PARTS * BLOCK_N
         present = part + lanes < length
-        token = slot.to(tl.int64) * frame_tokens + start + part
-        within = lanes.to(tl.int64)
-        key = load_rows(k + token * k_stride + within * k_stride, present, columns, HEAD_DIM)  # [BLOCK_N, DIM]
-        value = load_rows(v + token * v_stride + within * v_stride, present, columns, HEAD_DIM)
-        row_max, row_sum, accumulator = attend_tile(
-            query, key, value, present, part + BLOCK_N > length, wanted, scale_log2, row_max, row_sum, accumulator,
-            GUARD,
-        )  # fmt: skip
-        last_part = step % PARTS == PARTS - 1
+        token = slot.to(tl.int64) * blocks.frame_tokens + start + part
+        key, value = load_keys(segment, token, lanes.to(tl.int64), present, columns, HEAD_DIM)
+        state = step(rows, state, key, value, present, part + BLOCK_N > length, wanted, GUARD)
+        last_part = number % PARTS == PARTS - 1
         cursor += (wanted & last_part).to(tl.int32)
-        heads = heads_of_lists(lists, cursor, used, blocks)
+        heads = heads_of_lists(lists, cursor, used, blocks.count)
         wanted = heads == index
-        slot, start, length = bank_place(
-            index, blocks, blocks_per_frame, frame_tokens, memory_slots, physical_frames, BLOCK_SIZE
-        )
-        index = tl.load(union + (step + 2) // PARTS, mask=step + 2 < size * PARTS, other=-1)
-    return row_max, row_sum, accumulator
+        slot, start, length = locate_block(index, blocks, BLOCK_SIZE)
+        index = tl.load(union + (number + 2) // PARTS, mask=number + 2 < size * PARTS, other=-1)
+    return state
 
 
-def plan_union(
-    indices: torch.Tensor, queries: int, query_group: int, blocks: int, rows: int
-) -> tuple[Launch, torch.Tensor, torch.Tensor]:
-    """The launch that fills, for tiles of `rows` queries, the unions of their lists and their sizes; these tensors."""
+def plan_unions(indices: torch.Tensor, queries: int, query_group: int, blocks: int, rows: int) -> tuple[Launch, Unions]:
+    """The launch that fills the unions of the lists (B, H, G, K) of each tile of `rows` queries, and the unions."""
     batch, heads, _, entries = indices.shape
     tiles = triton.cdiv(queries, rows)
-    unions = torch.empty((batch, heads, tiles, rows * entries), dtype=torch.int32, device=indices.device)
-    sizes = torch.empty((batch, heads, tiles), dtype=torch.int32, device=indices.device)
+    unions = Unions(
+        torch.empty((batch, heads, tiles, rows * entries), dtype=torch.int32, device=indices.device),
+        torch.empty((batch, heads, tiles), dtype=torch.int32, device=indices.device),
+    )
     arguments = dict(
-        indices=indices,
+        indices=strided(indices),
         unions=unions,
-        sizes=sizes,
-        index_strides=indices.stride()[:3],
         queries=queries,
         query_group=query_group,
         entries=entries,
         blocks=blocks,
         ROWS=rows,
     )
-    return Launch(union_kernel, (tiles, heads, batch), arguments, dict(num_warps=1, num_stages=1)), unions, sizes
+    return Launch(union_kernel, (tiles, heads, batch), arguments, dict(num_warps=1, num_stages=1)), unions

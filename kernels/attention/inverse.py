@@ -1,29 +1,29 @@
-"""The selection turned around: which query heads and groups chose each block of the memory, in an order without chance.
+"""The selection turned around: which query heads and groups chose each block of the memory, always in the same order.
 
-Every entry of the selection gets the number of the block that it names; a stable sort by these numbers puts the entries
-of a block one behind the other, in the order of heads and groups. Memory: a few integers per entry.
+Every entry of the selection gets the number of the block that it names. A stable sort by these numbers brings the
+entries of a block together, in the order of heads and groups. It needs a few integers of memory per entry.
 """
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 
+from memflow_ops.geometry import Geometry
+from memflow_ops.kernels.attention.blocks import frames_of
 from memflow_ops.kernels.launch import Launch
-from memflow_ops.kernels.primitives import physical_frame
+from memflow_ops.kernels.primitives import stored_frame
 
 
 # Bytes: the indices once, the numbers once; bound by memory.
 @triton.jit
 def block_numbers_kernel(
     indices,  # (B, H, G, K) int32, contiguous
-    memory_slots,  # (B, F) int32, or None: identity
+    frames,  # Frames of the bank
     numbers,  # (B, H, G, K) int32: which block of which batch element and key head
-    slot_stride,
     entries,  # G * K
-    frames,
-    physical_frames,
     blocks_per_frame,
     HEADS_PER_KV_HEAD: tl.constexpr,
     SIZE: tl.constexpr,
@@ -34,13 +34,14 @@ def block_numbers_kernel(
     mask = places < entries
     first = (batch.to(tl.int64) * tl.num_programs(1) + head) * entries
     index = tl.load(indices + first + places, mask=mask, other=-1)
-    if memory_slots is not None:
-        memory_slots += batch.to(tl.int64) * slot_stride
+    slots = frames.slots
+    if slots is not None:
+        slots += batch.to(tl.int64) * frames.slot_stride
     frame = index // blocks_per_frame
-    inside = (index >= 0) & (frame < frames)
-    slot = physical_frame(memory_slots, frame, inside, physical_frames)
+    inside = (index >= 0) & (frame < frames.count)
+    slot = stored_frame(slots, frame, inside, frames.stored)
     kv_heads = tl.num_programs(1) // HEADS_PER_KV_HEAD
-    blocks = physical_frames * blocks_per_frame
+    blocks = frames.stored * blocks_per_frame
     number = (batch * kv_heads + head // HEADS_PER_KV_HEAD) * blocks + slot * blocks_per_frame
     number += index - frame * blocks_per_frame
     unused = tl.num_programs(2) * kv_heads * blocks
@@ -50,7 +51,7 @@ def block_numbers_kernel(
 # Bytes: the places once, in place; bound by memory.
 @triton.jit
 def members_kernel(
-    members,  # (B * H * G * K) int64: places in the selection, replaced by what stands there, see Inverse
+    members,  # (B * H * G * K) int64: places in the selection, which Inverse.members replaces
     count,
     heads,
     group_entries,  # K
@@ -68,13 +69,21 @@ def members_kernel(
 
 @dataclass(frozen=True)
 class Sort:
-    """Between launches: torch's own stable sort of the block numbers, and where each block's entries begin."""
+    """A step between launches: torch's own stable sort of the block numbers, and where the entries of each block begin.
 
-    numbers: torch.Tensor  # (N,) int32
-    ascending: torch.Tensor  # (N,) int32
-    places: torch.Tensor  # (N,) int64
-    blocks: torch.Tensor  # 0, 1, ..., the number of blocks
-    starts: torch.Tensor  # as many
+    Its results are written in place.
+    """
+
+    numbers: torch.Tensor
+    """(N,) int32"""
+    ascending: torch.Tensor
+    """(N,) int32, a result: the numbers in order."""
+    places: torch.Tensor
+    """(N,) int64, a result: where each of them stood."""
+    blocks: torch.Tensor
+    """0, 1, ..., the number of blocks, int32."""
+    starts: torch.Tensor
+    """As many int32, a result: where the entries of each block begin in `ascending`."""
 
     def run(self) -> None:
         """On the device of the tensors, without waiting."""
@@ -82,30 +91,30 @@ class Sort:
         torch.searchsorted(self.ascending, self.blocks, out_int32=True, out=self.starts)
 
 
-@dataclass(frozen=True)
-class Inverse:
-    """Who chose block j of key head h in batch b: members[starts[n]] up to starts[n + 1], n = (b * Hkv + h) * N + j.
+class Inverse(NamedTuple):
+    """Which query heads and groups chose each block of the memory, as an argument.
 
-    members int64: query head * 2^32 + the group's first query; starts int32, of the B * Hkv * N blocks of the memory.
+    Block j of key head h in batch element b was chosen by members[starts[n]] up to, but without, members[starts[n + 1]]
+    with n = (b * Hkv + h) * N + j.
     """
 
-    members: torch.Tensor
-    starts: torch.Tensor
+    members: Any
+    """int64: query head * 2^32 + the first query of the group."""
+    starts: Any
+    """(B * Hkv * N + 1,) int32, N the number of stored blocks."""
 
 
 def plan_inverse(
-    indices: torch.Tensor,
-    memory_slots: torch.Tensor | None,
-    *,
-    kv_heads: int,
-    query_group: int,
-    physical_frames: int,
-    blocks_per_frame: int,
+    indices: torch.Tensor, memory: torch.Tensor, geometry: Geometry
 ) -> tuple[list[Launch | Sort], Inverse]:
-    """The steps that turn a selection (B, H, G, K) around, in order, and the index that they fill."""
+    """The steps that turn a selection (B, H, G, K) around, in order, and the inverse that they fill.
+
+    memory: the keys (B, stored frames * frame_tokens, Hkv, D) that were selected from.
+    """
     indices = indices.contiguous()
     batch, heads, groups, entries = indices.shape
-    count, blocks = indices.numel(), batch * kv_heads * physical_frames * blocks_per_frame
+    kv_heads, frames = memory.shape[2], frames_of(memory, geometry)
+    count, blocks = indices.numel(), batch * kv_heads * frames.stored * geometry.blocks_per_frame
     numbers, ascending = torch.empty((2, count), dtype=torch.int32, device=indices.device)
     members = torch.empty(count, dtype=torch.int64, device=indices.device)
     starts = torch.empty(blocks + 1, dtype=torch.int32, device=indices.device)
@@ -115,13 +124,10 @@ def plan_inverse(
         (triton.cdiv(groups * entries, size), heads, batch),
         dict(
             indices=indices,
-            memory_slots=memory_slots,
+            frames=frames,
             numbers=numbers,
-            slot_stride=0 if memory_slots is None else memory_slots.stride(0),
             entries=groups * entries,
-            frames=physical_frames if memory_slots is None else memory_slots.shape[1],
-            physical_frames=physical_frames,
-            blocks_per_frame=blocks_per_frame,
+            blocks_per_frame=geometry.blocks_per_frame,
             HEADS_PER_KV_HEAD=heads // kv_heads,
             SIZE=size,
         ),
@@ -137,7 +143,7 @@ def plan_inverse(
             heads=heads,
             group_entries=entries,
             groups=groups,
-            query_group=query_group,
+            query_group=geometry.query_group,
             SIZE=size,
         ),
         dict(num_warps=4, num_stages=2),

@@ -1,14 +1,14 @@
-"""The choice of the bank from all that is remembered, for all layers, in a handful of launches.
+"""The choice of the bank from all frames of the history, for all layers, in a handful of launches.
 
-The choice is greedy, so one program makes it for a story, with a number per frame in its registers. Grids depend on
-shapes alone, and nothing is read back.
+The choice is greedy, so one program makes it for each story, with one number per frame in its registers. Grids depend
+on shapes alone, and the host reads nothing back.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-from memflow_ops.kernels.launch import Launch
+from memflow_ops.kernels.launch import Launch, run_all
 from memflow_ops.kernels.retrieval.relevance import (
     Allocate,
     clamped_length,
@@ -21,30 +21,30 @@ from memflow_ops.kernels.retrieval.relevance import (
 )
 
 MOST_FRAMES = 16384
-"""Candidates at most: beyond, the choice does not fit the registers of a program."""
+"""The most candidates: more do not fit in the registers of a program."""
 
 
 @triton.jit
 def best_of(score, eligible, frames):
-    """The highest score among the eligible [FRAMES] and its index, the lowest of equals."""
+    """The highest score among the eligible [FRAMES], and its index, the lowest of those with equal scores."""
     best = tl.max(tl.where(eligible, score, float("-inf")), 0)
     return best, tl.min(tl.where(eligible & (score == best), frames, frames.shape[0]), 0)
 
 
-# Bytes: with a limit on cosines, the splits' products of K rows and of the diagonal (from L2).
+# Bytes: where redundancy is limited, the products of K rows and of the diagonal, of every split (from L2).
 @triton.jit(do_not_specialize=["count", "frames", "splits"])
 def take_best_kernel(
     scores,  # (B, F) float32, contiguous
-    products,  # (splits, B, F, F) float32, contiguous, of mean keys; or None
+    products,  # (splits, B, F, F) float32, contiguous, between mean keys; or None: redundancy has no limit
     indices,  # (B, K) int32, contiguous
     taken,  # (B, K) float32, contiguous
-    redundancy,
+    redundancy,  # the largest cosine between frames that are not alike
     count,  # K
     frames,
     splits,
     FRAMES: tl.constexpr,
 ):
-    """Best first; while there is a candidate unlike all that were taken, those alike wait."""
+    """Take the best frame again and again. Frames like one that was taken wait while there are others."""
     batch = tl.program_id(0).to(tl.int64)
     frame = tl.arange(0, FRAMES)
     left = frame < frames
@@ -71,7 +71,7 @@ def take_best_kernel(
             alike = alike | (product / (length * own) > redundancy)
 
 
-# FLOPs: a square root per word, frame and taken frame. Bytes: the shares once per taken frame (from L2).
+# FLOPs: a square root for every word, frame and taken frame. Bytes: the shares once per taken frame (from L2).
 @triton.jit(do_not_specialize=["count", "frames"])
 def take_coverage_kernel(
     shares,  # (B, Lt, F) float32, contiguous
@@ -85,7 +85,7 @@ def take_coverage_kernel(
     WORDS: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """Each time the frame that adds most to the sum over words of sqrt(share gathered so far)."""
+    """Take the frame that adds most to the sum over words of sqrt(share gathered so far), again and again."""
     batch = tl.program_id(0).to(tl.int64)
     length = clamped_length(lengths, batch, 0, words)
     shares += batch * words * frames
@@ -124,7 +124,7 @@ def plan_retrieve_frames(
     redundancy: float | None,
     softmax_scale: float,
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
-    """The launches of `retrieve_frames`, and the indices and scores (B, K) that they fill; K is `count`."""
+    """The launches of `retrieve_frames`, in order, and the indices and scores (B, K) that they fill; K is `count`."""
     layers, batch, words, heads, head_dim = text_keys.shape
     stored, kv_heads = means.shape[2], means.shape[4]
     frames = stored if rows is None else rows.shape[1]
@@ -205,6 +205,5 @@ def retrieve_frames(
     launches, indices, taken = plan_retrieve_frames(
         *tensors, count=count, score=score, redundancy=redundancy, softmax_scale=softmax_scale
     )
-    for launch in launches:
-        launch.run()
+    run_all(launches)
     return indices, taken

@@ -1,8 +1,8 @@
-"""Relevance of every remembered frame to the prompt, over all layers in one or two launches.
+"""The relevance of every frame of the history to the prompt, over all layers in one or two launches.
 
-Sums over layers and heads are the inner dimension of one product, cut into as many parts as fill the device; a part's
-product goes to memory, and whoever comes next adds the parts up, in order. The candidates may be any rows of the stored
-means: nothing is gathered first.
+A sum over layers and heads is the inner dimension of one matrix product. It is split into as many parts as fill the
+device; the product of each part goes to memory, and the next kernel adds the parts up in order. The candidates may be
+any rows of the stored means: they are not gathered first.
 """
 
 import torch
@@ -16,18 +16,18 @@ from memflow_ops.kernels.selection.scores import score_tile
 HIGHEST = tl.constexpr(3.4028234663852886e38)
 
 PROGRAMS = 264
-"""Into so many programs a product is cut, two per processor of an H100."""
+"""How many programs a product is split into: two per multiprocessor of an H100."""
 
 
 @triton.jit
 def finite(x):
-    """NaN as the lowest number, infinities as the last before them: nothing is confused with "taken"."""
+    """x with NaN as the lowest finite number and infinities as the finite numbers next to them; -inf means "taken"."""
     return tl.where(x == x, tl.minimum(tl.maximum(x, -HIGHEST), HIGHEST), -HIGHEST)
 
 
 @triton.jit
 def clamped_length(lengths, batch, least, most):
-    """Text tokens that are no padding, clamped; all without lengths."""
+    """The number of text tokens that are not padding, clamped to least..most; `most` where lengths is None."""
     length = most
     if lengths is not None:
         length = tl.minimum(tl.maximum(tl.load(lengths + batch), least), most)
@@ -36,7 +36,7 @@ def clamped_length(lengths, batch, least, most):
 
 @triton.jit
 def row_of_frame(rows, frame, mask, stored):
-    """The row of the stored means that is a candidate: by the table of this batch (clamped), or its own number."""
+    """The row of the stored means that a candidate is: by the table of this batch element (clamped), or its number."""
     row = frame
     if rows is not None:
         row = tl.minimum(tl.maximum(tl.load(rows + frame, mask=mask, other=0), 0), stored - 1)
@@ -75,7 +75,7 @@ def text_mean_kernel(
 
 @triton.jit
 def averaged_rows(pointers, mask, part_stride, weights, dims, HEAD_DIM: tl.constexpr, PARTS: tl.constexpr):
-    """The tile [ROWS, DIMS] of rows in as many parts: their mean by weights (pointer; None: all alike)."""
+    """The tile [ROWS, DIMS] of rows that consist of PARTS parts: the mean of these by weights (None: equal ones)."""
     if PARTS == 1:
         tile = load_rows(pointers, mask, dims, HEAD_DIM)
     else:
@@ -88,16 +88,16 @@ def averaged_rows(pointers, mask, part_stride, weights, dims, HEAD_DIM: tl.const
     return tile
 
 
-# FLOPs: 2 * M * F * layers * Hkv * D. Bytes: both sides once per tile of the other (from L2), a float32 per product and
-# split. With one part on both sides and half precisions on tensor cores, where their products are exact.
+# FLOPs: 2 * M * F * layers * Hkv * D. Bytes: each side once per tile of the other (from L2), a float32 per product and
+# split. Half precisions with one part on both sides are multiplied on tensor cores, where their products are exact.
 @triton.jit(do_not_specialize=["left_count", "right_count"])
 def products_kernel(
     left,  # (layers, B, rows, parts, Hkv, D)
     right,  # (layers, B, rows, parts, Hkv, D)
     left_rows,  # (B, M) int32, which rows, or None: the first M
     right_rows,  # (B, F) int32 or None
-    left_lengths,  # (B,) int32, how many of the M are wanted, or None
-    right_weights,  # (parts,) float32, of both sides where both are means
+    left_lengths,  # (B,) int32: how many of the M rows are wanted; or None: all
+    right_weights,  # (parts,) float32, of the parts of both sides where both are means
     products,  # (splits, B, M, F) float32, contiguous
     left_strides,  # (layers, B, rows, parts, Hkv), in elements
     right_strides,
@@ -111,7 +111,7 @@ def products_kernel(
     HEAD_DIM: tl.constexpr,
     LEFT_PARTS: tl.constexpr,
     RIGHT_PARTS: tl.constexpr,
-    LEFT_MEANS: tl.constexpr,  # the parts of the left side are weighted as those of the right
+    LEFT_MEANS: tl.constexpr,  # the parts of the left side are weighted like those of the right
     TENSOR_CORES: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -135,7 +135,7 @@ def products_kernel(
         left_weights = right_weights
     first = split * layers_per_split
     end = tl.minimum(first + layers_per_split, layers)
-    if tl.max(row_mask.to(tl.int32), 0) == 0:  # of the padding
+    if tl.max(row_mask.to(tl.int32), 0) == 0:  # all rows are padding
         end = first
     total = tl.zeros([ROWS, COLUMNS], tl.float32)
     for step in range(first * HEADS, end * HEADS):
@@ -158,7 +158,7 @@ def products_kernel(
 
 @triton.jit
 def column_pointers(means, strides, layer, batch, head, rows, frames, parts, mask, stored):
-    """Where the means of the parts [COLUMNS] of frames [COLUMNS] lie."""
+    """Pointers [COLUMNS] to the means of parts [COLUMNS] of frames [COLUMNS]."""
     row = row_of_frame(rows, frames, mask, stored)
     base = means + layer * strides[0] + batch * strides[1] + head * strides[4]
     return base + row * strides[2] + parts.to(tl.int64) * strides[3]
@@ -166,12 +166,12 @@ def column_pointers(means, strides, layer, batch, head, rows, frames, parts, mas
 
 @triton.jit
 def add_to_sum(scores, row_max, row_sum):
-    """One step of a log-sum-exp, base 2, of rows whose scores [ROWS, COLUMNS] arrive in tiles, one of them a key."""
+    """One step of the log-sum-exp, in base 2, of rows whose scores [ROWS, COLUMNS] arrive in tiles with a key each."""
     new_max = tl.maximum(row_max, tl.max(scores, 1))
     return new_max, row_sum * tl.math.exp2(row_max - new_max) + tl.sum(tl.math.exp2(scores - new_max[:, None]), 1)
 
 
-# FLOPs: 2 * valid words * F * n * D per layer and head. Bytes: a float32 per word and head; all else from L2.
+# FLOPs: 2 * valid words * F * n * D per layer and head. Bytes: a float32 per word and head; the rest is in L2.
 @triton.jit(do_not_specialize=["frames"])
 def word_lse_kernel(
     text,  # (layers, B, Lt, H, D)
@@ -208,7 +208,7 @@ def word_lse_kernel(
         query = load_rows(text_rows, tokens < length, tl.arange(0, DIM_TILE), HEAD_DIM)
     if rows is not None:
         rows += batch * frames
-    count = tl.where(tl.program_id(0) * ROWS < length, frames * parts, 0)  # nothing to do for padding
+    count = tl.where(tl.program_id(0) * ROWS < length, frames * parts, 0)  # a tile of padding has nothing to do
     row_max = tl.full([ROWS], float("-inf"), tl.float32)
     row_sum = tl.zeros([ROWS], tl.float32)
     for start in range(0, count, COLUMNS):
@@ -226,7 +226,7 @@ def word_lse_kernel(
     tl.store(lse + target, row_max + tl.log2(row_sum), mask=tokens < length)
 
 
-# FLOPs: as word_lse_kernel. Bytes: a float32 per frame and head; all else from L2.
+# FLOPs: as word_lse_kernel. Bytes: a float32 per frame and head; the rest is in L2.
 @triton.jit(do_not_specialize=["frames"])
 def frame_mass_kernel(
     text,  # (layers, B, Lt, H, D)
@@ -248,11 +248,11 @@ def frame_mass_kernel(
     HEAD_DIM: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
     ROWS: tl.constexpr,
-    FRAMES: tl.constexpr,  # of a program
-    PARTS: tl.constexpr,  # of a frame at a time
+    FRAMES: tl.constexpr,  # frames of a program
+    PARTS: tl.constexpr,  # parts of a frame at a time
     DIM_TILE: tl.constexpr,
 ):
-    """The share of each frame in the words' softmax, meaned over the words."""
+    """The share of each frame in the softmax of every word, averaged over the words."""
     COLUMNS: tl.constexpr = FRAMES * PARTS
     layer = (tl.program_id(1) // HEADS).to(tl.int64)
     head = (tl.program_id(1) % HEADS).to(tl.int64)
@@ -288,7 +288,7 @@ def frame_mass_kernel(
 
 @triton.jit
 def summed(partials, offsets, mask, split_stride, splits):
-    """The sum over splits of the numbers at `offsets`, in order."""
+    """The sum over all splits of the numbers at `offsets`, added in order."""
     total = tl.zeros(offsets.shape, tl.float32)
     for _ in range(splits):
         total += tl.load(partials + offsets, mask=mask, other=0.0)
@@ -296,7 +296,7 @@ def summed(partials, offsets, mask, split_stride, splits):
     return total
 
 
-# FLOPs: one addition per partial score. Bytes: these once.
+# FLOPs: one addition per partial score. Bytes: the partial scores once.
 @triton.jit(do_not_specialize=["frames", "splits"])
 def sum_scores_kernel(
     partials,  # (splits, B, 1, F) float32, contiguous
@@ -313,7 +313,7 @@ def sum_scores_kernel(
     tl.store(scores + offsets, finite(total * factor), mask=columns < frames)
 
 
-# FLOPs: a softmax. Bytes: the splits' products once, the shares once.
+# FLOPs: a softmax per word. Bytes: the products of every split once, the shares once.
 @triton.jit(do_not_specialize=["frames", "splits"])
 def word_shares_kernel(
     products,  # (splits, B, Lt, F) float32, contiguous
@@ -325,7 +325,7 @@ def word_shares_kernel(
     splits,
     COLUMNS: tl.constexpr,
 ):
-    """Each word's relevance shared out over the frames by a softmax; padding is not written."""
+    """Share out each word over the frames by a softmax of its products. Rows of padding are not written."""
     word = tl.program_id(0)
     batch = tl.program_id(1).to(tl.int64)
     row = (batch * words + word) * frames
@@ -349,7 +349,7 @@ def word_shares_kernel(
 
 
 class Allocate:
-    """Empty tensors, float32 unless said otherwise, on one device."""
+    """Makes empty tensors on one device, float32 by default."""
 
     def __init__(self, device: torch.device):
         self.device = device
@@ -359,6 +359,7 @@ class Allocate:
 
 
 def plan_text_means(text: torch.Tensor, lengths: torch.Tensor | None, text_means: torch.Tensor) -> Launch:
+    """The launch that fills text_means (layers, B, Hkv, D) from text (layers, B, Lt, H, D)."""
     layers, batch, kv_heads, head_dim = text_means.shape
     columns = max(triton.next_power_of_2(head_dim), 16)
     arguments = dict(
@@ -369,7 +370,7 @@ def plan_text_means(text: torch.Tensor, lengths: torch.Tensor | None, text_means
 
 
 def _product_config(exact: bool, rows: int, head_dim: int) -> dict[str, int | bool]:
-    """ROWS, COLUMNS, DIM_TILE and TENSOR_CORES. IEEE products of float32: 64 rows would become TF32 on sm_100."""
+    """ROWS, COLUMNS, DIM_TILE and TENSOR_CORES. IEEE products of 64 rows of float32 would become TF32 on sm_100."""
     if exact:
         dim = max(triton.next_power_of_2(head_dim), 16)
         return dict(ROWS=64 if rows > 16 else 16, COLUMNS=64, DIM_TILE=dim, TENSOR_CORES=True)
@@ -377,7 +378,7 @@ def _product_config(exact: bool, rows: int, head_dim: int) -> dict[str, int | bo
 
 
 def _exact_products(left: torch.Tensor, right: torch.Tensor) -> bool:
-    """Whether tensor cores multiply without rounding: what is stored, in half precision."""
+    """Whether tensor cores multiply both sides without rounding: both are stored in one half precision."""
     return left.dtype == right.dtype and left.dtype in (torch.float16, torch.bfloat16)
 
 
@@ -394,7 +395,10 @@ def plan_products(
     left_lengths: torch.Tensor | None = None,
     left_means: bool = False,
 ) -> tuple[Launch, torch.Tensor]:
-    """Products (splits, B, M, F) of rows of left and right, (layers, B, rows, parts, Hkv, D) each, in parts."""
+    """The launch that fills products (splits, B, M, F) of rows of left and right, and the products.
+
+    left, right (layers, B, rows, parts, Hkv, D). The sum over splits is the product over all layers and heads.
+    """
     layers, batch, _, left_parts, heads, head_dim = left.shape
     right_parts = right.shape[3]
     exact = _exact_products(left, right) and left_parts == right_parts == 1
@@ -410,7 +414,7 @@ def plan_products(
         right_stored=right.shape[2], layers=layers, layers_per_split=layers_per_split, HEADS=heads, HEAD_DIM=head_dim,
         LEFT_PARTS=left_parts, RIGHT_PARTS=right_parts, LEFT_MEANS=left_means, **config,
     )  # fmt: skip
-    # with 4 warps the products of float32 spill in triton 3.6.0 and on sm_100
+    # With 4 warps the products of float32 spill registers in triton 3.6.0 and on sm_100.
     options = dict(num_warps=4 if exact else 8, num_stages=3)
     return Launch(products_kernel, (tiles, splits, batch), arguments, options), products
 
@@ -424,7 +428,10 @@ def plan_softmax(
     weights: torch.Tensor,
     softmax_scale: float,
 ) -> tuple[list[Launch], torch.Tensor]:
-    """Each frame's mass (layers * H, B, F) in the softmax of a layer and head, meaned over words."""
+    """The launches that fill the mass (layers * H, B, F) of frames in the softmax of a layer and head, and the mass.
+
+    The mass is averaged over the words.
+    """
     layers, batch, words, heads, head_dim = text.shape
     stored, parts, kv_heads = means.shape[2:5]
     frames = stored if rows is None else rows.shape[1]

@@ -36,7 +36,7 @@ def block_means_kernel(
         rows = start + tl.arange(0, ROWS)
         tile = load_rows(base + rows.to(tl.int64) * token_strides[1], rows < length, columns, HEAD_DIM)
         total += tl.sum(tile.to(tl.float32), 0)
-    # A correctly rounded division, so that equal sums give equal means on every device.
+    # The division is correctly rounded, so that equal sums give equal means on every device.
     mean = tl.div_rn(total, tl.zeros([COLUMNS], tl.float32) + length.to(tl.float32))
     target = means + batch * mean_strides[0] + index.to(tl.int64) * mean_strides[1] + head * mean_strides[2]
     tl.store(target + columns, cast(mean, means.dtype.element_ty), mask=columns < HEAD_DIM)
@@ -45,7 +45,7 @@ def block_means_kernel(
 def plan_block_means(
     tokens: torch.Tensor, block_size: int, frame_tokens: int, dtype: torch.dtype
 ) -> tuple[Launch, torch.Tensor]:
-    """The launch that fills the means (B, N, H, D) of `dtype`, and that tensor. See `describe_blocks`."""
+    """The launch that fills the means (B, N, H, D) of `dtype`, and the means. See `describe_blocks`."""
     batch, length, heads, head_dim = tokens.shape
     blocks = length // frame_tokens * triton.cdiv(frame_tokens, block_size) if frame_tokens else 0
     means = torch.empty((batch, blocks, heads, head_dim), dtype=dtype, device=tokens.device)
@@ -65,7 +65,7 @@ def plan_block_means(
 
 
 def describe_blocks(k: torch.Tensor, block_size: int, frame_tokens: int) -> torch.Tensor:
-    """The descriptors of the blocks of k: float32 means over a block's tokens, rounded once to k's dtype.
+    """The descriptors of the blocks of k: float32 means over the tokens of a block, rounded once to k's dtype.
 
     k (B, L, H, D), L a multiple of frame_tokens, last dimension contiguous -> (B, N, H, D) with
     N = L / frame_tokens * ceil(frame_tokens / block_size): blocks never cross a frame, the last may be short.

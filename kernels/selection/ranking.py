@@ -1,4 +1,4 @@
-"""Ranks on registers: scores as sortable integers, the k-th of a row, and writing down which of a row are chosen."""
+"""Ranking in registers: scores as sortable integers, the k-th largest of a row, and writing the chosen columns."""
 
 import triton
 import triton.language as tl
@@ -6,7 +6,7 @@ import triton.language as tl
 
 @triton.jit
 def sortable_key(scores):
-    """Unsigned integers in the order of the float32 scores: -0 equals +0, NaN is 1, below -inf; 0 means "none"."""
+    """Unsigned integers in the order of the float32 scores: -0 equals +0, NaN is 1, below -inf; no score gives 0."""
     bits = tl.where(scores == 0.0, 0.0, scores).to(tl.uint32, bitcast=True)
     keys = bits ^ tl.where(bits >= 0x80000000, 0xFFFFFFFF, 0x80000000).to(tl.uint32)
     return tl.where(scores == scores, keys, 1).to(tl.uint32)
@@ -21,10 +21,10 @@ def score_of_key(keys):
 
 @triton.jit
 def kth_key(keys, k):
-    """The k-th largest key [ROWS] of each row of keys [ROWS, COLUMNS], k [ROWS] at least 1; 0 where there are fewer."""
+    """The k-th largest key [ROWS] of each row of keys [ROWS, COLUMNS], 0 where there are fewer; k [ROWS] at least 1."""
     kth = tl.full([keys.shape[0]], 0, tl.uint32)
     bit = tl.full([keys.shape[0]], 0x80000000, tl.uint32)
-    for _ in range(32):  # from the highest bit: set it if k keys reach so far
+    for _ in range(32):  # from the highest bit down: a bit is set if k keys are then still as large
         trial = kth | bit
         bit = bit >> 1
         reach = tl.sum((keys >= trial[:, None]).to(tl.int32), 1)
@@ -34,7 +34,7 @@ def kth_key(keys, k):
 
 @triton.jit
 def words_of(bits):
-    """Booleans [ROWS, COLUMNS] as words [ROWS, COLUMNS / 32]: column 32 * w + i is bit i of word w."""
+    """Booleans [ROWS, COLUMNS] packed into words [ROWS, COLUMNS / 32]: column 32 * w + i is bit i of word w."""
     WORDS: tl.constexpr = bits.shape[1] // 32
     values = tl.where(bits, ((tl.arange(0, bits.shape[1]) * 0 + 1) << (tl.arange(0, bits.shape[1]) % 32))[None, :], 0)
     return tl.sum(tl.reshape(values, [bits.shape[0], WORDS, 32]), 2).to(tl.uint32)
@@ -42,7 +42,7 @@ def words_of(bits):
 
 @triton.jit
 def bit_count(words):
-    """How many bits of each 32-bit word are set."""
+    """The number of bits set in each 32-bit word."""
     words = words - ((words >> 1) & 0x55555555)
     words = (words & 0x33333333) + ((words >> 2) & 0x33333333)
     words = (words + (words >> 4)) & 0x0F0F0F0F
@@ -52,9 +52,9 @@ def bit_count(words):
 
 @triton.jit
 def sums_before(counts):
-    """What stands before each of counts [ROWS, WORDS] in its row, summed."""
+    """For each of counts [ROWS, WORDS] the sum of those before it in its row."""
     WORDS: tl.constexpr = counts.shape[1]
-    if WORDS <= 16:  # not a scan: triton 3.6.0 fails on some layouts of so few columns
+    if WORDS <= 16:  # no scan: triton 3.6.0 fails on some layouts of so few columns
         words = tl.arange(0, WORDS)
         earlier = words[None, :] < words[:, None]  # [WORDS, WORDS]
         sums = tl.sum(tl.where(earlier[None, :, :], counts[:, None, :], 0), 2)
@@ -67,10 +67,10 @@ def sums_before(counts):
 def write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken, names):
     """Write the column, counted from `first`, of each key above kth [ROWS], and of the first `ties_wanted` equal to it.
 
-    output_rows [ROWS] pointers, taken [ROWS] how many were written there before; keys [ROWS, COLUMNS], 0 is never
-    chosen; names: a table (pointer) whose entry is written in place of the column, or None. Returns what is left of
-    ties_wanted, and the new taken. Few keys of a tile are chosen: they are taken from bit sets one at a time, all rows
-    at once, which is shorter than a scan of the tile.
+    output_rows [ROWS]: pointers; taken [ROWS]: how many columns were written there before; keys [ROWS, COLUMNS], of
+    which 0 is never chosen; names: pointer to a table whose entry is written instead of the column, or None. Returns
+    how many ties are still wanted, and the new taken. Few keys of a tile are chosen: they are taken from bit sets, one
+    at a time for all rows together, which takes fewer instructions than a scan of the tile.
     """
     valid = (keys > 0) & row_mask[:, None]
     ties = words_of(valid & (keys == kth[:, None]))  # [ROWS, WORDS]
@@ -87,7 +87,7 @@ def write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken, na
         left = left ^ lowest
         is_tie = (ties & lowest) > 0
         take = (lowest > 0) & ((is_tie == 0) | (quota > 0))
-        # The exponent of a power of two as a float says which bit it is.
+        # A power of two as a float has the number of its bit as the exponent.
         column = columns[None, :] + (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
         if names is not None:
             column = tl.load(names + column, mask=take, other=-1)
@@ -99,7 +99,7 @@ def write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken, na
 
 @triton.jit
 def write_top_k(output_rows, row_mask, first, keys, top_k, names):
-    """Write the columns of the top_k highest of each row of keys [ROWS, COLUMNS], as write_chosen does, then -1."""
+    """Write the columns of the top_k highest keys of each row [ROWS, COLUMNS], as write_chosen does, then -1."""
     kth = kth_key(keys, tl.zeros([keys.shape[0]], tl.int32) + top_k)
     above = tl.sum((keys > kth[:, None]).to(tl.int32), 1)
     _, taken = write_chosen(
@@ -110,7 +110,7 @@ def write_top_k(output_rows, row_mask, first, keys, top_k, names):
 
 @triton.jit
 def fill_unused(output_rows, row_mask, taken, top_k):
-    """-1 from place `taken` [ROWS] to top_k."""
+    """Write -1 from place `taken` [ROWS] up to top_k."""
     for first in range(0, top_k, 32):
         places = first + tl.arange(0, 32)[None, :]
         unused = row_mask[:, None] & (places >= taken[:, None]) & (places < top_k)

@@ -1,15 +1,15 @@
 """Selection for many rows: each query (or query group) of a tile finds its own top-k blocks, exactly.
 
-The scores of a tile of rows against the whole bank do not fit in registers and must not reach memory, so they are
-computed anew in each of a few passes: on the tensor cores that costs less than to keep a sorted list. What is sought
-is the k-th highest score of each row. A pass counts the scores that reach a bound, and keeps for each column of the
-tile the best of those that do not: the blocks of a column (j, j + COLUMNS, j + 2 * COLUMNS, ...) form a class. The k
-best class maxima are k blocks, so the k-th of them is a lower bound, and a close one: among 1600 unrelated blocks in 64
-classes 30 reach it for k = 24. From there passes alternate, up by class minima and down by class maxima, until the
-count says that the bound is the k-th score; where a class hides what is sought, the bracket is halved. A last pass
-writes the blocks above it, and of those equal to it the first ones. Three to five passes are the rule.
+The scores of a tile of rows against the whole bank do not fit in registers and must not reach memory, so each of a few
+passes computes them again: on the tensor cores that costs less than keeping a sorted list. The passes look for the k-th
+highest score of each row. A pass counts the scores that reach a bound, and keeps for each column of the tile the best
+score that does not reach it: the blocks of a column (j, j + COLUMNS, j + 2 * COLUMNS, ...) form a class. The k best
+class maxima belong to k blocks, so the k-th of them is a lower bound, and a close one: among 1600 unrelated blocks in
+64 classes 30 reach it for k = 24. From there passes alternate, up by class minima and down by class maxima, until the
+count says that the bound is the k-th score. Where a class hides the next score, the bracket is halved. A last pass
+writes the blocks above the k-th score, and the first ones of those equal to it. Three to five passes are usual.
 
-It is exact because a score is computed by the same instructions in every pass, hence has the same bits.
+The result is exact because every pass computes a score by the same instructions, so that it has the same bits.
 """
 
 import torch
@@ -18,27 +18,33 @@ import triton.language as tl
 
 from memflow_ops.kernels.configs import select_rows_config
 from memflow_ops.kernels.launch import Launch
-from memflow_ops.kernels.primitives import load_rows
+from memflow_ops.kernels.primitives import load_rows, row_pointers, strided
 from memflow_ops.kernels.selection.ranking import fill_unused, kth_key, score_of_key, sortable_key, write_chosen
-from memflow_ops.kernels.selection.scores import count_valid_blocks, descriptor_pointers, score_tile
+from memflow_ops.kernels.selection.scores import (
+    DescribedBank,
+    count_valid_blocks,
+    descriptor_pointers,
+    descriptors_of_head,
+    score_tile,
+)
 
 
 @triton.jit
 def bank_pass(
-    query, query_rows, row_mask, descriptors, descriptor_stride, memory_slots, valid_blocks, blocks_per_frame,
-    physical_frames, bound, sign, FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr,
+    query, query_rows, row_mask, descriptors, valid_blocks, bound, sign,
+    FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr,
 ):  # fmt: skip
-    """One pass over the scores times `sign`: the best of each class below `bound` [ROWS, COLUMNS], -inf where there is
-    none, and how many lie below it [ROWS]. To the first pass all numbers lie below."""
+    """One pass over the scores times `sign`: the best score of each class below `bound` [ROWS], and how many lie below.
+
+    Returns the best [ROWS, COLUMNS], -inf where a class has none below the bound, and the counts [ROWS]. The first
+    pass has no bound: all numbers count.
+    """
     best = tl.full([ROWS, COLUMNS], float("-inf"), tl.float32)
     count = tl.zeros([ROWS], tl.int32)
     for first in range(0, valid_blocks, COLUMNS):
         blocks = first + tl.arange(0, COLUMNS)
         valid = blocks < valid_blocks
-        rows = descriptor_pointers(
-            descriptors, descriptor_stride, memory_slots, blocks, valid, blocks_per_frame, physical_frames
-        )
+        rows = descriptor_pointers(descriptors, blocks, valid)
         scores = sign * score_tile(query, query_rows, row_mask, rows, valid, ROWS, COLUMNS, HEAD_DIM, DIM_TILE)
         below = scores == scores if FIRST else scores < bound[:, None]
         best = tl.maximum(best, tl.where(below, scores, float("-inf")))
@@ -53,23 +59,14 @@ def kth_or_infinity(best, k):
     return tl.where(kth == kth, kth, float("-inf"))
 
 
-# FLOPs: 2 * rows * N * D per pass, 4 or 5 passes as a rule; one where k >= N. Bytes: the rows and the descriptors,
-# which stay in L2, and k indices per row. Bound by instructions: some ten per score and pass.
+# FLOPs: 2 * rows * N * D per pass, usually 4 or 5 passes; one where k >= N. Bytes: the rows and the descriptors, which
+# stay in L2, and k indices per row. Bound by instructions: some ten per score and pass.
 @triton.jit
 def select_rows_kernel(
-    queries,  # (B, G, H, D)
-    descriptors,  # (B, physical blocks, Hkv, D)
-    memory_frames,  # (B,) int32 or None: all
-    memory_slots,  # (B, F) int32 or None: identity
+    queries,  # Strided (B, G, H, D)
+    bank,  # DescribedBank
     indices,  # (B, H, G, K) int32, contiguous
-    query_strides,  # (B, G, H), in elements
-    descriptor_strides,  # (B, block, Hkv)
-    frame_stride,  # of memory_frames
-    slot_stride,  # of memory_slots, between batches
     groups,
-    frames,
-    blocks_per_frame,
-    physical_frames,
     top_k,
     HEADS_PER_KV_HEAD: tl.constexpr,
     TENSOR_CORES: tl.constexpr,
@@ -82,22 +79,19 @@ def select_rows_kernel(
     batch = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_mask = rows < groups
-    query_rows = queries + batch * query_strides[0] + head * query_strides[2] + rows.to(tl.int64) * query_strides[1]
-    descriptors += batch * descriptor_strides[0] + head // HEADS_PER_KV_HEAD * descriptor_strides[2]
-    if memory_slots is not None:
-        memory_slots += batch * slot_stride
-    valid_blocks = count_valid_blocks(memory_frames, batch * frame_stride, frames, blocks_per_frame)
+    query_rows = row_pointers(queries, batch, rows.to(tl.int64), head)
+    descriptors = descriptors_of_head(bank, batch, head // HEADS_PER_KV_HEAD)
+    valid_blocks = count_valid_blocks(bank.valid_frames, batch * bank.valid_stride, bank.frames, bank.blocks_per_frame)
     query = load_rows(query_rows, row_mask, tl.arange(0, DIM_TILE), HEAD_DIM) if TENSOR_CORES else None
 
-    # With at most k valid blocks there is nothing to compare: a k-th key of 0 lies below every valid one.
+    # With at most k valid blocks all are chosen, and no score is computed: a k-th key of 0 lies below every valid one.
     ranked = valid_blocks > top_k
     kth = tl.zeros([ROWS], tl.uint32)
     ties_wanted = tl.zeros([ROWS], tl.int32) + top_k
     if ranked:
         kth, ties_wanted = kth_of_bank(
-            query, query_rows, row_mask, descriptors, descriptor_strides[1], memory_slots, valid_blocks,
-            blocks_per_frame, physical_frames, top_k, ROWS, COLUMNS, HEAD_DIM, DIM_TILE,
-        )  # fmt: skip
+            query, query_rows, row_mask, descriptors, valid_blocks, top_k, ROWS, COLUMNS, HEAD_DIM, DIM_TILE
+        )
 
     output_rows = indices + ((batch * tl.num_programs(1) + head) * groups + rows) * top_k
     taken = tl.zeros([ROWS], tl.int32)
@@ -105,9 +99,7 @@ def select_rows_kernel(
         blocks = first + tl.arange(0, COLUMNS)
         valid = blocks < valid_blocks
         if ranked:
-            pointers = descriptor_pointers(
-                descriptors, descriptor_strides[1], memory_slots, blocks, valid, blocks_per_frame, physical_frames
-            )
+            pointers = descriptor_pointers(descriptors, blocks, valid)
             scores = score_tile(query, query_rows, row_mask, pointers, valid, ROWS, COLUMNS, HEAD_DIM, DIM_TILE)
         else:
             scores = tl.zeros([ROWS, COLUMNS], tl.float32)
@@ -118,16 +110,15 @@ def select_rows_kernel(
 
 @triton.jit
 def kth_of_bank(
-    query, query_rows, row_mask, descriptors, descriptor_stride, memory_slots, valid_blocks, blocks_per_frame,
-    physical_frames, k, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr,
+    query, query_rows, row_mask, descriptors, valid_blocks, k,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr,
 ):  # fmt: skip
-    """The sortable key of each row's k-th highest score, and how many scores equal to it are among the k best.
+    """The sortable key of each row's k-th highest score, and how many of the scores equal to it are among the k best.
 
-    For a row that is not done at least k scores reach `low`, and fewer than k reach `high` unless it is infinite.
+    For a row that is not done, at least k scores reach `low`, and fewer than k reach `high` unless it is infinite.
     """
     best, numbers = bank_pass(
-        query, query_rows, row_mask, descriptors, descriptor_stride, memory_slots, valid_blocks, blocks_per_frame,
-        physical_frames, None, 1.0, True, ROWS, COLUMNS, HEAD_DIM, DIM_TILE,
+        query, query_rows, row_mask, descriptors, valid_blocks, None, 1.0, True, ROWS, COLUMNS, HEAD_DIM, DIM_TILE,
     )  # fmt: skip
     # Where at most k scores are numbers, NaN is the k-th.
     kth = tl.full([ROWS], float("nan"), tl.float32)
@@ -135,14 +126,14 @@ def kth_of_bank(
     done = (numbers <= k) | (row_mask == 0)
     low = kth_or_infinity(best, tl.zeros_like(numbers) + k)
     high = tl.full([ROWS], float("inf"), tl.float32)
-    # A bracket of two floats is halved 32 times at most; the limit only keeps a broken machine from hanging.
+    # A bracket of two floats can be halved 32 times; the limit only keeps a faulty device from hanging.
     rounds = 0
     while (tl.min(done.to(tl.int32), 0) == 0) & (rounds < 100):
         rounds += 1
-        # Up from low: it is the k-th if fewer than k lie above it. If not, a new high from the lowest above it.
+        # Up from low, which is the k-th score if fewer than k lie above it. If not, those above give a new high.
         best, above = bank_pass(
-            query, query_rows, row_mask, descriptors, descriptor_stride, memory_slots, valid_blocks, blocks_per_frame,
-            physical_frames, -low, -1.0, False, ROWS, COLUMNS, HEAD_DIM, DIM_TILE,
+            query, query_rows, row_mask, descriptors, valid_blocks, -low, -1.0, False, ROWS, COLUMNS, HEAD_DIM,
+            DIM_TILE,
         )  # fmt: skip
         found = (done == 0) & (above < k)
         kth = tl.where(found, low, kth)
@@ -151,10 +142,11 @@ def kth_of_bank(
         next_high = -kth_or_infinity(best, above - k + 1)
         middle = score_of_key((sortable_key(low) >> 1) + (sortable_key(high) >> 1) + 1)
         bound = tl.where(next_high < high, next_high, middle)
-        # Down from there: the k-th if just k reach it. If more do it is the new low, else that is the highest below it.
+        # Down from the bound, which is the k-th score if exactly k reach it. If more do, it is the new low.
+        # If fewer do, those below it give the new low.
         best, below = bank_pass(
-            query, query_rows, row_mask, descriptors, descriptor_stride, memory_slots, valid_blocks, blocks_per_frame,
-            physical_frames, bound, 1.0, False, ROWS, COLUMNS, HEAD_DIM, DIM_TILE,
+            query, query_rows, row_mask, descriptors, valid_blocks, bound, 1.0, False, ROWS, COLUMNS, HEAD_DIM,
+            DIM_TILE,
         )  # fmt: skip
         reach = numbers - below
         found = (done == 0) & (reach == k)
@@ -166,37 +158,19 @@ def kth_of_bank(
     return sortable_key(kth), ties_wanted
 
 
-def plan_select_rows(
-    queries: torch.Tensor,
-    descriptors: torch.Tensor,
-    top_k: int,
-    memory_frames: torch.Tensor | None,
-    memory_slots: torch.Tensor | None,
-    blocks_per_frame: int,
-) -> tuple[Launch, torch.Tensor]:
-    """The launch that fills the indices of the rows `queries` (B, G, H, D), and that tensor. See `select_blocks`."""
+def plan_select_rows(queries: torch.Tensor, bank: DescribedBank, top_k: int) -> tuple[Launch, torch.Tensor]:
+    """The launch that fills the indices of the rows `queries` (B, G, H, D), and the indices. See `select_blocks`."""
     batch, groups, heads, head_dim = queries.shape
-    physical_frames = descriptors.shape[1] // blocks_per_frame
-    frames = physical_frames if memory_slots is None else memory_slots.shape[1]
-    top_k = min(top_k, frames * blocks_per_frame)
+    top_k = min(top_k, bank.frames * bank.blocks_per_frame)
     indices = torch.empty((batch, heads, groups, top_k), dtype=torch.int32, device=queries.device)
     tiles, options = select_rows_config(queries.dtype, head_dim, groups, top_k)
     arguments = dict(
-        queries=queries,
-        descriptors=descriptors,
-        memory_frames=memory_frames,
-        memory_slots=memory_slots,
+        queries=strided(queries),
+        bank=bank,
         indices=indices,
-        query_strides=queries.stride()[:3],
-        descriptor_strides=descriptors.stride()[:3],
-        frame_stride=0 if memory_frames is None else memory_frames.stride(0),
-        slot_stride=0 if memory_slots is None else memory_slots.stride(0),
         groups=groups,
-        frames=frames,
-        blocks_per_frame=blocks_per_frame,
-        physical_frames=physical_frames,
         top_k=top_k,
-        HEADS_PER_KV_HEAD=heads // descriptors.shape[2],
+        HEADS_PER_KV_HEAD=heads // bank.descriptors.pointer.shape[2],
         HEAD_DIM=head_dim,
         **tiles,
     )

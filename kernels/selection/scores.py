@@ -1,50 +1,109 @@
 """Scores of query rows against the stored descriptors of the bank's blocks."""
 
+from typing import Any, NamedTuple
+
+import torch
 import triton
 import triton.language as tl
 
-from memflow_ops.kernels.primitives import load_rows, matmul, physical_frame
+from memflow_ops.kernels.primitives import Strided, load_rows, matmul, stored_frame, strided
+
+
+class DescribedBank(NamedTuple):
+    """Arguments of a selection kernel: the stored descriptors, and where those of the bank's blocks lie."""
+
+    descriptors: Strided
+    """(B, stored blocks, Hkv, D)"""
+    slots: Any
+    """The slot table (B, F) int32; None: the stored frames are the bank."""
+    slot_stride: Any
+    """Between the tables of two batch elements."""
+    valid_frames: Any
+    """(B,) int32: how many leading frames of the bank are valid; None: all."""
+    valid_stride: Any
+    frames: Any
+    stored_frames: Any
+    blocks_per_frame: Any
+
+
+def described_bank(
+    descriptors: torch.Tensor,
+    memory_frames: torch.Tensor | None,
+    memory_slots: torch.Tensor | None,
+    blocks_per_frame: int,
+) -> DescribedBank:
+    """The argument tuple of the descriptors (B, stored blocks, Hkv, D); the others as in `Geometry`."""
+    stored_frames = descriptors.shape[1] // blocks_per_frame
+    return DescribedBank(
+        descriptors=strided(descriptors),
+        slots=memory_slots,
+        slot_stride=0 if memory_slots is None else memory_slots.stride(0),
+        valid_frames=memory_frames,
+        valid_stride=0 if memory_frames is None else memory_frames.stride(0),
+        frames=stored_frames if memory_slots is None else memory_slots.shape[1],
+        stored_frames=stored_frames,
+        blocks_per_frame=blocks_per_frame,
+    )
+
+
+class HeadDescriptors(NamedTuple):
+    """The descriptors of one batch element and key head, in a kernel."""
+
+    pointer: Any
+    stride: Any
+    """Between two stored blocks, in elements."""
+    slots: Any
+    """Pointer to the slot table of the batch element, or None."""
+    stored_frames: Any
+    blocks_per_frame: Any
 
 
 @triton.jit
-def count_valid_blocks(memory_frames, offset, frames, blocks_per_frame):
-    """How many of the bank's leading blocks are valid: the count of frames on the device (None: all), clamped."""
-    valid_frames = frames
-    if memory_frames is not None:
-        valid_frames = tl.minimum(tl.maximum(tl.load(memory_frames + offset), 0), frames)
-    return valid_frames * blocks_per_frame
+def descriptors_of_head(bank, batch, kv_head):
+    """The HeadDescriptors of a DescribedBank."""
+    strides = bank.descriptors.strides
+    pointer = bank.descriptors.pointer + (batch * strides[0] + kv_head * strides[2])
+    slots = bank.slots
+    if slots is not None:
+        slots += batch * bank.slot_stride
+    return HeadDescriptors(pointer, strides[1], slots, bank.stored_frames, bank.blocks_per_frame)
+
+
+@triton.jit
+def count_valid_blocks(valid_frames, offset, frames, blocks_per_frame):
+    """How many leading blocks of the bank are valid: valid_frames[offset] frames (None: all), clamped to 0..frames."""
+    count = frames
+    if valid_frames is not None:
+        count = tl.minimum(tl.maximum(tl.load(valid_frames + offset), 0), frames)
+    return count * blocks_per_frame
 
 
 @triton.jit
 def descriptor_pointers(
-    descriptors,  # pointer to this batch and head
-    descriptor_stride,
-    memory_slots,  # pointer to this batch, or None
+    descriptors,  # HeadDescriptors
     blocks,  # [COLUMNS] indices in bank order
-    valid,  # [COLUMNS]
-    blocks_per_frame,
-    physical_frames,
+    valid,  # [COLUMNS] false: there is no such block
 ):
-    """Where the descriptors of blocks of the bank lie."""
-    frames = blocks // blocks_per_frame
-    slots = physical_frame(memory_slots, frames, valid, physical_frames)
-    positions = slots.to(tl.int64) * blocks_per_frame + (blocks - frames * blocks_per_frame)
-    return descriptors + positions * descriptor_stride
+    """Pointers [COLUMNS] to the descriptors of blocks of the bank."""
+    frames = blocks // descriptors.blocks_per_frame
+    slots = stored_frame(descriptors.slots, frames, valid, descriptors.stored_frames)
+    positions = slots.to(tl.int64) * descriptors.blocks_per_frame + (blocks - frames * descriptors.blocks_per_frame)
+    return descriptors.pointer + positions * descriptors.stride
 
 
 @triton.jit
 def score_tile(
     query,  # [ROWS, DIM] for tensor cores, or None: IEEE products of float32
     query_rows,  # [ROWS] pointers
-    row_mask,
+    row_mask,  # [ROWS]
     descriptor_rows,  # [COLUMNS] pointers
-    valid,
+    valid,  # [COLUMNS]
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     DIM_TILE: tl.constexpr,
 ):
-    """Scores [ROWS, COLUMNS] in float32; NaN for blocks that are not valid."""
+    """Scores [ROWS, COLUMNS] in float32, NaN for blocks that are not valid."""
     scores = tl.zeros([ROWS, COLUMNS], tl.float32)
     if query is not None:
         descriptor = load_rows(descriptor_rows, valid, tl.arange(0, DIM_TILE), HEAD_DIM)  # [COLUMNS, DIM]

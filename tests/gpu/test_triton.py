@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch.library import opcheck
 
 import memflow_ops as ops
+from memflow_ops.geometry import Geometry
 from memflow_ops.impl import dense
 from memflow_ops.ops import registration as registered
 
@@ -150,18 +151,19 @@ def test_one_launch_or_two_a_wan_layer_agrees_with_torch_given_the_same_blocks(g
 
 @pytest.mark.parametrize("launches", [1, 2])
 def test_one_launch_selects_as_two_do(launches):
-    from memflow_ops.kernels.attention.forward import plan_select_and_attend
+    from memflow_ops.kernels.attention.plan import plan_select_and_attend
+    from memflow_ops.kernels.launch import run_all
 
     torch.manual_seed(3)
     q = torch.randint(-1, 2, (1, 1024, 4, 128)).to("cuda", torch.bfloat16)
     memory_k, memory_v = torch.randn(2, 1, 40 * 1560, 2, 128, device="cuda", dtype=torch.bfloat16)
     descriptors = torch.randint(-1, 2, (1, 1000, 2, 128)).to("cuda", torch.bfloat16)
     sizes = dict(block_size=64, frame_tokens=1560, query_group=128)
+    geometry = Geometry(**sizes, softmax_scale=0.1)
     planned, out, lse, indices = plan_select_and_attend(
-        q, None, None, memory_k, memory_v, descriptors, top_k=24, softmax_scale=0.1, launches=launches, **sizes
+        q, None, None, memory_k, memory_v, descriptors, 24, geometry, launches=launches
     )
-    for launch in planned:
-        launch.run()
+    run_all(planned)
     expected = ops.select_blocks(q.cpu().double(), descriptors.cpu().double(), 24, query_group=128, blocks_per_frame=25)
     assert torch.equal(indices.cpu(), expected)
     state = ops.attend_selected(q, memory_k, memory_v, expected.cuda(), softmax_scale=0.1, impl="triton", **sizes)
@@ -172,20 +174,20 @@ def test_one_launch_selects_as_two_do(launches):
 @pytest.mark.parametrize("multiprocessors", [132, 108], ids="{}processors".format)
 def test_a_split_last_wave_agrees_with_an_unsplit_one(multiprocessors):
     """As an H100 (2 programs per tile) and an A100 (8) split it, whatever the device; in a graph too."""
-    from memflow_ops.kernels.attention.forward import Chosen, plan_attend
+    from memflow_ops.kernels.attention.plan import BlockSource, plan_attend
+    from memflow_ops.kernels.launch import run_all
 
     q, _, _, memory_k, memory_v = wan_layer(8)
     indices = ops.select_blocks(q, ops.describe_blocks(memory_k, 64, 1560), 24, query_group=128, blocks_per_frame=25)
     indices[:, ::5, 3:] = -1  # fewer blocks than programs
-    options = dict(block_size=64, frame_tokens=1560, query_group=128, softmax_scale=0.1)
-    state = dict(resume_out=torch.randn_like(q), resume_lse=torch.randn(1, 12, 4680, device="cuda"))
+    geometry = Geometry(block_size=64, frame_tokens=1560, query_group=128, softmax_scale=0.1)
+    state = (torch.randn_like(q), torch.randn(1, 12, 4680, device="cuda"))
 
     def run(count):
         planned, *result = plan_attend(
-            q, None, None, memory_k, memory_v, Chosen(indices), multiprocessors=count, **state, **options
+            q, None, None, memory_k, memory_v, BlockSource(indices), geometry, state, multiprocessors=count
         )
-        for launch in planned:
-            launch.run()
+        run_all(planned)
         return len(planned), result
 
     assert run(0)[0] == 1

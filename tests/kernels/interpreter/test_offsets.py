@@ -5,7 +5,8 @@ import pytest
 import torch
 from triton.runtime.interpreter import GridExecutor
 
-from memflow_ops.kernels.attention.forward import attend
+from memflow_ops.geometry import Geometry
+from memflow_ops.kernels.attention.plan import attend
 from memflow_ops.kernels.selection.describe import describe_blocks
 from memflow_ops.kernels.selection.groups import select_blocks
 
@@ -40,9 +41,10 @@ def test_describe(dimension):
 def test_select(dimension):
     torch.manual_seed(1)
     q, descriptors = torch.randn(2, 2, 20, 2, 16).bfloat16()
-    expected = select_blocks(q, descriptors, 5, 1, None, None, 4)
-    assert torch.equal(select_blocks(far_copy(q, dimension), descriptors, 5, 1, None, None, 4), expected)
-    assert torch.equal(select_blocks(q, far_copy(descriptors, dimension), 5, 1, None, None, 4), expected)
+    geometry = Geometry(block_size=1, frame_tokens=4, query_group=1, softmax_scale=1.0)
+    expected = select_blocks(q, descriptors, 5, geometry)
+    assert torch.equal(select_blocks(far_copy(q, dimension), descriptors, 5, geometry), expected)
+    assert torch.equal(select_blocks(q, far_copy(descriptors, dimension), 5, geometry), expected)
 
 
 @DIMENSIONS
@@ -54,8 +56,8 @@ def test_attend(names, dimension):
     indices = torch.tensor([0, 2], dtype=torch.int32).expand(2, 2, 2, 2)
 
     def run(q, k, memory, state):
-        return attend(q, k, k, memory, memory, indices, block_size=16, frame_tokens=40, query_group=20,
-                      softmax_scale=0.25, resume_out=state, resume_lse=lse)  # fmt: skip
+        geometry = Geometry(block_size=16, frame_tokens=40, query_group=20, softmax_scale=0.25)
+        return attend(q, k, k, memory, memory, indices, geometry, (state, lse))
 
     tensors = dict(q=q, kv=k, memory=memory, resume_out=state)
     expected = run(*tensors.values())

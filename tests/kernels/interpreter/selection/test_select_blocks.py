@@ -12,9 +12,17 @@ from memflow_ops.kernels.selection.groups import select_blocks
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def expected_selection(q, descriptors, top_k, query_group, memory_frames, memory_slots, blocks_per_frame):
-    geometry = Geometry(1, blocks_per_frame, query_group, 1.0, memory_slots, memory_frames)
-    return selection.select_blocks(q.double(), descriptors.double(), top_k, geometry)
+def geometry_of(query_group, memory_frames, memory_slots, blocks_per_frame):
+    """Blocks of one token, so that a frame has as many tokens as blocks."""
+    return Geometry(1, blocks_per_frame, query_group, 1.0, memory_slots, memory_frames)
+
+
+def select(q, descriptors, top_k, *sizes):
+    return select_blocks(q, descriptors, top_k, geometry_of(*sizes))
+
+
+def expected_selection(q, descriptors, top_k, *sizes):
+    return selection.select_blocks(q.double(), descriptors.double(), top_k, geometry_of(*sizes))
 
 
 @settings(max_examples=25)
@@ -38,7 +46,7 @@ def test_ties_on_integers(dtype, batch, heads, head_dim, queries, bank, top_k, p
     valid = torch.randint(-1, frames + 2, (batch,), dtype=torch.int32) if partly else None
     table = torch.randint(-2, physical + 2, (batch, frames), dtype=torch.int32) if slots else None
     arguments = (top_k, group, valid, table, blocks_per_frame)
-    got = select_blocks(q, descriptors, *arguments)
+    got = select(q, descriptors, *arguments)
     assert got.dtype == torch.int32
     assert torch.equal(got, expected_selection(q, descriptors, *arguments))
 
@@ -50,7 +58,7 @@ def test_real_scores_agree_beyond_the_margin(dtype, group):
     q = torch.randn(1, 33, 2, 80).to(dtype)
     descriptors = torch.randn(1, 150, 1, 80).to(dtype)
     top_k = 20
-    got = select_blocks(q, descriptors, top_k, group, None, None, 25)
+    got = select(q, descriptors, top_k, group, None, None, 25)
     expected = expected_selection(q, descriptors, top_k, group, None, None, 25)
     means = torch.stack([part.mean(1) for part in q.double().split(group, 1)], 2)  # (B, H, G, D)
     keys = descriptors.double().repeat_interleave(2, 2)
@@ -70,7 +78,7 @@ def test_every_kind_of_score(top_k):
     q[..., 0] = 1.0
     descriptors = torch.zeros(1, 15, 1, 16)
     descriptors[0, :, 0, 0] = torch.tensor(scores)
-    got = select_blocks(q, descriptors, top_k, 1, None, None, 15)
+    got = select(q, descriptors, top_k, 1, None, None, 15)
     assert torch.equal(got, expected_selection(q, descriptors, top_k, 1, None, None, 15))
 
 
@@ -78,7 +86,7 @@ def test_every_kind_of_score(top_k):
 def test_large_k_over_many_tiles(top_k):
     torch.manual_seed(2)
     q, descriptors = torch.randint(-3, 4, (1, 2, 1, 16)).float(), torch.randint(-3, 4, (1, 300, 1, 16)).float()
-    got = select_blocks(q, descriptors, top_k, 1, None, None, 25)
+    got = select(q, descriptors, top_k, 1, None, None, 25)
     assert got.shape[-1] == min(top_k, 300)
     assert torch.equal(got, expected_selection(q, descriptors, top_k, 1, None, None, 25))
 
@@ -88,10 +96,10 @@ def test_frames_that_are_not_valid_do_not_matter(top_k):
     torch.manual_seed(3)
     q, descriptors = torch.randn(3, 9, 2, 16), torch.randn(3, 12, 2, 16)
     valid = torch.tensor([0, 1, 2], dtype=torch.int32)
-    clean = select_blocks(q, descriptors, top_k, 4, valid, None, 4)
+    clean = select(q, descriptors, top_k, 4, valid, None, 4)
     for b, frames in enumerate(valid):
         descriptors[b, 4 * frames :] = torch.inf
-    assert torch.equal(clean, select_blocks(q, descriptors, top_k, 4, valid, None, 4))
+    assert torch.equal(clean, select(q, descriptors, top_k, 4, valid, None, 4))
     assert (clean[0] == -1).all()
     expected = torch.tensor([0, 1, 2, 3] + [-1] * (top_k - 4), dtype=torch.int32)
     assert torch.equal(clean[1], expected.expand_as(clean[1]))
@@ -104,6 +112,6 @@ def test_any_strides_and_the_same_bits_twice():
     descriptors = torch.randn(2, 2, 18, 48).transpose(1, 2)[..., :24]
     valid = torch.tensor([9, 3, 9, 2], dtype=torch.int32)[1::2]
     table = torch.randint(0, 6, (2, 8), dtype=torch.int32)[:, :6]
-    got = select_blocks(q, descriptors, 7, 3, valid, table, 3)
+    got = select(q, descriptors, 7, 3, valid, table, 3)
     assert torch.equal(got, expected_selection(q, descriptors, 7, 3, valid, table, 3))
-    assert torch.equal(got, select_blocks(q, descriptors, 7, 3, valid, table, 3))
+    assert torch.equal(got, select(q, descriptors, 7, 3, valid, table, 3))

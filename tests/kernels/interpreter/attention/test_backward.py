@@ -16,7 +16,8 @@ import memflow_ops as ops
 from memflow_ops.geometry import Geometry
 from memflow_ops.impl.reference import attention as reference_attention
 from memflow_ops.kernels.attention.backward import attend_backward, plan_attend_backward
-from memflow_ops.kernels.attention.forward import attend
+from memflow_ops.kernels.attention.plan import attend
+from memflow_ops.kernels.launch import run_all
 from memflow_ops.ops import registration as registered
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -61,13 +62,13 @@ def poisoned(given, indices):
 
 def state(given, indices):
     """Out and LSE of our own kernel."""
-    return attend(*given.tensors().values(), indices, **given.options)
+    return attend(*given.tensors().values(), indices, Geometry(**given.options))
 
 
 def ours(given, indices, grad_out, grad_lse, wanted=EVERYTHING, result=None):
     out, lse = result or state(given, indices)
     inputs = given.tensors().values()
-    return attend_backward(grad_out, grad_lse, *inputs, indices, out, lse, wanted=wanted, **given.options)
+    return attend_backward(grad_out, grad_lse, *inputs, indices, out, lse, Geometry(**given.options), wanted)
 
 
 def autograd(attention, given, grad_out, grad_lse):
@@ -202,15 +203,14 @@ def test_only_what_is_wanted_is_made(group):
     names = {0: "queries", 1: "window", 2: "window", 3: "bank", 4: "bank"}
     for wanted in (*torch.eye(5).bool().tolist(), [True, True, True, False, False], [False] * 5):
         steps, gradients = plan_attend_backward(
-            grad_out, None, *given.tensors().values(), indices, out, lse, wanted=wanted, **given.options
+            grad_out, None, *given.tensors().values(), indices, out, lse, Geometry(**given.options), wanted
         )
         parts = {names[i] for i in range(5) if wanted[i]}
         launched = [type(step).__name__ if not hasattr(step, "kernel") else step.kernel.__name__ for step in steps]
         assert launched.count("backward_queries_kernel") == ("queries" in parts)
         assert launched.count("backward_keys_kernel") == ("window" in parts) + ("bank" in parts)
         assert launched.count("Sort") == ("bank" in parts)
-        for step in steps:
-            step.run()
+        run_all(steps)
         for name, grad, want, full in zip(NAMES, gradients, wanted, everything, strict=True):
             assert torch.equal(grad, full) if want else grad is None, name
 
@@ -293,7 +293,7 @@ def test_inputs_that_need_no_gradient_cost_nothing(monkeypatch):
     q, k, v, memory_k, memory_v = layer_inputs()
     seen = []
     original = registered.attend_backward
-    monkeypatch.setattr(registered, "attend_backward", lambda *a: seen.append(a[11]) or original(*a))
+    monkeypatch.setattr(registered.attention, "attend_backward", lambda *a: seen.append(a[11]) or original(*a))
     out = ops.memory_attention(q, k, v.detach(), memory_k.detach(), memory_v.detach(), frame_tokens=8, block_size=4,
                                query_group=3, top_k=2, impl="triton")  # fmt: skip
     out.sum().backward()

@@ -4,6 +4,8 @@ Queries and descriptors are integers, so that selections are equal, ties include
 reference does not select is NaN.
 """
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -15,7 +17,8 @@ from memflow_ops.geometry import Geometry
 from memflow_ops.impl import composed, reference
 from memflow_ops.impl.reference import attention
 from memflow_ops.kernels import configs
-from memflow_ops.kernels.attention.forward import attend, plan_select_and_attend, select_and_attend
+from memflow_ops.kernels.attention.plan import attend, plan_select_and_attend, select_and_attend
+from memflow_ops.kernels.launch import run_all
 from memflow_ops.kernels.selection import groups
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -67,19 +70,17 @@ def geometry_of(arguments):
 
 def exact(arguments):
     """out, lse and indices of the reference."""
-    names = ("q", "k", "v", "memory_k", "memory_v", "descriptors", "top_k")
-    resume = None if arguments["resume_out"] is None else (arguments["resume_out"], arguments["resume_lse"])
-    inputs = (arguments[name] for name in names)
-    return composed.select_and_attend(reference, *inputs, geometry_of(arguments), resume)
+    return call(partial(composed.select_and_attend, reference), arguments)
 
 
 def call(run, arguments, **more):
-    named = {**arguments, **more}
-    return run(*[named.pop(name) for name in ("q", "k", "v", "memory_k", "memory_v", "descriptors")], **named)
+    names = ("q", "k", "v", "memory_k", "memory_v", "descriptors", "top_k")
+    resume = None if arguments["resume_out"] is None else (arguments["resume_out"], arguments["resume_lse"])
+    return run(*(arguments[name] for name in names), geometry_of(arguments), resume, **more)
 
 
-def check(arguments, got=None, **more):
-    out, lse, indices = call(select_and_attend, arguments, **more) if got is None else got
+def check(arguments, got=None):
+    out, lse, indices = call(select_and_attend, arguments) if got is None else got
     wide = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()}
     expected_out, expected_lse, expected_indices = exact(wide)
     assert torch.equal(indices, expected_indices)
@@ -120,10 +121,11 @@ def test_one_launch_and_two_agree(dtype, launches):
     arguments = arguments_of(
         dtype, batch=2, heads=(2, 1), queries=(group, 80), bank=(9, 37, 8), top_k=7, dense=20, partly=True, slots=True
     )
-    planned, *_ = call(plan_select_and_attend, arguments, launches=launches)
+    planned, *got = call(plan_select_and_attend, arguments, launches=launches)
     names = [launch.kernel.fn.__name__ for launch in planned]
     assert names == (["attend_kernel"] if launches == 1 else ["block_means_kernel", "span_kernel", "attend_kernel"])
-    check(arguments, launches=launches)
+    run_all(planned)
+    check(arguments, got)
 
 
 @pytest.mark.parametrize("launches", [1, 2])
@@ -139,8 +141,7 @@ def test_every_split_of_a_tile_selects_the_same_blocks(monkeypatch, launches):
     assert arguments["memory_frames"].clamp(min=0).tolist() == [0, 4]
     planned, *got = call(plan_select_and_attend, arguments, launches=launches, multiprocessors=20)
     assert planned[-1].kernel.fn.__name__ == "merge_splits_kernel" and planned[-1].arguments["SPLITS"] == 3
-    for launch in planned:
-        launch.run()
+    run_all(planned)
     check(arguments, got)
 
 
@@ -173,18 +174,18 @@ def test_what_a_neighbour_chose_does_not_matter(dtype):
     torch.manual_seed(2)
     q, memory = torch.randn(1, 40, 1, 16).to(dtype), torch.randn(1, 128, 1, 16).to(dtype)
     indices = torch.rand(1, 1, 40, 7).argsort(-1)[..., :3].sort(-1).values.to(torch.int32)
-    options = dict(block_size=16, frame_tokens=128, query_group=1, softmax_scale=0.25)
-    clean, _ = attend(q, None, None, memory, memory, indices, **options)
+    geometry = Geometry(block_size=16, frame_tokens=128, query_group=1, softmax_scale=0.25)
+    clean, _ = attend(q, None, None, memory, memory, indices, geometry)
     indices[0, 0, 11, 2] = 7  # the only row that chooses the last block
     for poison in (torch.nan, torch.inf):
         k, v = memory.clone(), memory.clone()
         v[:, 112:, :, 3] = poison
-        got, lse = attend(q, None, None, k, v, indices, **options)
+        got, lse = attend(q, None, None, k, v, indices, geometry)
         others = torch.arange(40) != 11
         assert torch.equal(got[:, others], clean[:, others])
         assert not got[0, 11, 0, 3].isfinite() and got[0, 11, 0, :3].isfinite().all()
         k[:, 112:] = poison
-        got, lse = attend(q, None, None, k, v, indices, **options)
+        got, lse = attend(q, None, None, k, v, indices, geometry)
         assert torch.equal(got[:, others], clean[:, others]) and lse[:, :, others].isfinite().all()
 
 
@@ -193,9 +194,9 @@ def test_lists_of_rows_in_any_order():
     q, memory = torch.randn(1, 20, 1, 16), torch.randn(1, 96, 1, 16)
     indices = torch.randint(-3, 9, (1, 1, 20, 6), dtype=torch.int32)  # twice, out of range, in no order
     indices[..., 2] = 2**31 - 1
-    options = dict(block_size=16, frame_tokens=48, query_group=1, softmax_scale=0.25)
-    got = attend(q, None, None, memory, memory, indices, **options)
-    expected = attention.attend(q, None, None, memory, memory, indices, Geometry(**options))
+    geometry = Geometry(block_size=16, frame_tokens=48, query_group=1, softmax_scale=0.25)
+    got = attend(q, None, None, memory, memory, indices, geometry)
+    expected = attention.attend(q, None, None, memory, memory, indices, geometry)
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memflow_ops.geometry import Geometry
 from memflow_ops.impl.reference import attention as reference_attention
 from memflow_ops.kernels import configs
-from memflow_ops.kernels.attention.forward import Chosen, attend, plan_attend
+from memflow_ops.kernels.attention.plan import BlockSource, attend, plan_attend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -67,21 +67,23 @@ def geometry_of(arguments):
     return Geometry(**{name: arguments[name] for name in names})
 
 
-def call(attention, arguments):
-    named = dict(arguments)
-    return attention(*[named.pop(name) for name in ("q", "k", "v", "memory_k", "memory_v", "indices")], **named)
+def tensors_of(arguments):
+    return [arguments[name] for name in ("q", "k", "v", "memory_k", "memory_v")]
+
+
+def resume_of(arguments):
+    return None if arguments["resume_out"] is None else (arguments["resume_out"], arguments["resume_lse"])
 
 
 def launch(arguments):
-    return call(attend, arguments)
+    return attend(*tensors_of(arguments), arguments["indices"], geometry_of(arguments), resume_of(arguments))
 
 
 def exact(arguments):
     """out and lse in float64."""
     widened = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()}
-    names = ("q", "k", "v", "memory_k", "memory_v", "indices")
-    resume = None if widened["resume_out"] is None else (widened["resume_out"], widened["resume_lse"])
-    return reference_attention.attend(*(widened[name] for name in names), geometry_of(widened), resume)
+    indices, geometry = widened["indices"], geometry_of(widened)
+    return reference_attention.attend(*tensors_of(widened), indices, geometry, resume_of(widened))
 
 
 def dense_error(arguments, out):
@@ -245,7 +247,7 @@ def test_any_strides_and_the_same_bits_twice():
     assert torch.equal(got[0], plain[0]) and torch.equal(got[1], plain[1])
 
 
-# The last wave of tiles split along their keys (kernels/split.py).
+# The last wave of tiles split along their keys (kernels/attention/split.py).
 
 
 @pytest.fixture
@@ -260,10 +262,8 @@ splitting = pytest.mark.usefixtures("small_tiles_split_too")
 
 
 def planned(arguments, multiprocessors):
-    named = dict(arguments)
-    chosen = Chosen(named.pop("indices"))
-    tensors = [named.pop(name) for name in ("q", "k", "v", "memory_k", "memory_v")]
-    return plan_attend(*tensors, chosen, **named, multiprocessors=multiprocessors)
+    source, geometry = BlockSource(arguments["indices"]), geometry_of(arguments)
+    return plan_attend(*tensors_of(arguments), source, geometry, resume_of(arguments), multiprocessors=multiprocessors)
 
 
 def run(launches):
@@ -305,7 +305,7 @@ def test_odd_shapes_split(dtype, batch, heads, head_dim, queries, bank, top_k, s
     attending = launches[0]
     tiles = attending.grid[1] * attending.grid[2] * attending.grid[0]
     if splits_of(launches) > 1:
-        whole, splits = attending.arguments["whole_tiles"], attending.arguments["SPLITS"]
+        whole, splits = attending.arguments["partial"].whole_tiles, attending.arguments["SPLITS"]
         tiles = (attending.grid[0] - whole) // splits + whole
         assert whole % multiprocessors == 0 and 2 <= splits <= configs.MAX_SPLITS
         assert (tiles - whole) * splits <= multiprocessors, "the last wave is one"
