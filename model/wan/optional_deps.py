@@ -1,4 +1,4 @@
-"""Helpers for the optional packages of the extra [wan], which are imported on first use."""
+"""The optional packages of the extra [wan]: errors that say how to install them, and checks of what they load."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
