@@ -63,8 +63,22 @@ def test_a_slowdown_is_caught(tmp_path):
 
 
 def test_nothing_to_compare_with_is_one_line(tmp_path):
-    words = ["-m", "pytest", "bench/test_cases.py", "-o", "addopts=", "-q", "--import-mode=importlib", "-p",
-             "no:cacheprovider", "--compare", "--size", "tiny", "--out", str(tmp_path)]  # fmt: skip
+    words = [
+        "-m",
+        "pytest",
+        "bench/test_cases.py",
+        "-o",
+        "addopts=",
+        "-q",
+        "--import-mode=importlib",
+        "-p",
+        "no:cacheprovider",
+        "--compare",
+        "--size",
+        "tiny",
+        "--out",
+        str(tmp_path),
+    ]
     done = subprocess.run([sys.executable, *words], cwd=ROOT, capture_output=True, text=True)
     said = done.stderr.strip().splitlines()
     assert done.returncode == 4 and len(said) == 1 and "nothing to compare with" in said[0], done.stdout + done.stderr

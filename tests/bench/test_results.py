@@ -21,9 +21,23 @@ CPU = torch.device("cpu")
 
 def row(ratio: float, **more) -> dict:
     spread = {"p20": ratio, "p50": ratio, "p80": ratio}
-    return {"case": "a/case", "level": "op", "size": "tiny", "dtype": "float32", "contender": OURS, "baseline": "none",
-            "seconds": spread, "over_baseline": spread, "ours_over_this": spread, "rounds": 5, "settings": {"top_k": 4},
-            "torch": "2", "commit": "c", "date": "2026-01-01", **more}  # fmt: skip
+    return {
+        "case": "a/case",
+        "level": "op",
+        "size": "tiny",
+        "dtype": "float32",
+        "contender": OURS,
+        "baseline": "none",
+        "seconds": spread,
+        "over_baseline": spread,
+        "ours_over_this": spread,
+        "rounds": 5,
+        "settings": {"top_k": 4},
+        "torch": "2",
+        "commit": "c",
+        "date": "2026-01-01",
+        **more,
+    }
 
 
 def test_one_round_decides_nothing(tmp_path):
