@@ -22,8 +22,8 @@ class Naive:
 
     def __init__(self, layout: CacheLayout):
         self.layout = layout
-        self.now = [{} for _ in range(layout.batch)]  # as the window holds them, re-cached ones included
-        self.first = [{} for _ in range(layout.batch)]  # as of their own clean pass: what sink and history keep
+        self.now = [{} for _ in range(layout.batch)]  # what the window holds, with re-cached frames replaced
+        self.first = [{} for _ in range(layout.batch)]  # what sink and history keep: frames of their own clean pass
 
     def numbers(self) -> list[Tensor]:
         """Fresh random keys, values and un-rotated keys of a chunk: (LAYERS, B, chunk tokens, HEADS, HEAD_DIM)."""
@@ -47,7 +47,7 @@ def write(cache: FrameCache, numbers: list[Tensor], remember: bool) -> None:
 
 
 def add_chunk(cache: FrameCache, naive: Naive) -> int:
-    """A chunk of two passes; the first leaves nothing behind."""
+    """Adds a chunk of two passes, of which the first leaves nothing behind; returns its first frame."""
     first_frame = cache.begin_chunk()
     write(cache, naive.numbers(), remember=False)
     numbers = naive.numbers()
@@ -72,7 +72,7 @@ def check_window(cache: FrameCache, naive: Naive, expected: list[int]) -> None:
 
 
 def check_memory(cache: FrameCache, naive: Naive, first_in_window: int) -> None:
-    """What memory_attention will see, followed through the slot table, is what these frames were when made."""
+    """Through the slot table, `memory_attention` finds every frame of the bank as its clean pass wrote it."""
     layout, bank = cache.layout, cache.bank()
     for layer in range(LAYERS):
         memory = cache.memory(layer)
@@ -92,7 +92,7 @@ def check_memory(cache: FrameCache, naive: Naive, first_in_window: int) -> None:
 
 
 def check_candidates(cache: FrameCache, naive: Naive) -> None:
-    """The means are those of the un-rotated keys, weighted lengths included, for every remembered frame."""
+    """Every remembered frame has the means of its un-rotated keys, each over as many tokens as `lengths` says."""
     candidates = cache.candidates()
     start = 0
     for n, length in enumerate(candidates.lengths):

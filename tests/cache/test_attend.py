@@ -1,4 +1,4 @@
-"""`attend_to_memory` writes a pass to the cache and attends to what it should, against the operator called by hand."""
+"""`attend_to_memory` writes a pass to the cache and attends as the operator does when it is called by hand."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ def rotation_of(first_frame: int) -> tuple[Tensor, Tensor]:
 
 
 def numbers() -> Tensor:
-    """Queries, keys and values of a chunk, all sharp enough for what is attended to to matter."""
+    """Queries, keys and values of a chunk, large enough that the output depends on which keys are attended to."""
     return 2 * torch.randn(3, 2, 18, 2, 8)
 
 
@@ -163,7 +163,7 @@ def test_a_frame_cache_is_written_from_projections_and_a_released_one_is_not():
 
 
 def test_the_model_hands_over_projections_unless_a_gradient_is_needed(monkeypatch):
-    """Either way the same numbers; with gradients those of the queries reach the model."""
+    """The numbers are the same either way, and with gradients those of the queries reach the model."""
     torch.manual_seed(2)
     config = ModelConfig(
         dim=16, ffn_dim=32, num_heads=2, num_layers=1, in_dim=4, out_dim=4, text_dim=8, text_len=5, freq_dim=8

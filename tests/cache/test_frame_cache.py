@@ -1,4 +1,4 @@
-"""The frame cache against a plain Python list of every frame ever written."""
+"""A `FrameCache` holds what a plain Python list of every frame ever written holds."""
 
 import random
 
@@ -48,7 +48,7 @@ def test_against_a_list_of_all_frames(sizes):
     layout = layout_of(**{"device_frames": 40, **sizes})
     cache, naive = FrameCache(layout), Naive(layout)
     for tensor in (cache._keys, cache._values, cache._descriptors, cache._means):
-        tensor.fill_(torch.nan)  # whatever is read before it was written shows
+        tensor.fill_(torch.nan)  # so that a value that is read before it was written shows
     for chunk in range(40):
         coming = chunk * layout.chunk_frames
         first_in_window = max(0, coming + layout.chunk_frames - layout.window_frames)
@@ -172,7 +172,7 @@ def test_a_switch_of_one_story_leaves_the_other_as_it_was():
 
 
 def test_views_and_tables_stay_where_they_are():
-    """A captured graph could go on reading them; nothing is reallocated or copied per pass."""
+    """Nothing is reallocated or copied per pass, so a CUDA graph can go on reading the same memory."""
     layout = layout_of(device_frames=5, host_frames=5)
     cache, naive = FrameCache(layout), Naive(layout)
     addresses = set()
@@ -287,7 +287,7 @@ def test_a_bad_bank_is_refused_and_the_old_one_stays():
         ([[3, 3]], "up to 3 different frames"),
         ([[4]], r"frames \[4\] are not among the 6 candidates"),
         ([[21]], r"frames \[21\] are not among"),
-        ([[0]], r"frames \[0\] are not among"),  # a sink frame is in the bank anyway
+        ([[0]], r"frames \[0\] are not among"),  # a sink frame, which is in the bank without being retrieved
         ([[3], [3]], "one list of frames per story, 1, got 2"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -307,7 +307,7 @@ def test_dense_says_when_the_history_has_outgrown_the_device():
 
 
 def test_one_layer_of_one_story():
-    """A cache per layer, as a model of somebody else's may want it; and a commit empties the bank."""
+    """Another project's model may want a cache per layer. Also, a commit empties the bank."""
     torch.manual_seed(0)
     layout = CacheLayout(
         1, 1, 4, 1, 4, chunk_frames=1, window_frames=2, sink_frames=1, bank_frames=1, device_frames=3, block_size=2

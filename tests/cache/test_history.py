@@ -45,7 +45,7 @@ def test_a_newcomer_is_not_the_first_to_go():
 
 
 def test_stories_of_a_batch_are_remembered_as_if_alone():
-    """Same frames remembered, on the same side, with small caps and different retrievals."""
+    """The same frames are remembered, and on the same side, with little room and different retrievals."""
     sizes = {"device_frames": 4, "host_frames": 2, "sink_frames": 1}
     together, naive = FrameCache(layout_of(**sizes, batch=2)), Naive(layout_of(**sizes, batch=2))
     alone = [FrameCache(layout_of(**sizes)) for _ in range(2)]

@@ -26,7 +26,7 @@ def text_keys(stories: int, tokens: int = 4) -> list[torch.Tensor]:
 
 
 def slow_scores(candidates: Candidates, keys: list[torch.Tensor], valid: list[int], score: str) -> torch.Tensor:
-    """The definitions, story by story and token by token, in float64."""
+    """The scores by their definition, story by story and token by token, in float64."""
     out = torch.zeros(len(valid), len(candidates.frames[0]), dtype=torch.float64)
     weights = torch.tensor(candidates.lengths, dtype=torch.float64)
     for layer in range(LAYERS):
@@ -76,7 +76,7 @@ def test_fewer_candidates_than_places():
 
 
 def planted(score_of: list[float], direction_of: list[int]) -> tuple[Candidates, list[torch.Tensor]]:
-    """Frames whose mean keys have a given relevance, and lie in the given directions besides."""
+    """Makes frames whose mean keys have a given relevance and, apart from that, point in given directions."""
     torch.manual_seed(0)
     text = F.normalize(torch.randn(HEADS, HEAD_DIM).flatten(), dim=0)
     others = torch.randn(max(direction_of) + 1, HEADS * HEAD_DIM)
@@ -148,7 +148,7 @@ def test_planted_frame_is_found_in_all_of_the_past_and_comes_back_from_host():
 
 
 def told_apart(words: list[list[float]]) -> tuple[Candidates, list[torch.Tensor]]:
-    """Candidates that score words[w][f] for word w: one layer, a head of which each word has a channel of its own."""
+    """Candidates of which frame f scores words[w][f] for word w: one layer, one head, and a channel for each word."""
     scores = torch.tensor(words)
     count, frames = scores.shape
     means = torch.zeros(1, 1, frames, 1, 1, count)
@@ -158,7 +158,7 @@ def told_apart(words: list[list[float]]) -> tuple[Candidates, list[torch.Tensor]
 
 
 def test_coverage_answers_every_word():
-    """Each word has its frames; the best by the mean over words are all the first word's."""
+    """Each word has frames of its own; by the mean over words, the best frames are all those of the first word."""
     candidates, keys = told_apart([[9, 9, 9, 0, 0, 0], [0, 0, 0, 0, 6, 0]])
     chosen = Coverage(2).choose(candidates, keys, lengths(2)).frames[0]
     assert set(chosen) & {10, 11, 12} and 14 in chosen
@@ -168,13 +168,13 @@ def test_coverage_answers_every_word():
 
 
 def test_coverage_takes_all_of_a_single_word_s_frames_first():
-    """A word without preference, such as a place's, takes no frame from the one that has its own."""
+    """A word that prefers no frame, such as that of a place, takes no frame from a word that has frames."""
     candidates, keys = told_apart([[0.1, 0, 0, 0.1, 0, 0, 0.2, 0], [0, 9, 0, 0, 9, 0, 0, 9]])
     assert set(Coverage(3).choose(candidates, keys, lengths(2)).frames[0]) == {11, 14, 17}
 
 
 def test_coverage_by_brute_force():
-    """The first frame has the largest gain, and so has every next one, by the definition."""
+    """Every frame in turn is one with the largest gain, worked out by the definition."""
     candidates, keys = random_candidates(2, 9), text_keys(2)
     valid = [4, 2]
     got = Coverage(4).choose(candidates, keys, lengths(*valid))

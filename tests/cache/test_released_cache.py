@@ -1,4 +1,4 @@
-"""The released bank's cache against plain lists of frames."""
+"""A `ReleasedCache` holds what plain lists of frames hold."""
 
 import io
 import random
@@ -18,7 +18,7 @@ def layout_of(**sizes) -> ReleasedLayout:
 
 
 class Naive:
-    """Every frame (LAYERS, TOKENS, HEADS, HEAD_DIM) keys and values ever written, and a bank per layer and story.
+    """Keeps the keys and values (LAYERS, TOKENS, HEADS, HEAD_DIM) of every frame, and a bank per layer and story.
 
     Re-cached frames replace what the window holds of them, and nothing else.
     """
@@ -53,7 +53,7 @@ class Naive:
                 self.kept[layer, story] = [bank[i][0] for i in order], [scores[i] for i in order]
 
     def put(self, first_frame: int, k: Tensor, v: Tensor, stories: list[bool] | None = None) -> None:
-        """k, v (LAYERS, B, chunk tokens, HEADS, HEAD_DIM); stories: re-cached ones."""
+        """k, v (LAYERS, B, chunk tokens, HEADS, HEAD_DIM). stories: which are re-cached; None: the chunk is new."""
         for story in range(self.layout.batch):
             for i in range(self.layout.chunk_frames):
                 frame = tuple(t[:, story, i * TOKENS : (i + 1) * TOKENS] for t in (k, v))
@@ -79,13 +79,13 @@ def write(cache: ReleasedCache, kv: Tensor) -> None:
 
 
 def multiset(keys: Tensor) -> Tensor:
-    """(tokens, HEADS, HEAD_DIM) in an order of their own: keys have none."""
+    """Sorts (tokens, HEADS, HEAD_DIM), because keys have no order."""
     flat = keys.flatten(1)
     return flat[flat[:, 0].argsort(stable=True)]
 
 
 def check(cache: ReleasedCache, naive: Naive, end: int, local: list[int]) -> None:
-    """What is attended to, dense and by frames, is what the lists say; all of it views."""
+    """What a pass attends to, densely and by frames, is what the lists say, and nothing of it is a copy."""
     layout = cache.layout
     assert sorted(cache.window_frames()) == local
     for layer in range(LAYERS):
@@ -139,7 +139,7 @@ def test_against_lists_of_frames(sizes):
         text = [torch.randn(layout.batch, 6, HEADS, HEAD_DIM) for _ in range(LAYERS)]
         naive.update_bank(text)
         cache.update_bank(text)
-        cache.update_bank([torch.randn(layout.batch, 6, HEADS, HEAD_DIM)] * LAYERS)  # again: nothing
+        cache.update_bank([torch.randn(layout.batch, 6, HEADS, HEAD_DIM)] * LAYERS)  # the second call changes nothing
         if naive.kept is not None:
             compressed += 1
             for (layer, story), (frames, scores) in naive.kept.items():
@@ -181,7 +181,7 @@ def reproducible(cache: ReleasedCache) -> Tensor:
 
 
 def run(cache: ReleasedCache, chunks: int) -> list[Tensor]:
-    """Chunks of reproducible numbers; what each saw."""
+    """Streams chunks of reproducible numbers; returns what each could attend to."""
     seen = []
     for _ in range(chunks):
         k, v, text = reproducible(cache)
@@ -216,11 +216,11 @@ def test_a_state_of_other_sizes_is_refused():
 
 
 @pytest.mark.parametrize("done", [1, 3, 12])
-def test_an_aborted_chunk_has_not_been(done):
+def test_after_an_aborted_chunk_the_stream_goes_on_to_the_same_bits(done):
     whole = run(ReleasedCache(layout_of()), done + 3)
     cache = ReleasedCache(layout_of())
     run(cache, done)
-    cache.abort()  # nothing is open: nothing to do
+    cache.abort()  # does nothing, because no chunk is open
     cache.update_bank(list(reproducible(cache)[2]))
     cache.begin_chunk()
     cache.write(0, *torch.randn(2, 2, cache.layout.chunk_tokens, HEADS, HEAD_DIM))

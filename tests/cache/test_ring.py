@@ -44,7 +44,7 @@ def stream(cache: RingCache, chunks: int) -> None:
 
 
 def assert_same_state(a: RingCache, b: RingCache) -> None:
-    """All of it but what nobody has written, which is NaN."""
+    """Compares everything but places that were never written, which are NaN."""
     for x, y in zip(tree_leaves(a.state_dict()), tree_leaves(b.state_dict()), strict=True):
         if isinstance(x, torch.Tensor):
             assert torch.equal(x.nan_to_num(), y.nan_to_num())

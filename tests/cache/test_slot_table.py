@@ -12,13 +12,13 @@ LAYOUT = CacheLayout(
 
 
 def chosen_of(chunk: int, candidates: int) -> torch.Tensor:
-    """(B, K) indices, in the order of preference."""
+    """Indices of chosen candidates (B, K), best first."""
     generator = torch.Generator().manual_seed(chunk)
     return torch.stack([torch.randperm(candidates, generator=generator)[:3] for _ in range(2)]).int()
 
 
 def make_chunk(cache: FrameCache, on_device: bool) -> tuple[list, list]:
-    """One chunk; the bank as the kernels see it, and as the user is told."""
+    """Streams a chunk; returns the bank as kernels read it and as the cache reports it."""
     candidates = cache.candidate_frames()
     if candidates[0]:
         indices = chosen_of(cache.committed, len(candidates[0]))
@@ -33,7 +33,8 @@ def make_chunk(cache: FrameCache, on_device: bool) -> tuple[list, list]:
     k, v = torch.randn(2, 2, 12, 1, 4)
     cache.write(0, k, v)
     cache.remember(0, k)
-    told = cache.bank() if cache.committed % 3 == 2 else []  # not in every chunk: some are read much later
+    # Not for every chunk, so that some choices are read much later.
+    told = cache.bank() if cache.committed % 3 == 2 else []
     cache.commit()
     return seen, told
 
@@ -47,7 +48,7 @@ def test_the_same_banks_and_the_same_frames_leave_the_device():
     assert moved == sorted(moved) and 3 < sum(moved) < 12, "both ways were taken"
     a, b = by_host.state_dict(), by_device.state_dict()
     assert a["history"] == b["history"]
-    # those of the ring have no descriptors
+    # Frames of the ring have no descriptors.
     assert all(torch.equal(x.nan_to_num(7), y.nan_to_num(7)) for x, y in zip(a["pools"], b["pools"], strict=True))
 
 

@@ -1,4 +1,4 @@
-"""A cache written from projections is the one written part by part."""
+"""A cache that is written from projections holds the same as one that is written part by part."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def write_at_once(cache, layer, q, k, v, rotation, norm, remember):
 
 
 def told(write, chunks: int = 8) -> tuple[FrameCache, list[torch.Tensor]]:
-    """A story of chunks in two passes each, and a prompt switch for the second story alone; all rotated queries."""
+    """Streams chunks of two passes each, with a prompt switch of the second story; returns all rotated queries too."""
     torch.manual_seed(0)
     cache, queries = FrameCache(LAYOUT), []
     norm = QKNorm(torch.randn(HEADS * HEAD_DIM), torch.randn(HEADS * HEAD_DIM), 1e-6)
@@ -69,7 +69,7 @@ def test_the_same_cache_to_the_bit():
     a, b = parts.state_dict(), once.state_dict()
     ring = [a["places"].index(place) for place in range(4, 10)]
     for name, x, y in zip(("keys", "values", "descriptors"), a["pools"], b["pools"], strict=True):
-        if name == "descriptors":  # nobody asks for those of the ring
+        if name == "descriptors":  # those of the ring are not used
             x[:, :, ring] = y[:, :, ring] = 0.0
         assert torch.equal(x, y), name
     assert torch.equal(a["means"][0], b["means"][0])
@@ -77,7 +77,7 @@ def test_the_same_cache_to_the_bit():
 
 
 def test_descriptors_are_not_taken_from_an_earlier_pass():
-    """The clean pass wrote keys and descriptors; a pass by parts then wrote other keys over them."""
+    """The descriptors of a clean pass are stale once a pass by parts has written other keys over its own."""
     torch.manual_seed(1)
     cache, norm = FrameCache(LAYOUT), QKNorm(torch.ones(16), torch.ones(16), 1e-6)
     cache.begin_chunk()

@@ -1,4 +1,4 @@
-"""Our processor in diffusers' transformer makes what our own model streams with the same weights, memory and noise."""
+"""Diffusers' transformer with our processor streams what our own model does with the same weights and noise."""
 
 import copy
 
@@ -31,7 +31,7 @@ PROMPTS = [("a", "b"), ("c", "b"), ("c", "d"), ("a", "a"), ("b", "c"), ("a", "b"
 
 
 def encode(prompts):
-    """A random embedding for every letter, as long as its place in the alphabet."""
+    """A random embedding for every letter; the further on in the alphabet, the longer."""
     out = torch.zeros(len(prompts), TEXT_LEN, 32)
     for row, prompt in zip(out, prompts, strict=True):
         length = ord(prompt) - ord("a") + 3

@@ -1,4 +1,4 @@
-"""Our attention in modules of the Self-Forcing kind, against such modules attending to all of their cache."""
+"""Our attention in modules of the Self-Forcing kind, compared with such modules as they are."""
 
 import math
 
@@ -17,7 +17,7 @@ T, DIM = ROWS * COLUMNS, HEADS * HEAD_DIM
 
 
 class TheirAttention(nn.Module):
-    """What such projects do, said shortly: write the chunk into the cache, evict the oldest but the sink, attend."""
+    """What such projects do, in short: evict the oldest frames but the sink, write the chunk to the cache, attend."""
 
     def __init__(self, sink_size=0):
         super().__init__()
@@ -77,7 +77,7 @@ def call(module, x, kv_cache, first_frame, **options):
 
 
 def both(kind=TheirAttention, **options):
-    """Their module, and the same one swapped inside a model."""
+    """A module of theirs, a copy of it that can be swapped, and a model around that copy."""
     theirs, ours = kind(**options), kind(**options)
     ours.load_state_dict(theirs.state_dict())
     model = nn.ModuleDict({"blocks": nn.ModuleList([nn.ModuleDict({"self_attn": ours, "other": nn.Linear(2, 2)})])})
@@ -87,7 +87,7 @@ def both(kind=TheirAttention, **options):
 @pytest.mark.parametrize("sink, capacity", [(0, 12), (3, 12), (1, 7)])
 @pytest.mark.parametrize("window", [1, 3, 5, 100])
 def test_all_blocks_are_their_full_attention(sink, capacity, window):
-    """Through filling, several passes per chunk, eviction and going back; with every block selected it is the same."""
+    """With every block selected, nothing differs while the cache fills, evicts, and is passed over again."""
     theirs, ours, model = both(sink_size=sink)
     assert swap_attention(model, window_frames=window, top_k=1000, block_size=4, query_group=7) == 1
     their_cache, our_cache = new_cache(capacity, 2), new_cache(capacity, 2)
@@ -102,7 +102,7 @@ def test_all_blocks_are_their_full_attention(sink, capacity, window):
 
 
 def test_old_frames_are_attended_to_by_blocks():
-    """Against the op called by hand, over keys that descriptors are made of anew."""
+    """Compared with the operator called by hand, which computes the descriptors itself."""
     cache, past = new_cache(20), 11 * T
     for first in range(0, 15, 3):
         q, k, v = torch.randn(3, 1, 3 * T, HEADS, HEAD_DIM)
@@ -121,7 +121,7 @@ def test_old_frames_are_attended_to_by_blocks():
 
 @pytest.mark.parametrize("block_size", [4, T], ids=["blocks", "a-frame-is-a-block"])
 def test_descriptors_move_with_the_keys_of_an_eviction(block_size):
-    """A cache that has evicted frames attends as one that is described anew from the same keys."""
+    """A cache that has evicted frames attends as one whose descriptors are computed from the same keys again."""
     attention = CacheAttention(window_frames=3, top_k=2, block_size=block_size, query_group=6)
     cache = new_cache(9)
     for first in range(0, 18, 3):
@@ -139,7 +139,7 @@ def test_caches_that_others_write_are_described_anew():
     cache, other = new_cache(20), new_cache(20)
     for first in (0, 3, 6):
         call(ours, torch.randn(1, 3 * T, DIM), cache, first)
-    # Somebody else's frames, as a recording begins with given ones, or after a reset in place.
+    # Other code resets the cache in place and fills it with other frames.
     restore_attention(model)
     for name in ("global_end_index", "local_end_index"):
         cache[name].zero_()
@@ -159,7 +159,7 @@ def test_host_reads_no_index_that_it_has_written(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "__int__", lambda self: reads.append(self.shape) or self.item())
     for first in (0, 0, 3, 3, 6):
         call(ours, torch.randn(1, 3 * T, DIM), cache, first)
-    assert reads.count(cache["global_end_index"].shape) == 2  # at the very first call, two indices
+    assert reads.count(cache["global_end_index"].shape) == 2  # two indices, at the very first call
 
 
 def test_later_kind_says_where_the_cache_ends():
@@ -170,7 +170,7 @@ def test_later_kind_says_where_the_cache_ends():
         x = torch.randn(1, 3 * T, DIM)
         (expected, their_end), (out, our_end) = call(theirs, x, their_cache, first), call(ours, x, our_cache, first)
         assert (out - expected).abs().max() <= 1e-5 and our_end == their_end
-    # Re-caching all nine frames at once: the sink keeps what it holds, unless it is asked for too.
+    # All nine frames are re-cached at once. The sink keeps what it holds, unless it is to be re-cached too.
     x, sink = torch.randn(1, 9 * T, DIM), our_cache["k"][:, : 3 * T].clone()
     call(ours, x, our_cache, 3)
     assert torch.equal(our_cache["k"][:, : 3 * T], sink)
