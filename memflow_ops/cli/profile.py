@@ -47,7 +47,6 @@ from memflow_ops.model.selection_profile.profile import check_profile, first_ful
 from memflow_ops.model.selection_profile.report import (
     GOALS,
     cheapest,
-    choices_of,
     describe_choice,
     profile_json,
     profile_table,
@@ -392,7 +391,6 @@ def _measure(
             block_sizes=profiled.block_sizes,
             query_groups=profiled.query_groups,
             sampling=sampling,
-            seed=sampling.seed,
             encode=profiled.encode,
             report=report,
             interrupts=interrupts,
@@ -412,13 +410,12 @@ def _conclusion(measured: SelectionProfile, rows: Sequence[ChoiceFigures]) -> st
     """What to take from a profile, in words."""
     goal, reaches = list(GOALS.items())[-1]
     best = cheapest(rows, reaches)
-    (choice,) = [c for c in choices_of(rows) if c == (best.blocks, best.block_size, best.query_group)]
     time = "" if best.ratio is None else f" and {best.ratio:.2f} times the time of the window alone"
     alone = next(row.error for row in rows if not row.top_k)
     return (
         f"{100 * measured.bank_mass:.0f} % of attention falls on the bank; without it the output is off by "
         f"{100 * alone:.0f} %. The {'quickest' if best.ratio else 'fewest keys'} for an {goal}: "
-        f"{describe_choice(choice, measured.frame_tokens)}, top_k {best.top_k}, with {100 * best.captured:.0f} % of "
-        f"the bank's mass in {100 * best.share:.0f} % of its keys{time}. Measured on {measured.calls} calls of "
+        f"{describe_choice(best.choice, measured.frame_tokens)}, top_k {best.top_k}, with {100 * best.captured:.0f} % "
+        f"of the bank's mass in {100 * best.share:.0f} % of its keys{time}. Measured on {measured.calls} calls of "
         f"attention in {len(measured.chunks)} chunks."
     )

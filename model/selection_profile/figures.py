@@ -1,31 +1,32 @@
-"""The figures of a selection profile."""
+"""The figures of a selection profile: what is sampled, what each choice gives at each budget, and the whole so far."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from memflow_ops.model.selection_profile.quality import Choice, ChoiceSums
+from memflow_ops.model.selection_profile.quality import Choice, ChoiceSums, Ranking
+from memflow_ops.model.selection_profile.timing import WINDOW_ALONE, TimedSetting
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """What is drawn of a stream, and how."""
+    """What is drawn of a stream, and how much of it."""
 
     chunks: int = 12
     """chunks measured, of those with a full bank"""
     calls: int = 12
-    """calls of attention, a layer in a pass, measured in each of these chunks"""
+    """calls of attention (a layer in a pass) measured in each of these chunks"""
     heads: int = 3
     """heads measured in each call, at most"""
     queries: int = 512
-    """queries measured in each call, at most; in whole groups"""
+    """queries measured in each call, at most, in whole groups"""
     rounds: int = 9
     """how often every setting is timed; 0: not at all"""
     seed: int = 0
-    """of all that is drawn"""
+    """of the stream's noise and of all that is drawn"""
 
     def __post_init__(self) -> None:
         for name, least in (("chunks", 1), ("calls", 1), ("heads", 1), ("queries", 1), ("rounds", 0), ("seed", 0)):
@@ -35,31 +36,35 @@ class Sampling:
 
 @dataclass(frozen=True)
 class ChoiceFigures:
-    """One way to choose at one budget."""
+    """What one way to choose blocks gives at one budget."""
 
-    blocks: str
+    blocks: Ranking
     block_size: int
     query_group: int | None
     top_k: int
     """blocks chosen; 0: the window alone"""
     keys: float
-    """keys that they hold, on average"""
+    """keys in the chosen blocks, on average"""
     share: float
     """of the bank's keys"""
     captured: float
-    """share of the dense attention mass on the bank that falls on the chosen blocks"""
+    """share of the bank's dense attention mass that falls on the chosen blocks"""
     captured_p20: float
-    """by calls and heads, each with its own share: the 20th percentile"""
+    """20th percentile of that share over calls and heads"""
     left_out: float
-    """share of all dense attention mass, window included, that falls on the others"""
+    """share of all dense attention mass, window included, that falls on the blocks not chosen"""
     error: float
-    """root mean square of the difference to the dense output over that of the dense output"""
+    """root mean square of the difference to the dense output, over that of the dense output"""
     seconds: float | None = None
-    """of `memory_attention`, median; None: not timed"""
+    """of one call of `memory_attention`, median; None: not timed"""
     ratio: float | None = None
-    """to the window alone, median of the pairs measured in turn, with its spread"""
+    """to the window alone: median, 20th and 80th percentile of the pairs measured in the same round"""
     ratio_p20: float | None = None
     ratio_p80: float | None = None
+
+    @property
+    def choice(self) -> Choice:
+        return Choice(self.blocks, self.block_size, self.query_group)
 
 
 @dataclass
@@ -72,22 +77,23 @@ class SelectionProfile:
     compared: list[Choice]
     calls: int = 0
     queries: int = 0
-    """times heads"""
+    """measured queries times heads"""
     chunks: list[int] = field(default_factory=list)
-    """whose calls were measured"""
+    """the chunks whose calls were measured"""
     sums: dict[Choice, ChoiceSums] = field(default_factory=dict)
     shares: dict[Choice, list[Tensor]] = field(default_factory=dict)
-    """captured of every call and head, (K, H)"""
-    seconds: dict[tuple[int, int | None, int], list[float]] = field(default_factory=dict)
-    """by block size, query group and top-k; (0, None, 0): the window alone"""
+    """for every call the share of the bank's mass that was captured, (budgets, heads)"""
+    seconds: dict[TimedSetting, list[float]] = field(default_factory=dict)
+    """seconds of every round"""
 
     @property
     def bank_mass(self) -> float:
-        """The share of all attention that the bank gets."""
+        """The share of all attention that falls on the bank."""
         some = next(iter(self.sums.values()))
         return (some.bank.sum() / self.queries).item()
 
     def add(self, chunk: int, found: Sequence[dict[Choice, ChoiceSums]]) -> None:
+        """Adds the measured calls of one chunk."""
         self.chunks.append(chunk)
         for call in found:
             self.calls += 1
@@ -98,38 +104,42 @@ class SelectionProfile:
                 self.sums[choice] = _added(self.sums.get(choice), new)
 
     def figures(self) -> list[ChoiceFigures]:
-        rows = []
-        window = self.seconds.get((0, None, 0), [])
-        for choice, total in self.sums.items():
-            shares = torch.cat(self.shares[choice], 1)
-            low = shares.quantile(0.2, dim=1).tolist()
-            for i, top_k in enumerate(total.budgets):
-                taken = self.seconds.get((*choice[1:], top_k), []) if choice.blocks == "top" else []
-                ratios = sorted(ours / alone for ours, alone in zip(taken, window, strict=True)) if taken else []
-                spread = [ratios[round(q * (len(ratios) - 1))] for q in (0.5, 0.2, 0.8)] if ratios else [None] * 3
-                captured, bank = total.captured[i].sum(), total.bank.sum()
-                keys = (total.keys[i].sum() / self.queries).item()
-                rows.append(
-                    ChoiceFigures(
-                        *choice,
-                        top_k,
-                        keys=keys,
-                        share=keys / (self.frames * self.frame_tokens),
-                        captured=_share(captured, bank).item(),
-                        captured_p20=low[i],
-                        left_out=((bank - captured) / self.queries).item(),
-                        error=(total.error[i].sum() / total.dense.sum()).sqrt().nan_to_num(nan=0.0).item(),
-                        seconds=statistics.median(taken) if taken else None,
-                        ratio=spread[0],
-                        ratio_p20=spread[1],
-                        ratio_p80=spread[2],
-                    )
-                )
-        return rows
+        """The figures of every choice at every budget, choice by choice, from the smallest budget on."""
+        return [figures for choice in self.sums for figures in self._figures_of(choice)]
+
+    def _figures_of(self, choice: Choice) -> Iterator[ChoiceFigures]:
+        total = self.sums[choice]
+        low = torch.cat(self.shares[choice], 1).quantile(0.2, dim=1).tolist()
+        for i, top_k in enumerate(total.budgets):
+            captured, bank = total.captured[i].sum(), total.bank.sum()
+            keys = (total.keys[i].sum() / self.queries).item()
+            seconds, ratio, ratio_p20, ratio_p80 = self._times(choice, top_k)
+            yield ChoiceFigures(
+                *choice,
+                top_k,
+                keys=keys,
+                share=keys / (self.frames * self.frame_tokens),
+                captured=_share(captured, bank).item(),
+                captured_p20=low[i],
+                left_out=((bank - captured) / self.queries).item(),
+                error=(total.error[i].sum() / total.dense.sum()).sqrt().nan_to_num(nan=0.0).item(),
+                seconds=seconds,
+                ratio=ratio,
+                ratio_p20=ratio_p20,
+                ratio_p80=ratio_p80,
+            )
+
+    def _times(self, choice: Choice, top_k: int) -> Sequence[float | None]:
+        """Seconds and the three ratios to the window alone; four times None where this setting was not timed."""
+        taken = self.seconds.get((choice.block_size, choice.query_group, top_k), [])
+        if choice.blocks != "top" or not taken:
+            return [None] * 4
+        ratios = sorted(ours / alone for ours, alone in zip(taken, self.seconds[WINDOW_ALONE], strict=True))
+        return [statistics.median(taken), *(ratios[round(q * (len(ratios) - 1))] for q in (0.5, 0.2, 0.8))]
 
 
 def _share(captured: Tensor, bank: Tensor) -> Tensor:
-    """Where there is nothing to capture, all of it is captured."""
+    """captured / bank; where there is nothing to capture, all of it counts as captured."""
     return (captured / bank).nan_to_num(nan=1.0)
 
 

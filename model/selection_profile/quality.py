@@ -4,8 +4,8 @@ The truth is dense attention over the local window and the whole memory bank, in
 sum of its keys' probabilities there. Each way to choose ranks all blocks for every query, so that its choices for all
 budgets are found at once: the first k of the ranking are exactly what `select_blocks` takes.
 
-The oracle ranks by the true mass that a query group gives to a block: no choice of as many blocks, the same for the
-group, captures more. (Of the output's error it is not the least: that would take a search.)
+The oracle ranks by the true mass that a query group gives to a block. No choice of as many blocks, the same for the
+group, captures more. (The oracle's output error is not the least possible one; to find that would take a search.)
 """
 
 import math
@@ -21,14 +21,14 @@ from memflow_ops import describe_blocks
 
 Ranking = Literal["top", "oracle", "random"]
 ELEMENTS = 1 << 25
-"""Numbers of the largest intermediate result: 128 MiB in float32. A few of that size are held at a time."""
+"""Numbers in the largest intermediate result: 128 MiB in float32. A few of that size are held at a time."""
 
 
 class Choice(NamedTuple):
     """A way to choose blocks of the bank, for any budget."""
 
     blocks: Ranking
-    """those of the highest score, as `select_blocks`; of the most true mass; drawn anew for every query"""
+    """those of the highest score, as `select_blocks`; those of the most true mass; or random ones for every query"""
     block_size: int
     query_group: int | None
     """consecutive queries that share a selection; None: the whole chunk"""
@@ -36,18 +36,20 @@ class Choice(NamedTuple):
 
 @dataclass(frozen=True)
 class SampledCall:
-    """One call of attention, of one story and H heads: what its chunk's queries may choose from."""
+    """One call of attention, of one story and H heads, with the queries that are measured."""
 
     q: Tensor
-    """(H, Lq, D), all queries of the chunk, as they were: their means make the groups' descriptors"""
-    rows: Tensor
-    """(n,) int64, ascending: the queries that are measured"""
+    """(H, Lq, D), all queries of the chunk: their means make the groups' descriptors"""
+    measured: Tensor
+    """(n,) int64, ascending: indices of the queries that are measured"""
     k: Tensor
-    """(H, Lk, D), the local window, always attended to; Lk may be 0"""
+    """(H, Lk, D), keys of the local window, always attended to; Lk may be 0"""
     v: Tensor
+    """(H, Lk, D)"""
     bank_k: Tensor
-    """(H, frames, T, D)"""
+    """(H, F, T, D), F frames of T tokens"""
     bank_v: Tensor
+    """(H, F, T, D)"""
 
     @property
     def frame_tokens(self) -> int:
@@ -60,20 +62,22 @@ class SampledCall:
 
 @dataclass
 class ChoiceSums:
-    """Sums over the measured queries, per budget (K,) and head (H,), float64, on the CPU. Budget 0 is the window
-    alone, the last all blocks."""
+    """Sums over the measured queries, per budget (K,) and head (H,), float64, on the CPU.
+
+    Budget 0 is the window alone, and the last budget takes all blocks.
+    """
 
     budgets: list[int]
     captured: Tensor  # (K, H) mass in the chosen blocks
     bank: Tensor  # (H,) mass in all blocks
     error: Tensor  # (K, H) squared distance to the dense output
-    dense: Tensor  # (H,) its squared length
+    dense: Tensor  # (H,) squared length of the dense output
     keys: Tensor  # (K, H) keys of the chosen blocks
     queries: int
 
 
 def budgets(blocks: int) -> list[int]:
-    """Of `blocks` blocks 0, 1, 2, 3, 4, 6, 8, 12, ... and all."""
+    """The budgets for a bank of so many blocks: 0, 1, 2, 3, 4, 6, 8, 12, ... and all."""
     steps = {0, 1, blocks}
     for power in range(1, blocks.bit_length()):
         steps |= {1 << power, 3 << power - 1}
@@ -83,10 +87,10 @@ def budgets(blocks: int) -> list[int]:
 def choices_to_compare(
     block_sizes: Sequence[int], query_groups: Sequence[int | None], frame_tokens: int
 ) -> list[Choice]:
-    """All that `measure_call` compares: the groups' own and the oracle's choices, random ones, and whole frames chosen
-    once for the chunk by their means, as the released MemFlow activates them.
+    """All choices that `measure_call` compares.
 
-    A ValueError for sizes that cannot be.
+    These are the groups' own choices and the oracle's, random ones, and whole frames chosen once for the chunk by their
+    means, as the released MemFlow activates them. Impossible sizes raise a ValueError.
     """
     for name, sizes in (("block_size", block_sizes), ("query_group", query_groups)):
         if not sizes:
@@ -106,82 +110,87 @@ def choices_to_compare(
 
 
 def measure_call(
-    view: SampledCall, compared: Sequence[Choice], generator: torch.Generator | None = None
+    call: SampledCall, compared: Sequence[Choice], generator: torch.Generator | None = None
 ) -> dict[Choice, ChoiceSums]:
-    """What each choice captures and misses at every budget. generator: of the random choices, on the CPU."""
+    """What each choice captures and misses at every budget. generator (on the CPU): of the random choices."""
     measured: dict[Choice, ChoiceSums] = {}
     for size in dict.fromkeys(choice.block_size for choice in compared):
         of_size = [choice for choice in compared if choice.block_size == size]
-        measured.update(_measure(view, of_size, size, generator))
+        measured.update(_measure(call, of_size, size, generator))
     return {choice: measured[choice] for choice in compared}
 
 
 def _measure(
-    view: SampledCall, compared: Sequence[Choice], block: int, generator: torch.Generator | None
+    call: SampledCall, compared: Sequence[Choice], block: int, generator: torch.Generator | None
 ) -> Iterator[tuple[Choice, ChoiceSums]]:
-    heads, size = view.q.shape[0], view.q.shape[-1]
-    bank_v = _blocks(_wide(view.bank_v).permute(0, 3, 1, 2), block).permute(0, 2, 3, 1)  # [H, N, block, D]
-    lengths = _blocks(view.bank_k.new_ones(1, *view.bank_k.shape[1:3]), block).sum(-1)  # [1, N]
+    """Measures all choices of one block size, in parts of the queries that fit into ELEMENTS numbers."""
+    heads, size = call.q.shape[0], call.q.shape[-1]
+    bank_v = _blocks(_wide(call.bank_v).permute(0, 3, 1, 2), block).permute(0, 2, 3, 1)  # [H, N, block, D]
+    lengths = _blocks(call.bank_k.new_ones(1, *call.bank_k.shape[1:3]), block).sum(-1)  # [1, N]
     count = lengths.shape[-1]
-    steps = torch.tensor(budgets(count), device=view.q.device)
+    steps = torch.tensor(budgets(count), device=call.q.device)
     first_budget = torch.bucketize(torch.arange(count, device=steps.device), steps, right=True)  # by rank
-    per_row = heads * (view.k.shape[1] + 2 * view.bank_tokens + (count + len(steps)) * (size + 2))
-    parts = view.rows.split(max(1, ELEMENTS // per_row))
+    per_query = heads * (call.k.shape[1] + 2 * call.bank_tokens + (count + len(steps)) * (size + 2))
+    parts = call.measured.split(max(1, ELEMENTS // per_query))
 
-    masses = torch.cat([_blocks(_attention(view, rows)[2], block).sum(-1) for rows in parts], 1)  # [H, n, N]
-    ranked = [_ranked(view, choice, masses, generator) for choice in compared]
-    sums = [torch.zeros(len(steps), 4, heads, dtype=torch.float64, device=view.q.device) for _ in compared]
-    for part, rows in zip(torch.arange(len(view.rows), device=steps.device).split(len(parts[0])), parts, strict=True):
-        window_out, window_mass, p = _attention(view, rows)
+    masses = torch.cat([_blocks(_attention(call, queries)[2], block).sum(-1) for queries in parts], 1)  # [H, n, N]
+    ranked = [_ranked(call, choice, masses, generator) for choice in compared]
+    sums = [torch.zeros(len(steps), 4, heads, dtype=torch.float64, device=call.q.device) for _ in compared]
+    places = torch.arange(len(call.measured), device=steps.device).split(len(parts[0]))
+    for part, queries in zip(places, parts, strict=True):
+        window_out, window_mass, p = _attention(call, queries)
         weights = _blocks(p, block)  # [H, n, N, block]
         outs = torch.einsum("hnjt,hjtd->hnjd", weights, bank_v)
-        extra = torch.stack([masses[:, part], lengths.expand(heads, len(rows), -1)], -1).to(outs)
+        extra = torch.stack([masses[:, part], lengths.expand(heads, len(queries), -1)], -1).to(outs)
         table = torch.cat([outs, extra], -1)  # [H, n, N, D + 2]
         for (ranks, member), total in zip(ranked, sums, strict=True):
-            # rankings nest: what each budget adds to the one before, summed up
+            # Rankings nest: a budget's sum is that of the budget before and what it adds to it.
             added = first_budget[ranks[:, member[part]]][..., None].expand_as(table)  # [H, n, N, D + 2]
             found = table.new_zeros(*table.shape[:2], len(steps), size + 2).scatter_add_(2, added, table).cumsum(2)
             mass, keys = found[..., size], found[..., size + 1]
             out = (window_out[:, :, None] + found[..., :size]) / (window_mass[:, :, None] + mass)[..., None]
-            out = out.nan_to_num(nan=0.0)  # no window and no block
+            out = out.nan_to_num(nan=0.0)  # without window and block there is nothing to attend to
             dense = out[:, :, -1:]
             squares = [(out - dense).square().sum(-1), dense.square().sum(-1).expand_as(mass)]
             total += torch.stack([mass, keys, *squares]).double().sum(2).permute(2, 0, 1)
     for choice, total in zip(compared, sums, strict=True):
         captured, keys, error, dense = total.cpu().unbind(1)
-        yield (
-            choice,
-            ChoiceSums(steps.tolist(), captured, captured[-1], error, dense[-1], keys, len(view.rows)),
-        )
+        yield choice, ChoiceSums(steps.tolist(), captured, captured[-1], error, dense[-1], keys, len(call.measured))
 
 
-def _attention(view: SampledCall, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Dense attention of some queries: of the window the sum of its weighted values [H, n, D] and its mass [H, n], of
-    the bank the probability of every key [H, n, F, T]."""
-    q = _wide(view.q[:, rows]) * view.q.shape[-1] ** -0.5
-    near, far = q @ _wide(view.k).mT, q @ _wide(view.bank_k).flatten(1, 2).mT
+def _attention(call: SampledCall, queries: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Dense attention of some queries, given by their indices (n,).
+
+    Gives the sum of the window's weighted values [H, n, D], the window's mass [H, n], and the probability of every key
+    of the bank [H, n, F, T].
+    """
+    q = _wide(call.q[:, queries]) * call.q.shape[-1] ** -0.5
+    near, far = q @ _wide(call.k).mT, q @ _wide(call.bank_k).flatten(1, 2).mT
     total = torch.logaddexp(near.logsumexp(-1), far.logsumexp(-1))[..., None]
     near, far = near.sub_(total).exp_(), far.sub_(total).exp_()
-    return near @ _wide(view.v), near.sum(-1), far.unflatten(-1, view.bank_k.shape[1:3])
+    return near @ _wide(call.v), near.sum(-1), far.unflatten(-1, call.bank_k.shape[1:3])
 
 
 def _ranked(
-    view: SampledCall, choice: Choice, masses: Tensor, generator: torch.Generator | None
+    call: SampledCall, choice: Choice, masses: Tensor, generator: torch.Generator | None
 ) -> tuple[Tensor, Tensor]:
-    """The rank of every block for each group that has measured queries [H, G, N], and each one's group (n,)."""
+    """How a choice ranks the blocks. masses [H, n, N]: the true mass of every block for every measured query.
+
+    Gives the rank of every block for each group that has measured queries [H, G, N], and each query's group (n,).
+    """
     if choice.blocks == "random":
         ranks = torch.rand(masses.shape, generator=generator).argsort(-1).to(masses.device)
-        return ranks, torch.arange(len(view.rows), device=masses.device)
-    group = choice.query_group or view.q.shape[1]
-    present, member = torch.unique(view.rows // group, return_inverse=True)
+        return ranks, torch.arange(len(call.measured), device=masses.device)
+    group = choice.query_group or call.q.shape[1]
+    present, member = torch.unique(call.measured // group, return_inverse=True)
     if choice.blocks == "oracle":
         scores = masses.new_zeros(masses.shape[0], len(present), masses.shape[2]).index_add_(1, member, masses)
     else:
         descriptors = describe_blocks(
-            view.bank_k.flatten(1, 2).transpose(0, 1)[None], choice.block_size, view.frame_tokens
+            call.bank_k.flatten(1, 2).transpose(0, 1)[None], choice.block_size, call.frame_tokens
         )
-        means = [_wide(view.q[:, group * g : group * (g + 1)]).mean(1) for g in present.tolist()] if group > 1 else []
-        queries = torch.stack(means, 1) if means else _wide(view.q[:, present])
+        means = [_wide(call.q[:, group * g : group * (g + 1)]).mean(1) for g in present.tolist()] if group > 1 else []
+        queries = torch.stack(means, 1) if means else _wide(call.q[:, present])
         scores = queries @ _wide(descriptors[0]).permute(1, 2, 0)
     order = scores.nan_to_num(nan=-torch.inf).sort(dim=-1, descending=True, stable=True).indices
     places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
@@ -189,10 +198,11 @@ def _ranked(
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:
-    """[..., F, T] of every token -> [..., N, block] of every block; where a frame's last block is short, zeros."""
+    """[..., F, T], a number per token -> [..., N, block], those of every block. A short last block ends in zeros."""
     padded = F.pad(x, (0, -x.shape[-1] % block))
     return padded.unflatten(-1, (-1, block)).flatten(-3, -2)
 
 
 def _wide(x: Tensor) -> Tensor:
+    """In float32 or wider."""
     return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -3,35 +3,35 @@
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from typing import Any, cast
+from typing import Any
 
 from memflow_ops.model.selection_profile.figures import ChoiceFigures, Sampling, SelectionProfile
-from memflow_ops.model.selection_profile.quality import Choice, Ranking
+from memflow_ops.model.selection_profile.quality import Choice
 
 GOALS: dict[str, Callable[[ChoiceFigures], bool]] = {
-    "80 % of the mass": lambda row: row.captured >= 0.8,
-    "95 %": lambda row: row.captured >= 0.95,
-    "error of 5 %": lambda row: row.error <= 0.05,
+    "80 % of the mass": lambda figures: figures.captured >= 0.8,
+    "95 %": lambda figures: figures.captured >= 0.95,
+    "error of 5 %": lambda figures: figures.error <= 0.05,
 }
+"""The goals whose cost the table states; a recommendation goes by the last one."""
 
 
-# ---------------------------------------------------------------------------------------------------------------- words
-
-
-def choices_of(rows: Sequence[ChoiceFigures]) -> list[Choice]:
-    """The ways to choose that the rows are of."""
-    return list(dict.fromkeys(_choice(row) for row in rows))
-
-
-def _choice(row: ChoiceFigures) -> Choice:
-    return Choice(cast(Ranking, row.blocks), row.block_size, row.query_group)
+def choices_of(figures: Sequence[ChoiceFigures]) -> list[Choice]:
+    """The ways to choose that the figures belong to."""
+    return list(dict.fromkeys(one.choice for one in figures))
 
 
 def smallest_enough(
-    rows: Sequence[ChoiceFigures], choice: Choice, goal: Callable[[ChoiceFigures], bool]
+    figures: Sequence[ChoiceFigures], choice: Choice, goal: Callable[[ChoiceFigures], bool]
 ) -> ChoiceFigures:
-    """A choice at the smallest budget that reaches a goal; all blocks reach every one."""
-    return next(row for row in rows if _choice(row) == choice and goal(row))
+    """A choice at the smallest budget that reaches a goal. All blocks together reach every goal."""
+    return next(one for one in figures if one.choice == choice and goal(one))
+
+
+def cheapest(figures: Sequence[ChoiceFigures], goal: Callable[[ChoiceFigures], bool]) -> ChoiceFigures:
+    """The setting that reaches a goal in the least time; where nothing was timed, the one with the fewest keys."""
+    reached = [smallest_enough(figures, choice, goal) for choice in choices_of(figures) if choice.blocks == "top"]
+    return min(reached, key=lambda one: (one.ratio or 0.0, one.keys))
 
 
 def describe_choice(choice: Choice, frame_tokens: int) -> str:
@@ -45,37 +45,28 @@ def describe_choice(choice: Choice, frame_tokens: int) -> str:
     return f"{what}, {who}{released}" + (", oracle" if blocks == "oracle" else "")
 
 
-def profile_table(rows: Sequence[ChoiceFigures], frame_tokens: int) -> str:
-    """What every choice needs to reach each goal, and in brackets what the oracle would; fixed-width text."""
-    found = choices_of(rows)
-    cells = [["selection", *(word for goal in GOALS for word in (f"{goal}: top_k", "of bank (oracle)", "time"))]]
-    for choice in found:
+def profile_table(figures: Sequence[ChoiceFigures], frame_tokens: int) -> str:
+    """What every choice needs to reach each goal, and in brackets what the oracle needs; fixed-width text."""
+    choices = choices_of(figures)
+    lines = [["selection", *(word for goal in GOALS for word in (f"{goal}: top_k", "of bank (oracle)", "time"))]]
+    for choice in choices:
         if choice.blocks == "oracle":
             continue
         line, oracle = [describe_choice(choice, frame_tokens)], choice._replace(blocks="oracle")
         for goal in GOALS.values():
-            row = smallest_enough(rows, choice, goal)
-            best = f" ({100 * smallest_enough(rows, oracle, goal).share:.0f})" if oracle in found else ""
-            line += [
-                str(row.top_k),
-                f"{100 * row.share:.0f} %{best}",
-                "-" if row.ratio is None else f"{row.ratio:.2f} x",
-            ]
-        cells.append(line)
-    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in cells]
+            found = smallest_enough(figures, choice, goal)
+            best = f" ({100 * smallest_enough(figures, oracle, goal).share:.0f})" if oracle in choices else ""
+            time = "-" if found.ratio is None else f"{found.ratio:.2f} x"
+            line += [str(found.top_k), f"{100 * found.share:.0f} %{best}", time]
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])] for line in lines]
     return "\n".join("  ".join(line).rstrip() for line in padded)
 
 
-def cheapest(rows: Sequence[ChoiceFigures], goal: Callable[[ChoiceFigures], bool]) -> ChoiceFigures:
-    """The setting that reaches a goal in the least time; where nothing was timed, with the fewest keys."""
-    reached = [smallest_enough(rows, choice, goal) for choice in choices_of(rows) if choice.blocks == "top"]
-    return min(reached, key=lambda row: (row.ratio or 0.0, row.keys))
-
-
 def profile_json(measured: SelectionProfile, about: dict[str, Any], sampling: Sampling, *, interrupted: bool) -> str:
-    """As JSON."""
-    said = {
+    """The profile as JSON, its numbers rounded to six digits. about: what the results say of the stream."""
+    results = {
         **about,
         "sampling": asdict(sampling),
         "interrupted": interrupted,
@@ -85,11 +76,10 @@ def profile_json(measured: SelectionProfile, about: dict[str, Any], sampling: Sa
         "calls_measured": measured.calls,
         "queries_times_heads_measured": measured.queries,
         "bank_mass": _rounded(measured.bank_mass),
-        "rows": [{name: _rounded(x) for name, x in asdict(row).items()} for row in measured.figures()],
+        "rows": [{name: _rounded(x) for name, x in asdict(one).items()} for one in measured.figures()],
     }
-    return json.dumps(said, indent=1, allow_nan=False) + "\n"
+    return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
 def _rounded(x: Any) -> Any:
-    """To six digits."""
     return float(f"{x:.6g}") if isinstance(x, float) else x

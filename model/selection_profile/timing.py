@@ -1,9 +1,8 @@
-"""The time of one attention call per choice."""
+"""The time that one call of `memory_attention` takes with each setting."""
 
 import random
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,10 +11,12 @@ from memflow_ops import describe_blocks, memory_attention
 from memflow_ops.cache.views import Memory
 from memflow_ops.model.selection_profile.quality import Choice, budgets
 
+TimedSetting = tuple[int, int | None, int]
+"""block_size, query_group and top_k of a timed call."""
+WINDOW_ALONE: TimedSetting = (0, None, 0)
+"""The call without memory, to which all others are compared."""
 CALLS = 3
-
-
-# ----------------------------------------------------------------------------------------------------------------- time
+"""Calls in a row of which a round takes the quickest."""
 
 
 def time_choices(
@@ -25,30 +26,31 @@ def time_choices(
     frame_tokens: int,
     compared: Sequence[Choice],
     rounds: int,
-) -> dict[tuple[int, int | None, int], list[float]]:
-    """Seconds of `memory_attention` with stored descriptors, by setting and round; (0, None, 0): the window alone.
+) -> dict[TimedSetting, list[float]]:
+    """Seconds of `memory_attention` with stored descriptors: setting -> the seconds of every round.
 
-    A round goes through all settings in an order of its own, so that other load touches all alike, and takes the
-    quickest of three calls. One round more is run first and not counted.
+    q (B, Lq, H, D); window: its keys and values, (B, Lk, Hkv, D) each. Every choice of the highest scores is timed at
+    every budget.
+
+    A round goes through all settings in an order of its own, so that other load touches all alike. One more round is
+    run first and not counted.
     """
-    calls: dict[tuple[int, int | None, int], Callable[[], object]] = {
-        (0, None, 0): lambda: memory_attention(q, *window)
-    }
+    calls: dict[TimedSetting, Callable[[], object]] = {WINDOW_ALONE: lambda: memory_attention(q, *window)}
     frames = memory.slots.shape[1]
     for size in sorted({choice.block_size for choice in compared}):
         descriptors = describe_blocks(memory.keys, size, frame_tokens)
         for group in {c.query_group: None for c in compared if c.block_size == size and c.blocks == "top"}:
             for top_k in budgets(frames * -(-frame_tokens // size))[1:]:
-                options: dict[str, Any] = {"top_k": top_k, "block_size": size, "query_group": group}
-                calls[size, group, top_k] = _call(q, window, memory, descriptors, frame_tokens, options)
-    taken: dict[tuple[int, int | None, int], list[float]] = {key: [] for key in calls}
+                setting = size, group, top_k
+                calls[setting] = _call(q, window, memory, descriptors, frame_tokens, setting)
+    taken: dict[TimedSetting, list[float]] = {setting: [] for setting in calls}
     order, draw = list(calls), random.Random(0)
     for number in range(rounds + 1):
         draw.shuffle(order)
-        for key in order:
-            seconds = min(_seconds(calls[key], q.device) for _ in range(CALLS))
+        for setting in order:
+            seconds = min(_seconds(calls[setting], q.device) for _ in range(CALLS))
             if number:
-                taken[key].append(seconds)
+                taken[setting].append(seconds)
     return taken
 
 
@@ -58,18 +60,21 @@ def _call(
     memory: Memory,
     descriptors: Tensor,
     frame_tokens: int,
-    options: dict[str, Any],
+    setting: TimedSetting,
 ) -> Callable[[], object]:
+    block_size, query_group, top_k = setting
     return lambda: memory_attention(
         q,
         *window,
         memory.keys,
         memory.values,
         memory_descriptors=descriptors,
+        top_k=top_k,
+        block_size=block_size,
         frame_tokens=frame_tokens,
+        query_group=query_group,
         memory_frames=memory.frames,
         memory_slots=memory.slots,
-        **options,
     )
 
 

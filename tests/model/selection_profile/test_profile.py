@@ -134,8 +134,8 @@ def test_what_is_measured_is_the_stream_s_attention(model, spoken, monkeypatch):
             dense.append(out)
         return out
 
-    def watch(view, compared, generator):
-        seen.append((view, measure_call(view, compared, generator)))
+    def watch(call, compared, generator):
+        seen.append((call, measure_call(call, compared, generator)))
         return seen[-1][1]
 
     whole = attend.memory_attention
@@ -146,21 +146,21 @@ def test_what_is_measured_is_the_stream_s_attention(model, spoken, monkeypatch):
     measured = last(model, [(one,) for one, _ in spoken], settings, sampling=sampling)
     assert len(seen) == calls and measured.calls == calls
     choice = Choice("oracle", 4, 1)
-    for (view, found), out in zip(seen, dense[-calls:], strict=True):
-        assert view.bank_k.shape == (4, 5, 16, 8) and view.k.shape == (4, 96, 8)
+    for (call, found), out in zip(seen, dense[-calls:], strict=True):
+        assert call.bank_k.shape == (4, 5, 16, 8) and call.k.shape == (4, 96, 8)
         torch.testing.assert_close(found[choice].dense, out.double().square().sum((0, 1, 3)), rtol=1e-4, atol=0)
 
 
 def test_query_groups_are_measured_whole(model, spoken, monkeypatch):
-    rows = []
+    measured = []
     monkeypatch.setattr(
         selection_profile_profile,
         "measure_call",
-        lambda view, *rest: rows.append(view.rows.tolist()) or measure_call(view, *rest),
+        lambda call, *rest: measured.append(call.measured.tolist()) or measure_call(call, *rest),
     )
     last(model, spoken, SETTINGS, sampling=Sampling(chunks=2, calls=3, queries=20, rounds=0), query_groups=[4, 6, 1])
-    assert len(rows) == 6 and len({tuple(some) for some in rows}) > 1
-    for some in rows:
+    assert len(measured) == 6 and len({tuple(some) for some in measured}) > 1
+    for some in measured:
         assert len(some) == 12 and some[0] % 12 == 0 and some == list(range(some[0], some[0] + 12))
 
 

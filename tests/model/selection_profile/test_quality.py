@@ -12,7 +12,7 @@ from memflow_ops.model.selection_profile import quality
 from memflow_ops.model.selection_profile.quality import Choice, SampledCall, budgets, choices_to_compare, measure_call
 
 
-def random_view(
+def random_call(
     heads=2, queries=11, window=5, frames=3, tokens=7, size=4, rows=None, seed=0, whole=False
 ) -> SampledCall:
     generator = torch.Generator().manual_seed(seed)
@@ -38,10 +38,10 @@ def test_a_case_by_hand():
     weights = torch.tensor([[[1, 5, 2], [3, 1, 4]]], dtype=torch.float64)
     values = torch.tensor([[[1.0], [1], [9]], [[0], [0], [18]]], dtype=torch.float64)[None]
     one = torch.ones(1, 1, 1, dtype=torch.float64)
-    view = SampledCall(
+    call = SampledCall(
         one, torch.tensor([0]), one * torch.tensor(2.0).double().log(), one * 0, weights.log()[..., None], values
     )
-    found = measure_call(view, [Choice(blocks, 2, 1) for blocks in ("top", "oracle")])
+    found = measure_call(call, [Choice(blocks, 2, 1) for blocks in ("top", "oracle")])
     top, oracle = found.values()
     assert top.budgets == oracle.budgets == [0, 1, 2, 3, 4] and top.queries == 1
     expected = {"top": [0, 4, 10, 12, 16], "oracle": [0, 6, 10, 14, 16]}
@@ -59,8 +59,8 @@ def test_a_group_is_judged_as_a_whole():
     """Two queries that want different blocks: alone each gets its own, together they must share one."""
     q = torch.tensor([[[4.0, 0], [0, 3]]], dtype=torch.float64)
     bank = torch.tensor([[[[2.0, 0]], [[0, 2]]]], dtype=torch.float64)
-    view = SampledCall(q, torch.arange(2), q[:, :0], q[:, :0], bank, bank)
-    alone, together = measure_call(view, [Choice("oracle", 1, 1), Choice("oracle", 1, 2)]).values()
+    call = SampledCall(q, torch.arange(2), q[:, :0], q[:, :0], bank, bank)
+    alone, together = measure_call(call, [Choice("oracle", 1, 1), Choice("oracle", 1, 2)]).values()
     first, second = (torch.tensor([score, 0.0]).double().softmax(0) for score in (8 / 2**0.5, 6 / 2**0.5))
     torch.testing.assert_close(alone.captured[1], (first[:1] + second[:1]))
     torch.testing.assert_close(together.captured[1], (first[:1] + second[1:]))
@@ -81,10 +81,10 @@ sizes = st.fixed_dictionaries(
 @given(sizes=sizes, block=st.integers(1, 7), group=st.one_of(st.none(), st.integers(1, 5)))
 def test_what_is_measured_is_what_the_op_does(sizes, block, group):
     """Whole numbers, so that scores tie; every budget against the op, its reference in float64."""
-    view = random_view(**sizes, whole=True)
+    call = random_call(**sizes, whole=True)
     block = min(block, sizes["tokens"])
-    (measured,) = measure_call(view, [Choice("top", block, group)]).values()
-    q, k, v, bank_k, bank_v = (as_op(x) for x in (view.q, view.k, view.v, view.bank_k, view.bank_v))
+    (measured,) = measure_call(call, [Choice("top", block, group)]).values()
+    q, k, v, bank_k, bank_v = (as_op(x) for x in (call.q, call.k, call.v, call.bank_k, call.bank_v))
     options = {"block_size": block, "frame_tokens": sizes["tokens"], "query_group": group, "impl": "reference"}
     out = {n: memory_attention(q, k, v, bank_k, bank_v, top_k=n, **options) for n in measured.budgets[1:]}
     dense = out[measured.budgets[-1]]
@@ -104,12 +104,12 @@ def test_what_is_measured_is_what_the_op_does(sizes, block, group):
 
 @given(sizes=sizes, block=st.integers(1, 7), group=st.one_of(st.none(), st.integers(1, 5)))
 def test_nothing_captures_more_than_the_oracle(sizes, block, group):
-    view = random_view(**sizes)
+    call = random_call(**sizes)
     block = min(block, sizes["tokens"])
-    kinds = [Choice("top", block, group), Choice("oracle", block, group)]
-    kinds += [Choice("random", block, 1), Choice("oracle", block, 1)]
-    found = measure_call(view, kinds, torch.Generator().manual_seed(1))
-    top, oracle, at_random, finest = (found[kind] for kind in kinds)
+    compared = [Choice("top", block, group), Choice("oracle", block, group)]
+    compared += [Choice("random", block, 1), Choice("oracle", block, 1)]
+    found = measure_call(call, compared, torch.Generator().manual_seed(1))
+    top, oracle, at_random, finest = (found[choice] for choice in compared)
     assert (oracle.captured >= top.captured - 1e-12).all()
     assert (finest.captured >= at_random.captured - 1e-12).all()
     assert (finest.captured >= oracle.captured - 1e-12).all()
@@ -117,15 +117,15 @@ def test_nothing_captures_more_than_the_oracle(sizes, block, group):
         assert (measured.captured.diff(dim=0) >= -1e-12).all() and not measured.captured[0].any()
         # all blocks: everything captured and no error, exactly
         assert torch.equal(measured.captured[-1], measured.bank) and not measured.error[-1].any()
-        assert (measured.keys[-1] == len(view.rows) * view.bank_tokens).all()
+        assert (measured.keys[-1] == len(call.measured) * call.bank_tokens).all()
 
 
 def test_the_oracle_is_the_best_choice_there_is():
     """Of all sets of blocks, tried one by one."""
-    view = random_view(heads=1, queries=3, frames=2, tokens=4)
-    (oracle,) = measure_call(view, [Choice("oracle", 2, None)]).values()
-    (alone,) = measure_call(view, [Choice("top", 2, 1)]).values()
-    p = torch.softmax(view.q @ torch.cat([view.k, view.bank_k.flatten(1, 2)], 1).mT / 2, -1)
+    call = random_call(heads=1, queries=3, frames=2, tokens=4)
+    (oracle,) = measure_call(call, [Choice("oracle", 2, None)]).values()
+    (alone,) = measure_call(call, [Choice("top", 2, 1)]).values()
+    p = torch.softmax(call.q @ torch.cat([call.k, call.bank_k.flatten(1, 2)], 1).mT / 2, -1)
     masses = p[0, :, 5:].unflatten(-1, (4, 2)).sum((0, 2))
     for i, k in enumerate(oracle.budgets):
         best = max(masses[list(some)].sum().item() for some in itertools.combinations(range(4), k))
@@ -135,34 +135,34 @@ def test_the_oracle_is_the_best_choice_there_is():
 
 def test_random_choices_capture_their_share():
     """And are drawn anew for every query: no luck of one draw."""
-    view = random_view(heads=4, queries=200, frames=4, tokens=8)
-    (measured,) = measure_call(view, [Choice("random", 2, 1)], torch.Generator().manual_seed(0)).values()
+    call = random_call(heads=4, queries=200, frames=4, tokens=8)
+    (measured,) = measure_call(call, [Choice("random", 2, 1)], torch.Generator().manual_seed(0)).values()
     shares = (measured.captured.sum(1) / measured.bank.sum()).tolist()
     assert shares == pytest.approx([k / 16 for k in measured.budgets], abs=0.03)
 
 
 def test_a_part_of_the_queries(monkeypatch):
     """Only their sums, whatever the step; the groups' means are of all queries."""
-    every, some = random_view(), random_view(rows=[4, 5, 6, 7])
-    kinds = [Choice("top", 3, 4), Choice("oracle", 3, 4), Choice("top", 3, 1), Choice("top", 7, None)]
-    whole, part = measure_call(every, kinds), measure_call(some, kinds)
-    rest = measure_call(random_view(rows=[0, 1, 2, 3, 8, 9, 10]), kinds)
+    every, some = random_call(), random_call(rows=[4, 5, 6, 7])
+    compared = [Choice("top", 3, 4), Choice("oracle", 3, 4), Choice("top", 3, 1), Choice("top", 7, None)]
+    whole, part = measure_call(every, compared), measure_call(some, compared)
+    rest = measure_call(random_call(rows=[0, 1, 2, 3, 8, 9, 10]), compared)
     monkeypatch.setattr(quality, "ELEMENTS", 1)
-    by_one = measure_call(some, kinds)
-    for kind in kinds:
+    by_one = measure_call(some, compared)
+    for choice in compared:
         for name in ("captured", "bank", "error", "dense", "keys"):
-            torch.testing.assert_close(getattr(by_one[kind], name), getattr(part[kind], name))
-            both = getattr(part[kind], name) + getattr(rest[kind], name)
-            torch.testing.assert_close(both, getattr(whole[kind], name))
+            torch.testing.assert_close(getattr(by_one[choice], name), getattr(part[choice], name))
+            both = getattr(part[choice], name) + getattr(rest[choice], name)
+            torch.testing.assert_close(both, getattr(whole[choice], name))
 
 
 def test_half_precisions_are_measured_in_float32():
-    view = random_view()
-    half = SampledCall(*(x if x.dtype == torch.int64 else x.bfloat16() for x in vars(view).values()))
-    rounded = SampledCall(*(x if x.dtype == torch.int64 else x.bfloat16().double() for x in vars(view).values()))
-    kind = Choice("oracle", 2, 1)
+    call = random_call()
+    half = SampledCall(*(x if x.dtype == torch.int64 else x.bfloat16() for x in vars(call).values()))
+    rounded = SampledCall(*(x if x.dtype == torch.int64 else x.bfloat16().double() for x in vars(call).values()))
+    choice = Choice("oracle", 2, 1)
     torch.testing.assert_close(
-        measure_call(half, [kind])[kind].error, measure_call(rounded, [kind])[kind].error, rtol=1e-3, atol=0
+        measure_call(half, [choice])[choice].error, measure_call(rounded, [choice])[choice].error, rtol=1e-3, atol=0
     )
 
 
