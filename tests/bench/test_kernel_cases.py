@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from memflow_ops.bench.cases import registry
+from memflow_ops.bench.cases import registry, tuning
 from memflow_ops.bench.harness.contest import Contest
+from memflow_ops.kernels import configs
 
 CASES = [case for case in registry.registry() if case.group == "tiny-kernels"]
 
@@ -24,6 +25,20 @@ def test_a_gpu_runs_the_same_cases_at_full_size():
     assert names("kernels") == names("tiny-kernels")
     full = [case for case in registry.registry() if case.group == "kernels"]
     assert all(case.devices == ("cuda",) and case.size.queries == 4680 for case in full)
+
+
+def test_a_configuration_holds_for_the_calls_inside_and_no_longer():
+    def planned() -> list[int]:
+        tile, launch, _ = configs.attend_config(90, torch.bfloat16, 128, 128, 4680)
+        return [tile["BLOCK_M"], tile["BLOCK_N"], launch["num_warps"], launch["num_stages"]]
+
+    def split() -> int:
+        return configs.splits_config(37 * 12, 24 * 64, 128, 132)[1]
+
+    before, splits = planned(), split()
+    with tuning.configured((128, 32, 8, 4), most_splits=1):
+        assert planned() == [128, 32, 8, 4] and split() == 1
+    assert planned() == before != [128, 32, 8, 4] and split() == splits > 1
 
 
 def test_without_triton_the_kernels_are_not_measured(monkeypatch):
