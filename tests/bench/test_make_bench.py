@@ -1,5 +1,6 @@
 """`make bench` and `make bench-compare`, as processes of their own: a slowdown is caught."""
 
+import os
 import re
 import subprocess
 import sys
@@ -49,7 +50,10 @@ def test_a_slowdown_is_caught(tmp_path):
 
     def make(*more: str) -> subprocess.CompletedProcess:
         code = f"import sys, pytest; sys.path.insert(0, {str(tmp_path)!r}); sys.exit(pytest.main(sys.argv[3:]))"
-        return subprocess.run([sys.executable, "-c", code, *words, *more], cwd=ROOT, capture_output=True, text=True)
+        # In what it takes for one of several workers, pytest-benchmark runs everything only once.
+        alone = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_XDIST")}
+        command = [sys.executable, "-c", code, *words, *more]
+        return subprocess.run(command, cwd=ROOT, env=alone, capture_output=True, text=True)
 
     done = make("-p", "noted")
     assert done.returncode == 0, done.stdout + done.stderr
