@@ -59,7 +59,7 @@ def check_profile(
 
 def profile_selection(
     model: CausalVideoModel,
-    spoken: Sequence[Sequence[str]],
+    prompts_by_chunk: Sequence[Sequence[str]],
     settings: StreamSettings,
     *,
     block_sizes: Sequence[int],
@@ -71,17 +71,20 @@ def profile_selection(
 ) -> Iterator[SelectionProfile]:
     """Streams, and yields after every measured chunk the same profile, which has grown.
 
-    spoken: for every chunk the prompt of every story. report: is called with the chunks done and the chunks to do.
-    interrupts: where given, Ctrl-C ends the stream between the measurements of two chunks, so that none counts in part.
+    prompts_by_chunk: for every chunk the prompt of every story. report: is called with the chunks done and the chunks
+    to do. interrupts: where given, Ctrl-C ends the stream between the measurements of two chunks, so that none
+    counts in part.
     """
     sampling = sampling or Sampling()
     tokens = model.tokens(settings.height, settings.width)
-    compared = check_profile(settings, len(spoken), tokens, block_sizes, query_groups)
+    compared = check_profile(settings, len(prompts_by_chunk), tokens, block_sizes, query_groups)
     draw = random.Random(sampling.seed)
-    eligible = range(first_full_chunk(settings), len(spoken))
+    eligible = range(first_full_chunk(settings), len(prompts_by_chunk))
     measured_chunks = sorted(draw.sample(eligible, min(sampling.chunks, len(eligible))))
     watcher = _Watcher(compared, sampling, draw)
-    streamer = Streamer(model, len(spoken[0]), settings, sampling.seed, encode=encode, observe=watcher.observe)
+    streamer = Streamer(
+        model, len(prompts_by_chunk[0]), settings, sampling.seed, encode=encode, observe=watcher.observe
+    )
     watcher.cache = streamer.cache
     profile = SelectionProfile(settings.sink_frames + settings.bank_frames, tokens, compared)
     layers = model.config.num_layers
@@ -91,7 +94,7 @@ def profile_selection(
         wanted = draw.sample(calls, min(sampling.calls, len(calls))) if index in measured_chunks else []
         watcher.start(wanted, sampling.rounds if index == measured_chunks[0] else 0)
         with interrupts.allowed() if interrupts else nullcontext():
-            streamer.next_chunk(spoken[index])
+            streamer.next_chunk(prompts_by_chunk[index])
         if index == measured_chunks[0]:
             profile.seconds = watcher.seconds
         if wanted:

@@ -1,4 +1,4 @@
-"""The toy world's trained weights."""
+"""Loading the toy world's model."""
 
 from pathlib import Path
 
@@ -13,7 +13,10 @@ TOY_WEIGHTS = Path(__file__).parents[1] / "weights" / "toy.safetensors"
 
 
 def load_model(weights: Path, device: torch.device) -> CausalVideoModel:
-    """The model of a checkpoint; FileNotFoundError or ValueError where it cannot make these videos."""
+    """The model in a file of weights.
+
+    Raises a FileNotFoundError where there is no file, and a ValueError where it is damaged or of another world.
+    """
     model = load_checkpoint(weights, device)
     config = model.config
     if config.out_dim != 3 or config.text_dim != TEXT_DIM:

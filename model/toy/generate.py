@@ -1,6 +1,6 @@
-"""A story file -> for every story a folder with video.mp4, frames.npz, timeline.png and run.json.
+"""Streams stories of the toy world, each into a folder with video.mp4, frames.npz, timeline.png and run.json.
 
-What memory costs is measured on the way: the same story is streamed a second time with memory="none" and the same
+What memory costs is measured on the way. The same story is streamed a second time with memory="none" and the same
 noise, chunk by chunk in turn with the first, so that both meet the same load of the machine.
 """
 
@@ -23,7 +23,7 @@ from memflow_ops.model.toy.runs import ToyPlan, ToyRun
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
 DEMO_STORY = Path(__file__).parents[1] / "stories" / "demo.jsonl"
-"""A character that is not in the sink leaves and returns after 24 frames."""
+"""A story in which a character that is not in the sink leaves and returns after 24 frames."""
 
 
 def make_toy_plans(
@@ -36,9 +36,10 @@ def make_toy_plans(
     baseline: bool = True,
     weights: str = "",
 ) -> list[ToyPlan]:
-    """One story goes to `out` itself, several to out/story-000, out/story-001, ... with seeds seed, seed + 1, ...
+    """Plans the stories and creates their folders. A folder that cannot be written to raises a ValueError.
 
-    The history is given room for the whole story. Creates the folders; a ValueError where they cannot be written to.
+    One story goes to `out` itself, several go to out/story-000, out/story-001, ... with the seeds seed, seed + 1, ...
+    The history gets room for the whole story.
     """
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
@@ -56,8 +57,10 @@ def make_toy_plans(
 
 
 def stream_toy_story(model: CausalVideoModel, plan: ToyPlan, report: Callable[[ToyRun], None] | None = None) -> ToyRun:
-    """Streams one story into its folder; `write_stories` says how that may end. `report` is called after every
-    chunk."""
+    """Streams one story into its folder; `write_stories` says how that may end.
+
+    `report` is called after every chunk.
+    """
     settings = plan.settings
     run = ToyRun(plan, model.patch_embedding.weight.device)
     writer = VideoWriter(
@@ -68,7 +71,7 @@ def stream_toy_story(model: CausalVideoModel, plan: ToyPlan, report: Callable[[T
 
 
 def _rounds(model: CausalVideoModel, run: ToyRun, writer: VideoWriter, interrupts: Interrupts) -> Iterator[None]:
-    """Makes chunk after chunk, each with its baseline."""
+    """Makes chunk after chunk, and with each the same chunk of the baseline. Which one is first alternates."""
     plan = run.plan
     prompts = [(prompt,) for prompt in plan.prompts_by_chunk]
     ours = stream(model, prompts, plan.settings, plan.seed, encode=embed_prompts)
@@ -98,8 +101,9 @@ def _rounds(model: CausalVideoModel, run: ToyRun, writer: VideoWriter, interrupt
 
 
 def _files(run: ToyRun) -> dict[str, bytes]:
-    """The content of every file beside the video."""
-    from memflow_ops.model.toy.timeline import draw_timeline  # brings matplotlib
+    """The content of every file beside the video, by name."""
+    # It brings matplotlib, which `memflow --help` does not wait for.
+    from memflow_ops.model.toy.timeline import draw_timeline
 
     archive = io.BytesIO()
     np.savez_compressed(archive, frames=run.video)

@@ -1,4 +1,4 @@
-"""The toy world's language: who is where, in a handful of words."""
+"""The toy world's language: prompts that say in a handful of words who is where, and their embeddings."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,11 +14,11 @@ FREE_WORDS = frozenset(("a", "an", "and", "the", "in", "on", "at", "by"))
 """Words that may stand anywhere and mean nothing."""
 
 NOBODY = len(CHARACTERS)
-"""The character index of nobody: characters are indexed as in CHARACTERS, 0..3 and this."""
+"""The index that stands for nobody; characters have the indices 0..3 of CHARACTERS."""
 TEXT_LENGTH = 3
-"""The place, who is named first, and who is named second."""
+"""A prompt's embedding has three rows: the place, who is named first, and who is named second."""
 TEXT_DIM = len(VOCABULARY) + 1
-"""One-hot over the vocabulary, and a mark on who is named second."""
+"""A row is one-hot over the vocabulary, with a mark in its last entry on who is named second."""
 
 
 @dataclass(frozen=True)
@@ -26,16 +26,16 @@ class Scene:
     """What a prompt says."""
 
     who: tuple[int, ...]
-    """indices of the characters it names: none, one, or two that differ; of two the first stands on the left"""
+    """indices of the named characters: none, one, or two that differ, of which the first stands on the left"""
     place: int
     """index of the place"""
 
 
 def parse_prompt(prompt: str) -> Scene:
-    """ "A ball in the meadow", "the ball and the star at sea", "an empty desert" -> what it says.
+    """What a prompt says, such as "A ball in the meadow", "the ball and the star at sea" or "an empty desert".
 
-    Case, punctuation around words and the free words do not matter. A ValueError says what is wrong and lists the
-    vocabulary.
+    Case, punctuation around words and the free words do not matter. A prompt that cannot be understood raises a
+    ValueError, which says what is wrong and lists the vocabulary.
     """
     words = [word.strip(".,;:!?()\"'") for word in prompt.lower().split()]
     words = [word for word in words if word and word not in FREE_WORDS]
@@ -55,17 +55,17 @@ def parse_prompt(prompt: str) -> Scene:
 
 
 def describe(scene: Scene) -> str:
-    """A prompt that says it; `parse_prompt` undoes it."""
+    """A prompt that says what the scene is; `parse_prompt` gives the scene back."""
     named = " and ".join(f"the {CHARACTERS[who]}" for who in scene.who)
     place = PLACES[scene.place]
     return f"{named} in the {place}" if named else f"{EMPTY} {place}"
 
 
 def embed_ids(ids: Tensor) -> Tensor:
-    """Scenes (..., 3) int64 -> embeddings (..., 3, text_dim) float32.
+    """Scenes (..., 3) int64 -> embeddings (..., 3, TEXT_DIM) float32.
 
-    A scene is who is named first and second (NOBODY where there is none) and the place. The rows are place, first,
-    second, so that what a shorter prompt lacks lies at the end; that row is all zero.
+    A scene is given as who is named first, who is named second (NOBODY where there is none), and the place. The rows of
+    an embedding are place, first, second: a shorter prompt lacks the last row, which is then all zero.
     """
     first, second, place = ids.unbind(-1)
     rows = torch.stack([place + VOCABULARY.index(PLACES[0]), first, second], dim=-1)
@@ -76,11 +76,11 @@ def embed_ids(ids: Tensor) -> Tensor:
 
 
 def scene_ids(scenes: Sequence[Scene]) -> Tensor:
-    """Scenes -> (len(scenes), 3) int64 for `embed_ids`."""
+    """Scenes as `embed_ids` takes them, (len(scenes), 3) int64."""
     rows = [(*(*scene.who, NOBODY, NOBODY)[:2], scene.place) for scene in scenes]
     return torch.tensor(rows, dtype=torch.long).view(-1, 3)
 
 
 def embed_prompts(prompts: Sequence[str]) -> Tensor:
-    """B prompts -> text embeddings (B, 3, text_dim) float32 for `CausalVideoModel.encode_text`."""
+    """B prompts -> text embeddings (B, 3, TEXT_DIM) float32, as `CausalVideoModel.encode_text` takes them."""
     return embed_ids(scene_ids([parse_prompt(prompt) for prompt in prompts]))

@@ -50,11 +50,11 @@ class Judgement:
     """whether both are seen, less than 30 degrees apart, and in the same pattern"""
 
 
-def find_returns(spoken: Sequence[str], chunk_frames: int) -> list[Return]:
-    """The returns of a story. spoken: the prompt of every chunk."""
+def find_returns(prompts_by_chunk: Sequence[str], chunk_frames: int) -> list[Return]:
+    """The returns of a story. prompts_by_chunk: the prompt of every chunk."""
     last_seen: dict[int, tuple[int, int | None]] = {}
     returns = []
-    for chunk, prompt in enumerate(spoken):
+    for chunk, prompt in enumerate(prompts_by_chunk):
         named = parse_prompt(prompt).who
         for side, who in enumerate(named):
             here = chunk, side if len(named) == 2 else None

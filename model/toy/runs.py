@@ -1,4 +1,4 @@
-"""A run of toy stories: its files, its video, its timeline."""
+"""A story of the toy world: the plan for it, and what has been made of it so far."""
 
 import statistics
 from dataclasses import asdict, dataclass, field
@@ -23,7 +23,7 @@ HOW_MEASURED = (
 
 @dataclass(frozen=True)
 class ToyPlan:
-    """Everything that a story's run depends on, checked before anything is generated."""
+    """Everything that the making of a story depends on, checked before anything is generated."""
 
     prompts: list[str]
     folder: Path
@@ -31,9 +31,9 @@ class ToyPlan:
     seed: int = 0
     frames_per_prompt: int = 12
     baseline: bool = True
-    """measure against memory=none"""
+    """whether the story is also streamed with memory=none, to compare with"""
     weights: str = ""
-    """what run.json calls them"""
+    """the name of the weights in run.json"""
 
     @property
     def prompts_by_chunk(self) -> list[str]:
@@ -42,38 +42,40 @@ class ToyPlan:
         return [prompt for (prompt,) in chunks]
 
     def prompt_number(self, chunk: int) -> int:
-        """Which prompt, from 0, a chunk is made under."""
+        """The number, from 0, of the prompt under which a chunk is made."""
         return min(chunk * self.settings.chunk_frames // self.frames_per_prompt, len(self.prompts) - 1)
 
 
 @dataclass
 class ToyRun:
-    """A story as far as it has been made."""
+    """What has been made of a story so far."""
 
     plan: ToyPlan
     device: torch.device
     chunks: list[Chunk] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
-    """Per chunk uint8 (chunk_frames, H, W, 3)."""
+    """for every chunk, RGB uint8 (chunk_frames, H, W, 3)"""
     baseline_seconds: list[float] = field(default_factory=list)
-    """Per chunk; may be one longer or shorter than `chunks` after an interruption."""
+    """for every chunk with memory=none; after an interruption one more or one fewer than `chunks`"""
     baseline_frames: list[np.ndarray] = field(default_factory=list)
+    """likewise, shaped like `frames`"""
     interrupted: bool = False
     error: str | None = None
 
     @property
     def video(self) -> np.ndarray:
+        """All frames, RGB uint8 (F, H, W, 3)."""
         return np.concatenate(self.frames)
 
     @property
     def baseline_video(self) -> np.ndarray | None:
-        """The frames of memory=none, as many as those with memory; None where there are fewer."""
+        """As many frames with memory=none as there are with memory; None where there are fewer."""
         if len(self.baseline_frames) < len(self.frames):
             return None
         return np.concatenate(self.baseline_frames[: len(self.frames)])
 
     def overhead(self) -> dict[str, object] | None:
-        """What memory costs; None without a pair of chunks to compare."""
+        """What memory costs; None where there is no pair of chunks to compare."""
         settings = self.plan.settings
         pairs = [
             (chunk.seconds, without)
@@ -95,18 +97,23 @@ class ToyRun:
         }
 
     def returns(self) -> list[dict[str, object]]:
-        """Every return that was made, judged with memory and without."""
+        """Every return so far, judged with memory and without."""
         size = self.plan.settings.chunk_frames
         without = self.baseline_video
         judged = []
         for there in find_returns(self.plan.prompts_by_chunk[: len(self.chunks)], size):
-            row = {**asdict(there), "gap": there.gap, "with_memory": asdict(judge_return(self.video, there, size))}
-            row["without_memory"] = None if without is None else asdict(judge_return(without, there, size))
-            judged.append(row)
+            judged.append(
+                {
+                    **asdict(there),
+                    "gap": there.gap,
+                    "with_memory": asdict(judge_return(self.video, there, size)),
+                    "without_memory": None if without is None else asdict(judge_return(without, there, size)),
+                }
+            )
         return judged
 
     def record(self) -> dict[str, object]:
-        """What run.json says."""
+        """The content of run.json."""
         plan = self.plan
         chunks = []
         for i, chunk in enumerate(self.chunks):

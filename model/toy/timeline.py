@@ -1,27 +1,24 @@
-"""timeline.png: a story's frames, and under every chunk what it remembered and how strongly.
+"""timeline.png: a story's frames, and under every chunk which frames it remembered, and how much it used each.
 
 Everything is placed in inches from the upper left corner of one picture.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from memflow_ops.model.plot_style import INK, PALE
+from memflow_ops.model.streaming.streamer import Chunk
 from memflow_ops.model.toy.returns import colour_name
+from memflow_ops.model.toy.runs import ToyRun
 
-if TYPE_CHECKING:
-    from memflow_ops.model.streaming.streamer import Chunk
-    from memflow_ops.model.toy.runs import ToyRun
-
-INK, PALE, PAPER = "#22262b", "#6b737c", "#f3f5f7"
+PAPER = "#f3f5f7"
 RETRIEVED, SINK = "#2f6fc4", "#9aa3ad"
 
 DPI = 120
@@ -30,11 +27,18 @@ LINE_FRAMES = 12  # thumbnails side by side
 THUMB, GAP, CHUNK_GAP = 0.76, 0.03, 0.26
 HEADING, NUMBERS, PANEL, LINE_GAP = 0.34, 0.17, 1.12, 0.34
 MOST_LINES = 40  # a picture of more would be too tall for most viewers
-MOST_CANDIDATES = 8
+MOST_CANDIDATES = 8  # in the panel of a chunk
+HEADER, COMPARISON_HEADER, STRIP_TEXT = 1.62, 0.62, 0.72
+EXPLAINED = {
+    "none": "It has no memory: a chunk sees only the frames just before it.",
+    "sink": "Every chunk sees the frames just before it and, in full, the first frames of the video.",
+    "full": "Every chunk sees the frames just before it and, in full, the first frame of every chunk before.",
+    "released": "Every chunk sees the frames just before it, the first frames and a bank, as in the released MemFlow.",
+}
 
 
 class _Page:
-    """A picture to be filled from the top."""
+    """An empty picture, and what can be drawn on it. Its size is in inches."""
 
     def __init__(self, width: float, height: float):
         self.figure = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
@@ -61,7 +65,7 @@ class _Page:
         )
 
     def text(self, x: float, y: float, words: str, size: float = 8, colour: str = INK, **more: object) -> float:
-        """Writes on the line that starts at y; returns where the words end."""
+        """Writes a line whose upper edge is at y. Returns the x at which the words end."""
         style = {"ha": "left", "va": "top", "fontsize": size, "color": colour, "zorder": 4} | more
         drawn = self.axes.text(x, y, words, **style)  # type: ignore[arg-type]
         return x + drawn.get_window_extent(self.canvas.get_renderer()).width / DPI
@@ -75,7 +79,7 @@ class _Page:
 
 
 def draw_timeline(run: ToyRun) -> bytes:
-    """The picture of a run, as the content of a PNG file."""
+    """The picture of a story, as the content of a PNG file."""
     settings = run.plan.settings
     lines = _lines(run)
     hidden, lines = lines[MOST_LINES:], lines[:MOST_LINES]
@@ -86,14 +90,15 @@ def draw_timeline(run: ToyRun) -> bytes:
     line_height = HEADING + NUMBERS + THUMB + (PANEL + 0.12 if panels else 0) + LINE_GAP
     strip_size = (width - 2 * MARGIN) / max(20, min(40, len(run.chunks)))
     comparison = _comparison_height(run, strip_size, width)
-    page = _Page(width, _HEADER + len(lines) * line_height + 0.3 * bool(hidden) + comparison + MARGIN / 2)
+    page = _Page(width, HEADER + len(lines) * line_height + 0.3 * bool(hidden) + comparison + MARGIN / 2)
 
     _draw_header(page, run)
-    y = _HEADER
+    y = HEADER
     frames = run.video
     largest = max((share for chunk in run.chunks for share in chunk.activation[0]), default=1.0)
+    returns = run.returns()
     for number, chunks in lines:
-        _draw_heading(page, run, number, chunks, y)
+        _draw_heading(page, f"{number + 1}  {run.plan.prompts[number]}", returns, chunks[0].first_frame, y)
         for i, chunk in enumerate(chunks):
             x = MARGIN + i * (chunk_width + CHUNK_GAP)
             _draw_chunk(page, chunk, frames, x, y + HEADING, settings.chunk_frames)
@@ -112,7 +117,7 @@ def draw_timeline(run: ToyRun) -> bytes:
 
 
 def _lines(run: ToyRun) -> list[tuple[int, list[Chunk]]]:
-    """The chunks of every line with the number of their prompt, from 0; a long prompt takes several lines."""
+    """For every line of the picture its prompt's number, from 0, and its chunks. A long prompt takes several lines."""
     across = max(1, LINE_FRAMES // run.plan.settings.chunk_frames)
     lines = []
     for number, group in groupby(run.chunks, key=lambda chunk: run.plan.prompt_number(chunk.index)):
@@ -123,16 +128,9 @@ def _lines(run: ToyRun) -> list[tuple[int, list[Chunk]]]:
 
 # ----------------------------------------------------------------------------------------------------------- the header
 
-_HEADER = 1.62
-_EXPLAINED = {
-    "none": "It has no memory: a chunk sees only the frames just before it.",
-    "sink": "Every chunk sees the frames just before it and, in full, the first frames of the video.",
-    "full": "Every chunk sees the frames just before it and, in full, the first frame of every chunk before.",
-    "released": "Every chunk sees the frames just before it, the first frames and a bank, as in the released MemFlow.",
-}
-
 
 def _draw_header(page: _Page, run: ToyRun) -> None:
+    """What the picture shows, how the story was made, and what the colours mean."""
     settings, seed = run.plan.settings, run.plan.seed
     page.text(
         MARGIN, 0.3, "What each part of the story remembered" if settings.memory == "memflow" else "The story", 17
@@ -150,7 +148,7 @@ def _draw_header(page: _Page, run: ToyRun) -> None:
         PALE,
     )
     if settings.memory != "memflow":
-        page.text(MARGIN, 0.94, _EXPLAINED[settings.memory], 9.5, PALE)
+        page.text(MARGIN, 0.94, EXPLAINED[settings.memory], 9.5, PALE)
         return
     page.text(
         MARGIN,
@@ -169,15 +167,16 @@ def _draw_header(page: _Page, run: ToyRun) -> None:
 # ---------------------------------------------------------------------------------------------------------- one prompt
 
 
-def _draw_heading(page: _Page, run: ToyRun, number: int, chunks: Sequence[Chunk], y: float) -> None:
-    x = page.text(MARGIN, y, f"{number + 1}  {run.plan.prompts[number]}", 12.5, fontweight="bold")
-    for there in run.returns():
-        if chunks[0].first_frame == there["back"]:
+def _draw_heading(page: _Page, prompt: str, returns: Sequence[dict[str, Any]], first_frame: int, y: float) -> None:
+    """The prompt of a line, and which characters return in its first frame."""
+    x = page.text(MARGIN, y, prompt, 12.5, fontweight="bold")
+    for there in returns:
+        if first_frame == there["back"]:
             page.text(x + 0.2, y + 0.03, _return_in_words(there), 9.5, RETRIEVED)
 
 
-def _return_in_words(there: dict) -> str:
-    """ "the ball is back after 24 frames, in with the same look (blue stripes: hue 212° then, 214° now)" """
+def _return_in_words(there: dict[str, Any]) -> str:
+    """Such as "the ball is back after 24 frames, with the same look (blue sides: hue 212° then, 214° now)"."""
     seen = there["with_memory"]
     said = f"the {there['character']} is back after {there['gap']} frames"
     if seen["difference"] is None:
@@ -192,6 +191,7 @@ def _return_in_words(there: dict) -> str:
 
 
 def _draw_chunk(page: _Page, chunk: Chunk, frames: np.ndarray, x: float, y: float, size: int) -> None:
+    """The frames of a chunk side by side, with their numbers."""
     for i in range(size):
         left, frame = x + i * (THUMB + GAP), chunk.first_frame + i
         page.image(frames[frame], left, y, THUMB)
@@ -201,7 +201,10 @@ def _draw_chunk(page: _Page, chunk: Chunk, frames: np.ndarray, x: float, y: floa
 def _draw_memory(
     page: _Page, chunk: Chunk, frames: np.ndarray, x: float, y: float, width: float, largest: float
 ) -> None:
-    """The panel under a chunk: the frames it chose from, oldest first, and a bar for the share of each."""
+    """The panel under a chunk: the frames from which it selected, oldest first, and a bar for the share of each.
+
+    largest: the largest share in the picture, whose bar is as tall as bars get.
+    """
     page.panel(x, y, width, PANEL)
     shares = dict(zip(chunk.candidates[0], chunk.activation[0], strict=True))
     if not shares:
@@ -228,14 +231,12 @@ def _draw_memory(
 # ------------------------------------------------------------------------------------------- with memory and without it
 
 
-_STRIP_TEXT = 0.72
-
-
 def _comparison_height(run: ToyRun, size: float, width: float) -> float:
+    """The height of the comparison in a picture of this width; 0 where there is nothing to compare with."""
     if run.baseline_video is None:
         return 0.0
     lines = -(-len(run.chunks) // int((width - 2 * MARGIN) / size + 1e-6))
-    return 0.62 + min(lines, MOST_LINES) * (2 * size + _STRIP_TEXT)
+    return COMPARISON_HEADER + min(lines, MOST_LINES) * (2 * size + STRIP_TEXT)
 
 
 def _draw_comparison(page: _Page, run: ToyRun, frames: np.ndarray, y: float, size: float) -> None:
@@ -257,11 +258,11 @@ def _draw_comparison(page: _Page, run: ToyRun, frames: np.ndarray, y: float, siz
             for i, chunk in enumerate(run.chunks[start : start + across]):
                 page.image(pixels[chunk.first_frame], MARGIN + i * size + 0.01, top + 0.17, size - 0.03)
         _draw_strip_prompts(page, run, run.chunks[start : start + across], y + 2 * size + 0.44, size)
-        y += 2 * size + _STRIP_TEXT
+        y += 2 * size + STRIP_TEXT
 
 
 def _draw_strip_prompts(page: _Page, run: ToyRun, chunks: Sequence[Chunk], y: float, size: float) -> None:
-    """Under the strips, where each prompt begins; the words where they fit."""
+    """Writes under the strips where each prompt begins: its words where they fit, otherwise its number alone."""
     x = MARGIN
     for number, group in groupby(chunks, key=lambda chunk: run.plan.prompt_number(chunk.index)):
         width = len(list(group)) * size

@@ -1,10 +1,11 @@
-"""The toy world: four characters, four places, and looks that no prompt names; its renderer and its random clips.
+"""The toy world: four characters, four places, and looks that no prompt names; its renderer and random clips.
 
-A frame is RGB in -1..1, 32 x 32. A place is a pale picture (HSV saturation below 0.3); a character is a vivid shape of
-its own (0.9) on 8 to 14 % of the frame, in two tones of one hue. A prompt says who is where; hue and pattern, the
-character's look, are the model's to invent when it first appears and to bring back when it returns. Characters hop up
-and down on the spot: one in the middle of the frame, of two the first on the left and the second on the right. So who
-is there, and whether memory works, can be read off the pixels (judge.py).
+A frame is RGB in -1..1, 32 x 32. A place is a pale picture (HSV saturation below 0.3). A character is a vivid shape of
+its own (saturation 0.9) on 8 to 14 % of the frame, in two tones of one hue. A prompt says who is where. Hue and pattern
+are the character's look: the model invents it when the character first appears, and has to bring it back when the
+character returns. Characters hop up and down on the spot. One alone is in the middle of the frame; of two the first is
+on the left and the second on the right. So who is there, and whether memory works, can be read off the pixels
+(judge.py).
 """
 
 import math
@@ -18,7 +19,7 @@ from memflow_ops.model.toy.language import NOBODY, PLACES
 FRAME_SIZE = 32
 """Pixels per side."""
 PATTERNS = ("halves", "sides", "checks")
-"""Each two of them differ on half of the character, so that what is drawn between them is no third."""
+"""Any two of them differ on half of the character, so that a mixture of two is not a third."""
 
 # Per place RGB in 0..1, pale on purpose: top and horizon of the sky, horizon and foreground of the ground.
 _PLACE_COLOURS = {
@@ -28,22 +29,22 @@ _PLACE_COLOURS = {
     "night": ((0.11, 0.11, 0.14), (0.17, 0.17, 0.21), (0.24, 0.24, 0.28), (0.30, 0.30, 0.33)),
 }
 _HORIZON = 0.55
-_SATURATION = 0.9  # of a character
-_BRIGHT, _DARK = 0.98, 0.52  # HSV value of its two tones
-_PIXEL = 1 / FRAME_SIZE  # shapes and ways are given in pixels of the full size
+SATURATION = 0.9  # of a character
+BRIGHT, DARK = 0.98, 0.52  # HSV value of its two tones
+_PIXEL = 1 / FRAME_SIZE  # shapes and distances are given in pixels of the full size
 
 HEIGHTS = (24 * _PIXEL, 20 * _PIXEL, 16 * _PIXEL, 12 * _PIXEL, 16 * _PIXEL, 20 * _PIXEL)
-"""Where a character's centre is in the frames of a hop, in frame sides from the top. It starts over when the scene
-changes. By whole patches of the model, which then need not learn how a shape looks at every offset from them."""
+"""Where a character's centre is in the frames of a hop, in frame sides from the top. The hop starts over when the scene
+changes. It goes by whole patches of the model, which need not learn how a shape looks at every offset from them."""
 MIDDLE, LEFT, RIGHT = 0.5, 0.25, 0.75
-"""Where characters stand, in frame sides from the left."""
+"""Where characters stand, in frame sides from the left edge."""
 
 
 def hue_to_rgb(hue: Tensor) -> Tensor:
-    """Hue in turns (...) -> its vivid colour of value 1, RGB in 0..1, (..., 3)."""
+    """Hues in turns (...) -> vivid colours of HSV value 1, RGB in 0..1, (..., 3)."""
     offsets = torch.tensor([5.0, 3.0, 1.0], device=hue.device)
     k = (offsets + hue[..., None] * 6) % 6
-    return 1 - _SATURATION * torch.minimum(k, 4 - k).clamp(0, 1)
+    return 1 - SATURATION * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def backgrounds(size: int = FRAME_SIZE) -> Tensor:
@@ -60,7 +61,7 @@ def backgrounds(size: int = FRAME_SIZE) -> Tensor:
 
 
 def _star_distance(x: Tensor, y: Tensor, radius: float, inner: float) -> Tensor:
-    """Distance to the edge of a five-pointed star that points up, positive inside; `inner` is its inner radius."""
+    """Signed distance to the edge of a five-pointed star that points up, positive inside. `inner`: the inner radius."""
     # Fold the plane into one tenth of the star: between a tip, along +x, and the notch beside it, at 36 degrees.
     sector = 2 * math.pi / 5
     folded = ((torch.atan2(x, -y) + sector / 2) % sector - sector / 2).abs()
@@ -72,9 +73,9 @@ def _star_distance(x: Tensor, y: Tensor, radius: float, inner: float) -> Tensor:
 
 
 def shape_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance of offsets x, y (in frame sides) to the edge of each shape, positive inside: (5, ...).
+    """Signed distances of offsets x, y (...), in frame sides, to the edges of the shapes, positive inside: (5, ...).
 
-    In the vocabulary's order, ball, box, star, ring, and nothing for nobody. The box is a wide one.
+    The order is that of CHARACTERS: ball, box (a wide one), star, ring; then nobody, who has no inside.
     """
     distance = torch.hypot(x, y)
     ball = 6.25 * _PIXEL - distance
@@ -85,19 +86,20 @@ def shape_distances(x: Tensor, y: Tensor) -> Tensor:
 
 
 def pattern_distances(x: Tensor, y: Tensor) -> Tensor:
-    """Signed distance of offsets x, y (in frame sides) to the edge of each pattern's dark tone, positive in it.
+    """Signed distances of offsets x, y (...), in frame sides, to the edges of the patterns' dark tones: (3, ...).
 
-    In the order of PATTERNS: (3, ...). The lower half; the left half; the upper left and lower right quarters.
+    They are positive in the dark tone. In the order of PATTERNS it covers the lower half, the left half, and the upper
+    left and lower right quarters.
     """
     checks = torch.minimum(x.abs(), y.abs()) * (x * y).sign()
     return torch.stack([y, -x, checks])
 
 
 def render(who: Tensor, place: Tensor, hue: Tensor, pattern: Tensor, centre: Tensor, size: int = FRAME_SIZE) -> Tensor:
-    """Frames from their ground truth; N characters each, drawn one over the other.
+    """Frames from their ground truth: N characters each, drawn one over the other, with anti-aliased edges.
 
     who (..., N) 0..4, place (...) 0..3 int64 · hue (..., N) in turns · pattern (..., N) 0..2 int64 · centre (..., N, 2)
-    as x, y in frame sides -> (..., 3, size, size) float32 in -1..1, edges anti-aliased.
+    as x, y in frame sides -> (..., 3, size, size) float32 in -1..1.
     """
     pixels = (torch.arange(size) + 0.5) / size
     picture = backgrounds(size)[place]
@@ -111,7 +113,7 @@ def render(who: Tensor, place: Tensor, hue: Tensor, pattern: Tensor, centre: Ten
             return (chosen * size + 0.5).clamp(0, 1).unsqueeze(-3)
 
         cover, dark = share(shape_distances(x, y), who[..., n]), share(pattern_distances(x, y), pattern[..., n])
-        colour = hue_to_rgb(hue[..., n])[..., None, None] * (_BRIGHT + (_DARK - _BRIGHT) * dark)
+        colour = hue_to_rgb(hue[..., n])[..., None, None] * (BRIGHT + (DARK - BRIGHT) * dark)
         picture = picture * (1 - cover) + colour * cover
     return picture * 2 - 1
 
@@ -121,25 +123,25 @@ def render(who: Tensor, place: Tensor, hue: Tensor, pattern: Tensor, centre: Ten
 
 @dataclass(frozen=True)
 class Clips:
-    """Random clips with their ground truth; C chunks of 3 frames, F = 3 C."""
+    """B random clips with their ground truth: C chunks, F frames."""
 
     frames: Tensor
     """(B, 3, F, size, size) in -1..1"""
     ids: Tensor
-    """(B, C, 3) what each chunk's prompt says, for `text.embed_ids`: first character, second, place"""
+    """(B, C, 3) int64, what each chunk's prompt says, as `embed_ids` takes it: first character, second, place"""
     hue: Tensor
-    """(B, C, 2) in turns, of first and second; a character keeps its look for the whole clip"""
+    """(B, C, 2) in turns, of the first and the second character; a character keeps its look for the whole clip"""
     pattern: Tensor
-    """(B, C, 2) index in PATTERNS"""
+    """(B, C, 2) int64, index in PATTERNS, likewise"""
 
 
 def random_clips(
     batch: int, chunks: int, generator: torch.Generator, *, chunk_frames: int = 3, size: int = FRAME_SIZE
 ) -> Clips:
-    """Clips in which three characters, alone and in pairs, and empty places take turns, so that returns are frequent.
+    """Clips in which empty places and three characters, alone and in pairs, take turns, so that returns are frequent.
 
-    A prompt lasts one chunk or more; at each switch place and cast are drawn anew, and a character that was there
-    before has its old look. Looks are uniform and independent.
+    A prompt lasts one chunk or more. At each switch the place and the cast are drawn anew, and a character that was
+    there before has its old look. Looks are uniform and independent.
     """
 
     def uniform(*shape: int) -> Tensor:

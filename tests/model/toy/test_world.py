@@ -34,7 +34,7 @@ def test_characters_are_vivid_and_in_two_tones():
     vivid = saturation > 0.89  # pixels wholly inside
     area = vivid.float().mean((-2, -1))
     assert area.min() > 0.05 and area.max() < 0.15
-    for tone in (world._BRIGHT, world._DARK):
+    for tone in (world.BRIGHT, world.DARK):
         pixels = (vivid & ((value - tone).abs() < 1e-3)).float().mean((-2, -1))
         assert pixels.min() * world.FRAME_SIZE**2 >= 8, "a tone that is hardly to be seen"
 
