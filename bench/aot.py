@@ -28,7 +28,7 @@ import torch
 import triton
 
 from memflow_ops.bench.harness.results import write_json
-from memflow_ops.geometry import Geometry
+from memflow_ops.geometry import Geometry, WriteTarget
 from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, launch_source
 from memflow_ops.kernels.attention.backward import plan_attend_backward
 from memflow_ops.kernels.attention.plan import plan_attend, plan_select_and_attend
@@ -99,11 +99,10 @@ def cache_write(heads: int = 12, dtype: torch.dtype = torch.bfloat16, clean: boo
     """A layer's cache write, with descriptors and frame means in the clean pass."""
     q, angles = meta(1, QUERIES, heads, 128, dtype=dtype), meta(1, QUERIES, 64, dtype=torch.float32)
     pool, weight = cached(76 * FRAME_TOKENS, heads, 128, dtype), meta(heads * 128, dtype=dtype)
-    outputs = [meta(1, *n, heads, 128, dtype=dtype) if clean else None for n in ((76 * 25,), (1, 1))]
-    launches, _ = plan_write_projections(
-        q, q, q, angles, angles, pool, pool, meta(1, 3, dtype=torch.int32), weight, weight, *outputs,
-        frame_tokens=FRAME_TOKENS, block_size=64, mean_size=FRAME_TOKENS, eps=1e-6,
-    )  # fmt: skip
+    descriptors, means = (meta(1, *n, heads, 128, dtype=dtype) if clean else None for n in ((76 * 25,), (1, 1)))
+    places = meta(1, 3, dtype=torch.int32)
+    target = WriteTarget(pool, pool, places, FRAME_TOKENS, descriptors, 64, means, FRAME_TOKENS)
+    launches, _ = plan_write_projections(q, q, q, (angles, angles), (weight, weight, 1e-6), target)
     return launches
 
 

@@ -7,6 +7,7 @@ addition is fixed.
 """
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -14,7 +15,7 @@ import triton.language as tl
 
 from memflow_ops.geometry import WriteTarget
 from memflow_ops.kernels.launch import Launch, run_all
-from memflow_ops.kernels.primitives import cast
+from memflow_ops.kernels.primitives import cast, strided
 
 TILE_TOKENS = 8
 """The most tokens that one program handles."""
@@ -55,15 +56,64 @@ def rotate_pairs(x, cosines, sines, row_mask, WIDTH: tl.constexpr, HEAD_DIM: tl.
     return tl.reshape(tl.join(even * c - odd * s, even * s + odd * c), [ROWS, 2 * PAIRS])
 
 
+class Rotation(NamedTuple):
+    """The cosines and sines that rotate, as an argument."""
+
+    cosines: Any
+    """(1 or B, L, D / 2) float32, contiguous but for the first dimension."""
+    sines: Any
+    batch_stride: Any
+    """Between batch elements, 0 where all share one."""
+
+
+class Tiling(NamedTuple):
+    """How the tokens of a frame are divided among programs, as an argument."""
+
+    frame_tokens: Any
+    unit_tokens: Any
+    """A mean is over whole units, and no tile crosses their bounds."""
+    tiles_per_unit: Any
+    tiles: Any
+    """Tiles of a frame."""
+
+
+class Destinations(NamedTuple):
+    """Where frames go, as an argument."""
+
+    places: Any
+    """(B, F) int32: the place of each frame in the pool; it is not written if there is no such place."""
+    place_stride: Any
+    """Between batch elements."""
+    frames: Any
+    """F"""
+    pool_frames: Any
+
+
+class Sums(NamedTuple):
+    """What the first kernel writes for the second: the sums of each tile's keys, as an argument."""
+
+    rotated: Any
+    """(B, F, tiles, Hkv * D) float32, contiguous, of the stored keys; None: no descriptors are wanted."""
+    plain: Any
+    """(B, M, tiles, Hkv * D) float32, contiguous, of the keys before rotation; None: no means are wanted."""
+    mean_frames: Any
+    """M"""
+
+
+@triton.jit
+def token_offsets(tokens, strides, columns, HEAD_DIM: tl.constexpr):
+    """The offsets [ROWS, COLUMNS] of all heads of tokens [ROWS] in a tensor with strides (B, L, H)."""
+    return tokens.to(tl.int64)[:, None] * strides[1] + heads_of_token(columns, strides[2], HEAD_DIM)[None, :]
+
+
 @triton.jit
 def normalise_and_rotate(
-    x,  # pointer to this batch element
-    strides,  # of x (B, L, H)
+    x,  # Strided (B, L, H, D)
+    batch,
     tokens,  # [ROWS]
     row_mask,
     weight,
-    cosines,  # pointer to this batch element
-    sines,
+    rotation,  # Rotation
     eps,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -72,18 +122,20 @@ def normalise_and_rotate(
     """The tile [ROWS, COLUMNS] of all heads of the tokens in float32, before and after rotation; 0 where masked."""
     WIDTH: tl.constexpr = HEADS * HEAD_DIM
     columns = tl.arange(0, COLUMNS)
-    offsets = tokens.to(tl.int64)[:, None] * strides[1] + heads_of_token(columns, strides[2], HEAD_DIM)[None, :]
+    offsets = token_offsets(tokens, x.strides, columns, HEAD_DIM)
     mask = row_mask[:, None] & (columns < WIDTH)[None, :]
-    tile = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
+    tile = tl.load(x.pointer + batch * x.strides[0] + offsets, mask=mask, other=0.0).to(tl.float32)
     plain = rms_normalise(tile, weight, columns, eps, WIDTH)
+    cosines = rotation.cosines + batch * rotation.batch_stride
+    sines = rotation.sines + batch * rotation.batch_stride
     angles = tokens.to(tl.int64) * (HEAD_DIM // 2)
     return plain, rotate_pairs(plain, cosines + angles, sines + angles, row_mask, WIDTH, HEAD_DIM)
 
 
 @triton.jit
 def store_heads(
-    x,  # pointer to this batch element
-    strides,
+    x,  # Strided (B, L, H, D)
+    batch,
     tokens,
     mask,
     tile,
@@ -92,43 +144,74 @@ def store_heads(
 ):
     """Store the tile [ROWS, COLUMNS], which has the dtype of x, at its tokens."""
     columns = tl.arange(0, tile.shape[1])
-    offsets = tokens.to(tl.int64)[:, None] * strides[1] + heads_of_token(columns, strides[2], HEAD_DIM)[None, :]
-    tl.store(x + offsets, tile, mask=mask[:, None] & (columns < HEADS * HEAD_DIM)[None, :])
+    pointers = x.pointer + batch * x.strides[0] + token_offsets(tokens, x.strides, columns, HEAD_DIM)
+    tl.store(pointers, tile, mask=mask[:, None] & (columns < HEADS * HEAD_DIM)[None, :])
+
+
+@triton.jit
+def write_keys(
+    k,  # Strided (B, L, Hkv, D)
+    memory_k,  # Strided (B, P * T, Hkv, D)
+    sums,  # Sums
+    weight,
+    rotation,
+    tiling,
+    frames,
+    batch,
+    frame,
+    tile,
+    first,  # tokens of the tile in the frame
+    end,
+    to,  # the first token of the place in the pool
+    inside,  # whether there is such a place
+    eps,
+    KV_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Normalise, rotate and store the keys of one tile, and write the sums that are wanted."""
+    columns = tl.arange(0, COLUMNS)
+    rotated_sum = tl.zeros([COLUMNS], tl.float32)
+    plain_sum = tl.zeros([COLUMNS], tl.float32)
+    for start in range(first, end, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        plain, rotated = normalise_and_rotate(
+            k, batch, frame * tiling.frame_tokens + rows, rows < end, weight, rotation, eps, KV_HEADS, HEAD_DIM, COLUMNS
+        )
+        stored = cast(rotated, memory_k.pointer.dtype.element_ty)
+        store_heads(memory_k, batch, to + rows, (rows < end) & inside, stored, KV_HEADS, HEAD_DIM)
+        if sums.rotated is not None:
+            rotated_sum += tl.sum(stored.to(tl.float32), 0)
+        if sums.plain is not None:
+            plain_sum += tl.sum(plain, 0)
+    mask = columns < KV_HEADS * HEAD_DIM
+    if sums.rotated is not None:
+        row = (batch * frames + frame) * tiling.tiles + tile
+        tl.store(sums.rotated + row * (KV_HEADS * HEAD_DIM) + columns, rotated_sum, mask=mask)
+    if sums.plain is not None:
+        row = (batch * sums.mean_frames + frame) * tiling.tiles + tile
+        mask = mask & (frame < sums.mean_frames)
+        tl.store(sums.plain + row * (KV_HEADS * HEAD_DIM) + columns, plain_sum, mask=mask)
 
 
 # FLOPs: about 12 per element. Bytes: q, k and v are read once and written once; cosines and sines, 4 D per token, are
 # read twice (mostly from L2); where means are wanted an eighth of the keys is written in float32. Bound by memory.
 @triton.jit
 def write_projections_kernel(
-    q,  # (B, L, H, D)
-    k,  # (B, L, Hkv, D)
-    v,  # (B, L, Hkv, D)
+    q,  # Strided (B, L, H, D)
+    k,  # Strided (B, L, Hkv, D)
+    v,  # Strided (B, L, Hkv, D)
     weight_q,  # (H * D,), or None: q and k are not normalised
     weight_k,  # (Hkv * D,)
-    cosines,  # (1 or B, L, D / 2) float32
-    sines,
-    places,  # (B, F) int32
-    rotated_q,  # (B, L, H, D)
-    memory_k,  # (B, P * T, Hkv, D)
+    rotation,  # Rotation
+    rotated_q,  # Strided (B, L, H, D)
+    memory_k,  # Strided (B, P * T, Hkv, D)
     memory_v,
-    rotated_sums,  # (B, F, tiles, Hkv * D) float32, contiguous, or None
-    plain_sums,  # (B, M, tiles, Hkv * D) float32, contiguous, or None
-    q_strides,  # (B, L, H), in elements
-    k_strides,
-    v_strides,
-    rotated_q_strides,
-    memory_k_strides,
-    memory_v_strides,
-    rotation_stride,  # of cosines and sines between batch elements, 0 where all share one
-    place_stride,  # of places between batch elements
+    destinations,  # Destinations
+    sums,  # Sums
+    tiling,  # Tiling
     eps,
-    frames,
-    frame_tokens,
-    pool_frames,
-    mean_frames,  # M
-    unit_tokens,  # a mean is over whole units, and no tile crosses their bounds
-    tiles_per_unit,
-    tiles,  # of a frame
     HEADS: tl.constexpr,
     KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -138,110 +221,73 @@ def write_projections_kernel(
     Q_ROWS: tl.constexpr,
     KV_ROWS: tl.constexpr,
 ):
-    frame = tl.program_id(0) // tiles
-    tile = tl.program_id(0) % tiles
+    frame = tl.program_id(0) // tiling.tiles
+    tile = tl.program_id(0) % tiling.tiles
     which = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
-    unit = tile // tiles_per_unit
-    first = unit * unit_tokens + tile % tiles_per_unit * TILE  # in the frame
-    end = tl.minimum(tl.minimum((unit + 1) * unit_tokens, first + TILE), frame_tokens)
-    cosines += batch * rotation_stride
-    sines += batch * rotation_stride
+    unit = tile // tiling.tiles_per_unit
+    first = unit * tiling.unit_tokens + tile % tiling.tiles_per_unit * TILE  # in the frame
+    end = tl.minimum(tl.minimum((unit + 1) * tiling.unit_tokens, first + TILE), tiling.frame_tokens)
     if which == 0:
         for start in range(first, end, Q_ROWS):
             rows = start + tl.arange(0, Q_ROWS)
-            tokens = frame * frame_tokens + rows
+            tokens = frame * tiling.frame_tokens + rows
             _, rotated = normalise_and_rotate(
-                q + batch * q_strides[0], q_strides, tokens, rows < end, weight_q, cosines, sines, eps,
-                HEADS, HEAD_DIM, Q_COLUMNS,
-            )  # fmt: skip
-            out = rotated_q + batch * rotated_q_strides[0]
-            rotated = cast(rotated, rotated_q.dtype.element_ty)
-            store_heads(out, rotated_q_strides, tokens, rows < end, rotated, HEADS, HEAD_DIM)
+                q, batch, tokens, rows < end, weight_q, rotation, eps, HEADS, HEAD_DIM, Q_COLUMNS
+            )
+            rotated = cast(rotated, rotated_q.pointer.dtype.element_ty)
+            store_heads(rotated_q, batch, tokens, rows < end, rotated, HEADS, HEAD_DIM)
     else:
-        place = tl.load(places + batch * place_stride + frame)
-        inside = (place >= 0) & (place < pool_frames)
-        to = place.to(tl.int64) * frame_tokens
+        place = tl.load(destinations.places + batch * destinations.place_stride + frame)
+        inside = (place >= 0) & (place < destinations.pool_frames)
+        to = place.to(tl.int64) * tiling.frame_tokens
         if which == 1:
-            columns = tl.arange(0, KV_COLUMNS)
-            rotated_sum = tl.zeros([KV_COLUMNS], tl.float32)
-            plain_sum = tl.zeros([KV_COLUMNS], tl.float32)
-            for start in range(first, end, KV_ROWS):
-                rows = start + tl.arange(0, KV_ROWS)
-                plain, rotated = normalise_and_rotate(
-                    k + batch * k_strides[0], k_strides, frame * frame_tokens + rows, rows < end, weight_k, cosines,
-                    sines, eps, KV_HEADS, HEAD_DIM, KV_COLUMNS,
-                )  # fmt: skip
-                stored = cast(rotated, memory_k.dtype.element_ty)
-                pool = memory_k + batch * memory_k_strides[0]
-                store_heads(pool, memory_k_strides, to + rows, (rows < end) & inside, stored, KV_HEADS, HEAD_DIM)
-                if rotated_sums is not None:
-                    rotated_sum += tl.sum(stored.to(tl.float32), 0)
-                if plain_sums is not None:
-                    plain_sum += tl.sum(plain, 0)
-            mask = columns < KV_HEADS * HEAD_DIM
-            if rotated_sums is not None:
-                row = (batch * frames + frame) * tiles + tile
-                tl.store(rotated_sums + row * (KV_HEADS * HEAD_DIM) + columns, rotated_sum, mask=mask)
-            if plain_sums is not None:
-                row = (batch * mean_frames + frame) * tiles + tile
-                mask = mask & (frame < mean_frames)
-                tl.store(plain_sums + row * (KV_HEADS * HEAD_DIM) + columns, plain_sum, mask=mask)
+            write_keys(
+                k, memory_k, sums, weight_k, rotation, tiling, destinations.frames, batch, frame, tile, first, end, to,
+                inside, eps, KV_HEADS, HEAD_DIM, KV_COLUMNS, KV_ROWS,
+            )  # fmt: skip
         else:
             columns = tl.arange(0, KV_COLUMNS)
             for start in range(first, end, KV_ROWS):
                 rows = start + tl.arange(0, KV_ROWS)
-                tokens = (frame * frame_tokens + rows).to(tl.int64)
-                offsets = tokens[:, None] * v_strides[1] + heads_of_token(columns, v_strides[2], HEAD_DIM)[None, :]
+                offsets = token_offsets(frame * tiling.frame_tokens + rows, v.strides, columns, HEAD_DIM)
                 mask = (rows < end)[:, None] & (columns < KV_HEADS * HEAD_DIM)[None, :]
-                values = tl.load(v + batch * v_strides[0] + offsets, mask=mask & inside)
-                pool = memory_v + batch * memory_v_strides[0]
-                store_heads(pool, memory_v_strides, to + rows, (rows < end) & inside, values, KV_HEADS, HEAD_DIM)
+                values = tl.load(v.pointer + batch * v.strides[0] + offsets, mask=mask & inside)
+                store_heads(memory_v, batch, to + rows, (rows < end) & inside, values, KV_HEADS, HEAD_DIM)
 
 
 @triton.jit
 def mean_of_sums(
-    sums,  # pointer to this batch element and frame
+    sums,  # pointer to the sums of a batch element and frame
     index,  # the number of the mean in its frame
     size,  # tokens of a mean
     columns,  # [COLUMNS]
-    frame_tokens,
-    unit_tokens,
-    tiles_per_unit,
-    tiles,
+    tiling,  # Tiling
     WIDTH: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     """The mean [COLUMNS] of up to `size` tokens from the sums of their tiles."""
-    tiles_of_mean = tl.cdiv(size, unit_tokens) * tiles_per_unit
-    end = tl.minimum((index + 1) * tiles_of_mean, tiles)
+    tiles_of_mean = tl.cdiv(size, tiling.unit_tokens) * tiling.tiles_per_unit
+    end = tl.minimum((index + 1) * tiles_of_mean, tiling.tiles)
     total = tl.zeros([columns.shape[0]], tl.float32)
     for start in range(index * tiles_of_mean, end, ROWS):
         rows = start + tl.arange(0, ROWS)
         mask = (rows < end)[:, None] & (columns < WIDTH)[None, :]
         total += tl.sum(tl.load(sums + rows[:, None] * WIDTH + columns[None, :], mask=mask, other=0.0), 0)
-    length = tl.minimum(size, frame_tokens - index * size)
+    length = tl.minimum(size, tiling.frame_tokens - index * size)
     return tl.div_rn(total, tl.zeros([columns.shape[0]], tl.float32) + length.to(tl.float32))
 
 
 # FLOPs: one addition per element. Bytes: the sums once (from L2), each mean once.
 @triton.jit
 def means_of_sums_kernel(
-    rotated_sums,  # (B, F, tiles, Hkv * D) float32, contiguous, or None
-    plain_sums,  # (B, M, tiles, Hkv * D) float32, contiguous, or None
-    places,  # (B, F) int32
+    sums,  # Sums
+    destinations,  # Destinations
+    tiling,  # Tiling
     descriptors,  # (B, P * blocks, Hkv, D) or None
     means,  # (B, M, n, Hkv, D) or None
     descriptor_strides,  # (B, block, Hkv), in elements
     mean_strides,  # (B, M, n, Hkv)
-    place_stride,
-    frames,
-    frame_tokens,
-    pool_frames,
-    mean_frames,  # M
-    unit_tokens,
-    tiles_per_unit,
-    tiles,
     block_size,
     blocks,  # of a frame
     mean_size,
@@ -256,105 +302,85 @@ def means_of_sums_kernel(
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     batch = tl.program_id(2).to(tl.int64)
     if index < described:
-        if rotated_sums is not None:
+        if sums.rotated is not None:
             frame = index // blocks
             block = index % blocks
-            place = tl.load(places + batch * place_stride + frame)
-            inside = (place >= 0) & (place < pool_frames)
-            sums = rotated_sums + (batch * frames + frame) * tiles * WIDTH
-            mean = mean_of_sums(
-                sums, block, block_size, columns, frame_tokens, unit_tokens, tiles_per_unit, tiles, WIDTH, ROWS
-            )
+            place = tl.load(destinations.places + batch * destinations.place_stride + frame)
+            inside = (place >= 0) & (place < destinations.pool_frames)
+            frame_sums = sums.rotated + (batch * destinations.frames + frame) * tiling.tiles * WIDTH
+            mean = mean_of_sums(frame_sums, block, block_size, columns, tiling, WIDTH, ROWS)
             row = batch * descriptor_strides[0] + (place.to(tl.int64) * blocks + block) * descriptor_strides[1]
             target = descriptors + row + heads_of_token(columns, descriptor_strides[2], HEAD_DIM)
             tl.store(target, cast(mean, descriptors.dtype.element_ty), mask=(columns < WIDTH) & inside)
     else:
-        if plain_sums is not None:
+        if sums.plain is not None:
             frame = (index - described) // means_per_frame
             part = (index - described) % means_per_frame
-            sums = plain_sums + (batch * mean_frames + frame) * tiles * WIDTH
-            mean = mean_of_sums(
-                sums, part, mean_size, columns, frame_tokens, unit_tokens, tiles_per_unit, tiles, WIDTH, ROWS
-            )
+            frame_sums = sums.plain + (batch * sums.mean_frames + frame) * tiling.tiles * WIDTH
+            mean = mean_of_sums(frame_sums, part, mean_size, columns, tiling, WIDTH, ROWS)
             row = batch * mean_strides[0] + frame.to(tl.int64) * mean_strides[1] + part.to(tl.int64) * mean_strides[2]
             target = means + row + heads_of_token(columns, mean_strides[3], HEAD_DIM)
             tl.store(target, cast(mean, means.dtype.element_ty), mask=columns < WIDTH)
+
+
+def tiling_of(target: WriteTarget) -> tuple[Tiling, int]:
+    """The argument tuple, and the number of tokens of a tile.
+
+    Tiles lie within units, so that every mean is over whole tiles. A frame without means is one unit.
+    """
+    sizes = [(target.block_size, target.descriptors), (target.mean_size, target.means)]
+    parts = [size for size, out in sizes if out is not None and size < target.frame_tokens]
+    unit = math.gcd(*parts) or target.frame_tokens
+    tile = min(TILE_TOKENS, triton.next_power_of_2(unit))
+    tiles_per_unit = triton.cdiv(unit, tile)
+    tiles = triton.cdiv(target.frame_tokens, unit) * tiles_per_unit
+    return Tiling(target.frame_tokens, unit, tiles_per_unit, tiles), tile
 
 
 def plan_write_projections(
     q: torch.Tensor,
     k: torch.Tensor,
     v: torch.Tensor,
-    cosines: torch.Tensor,
-    sines: torch.Tensor,
-    memory_k: torch.Tensor,
-    memory_v: torch.Tensor,
-    places: torch.Tensor,
-    weight_q: torch.Tensor | None,
-    weight_k: torch.Tensor | None,
-    descriptors: torch.Tensor | None,
-    means: torch.Tensor | None,
-    *,
-    frame_tokens: int,
-    block_size: int,
-    mean_size: int,
-    eps: float,
+    rotation: tuple[torch.Tensor, torch.Tensor],
+    norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
+    target: WriteTarget,
 ) -> tuple[list[Launch], torch.Tensor]:
     """The launches of `write_projections`, in order, and the rotated q that they fill."""
     batch, length, heads, head_dim = q.shape
     kv_heads = k.shape[2]
     if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise ValueError(f"the kernels take float16, bfloat16 and float32, got {q.dtype}: use impl='torch'")
-    frames = length // frame_tokens
-    # Tiles lie within units, so that every mean is over whole tiles. A frame without means is one unit.
-    sizes = [size for size, out in ((block_size, descriptors), (mean_size, means)) if out is not None]
-    unit = math.gcd(*(size for size in sizes if size < frame_tokens)) or frame_tokens
-    tile = min(TILE_TOKENS, triton.next_power_of_2(unit))
-    tiles_per_unit = triton.cdiv(unit, tile)
-    tiles = triton.cdiv(frame_tokens, unit) * tiles_per_unit
+    tiling, tile = tiling_of(target)
+    frames = length // target.frame_tokens
     columns = {n: max(triton.next_power_of_2(n * head_dim), 16) for n in (heads, kv_heads)}
     rows = {n: max(1, min(tile, TILE_ELEMENTS // columns[n])) for n in columns}
     rotated_q = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device)
-    mean_frames = 0 if means is None else means.shape[1]
+    mean_frames = 0 if target.means is None else target.means.shape[1]
     rotated_sums, plain_sums = (
-        None if out is None else torch.empty((batch, count, tiles, kv_heads * head_dim), device=q.device)
-        for out, count in ((descriptors, frames), (means, mean_frames))
+        None if out is None else torch.empty((batch, count, tiling.tiles, kv_heads * head_dim), device=q.device)
+        for out, count in ((target.descriptors, frames), (target.means, mean_frames))
     )
-    shared = dict(
-        places=places,
-        rotated_sums=rotated_sums,
-        plain_sums=plain_sums,
-        place_stride=places.stride(0),
-        frames=frames,
-        frame_tokens=frame_tokens,
-        pool_frames=memory_k.shape[1] // frame_tokens,
-        mean_frames=mean_frames,
-        unit_tokens=unit,
-        tiles_per_unit=tiles_per_unit,
-        tiles=tiles,
-        HEAD_DIM=head_dim,
-    )
-    strides = {
-        f"{name}_strides": x.stride()[:3]
-        for name, x in dict(q=q, k=k, v=v, rotated_q=rotated_q, memory_k=memory_k, memory_v=memory_v).items()
-    }
+    sums = Sums(rotated_sums, plain_sums, mean_frames)
+    pool_frames = target.memory_k.shape[1] // target.frame_tokens
+    destinations = Destinations(target.places, target.places.stride(0), frames, pool_frames)
+    cosines, sines = rotation
     arguments = dict(
-        **shared,
-        **strides,
-        q=q,
-        k=k,
-        v=v,
-        weight_q=weight_q,
-        weight_k=weight_k,
-        cosines=cosines,
-        sines=sines,
-        rotated_q=rotated_q,
-        memory_k=memory_k,
-        memory_v=memory_v,
-        rotation_stride=0 if cosines.shape[0] == 1 else cosines.stride(0),
-        eps=eps,
+        q=strided(q),
+        k=strided(k),
+        v=strided(v),
+        weight_q=norm[0],
+        weight_k=norm[1],
+        rotation=Rotation(cosines, sines, 0 if cosines.shape[0] == 1 else cosines.stride(0)),
+        rotated_q=strided(rotated_q),
+        memory_k=strided(target.memory_k),
+        memory_v=strided(target.memory_v),
+        destinations=destinations,
+        sums=sums,
+        tiling=tiling,
+        eps=norm[2],
         HEADS=heads,
         KV_HEADS=kv_heads,
+        HEAD_DIM=head_dim,
         Q_COLUMNS=columns[heads],
         KV_COLUMNS=columns[kv_heads],
         TILE=tile,
@@ -362,42 +388,40 @@ def plan_write_projections(
         KV_ROWS=rows[kv_heads],
     )
     options = dict(num_warps=8 if max(columns.values()) <= TILE_ELEMENTS else 16, num_stages=2)
-    launches = [Launch(write_projections_kernel, (frames * tiles, 3, batch), arguments, options)]
-    if descriptors is not None or means is not None:
-        launches.append(_plan_means(shared, descriptors, means, block_size, mean_size, kv_heads, batch))
+    launches = [Launch(write_projections_kernel, (frames * tiling.tiles, 3, batch), arguments, options)]
+    if target.descriptors is not None or target.means is not None:
+        launches.append(plan_means_of_sums(sums, destinations, tiling, target, batch, (kv_heads, head_dim)))
     return launches, rotated_q
 
 
-def _plan_means(
-    shared: dict,
-    descriptors: torch.Tensor | None,
-    means: torch.Tensor | None,
-    block_size: int,
-    mean_size: int,
-    kv_heads: int,
-    batch: int,
+def plan_means_of_sums(
+    sums: Sums, destinations: Destinations, tiling: Tiling, target: WriteTarget, batch: int, shape: tuple[int, int]
 ) -> Launch:
-    """The launch that makes descriptors and means from the sums. shared: the arguments that both launches have."""
-    width = kv_heads * shared["HEAD_DIM"]
-    blocks = triton.cdiv(shared["frame_tokens"], block_size)
-    described = 0 if descriptors is None else shared["frames"] * blocks
+    """The launch that makes descriptors and means from the sums. shape: key heads and head size."""
+    descriptors, means = target.descriptors, target.means
+    width = shape[0] * shape[1]
+    blocks = triton.cdiv(target.frame_tokens, target.block_size)
+    described = 0 if descriptors is None else destinations.frames * blocks
     means_per_frame = 1 if means is None else means.shape[2]
     arguments = dict(
-        **shared,
+        sums=sums,
+        destinations=destinations,
+        tiling=tiling,
         descriptors=descriptors,
         means=means,
         descriptor_strides=(0, 0, 0) if descriptors is None else descriptors.stride()[:3],
         mean_strides=(0, 0, 0, 0) if means is None else means.stride()[:4],
-        block_size=block_size,
+        block_size=target.block_size,
         blocks=blocks,
-        mean_size=mean_size,
+        mean_size=target.mean_size,
         means_per_frame=means_per_frame,
         described=described,
         WIDTH=width,
+        HEAD_DIM=shape[1],
         COLUMNS=128,
         ROWS=32,
     )
-    grid = (described + shared["mean_frames"] * means_per_frame, triton.cdiv(width, 128), batch)
+    grid = (described + sums.mean_frames * means_per_frame, triton.cdiv(width, 128), batch)
     return Launch(means_of_sums_kernel, grid, arguments, dict(num_warps=4, num_stages=2))
 
 
@@ -410,9 +434,6 @@ def write_projections(
     target: WriteTarget,
 ) -> torch.Tensor:
     """Normalise, rotate and store the projections, see `memflow_ops.write_projections`. Returns the rotated q."""
-    weight_q, weight_k, eps = norm
-    written = (target.memory_k, target.memory_v, target.places, weight_q, weight_k, target.descriptors, target.means)
-    sizes = dict(frame_tokens=target.frame_tokens, block_size=target.block_size, mean_size=target.mean_size)
-    launches, rotated_q = plan_write_projections(q, k, v, *rotation, *written, **sizes, eps=eps)
+    launches, rotated_q = plan_write_projections(q, k, v, rotation, norm, target)
     run_all(launches)
     return rotated_q
