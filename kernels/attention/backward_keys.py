@@ -109,17 +109,16 @@ def backward_keys_kernel(
     grad_key = tl.zeros([BLOCK_N, DIM], tl.float32)
     grad_value = tl.zeros([BLOCK_N, DIM], tl.float32)
     zeros = tl.zeros([BLOCK_N, BLOCK_M], tl.float32)
-    query_rows_of_batch = q.pointer + batch * q.strides[0]
-    grad_rows_of_batch = grad_out.pointer + batch * grad_out.strides[0]
+    query_base = q.pointer + batch * q.strides[0]
+    grad_base = grad_out.pointer + batch * grad_out.strides[0]
     terms += batch * tl.num_programs(1) * HEADS_PER_KV_HEAD * queries
     for tile in range(tiles):
         # What all lanes share is added first: it needs no registers per lane.
         head, first, offset, there = query_places(tile, count, members, query_group, queries, BLOCK_M, PACKED)
         head += first_head
-        query_rows = query_rows_of_batch + head * q.strides[2] + first * q.strides[1] + offset * q.strides[1]
+        query_rows = query_base + head * q.strides[2] + first * q.strides[1] + offset * q.strides[1]
         query = load_rows(query_rows, there, columns, HEAD_DIM)  # [BLOCK_M, DIM]
-        grad_rows = grad_rows_of_batch + head * grad_out.strides[2]
-        grad_rows += first * grad_out.strides[1] + offset * grad_out.strides[1]
+        grad_rows = grad_base + head * grad_out.strides[2] + first * grad_out.strides[1] + offset * grad_out.strides[1]
         grad = load_rows(grad_rows, there, columns, HEAD_DIM)
         row_lse, row_delta = load_terms(terms + head * queries + first + offset, there)
         if grad_k is not None:  # both products before the rest: fewer registers
