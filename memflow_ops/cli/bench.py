@@ -12,8 +12,8 @@ from rich.progress import Progress
 from memflow_ops.bench import run
 from memflow_ops.bench.cases.registry import GROUPS
 from memflow_ops.bench.harness.case import Case
-from memflow_ops.bench.report.html import write_plot, write_report
 from memflow_ops.bench.report.table import show
+from memflow_ops.bench.report.webpage import write_plot, write_report
 from memflow_ops.cli.errors import fail, one_line_errors
 from memflow_ops.cli.options import Device, named, typed
 from memflow_ops.environment import ROOT

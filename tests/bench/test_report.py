@@ -8,7 +8,7 @@ import torch
 
 from memflow_ops.bench import run
 from memflow_ops.bench.harness.results import load_bench
-from memflow_ops.bench.report import html, svg, table
+from memflow_ops.bench.report import svg, table, webpage
 from memflow_ops.cli import main
 from memflow_ops.environment import environment
 
@@ -42,7 +42,7 @@ def test_the_report_stands_alone(results):
         for row in [row for row in stored["rows"] if row["case"].startswith("op/memory_attention")]:
             settings = {**row["settings"], "bank_frames": frames}
             stored["rows"].append({**row, "case": f"{row['case']}/bank-{frames}", "settings": settings})
-    page = html.page(stored)
+    page = webpage.page(stored)
     assert not re.search(r"(src|href)=|url\(|@import|https?://(?!www\.w3\.org/2000/svg)", page)
     assert "prefers-color-scheme: dark" in page
     charts = re.findall(r"<svg.*?</svg>", page, re.S)
@@ -55,15 +55,15 @@ def test_the_report_stands_alone(results):
             if n in ("x", "y", "cx", "cy")
         ]
         assert numbers and all(-1 <= x <= 1200 for x in numbers)
-    assert not html.write_plot(run.stored(results, "cpu"), results / "plot.svg")  # no long cases
-    assert html.write_plot(stored, results / "plot.svg")
+    assert not webpage.write_plot(run.stored(results, "cpu"), results / "plot.svg")  # no long cases
+    assert webpage.write_plot(stored, results / "plot.svg")
     ElementTree.parse(results / "plot.svg")
 
 
 def test_the_report_names_every_commit(results):
     stored = run.stored(results, "cpu")
     stored["rows"] = [{**row, "commit": "abc" if "select" in row["case"] else "def"} for row in stored["rows"]]
-    page = html.page(stored)
+    page = webpage.page(stored)
     head = page[: page.index("</p>")]
     assert head.count("commit abc") == head.count("commit def") == 1
     of_case = re.findall(r"<tr class=case><td colspan=6>(\S+) <span class=faint>\S+, commit (\w+)", page)
@@ -85,7 +85,7 @@ def test_bars_show_what_is_negative_and_spreads():
 def test_overheads_below_zero_are_shown(results):
     below = {"p20": 0.9, "p50": 0.95, "p80": 1.05}
     stored = [{**row, "over_baseline": below} for row in run.stored(results, "cpu")["rows"]]
-    assert "sink: -5 (-10 to 5)" in html.streams(stored)
+    assert "sink: -5 (-10 to 5)" in webpage.streams(stored)
 
 
 def test_every_line_looks_its_own():
@@ -103,5 +103,5 @@ def test_the_committed_results_can_be_shown():
     assert files
     for path in files:
         stored = load_bench(path)
-        assert "All figures" in html.page(stored) and stored["rows"][0]["case"] in table.cases_of(stored["rows"])
-        assert html.bank_sizes(stored["rows"]).startswith("<svg")
+        assert "All figures" in webpage.page(stored) and stored["rows"][0]["case"] in table.cases_of(stored["rows"])
+        assert webpage.bank_sizes(stored["rows"]).startswith("<svg")

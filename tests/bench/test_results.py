@@ -11,7 +11,7 @@ import torch
 from memflow_ops.bench import run
 from memflow_ops.bench.harness import contest, results, statistics
 from memflow_ops.bench.harness.case import OURS
-from memflow_ops.bench.report import html, svg, table
+from memflow_ops.bench.report import svg, table, webpage
 from memflow_ops.cli import main
 from memflow_ops.environment import environment
 
@@ -44,7 +44,7 @@ def test_one_round_decides_nothing(tmp_path):
     once = statistics.paired([1.4], [1.0])
     assert not statistics.decided(once, 1) and table.overhead(once, 1) == "+40.0 % (one round)"
     assert table.milliseconds(statistics.quantiles([0.02]), 1) == "20.0 (one round)"
-    assert svg.spread(*html.percent(once)) == "40"
+    assert svg.spread(*webpage.percent(once)) == "40"
     about = {"device": "here", "commit": "c", "date": "2026-01-01"}
     for before, now, in_doubt in ((3, 3, False), (1, 3, True), (3, 1, True)):
         results.keep(tmp_path / "bench.json", [row(1.0, rounds=before)], {}, about)
@@ -104,16 +104,16 @@ def test_charts_keep_banks_and_sizes_apart():
         case = f"op/memory_attention/{size}/float32/bank-{bank}"
         return row(1.5, case=case, size=size, settings={"bank_frames": bank})
 
-    chart = html.streams([stream(3), stream(64)])
+    chart = webpage.streams([stream(3), stream(64)])
     titles = re.findall("<title>(.*?)</title>", chart)
     assert titles == [f"memflow, bank {n}, float32, history 80, memflow: {n}" for n in (3, 64)]
     assert "aim: 7.9 %" in chart
-    assert len(re.findall("<title>", html.streams([stream(3), stream(3, "tiny")]))) == 2
-    chart = html.bank_sizes([stream(64), op(4), op(16)])
+    assert len(re.findall("<title>", webpage.streams([stream(3), stream(3, "tiny")]))) == 2
+    chart = webpage.bank_sizes([stream(64), op(4), op(16)])
     assert chart.count("<circle") == 3 and "frames in the bank (wan-1.3b, float32)" in chart  # one is the legend's
-    chart = html.bank_sizes([op(4), op(16, "tiny")])
+    chart = webpage.bank_sizes([op(4), op(16, "tiny")])
     assert "memory_attention, tiny, float32" in chart and "memory_attention, wan-1.3b, float32" in chart
-    assert html.bank_sizes([stream(64)]) == ""
+    assert webpage.bank_sizes([stream(64)]) == ""
 
 
 def test_what_cannot_be_compared_is_said_before_anything_is_measured(tmp_path, monkeypatch):
