@@ -3,9 +3,13 @@
 import fcntl
 import hashlib
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+NAME_BYTES = 255
+"""The bytes that a file's name may have on the file systems of Linux."""
 
 
 @contextmanager
@@ -13,15 +17,18 @@ def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name to write to, and rename the file in the end, so that nobody ever sees a part of it.
 
     The temporary file lies beside the target, because a rename is atomic only inside one file system. An error leaves
-    the old file as it was.
+    the old file as it was. A symbolic link stays one, and the file that it leads to is written. A file that is replaced
+    keeps its permissions.
     """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path, f".{os.getpid()}.tmp")
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
-        temporary.chmod(0o666 & ~_umask())  # Safetensors makes files that only their owner may read.
+        # Without this, safetensors makes files that only their owner may read.
+        temporary.chmod(stat.S_IMODE(path.stat().st_mode) if path.exists() else 0o666 & ~_umask())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -34,7 +41,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     Others wait, or with wait=False get a ValueError. The lock is a file beside `path`, which is there while it is held.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = path.with_name(f".{path.name}.lock")
+    lock = _beside(path, ".lock")
     while True:
         with open(lock, "w") as file:
             try:
@@ -54,6 +61,16 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             return
 
 
+def _beside(path: Path, ending: str) -> Path:
+    """A hidden name beside a file. A name that would be too long for the file system has its end cut off, and is told
+    from others by a digest."""
+    if len(os.fsencode(path.name)) + len(ending) < NAME_BYTES:
+        return path.with_name(f".{path.name}{ending}")
+    digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    kept = os.fsencode(path.name)[: NAME_BYTES - len(ending) - len(digest) - 2]
+    return path.with_name(f".{kept.decode(errors='ignore')}.{digest}{ending}")
+
+
 def _umask() -> int:
     os.umask(mask := os.umask(0o022))
     return mask
@@ -61,6 +78,7 @@ def _umask() -> int:
 
 def check_folder(folder: Path) -> None:
     """Raise a ValueError if the folder cannot be made, or no files can be written to it. Makes nothing."""
+    _check_names(folder)
     there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not there.is_dir():
         raise ValueError(f"cannot write to the folder {folder}: {there} is a file")
@@ -72,11 +90,27 @@ def check_folder(folder: Path) -> None:
         raise ValueError(f"cannot write to the folder {folder}: {error.strerror}") from error
 
 
+def _check_names(path: Path) -> None:
+    """Raise a ValueError if a part of the path is longer than file systems take."""
+    for name in path.parts:
+        if len(os.fsencode(name)) > NAME_BYTES:
+            raise ValueError(
+                f"the name {name[:40]}... has {len(os.fsencode(name))} bytes, and a file system takes {NAME_BYTES}: "
+                f"choose a shorter one"
+            )
+
+
 def check_target(path: Path, suffix: str) -> None:
     """Raise a ValueError if the path does not have the suffix, or no file can be written there. Makes nothing."""
-    if path.suffix != suffix or path.is_dir():
+    if path.suffix != suffix:
         raise ValueError(f"what is written takes the name of a {suffix} file, got {path}")
-    check_folder(path.parent)
+    target = Path(os.path.realpath(path))
+    _check_names(target)
+    if target.is_symlink():
+        raise ValueError(f"{path} is a symbolic link that leads to itself; expected a file or a name that is free")
+    if target.exists() and not target.is_file():
+        raise ValueError(f"what is written takes the name of a {suffix} file, got {path}, which is no file")
+    check_folder(target.parent)
 
 
 def sha256(path: Path) -> str:

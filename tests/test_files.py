@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from memflow_ops.files import locked, write_atomically
+from memflow_ops.files import check_target, locked, write_atomically
 
 
 def test_two_processes_do_not_share_a_temporary_name(tmp_path, monkeypatch):
@@ -50,3 +50,43 @@ def test_the_lock_is_given_back_after_an_error(tmp_path):
         raise RuntimeError("a write failed")
     with locked(tmp_path / "bench.json", wait=False):
         pass
+
+
+def test_a_link_stays_one_and_its_target_is_written(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "current.json"
+    link.symlink_to("disk/real.json")
+    for content in (b"first", b"second"):
+        check_target(link, ".json")
+        write_atomically(link, content)
+        assert link.is_symlink() and (tmp_path / "disk" / "real.json").read_bytes() == content
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["real.json"]
+
+
+def test_a_file_that_is_replaced_keeps_its_permissions(tmp_path):
+    path = tmp_path / "private.json"
+    path.touch()
+    path.chmod(0o640)
+    write_atomically(path, b"new")
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_the_longest_name_is_written_and_a_longer_one_refused_beforehand(tmp_path):
+    longest = tmp_path / ("é" * 125 + ".json")
+    check_target(longest, ".json")
+    with locked(longest):
+        write_atomically(longest, b"content")
+    assert [path.name for path in tmp_path.iterdir()] == [longest.name] and longest.read_bytes() == b"content"
+    for path in (tmp_path / ("y" * 251 + ".json"), tmp_path / ("y" * 256) / "a.json"):
+        with pytest.raises(ValueError, match=r"has 256 bytes, and a file system takes 255: choose a shorter one"):
+            check_target(path, ".json")
+
+
+def test_what_is_no_file_is_no_target(tmp_path):
+    (tmp_path / "a.json").symlink_to("b.json")
+    (tmp_path / "b.json").symlink_to("a.json")
+    with pytest.raises(ValueError, match="leads to itself"):
+        check_target(tmp_path / "a.json", ".json")
+    os.mkfifo(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="which is no file"):
+        check_target(tmp_path / "pipe.json", ".json")

@@ -19,6 +19,7 @@ from memflow_ops.cli.options import (
     CudaGraphs,
     Device,
     Dtype,
+    Ema,
     FramesPerPrompt,
     Height,
     HistoryFrames,
@@ -31,6 +32,7 @@ from memflow_ops.cli.options import (
     Seed,
     Steps,
     TextEncoder,
+    TextLen,
     TopK,
     Vae,
     WanBankFrames,
@@ -39,7 +41,8 @@ from memflow_ops.cli.options import (
     typed,
 )
 from memflow_ops.files import check_target
-from memflow_ops.model.checkpoints import pretrained
+from memflow_ops.model.checkpoints import export, pretrained
+from memflow_ops.model.checkpoints.layouts import TEXT_LEN
 from memflow_ops.model.pipeline import verify as pipeline
 from memflow_ops.model.pipeline.budget import size
 from memflow_ops.model.pipeline.plan import StreamOptions, WanPlan
@@ -57,10 +60,21 @@ def convert(
             metavar="CHECKPOINT",
         ),
     ],
-    out: Annotated[Path, typer.Argument(help="The .safetensors file to write.", metavar="OUT")],
+    out: Annotated[
+        Path, typer.Argument(help="The .safetensors file to write, or for diffusers the folder.", metavar="OUT")
+    ],
+    to: Annotated[
+        Literal["memflow", "diffusers"],
+        typer.Option(
+            help="memflow: one file with its config inside. diffusers: a folder that WanTransformer3DModel loads.",
+            metavar="KIND",
+        ),
+    ] = "memflow",
     lora: LoraFile = None,
     lora_alpha: LoraAlpha = None,
     num_heads: NumHeads = None,
+    text_len: TextLen = None,
+    ema: Ema = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(
@@ -85,19 +99,38 @@ def convert(
     once and for all, and makes loading quicker. No code in the file is run.
     Every weight that is missing, unexpected or of the wrong shape is named.
 
+    With --to diffusers, OUT is a folder that
+    WanTransformer3DModel.from_pretrained loads.
+
     Examples:
 
       memflow convert longlive_base.pt longlive.safetensors --lora lora.pt
       memflow convert Wan2.1-T2V-1.3B wan.safetensors --dtype bfloat16
+      memflow convert self_forcing_dmd.pt transformer --to diffusers
     """
+    for_diffusers = to == "diffusers"
     with one_line_errors():
-        check_target(out, ".safetensors")  # before the weights are read, which takes long
+        # Before the weights are read, which takes long.
+        if for_diffusers:
+            export.check_diffusers_folder(out)
+        else:
+            check_target(out, ".safetensors")
         weights = pretrained.read_pretrained(
-            checkpoint, lora=lora, lora_alpha=lora_alpha, num_heads=num_heads, memory=memory
+            checkpoint,
+            lora=lora,
+            lora_alpha=lora_alpha,
+            num_heads=num_heads,
+            text_len=text_len,
+            memory=memory,
+            ema=ema,
         )
         typer.echo(described(weights))
-        pretrained.convert(weights, out, None if dtype is None else pretrained.DTYPES[dtype])
-    typer.echo(f"Written: {out}, {size(out.stat().st_size)}")
+        write = export.write_diffusers if for_diffusers else pretrained.convert
+        write(weights, out, None if dtype is None else pretrained.DTYPES[dtype])
+    written = out / export.WEIGHTS if for_diffusers else out
+    typer.echo(f"Written: {written}, {size(written.stat().st_size)}")
+    if for_diffusers and weights.config.text_len != TEXT_LEN:
+        typer.echo(f"In diffusers, call the pipeline with max_sequence_length={weights.config.text_len}.")
 
 
 def verify(
@@ -117,6 +150,8 @@ def verify(
     lora: LoraFile = None,
     lora_alpha: LoraAlpha = None,
     num_heads: NumHeads = None,
+    text_len: TextLen = None,
+    ema: Ema = None,
     dtype: Dtype = "auto",
     seed: Seed = 0,
     frames_per_prompt: FramesPerPrompt = FRAMES_PER_PROMPT,
@@ -164,7 +199,7 @@ def verify(
         width=width,
     )
     with one_line_errors():
-        sources = Sources(checkpoint, text_encoder, vae, lora, lora_alpha, num_heads, dtype)
+        sources = Sources(checkpoint, text_encoder, vae, lora, lora_alpha, num_heads, dtype, text_len, ema)
         parts, streams = load_stories(
             read_stories(story or pipeline.STORY, any_prompt)[:1],
             out,

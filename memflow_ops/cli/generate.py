@@ -18,6 +18,7 @@ from memflow_ops.cli.options import (
     CudaGraphs,
     Device,
     Dtype,
+    Ema,
     FramesPerPrompt,
     Height,
     HistoryFrames,
@@ -31,6 +32,7 @@ from memflow_ops.cli.options import (
     Steps,
     Story,
     TextEncoder,
+    TextLen,
     TopK,
     Vae,
     WanBankFrames,
@@ -41,6 +43,7 @@ from memflow_ops.cli.options import (
 )
 from memflow_ops.cli.progress import run_stories
 from memflow_ops.environment import pick_device
+from memflow_ops.model.checkpoints.containers import EMA
 from memflow_ops.model.checkpoints.pretrained import Pretrained
 from memflow_ops.model.pipeline import generate as pipeline
 from memflow_ops.model.pipeline.budget import FreeMemory
@@ -65,6 +68,8 @@ def generate(
     lora: LoraFile = None,
     lora_alpha: LoraAlpha = None,
     num_heads: NumHeads = None,
+    text_len: TextLen = None,
+    ema: Ema = None,
     dtype: Dtype = "auto",
     seed: Seed = 0,
     frames_per_prompt: FramesPerPrompt = FRAMES_PER_PROMPT,
@@ -125,7 +130,7 @@ def generate(
         width=width,
     )
     with one_line_errors():
-        sources = Sources(checkpoint, text_encoder, vae, lora, lora_alpha, num_heads, dtype)
+        sources = Sources(checkpoint, text_encoder, vae, lora, lora_alpha, num_heads, dtype, text_len, ema)
         parts, streams = load_stories(
             read_stories(story, any_prompt),
             out,
@@ -204,6 +209,9 @@ def described(pretrained: Pretrained) -> str:
     """A checkpoint in words."""
     config = pretrained.config
     origin = f"{pretrained.layout} layout" + (f", its {pretrained.part}" if pretrained.part else "")
+    if pretrained.other_part:
+        option = "--ema" if pretrained.other_part == EMA else "--no-ema"
+        origin += f" and not its {pretrained.other_part}, which {option} takes"
     words = (
         f"{pretrained.parameters:,} parameters in {str(pretrained.dtype).removeprefix('torch.')} ({origin}): "
         f"{config.num_layers} layers, width {config.dim}, {config.num_heads} heads, feed-forward {config.ffn_dim}, "

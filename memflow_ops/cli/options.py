@@ -110,7 +110,7 @@ Checkpoint = Annotated[
 TextEncoder = Annotated[
     Path,
     typer.Option(
-        help="The folder of its UMT5 text encoder and tokenizer, or of a whole diffusers pipeline.",
+        help="The folder of its UMT5 text encoder and tokenizer, of a diffusers pipeline, or of Wan's own release.",
         metavar="PATH",
         rich_help_panel=CHECKPOINT,
     ),
@@ -118,7 +118,7 @@ TextEncoder = Annotated[
 Vae = Annotated[
     Path,
     typer.Option(
-        help="The folder of its AutoencoderKLWan, or of a whole diffusers pipeline.",
+        help="The folder of its AutoencoderKLWan, of a diffusers pipeline, or of Wan's own release.",
         metavar="PATH",
         rich_help_panel=CHECKPOINT,
     ),
@@ -126,15 +126,19 @@ Vae = Annotated[
 LoraFile = Annotated[
     Path | None,
     typer.Option(
-        "--lora", help="A LoRA in peft's form, merged into the weights.", metavar="PATH", rich_help_panel=CHECKPOINT
+        "--lora",
+        help="A LoRA as peft, diffusers or the programs around Wan write it, merged into the weights.",
+        metavar="PATH",
+        rich_help_panel=CHECKPOINT,
     ),
 ]
 LoraAlpha = Annotated[
     float | None,
     typer.Option(
-        help="The LoRA's alpha, where its file does not state it.",
+        help="The alpha of the LoRA that --lora names, or without one of the checkpoint's own, in place of what its "
+        "file states.",
         metavar="X",
-        show_default="its rank",
+        show_default="what its file states, else its rank",
         rich_help_panel=CHECKPOINT,
     ),
 ]
@@ -145,6 +149,25 @@ NumHeads = Annotated[
         min=1,
         metavar="N",
         show_default="width / 128",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
+TextLen = Annotated[
+    int | None,
+    typer.Option(
+        help="The tokens of text that the model attends to, padding included, where no config.json states them.",
+        min=1,
+        metavar="N",
+        show_default="512",
+        rich_help_panel=CHECKPOINT,
+    ),
+]
+Ema = Annotated[
+    bool | None,
+    typer.Option(
+        "--ema/--no-ema",
+        help="Take the averaged weights of a .pt (generator_ema), or those of the last step (generator).",
+        show_default="averaged where both are there, but not of LongLive and MemFlow",
         rich_help_panel=CHECKPOINT,
     ),
 ]

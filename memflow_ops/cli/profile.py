@@ -20,6 +20,7 @@ from memflow_ops.cli.options import (
     Checkpoint,
     Device,
     Dtype,
+    Ema,
     FramesPerPrompt,
     Height,
     HistoryFrames,
@@ -28,6 +29,7 @@ from memflow_ops.cli.options import (
     NumHeads,
     Steps,
     TextEncoder,
+    TextLen,
     TopK,
     ToyWeights,
     Width,
@@ -169,6 +171,8 @@ def profile_selection(
     lora: LoraFile = None,
     lora_alpha: LoraAlpha = None,
     num_heads: NumHeads = None,
+    text_len: TextLen = None,
+    ema: Ema = None,
     dtype: Dtype = "auto",
     block_size: BlockSizes = WAN_BLOCK_SIZES,
     query_group: QueryGroups = WAN_QUERY_GROUPS,
@@ -225,7 +229,7 @@ def profile_selection(
         sizes = _compared_sizes(block_size, query_group)
         # Checked before the weights are read, which takes long.
         check_profile(replace(WAN_SETTINGS, bank_frames=settings["bank_frames"]), total, tokens, *sizes)
-        sources = Sources(checkpoint, text_encoder, None, lora, lora_alpha, num_heads, dtype)
+        sources = Sources(checkpoint, text_encoder, None, lora, lora_alpha, num_heads, dtype, text_len, ema)
         parts, ((plan,),) = load_stories(
             told,
             out.parent,

@@ -15,7 +15,9 @@ from memflow_ops.model.wan.transformer import ModelConfig
 
 _WRAPPERS = frozenset(("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module"))
 """Parts of names that FSDP, activation checkpointing, torch.compile and DDP add."""
-_PREFIXES = ("base_model.model.", "generator.", "diffusion_model.", "transformer.", "model.")
+PEFT = "base_model.model."
+"""What peft puts before the name that a module has in the model that was trained."""
+_PREFIXES = (PEFT, "generator.", "diffusion_model.", "transformer.", "model.")
 """Prefixes that training code (such as Self-Forcing), peft and collections of several models put before all names."""
 
 _DIFFUSERS = {
@@ -46,6 +48,10 @@ _STATED = {
 }
 """Entries of a config.json, the original's or diffusers' -> fields of `ModelConfig`."""
 
+_TEXT_TO_VIDEO = ("t2v", "ti2v")
+"""What the config.json of Wan's releases calls the models that make a video of text alone."""
+_COUNTS = ("num_heads", "text_len")
+
 HEAD_DIM = 128
 """Head size of every released Wan model; the shapes of the weights do not tell it."""
 TEXT_LEN = 512
@@ -54,14 +60,37 @@ TEXT_LEN = 512
 
 def bare_name(name: str) -> str:
     """A weight's name without wrappers and without the prefixes that its file puts before all names."""
-    name = ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-    found = True
-    while found:
-        found = False
-        for prefix in _PREFIXES:
-            if name.startswith(prefix):
-                name, found = name[len(prefix) :], True
-    return name
+    return _without_prefixes(name)[-1]
+
+
+def trained_names(module: str) -> list[str]:
+    """The names that a module of a LoRA's file may have had in the model that was trained. Where peft's own prefix
+    stands before it, this is exactly one. Otherwise it is the name with and without the known prefixes, and in both
+    layouts, because programs that convert a file seldom touch its config."""
+    names = _without_prefixes(module)
+    if names[0].startswith(PEFT):
+        return [names[0].removeprefix(PEFT)]
+    bare = dotted_name(names[-1])
+    return list(dict.fromkeys([*names, bare, original_name(bare), diffusers_name(bare)]))
+
+
+def dotted_name(module: str) -> str:
+    """A module's name with dots, where a program for LoRAs has written it with underscores, such as
+    `lora_unet_blocks_0_ffn_0`; any other name as it is."""
+    found = re.fullmatch(r"lora_unet_+(?:blocks_(\d+)_)?(\w+)", module)
+    if not found:
+        return module
+    tables = (_DIFFUSERS_BLOCK if found[1] else _DIFFUSERS).items()
+    modules = {name.replace(".", "_"): name for pair in tables for name in pair}
+    return (f"blocks.{found[1]}." if found[1] else "") + modules.get(found[2], found[2])
+
+
+def _without_prefixes(name: str) -> list[str]:
+    """A name without wrappers, and what remains of it each time that a prefix is taken off."""
+    names = [".".join(part for part in name.split(".") if part not in _WRAPPERS)]
+    while prefix := next((prefix for prefix in _PREFIXES if names[-1].startswith(prefix)), ""):
+        names.append(names[-1][len(prefix) :])
+    return names
 
 
 def is_diffusers(names: Iterable[str]) -> bool:
@@ -108,9 +137,17 @@ def infer_config(
         length, eps) and must agree with the shapes on the rest.
     num_heads, text_len: override `stated`.
 
-    A ValueError names the weights that are missing or of the wrong rank.
+    A ValueError names the weights that are missing or of the wrong rank, and refuses a model that needs more than text.
     """
     sizes = _sizes_of_weights(weights, source)
+    kind = str(stated.get("model_type") or "t2v")
+    if sizes["in_dim"] != sizes["out_dim"] or kind not in _TEXT_TO_VIDEO:
+        raise ValueError(
+            f"{source} takes {sizes['in_dim']} channels and makes {sizes['out_dim']}"
+            + (f", and its config.json calls it {kind!r}" if "model_type" in stated else "")
+            + ": it is no text-to-video model (image-to-video models, for example, take a picture as further channels)"
+            "; give one that takes as many channels as it makes"
+        )
     said = {ours: stated[theirs] for theirs, ours in _STATED.items() if stated.get(theirs) is not None}
     if "patch_size" in said:
         said["patch_size"] = tuple(said["patch_size"])
@@ -119,7 +156,11 @@ def infer_config(
     ]
     if wrong:
         raise ValueError(f"{source}: its config.json contradicts its weights: {'; '.join(wrong)}")
-    dim, heads = sizes["dim"], num_heads or said.get("num_heads")
+    said |= {name: value for name, value in (("num_heads", num_heads), ("text_len", text_len)) if value is not None}
+    for name in _COUNTS:
+        if name in said and (isinstance(said[name], bool) or not isinstance(said[name], int) or said[name] < 1):
+            raise ValueError(f"{source}: {name} must be a whole number from 1 on, got {said[name]!r}")
+    dim, heads = sizes["dim"], said.get("num_heads")
     if heads is None:
         if dim % HEAD_DIM:
             raise ValueError(
@@ -132,8 +173,10 @@ def infer_config(
         raise ValueError(
             f"{source}: its config.json says {heads} heads of {head_dim}, by the shapes the width is {dim}"
         )
-    text_len = text_len or said.get("text_len", TEXT_LEN)
-    return ModelConfig(**sizes, num_heads=heads, text_len=text_len, eps=said.get("eps", ModelConfig.eps))
+    eps = said.get("eps", ModelConfig.eps)
+    if isinstance(eps, bool) or not isinstance(eps, (int, float)) or not eps > 0:
+        raise ValueError(f"{source}: eps must be a number above 0, got {eps!r}")
+    return ModelConfig(**sizes, num_heads=heads, text_len=said.get("text_len", TEXT_LEN), eps=eps)
 
 
 def _sizes_of_weights(weights: Mapping[str, Tensor], source: str) -> dict[str, Any]:

@@ -2,8 +2,9 @@
 
 import dataclasses
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -11,8 +12,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from memflow_ops.files import replacing
-from memflow_ops.model.checkpoints.containers import read_safetensors
+from memflow_ops.model.checkpoints.containers import read_safetensors, some
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.ops.checks import FLOATS
 
 
 def save_checkpoint(
@@ -22,11 +24,21 @@ def save_checkpoint(
 
     metadata: further entries for the file's metadata.
     """
-    entries = {**(metadata or {}), "config": json.dumps(dataclasses.asdict(config))}
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    write_safetensors(path, weights, {**(metadata or {}), "config": json.dumps(dataclasses.asdict(config))})
+
+
+def write_safetensors(path: Path, weights: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Writes tensors to a safetensors file, atomically. Those that share memory are written each as a whole."""
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, weight in weights.items():
+        tensor = weight.detach().cpu().contiguous()
+        memory = tensor.untyped_storage().data_ptr()
+        tensors[name] = tensor.clone() if memory in seen else tensor  # the library refuses shared memory
+        seen.add(memory)
     with replacing(Path(path)) as temporary:
         try:
-            save_file(tensors, temporary, entries)
+            save_file(tensors, temporary, dict(metadata))
         except SafetensorError as error:  # for example, if the disk is full
             raise OSError(f"cannot write {path}: {error}") from error
 
@@ -44,7 +56,24 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> CausalVid
     weights, metadata = read_safetensors(path)
     model = CausalVideoModel(config_of(metadata, str(path)))
     check_state_dict(model, weights, str(path))
+    check_dtypes(weights, str(path))
     return fill_model(model, weights, None, device)
+
+
+def is_ours(metadata: Mapping[str, str]) -> bool:
+    """Whether this is the metadata of a file that `save_checkpoint` wrote: other programs have a "config" too."""
+    fields = dataclasses.fields(ModelConfig)
+    required = {field.name for field in fields if field.default is dataclasses.MISSING}
+    return required <= stated_config(metadata).keys() <= {field.name for field in fields}
+
+
+def stated_config(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """The configuration in a file's metadata, whosever it is; {} if it is no JSON object."""
+    try:
+        config = json.loads(metadata.get("config", ""))
+    except ValueError:
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def config_of(metadata: Mapping[str, str], source: str) -> ModelConfig:
@@ -62,14 +91,13 @@ def fill_model(
     weights: Mapping[str, Tensor],
     dtype: torch.dtype | None,
     device: str | torch.device,
-    copy: bool = False,
 ) -> CausalVideoModel:
-    """Gives a model, which may be on the meta device, these weights on `device`, and sets it to eval mode.
+    """Gives a model, which may be on the meta device, these weights on `device`, and sets it to eval mode. Weights that
+    have the right dtype and device already are shared.
 
-    dtype: of the weights; None keeps each weight's own. copy: whether weights that already have the right dtype and
-        device are copied too; otherwise the model shares them.
+    dtype: of the weights; None keeps each weight's own.
     """
-    own = {name: tensor.to(device, dtype or tensor.dtype, copy=copy) for name, tensor in weights.items()}
+    own = {name: tensor.to(device, dtype or tensor.dtype) for name, tensor in weights.items()}
     model.load_state_dict(own, assign=True)
     return model.eval()
 
@@ -95,6 +123,13 @@ def check_state_dict(
         raise ValueError(f"{source} does not fit the model: {'; '.join(problems)}")
 
 
+def check_dtypes(weights: Mapping[str, Tensor], source: str, name_in_source: Callable[[str], str] = str) -> None:
+    """A ValueError that names every weight in a dtype that the model cannot compute in, such as integers."""
+    odd = [f"{name_in_source(name)} ({tensor.dtype})" for name, tensor in weights.items() if tensor.dtype not in FLOATS]
+    if odd:
+        raise ValueError(f"{source}: weights must be in {', '.join(map(str, FLOATS))}, got {some(odd)}")
+
+
 def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
     """A ValueError that names every tensor with infinities or NaN, because one such number would spoil every frame."""
     flags = [torch.stack(tensor.aminmax()).isfinite().all() for tensor in weights.values() if tensor.numel()]
@@ -103,9 +138,3 @@ def check_finite(weights: Mapping[str, Tensor], source: str) -> None:
     broken = [name for name, good in zip(names, finite, strict=True) if not good]
     if broken:
         raise ValueError(f"{source} has weights that are not finite numbers: {some(broken)}")
-
-
-def some(words: Sequence[str], most: int = 20) -> str:
-    """A list in words, cut after `most` entries."""
-    more = [f"and {len(words) - most} more"] if len(words) > most else []
-    return "; ".join([*words[:most], *more])

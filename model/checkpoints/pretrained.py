@@ -5,7 +5,6 @@ files of Self-Forcing, LongLive and MemFlow. `layouts` has their names of weight
 """
 
 import json
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ import torch
 from torch import Tensor
 
 from memflow_ops.model.checkpoints import native
-from memflow_ops.model.checkpoints.containers import WeightFile, read_weights
+from memflow_ops.model.checkpoints.containers import EMA, PLAIN, WeightFile, read_weights
 from memflow_ops.model.checkpoints.layouts import bare_name, diffusers_name, infer_config, is_diffusers, original_name
-from memflow_ops.model.checkpoints.lora import Lora, LoraConfig, merge_lora, parse_lora, read_lora_config, split_lora
+from memflow_ops.model.checkpoints.lora import Lora, merge_lora, parse_lora, split_lora
+from memflow_ops.model.checkpoints.lora_config import config_of_metadata, read_lora_config
+from memflow_ops.model.checkpoints.provenance import prefers_ema, tuned_for
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 from memflow_ops.ops.checks import FLOATS
 
@@ -35,17 +36,19 @@ class Pretrained:
     """"our", "original" or "diffusers"."""
     part: str = ""
     """The entry of a .pt that was taken."""
+    other_part: str = ""
+    """The entry with the averaged weights, or with those of the last step, that the .pt holds too."""
     lora: str = ""
     """The LoRA that was merged, in words."""
     memory: str = "memflow"
     """The `StreamSettings.memory` that the weights were tuned for."""
-    mapped: bool = False
-    """Whether the weights are memory-mapped views of the file."""
 
     def build(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CausalVideoModel:
-        """The model, in eval mode, with memory of its own. dtype: of the weights; None: `self.dtype`."""
+        """The model, in eval mode. It shares the weights that have this dtype and device already. dtype: of the
+        weights; None: `self.dtype`."""
         dtype = dtype or self.dtype
-        model = native.fill_model(empty_model(self.config), self.weights, dtype, device, copy=self.mapped)
+        check_dtype(dtype)
+        model = native.fill_model(empty_model(self.config), self.weights, dtype, device)
         native.check_finite(model.state_dict(), f"{self.source} in {dtype}")
         return model
 
@@ -71,29 +74,44 @@ def read_pretrained(
     num_heads: int | None = None,
     text_len: int | None = None,
     memory: str | None = None,
+    ema: bool | None = None,
 ) -> Pretrained:
-    """Reads a checkpoint, our own or one of a known layout, and merges a LoRA into it.
+    """Reads a checkpoint, our own or one of a known layout, and merges a LoRA into it. Nothing that happens to the file
+    later changes what was read.
 
-    path: a .safetensors or .pt file, a model's folder or that of a whole diffusers pipeline.
-    lora: a file or folder in peft's form. A LoRA inside the checkpoint itself is always merged.
-    lora_alpha: overrides what the LoRA says; see `parse_lora`.
+    path: a file of safetensors or torch.save, a model's folder or that of a whole diffusers pipeline.
+    lora: a file or folder, of the forms that `lora` knows. A LoRA inside the checkpoint itself is always merged.
+    lora_alpha: of that LoRA, or without one of the checkpoint's own, in place of what its file says; see `parse_lora`.
     num_heads, text_len: for checkpoints without a config.json, whose shapes do not tell them. By default width / 128
         and 512.
     memory: the kind of memory that the weights were tuned for. None: as our own checkpoint states it; otherwise
-        "released" if the name of the file or its folder contains MemFlow, and "memflow" if not.
+        "released" if the names of the file and its folders speak of MemFlow, and "memflow" if not.
+    ema: whether to take the averaged weights of a .pt (`generator_ema`) or those of the last step (`generator`). None:
+        what there is; where both are, the averaged ones, but not of LongLive and MemFlow, by the names.
 
     A ValueError names every weight that is missing, unexpected or of the wrong shape, as the file names it.
     """
     path = Path(path)
-    file = read_weights(path)
-    if "config" in file.metadata:
+    file = read_weights(path, ema=ema, prefer_ema=prefers_ema(path))
+    if ema is not None and file.part not in (EMA, PLAIN):
+        raise ValueError(
+            f"{path} is no .pt with {EMA} or {PLAIN}, between which {'--ema' if ema else '--no-ema'} chooses: leave it "
+            f"out"
+        )
+    if native.is_ours(file.metadata) or ("origin" in file.metadata and "config" in file.metadata):
         pretrained = _ours(file, str(path), num_heads, text_len, memory)
         own_lora: dict[str, Tensor] = {}
     else:
-        pretrained, own_lora = _foreign(file, str(path), num_heads, text_len, memory)
+        try:
+            pretrained, own_lora = _foreign(file, str(path), num_heads, text_len, memory)
+        except ValueError as error:
+            if "config" not in file.metadata:
+                raise
+            raise ValueError(f"{error} (the config in its metadata is none of ours and cannot be used)") from error
     merged = []
     if own_lora:
-        merged.append(parse_lora(own_lora, read_lora_config(file.path), str(path), lora_alpha))
+        alpha = lora_alpha if lora is None else None
+        merged.append(parse_lora(own_lora, read_lora_config(file.path), str(path), alpha))
     if lora is not None:
         merged.append(read_lora(lora, lora_alpha))
     if lora_alpha is not None and not merged:
@@ -125,10 +143,8 @@ def read_lora(path: Path | str, alpha: float | None = None) -> Lora:
     metadata in the file or from an adapter_config.json beside it."""
     file = read_weights(Path(path), _LORA_FILES)
     tensors = file.lora or file.tensors
-    if "lora_adapter_metadata" in file.metadata:
-        said = json.loads(file.metadata["lora_adapter_metadata"])
-        config = LoraConfig.from_json({name.removeprefix("transformer."): said[name] for name in said}, str(path))
-    else:
+    config = config_of_metadata(file.metadata, str(path))
+    if config is None:
         config = read_lora_config(file.path if file.path.is_file() else file.path / "adapter_model.safetensors")
     return parse_lora(tensors, config, str(path), alpha)
 
@@ -139,18 +155,28 @@ def convert(pretrained: Pretrained, out: Path, dtype: torch.dtype | None = None)
     dtype: of every tensor in the file; None keeps each tensor's own. A ValueError names the tensors with numbers that
         this dtype cannot hold.
     """
+    native.save_checkpoint(out, in_dtype(pretrained, dtype), pretrained.config, {"origin": origin(pretrained)})
+
+
+def in_dtype(pretrained: Pretrained, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    """The weights in this dtype (None: each in its own). A ValueError names those with numbers that it cannot hold."""
+    check_dtype(dtype or pretrained.dtype)
     weights = {name: tensor.to(dtype or tensor.dtype) for name, tensor in pretrained.weights.items()}
     native.check_finite(weights, f"{pretrained.source} in {dtype or pretrained.dtype}")
-    origin = {name: getattr(pretrained, name) for name in ("layout", "part", "lora", "memory")}
-    origin["source"] = Path(pretrained.source).name  # not the whole path, which is private to the user
-    native.save_checkpoint(out, weights, pretrained.config, {"origin": json.dumps(origin)})
+    return weights
 
 
-def tuned_for(path: Path) -> str:
-    """The kind of memory that the weights at this path were tuned for, judged by its name: "released" for MemFlow."""
-    words = (path.stem if path.is_file() else path.name, path.resolve().parent.name)
-    released = any(re.search(r"memflow(?![-_ ]?ops)", word.lower()) for word in words)
-    return "released" if released else "memflow"
+def origin(pretrained: Pretrained) -> str:
+    """Where the weights come from, for the metadata of a file, as JSON. It has the file's name and not the whole path,
+    which is private to the user."""
+    said = {name: getattr(pretrained, name) for name in ("layout", "part", "lora", "memory")}
+    return json.dumps({**said, "source": Path(pretrained.source).name})
+
+
+def check_dtype(dtype: torch.dtype) -> None:
+    """A ValueError for a dtype that the model cannot compute in."""
+    if dtype not in FLOATS:
+        raise ValueError(f"the weights' dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
 
 
 def empty_model(config: ModelConfig) -> CausalVideoModel:
@@ -165,8 +191,19 @@ def _ours(file: WeightFile, source: str, num_heads: int | None, text_len: int | 
         if value not in (None, getattr(config, name)):
             raise ValueError(f"{source} says itself that {name} is {getattr(config, name)}, got {value}; leave it out")
     native.check_state_dict(empty_model(config), file.tensors, source)
-    origin = json.loads(file.metadata.get("origin", "{}"))
-    return Pretrained(dict(file.tensors), config, source, "our", memory=memory or origin.get("memory", "memflow"))
+    native.check_dtypes(file.tensors, source)
+    memory = memory or _said_memory(file) or "memflow"
+    return Pretrained(dict(file.tensors), config, source, "our", memory=memory)
+
+
+def _said_memory(file: WeightFile) -> str:
+    """The kind of memory that a file which we have written says that its weights were tuned for; "" of others."""
+    try:
+        said = json.loads(file.metadata.get("origin", "{}"))
+    except ValueError:
+        return ""
+    memory = said.get("memory") if isinstance(said, dict) else ""
+    return memory if isinstance(memory, str) else ""
 
 
 def _foreign(
@@ -189,10 +226,9 @@ def _foreign(
             raise ValueError(f"{source}: {names[ours]} and {theirs} are both {ours}")
         names[ours] = theirs
     weights = {ours: base[theirs] for ours, theirs in names.items()}
-    odd = [f"{names[ours]} ({tensor.dtype})" for ours, tensor in weights.items() if tensor.dtype not in FLOATS]
-    if odd:
-        raise ValueError(f"{source}: weights must be in {', '.join(map(str, FLOATS))}, got {native.some(odd)}")
-    config = infer_config(weights, file.stated, source, num_heads=num_heads, text_len=text_len)
+    native.check_dtypes(weights, source, names.__getitem__)
+    stated = file.stated or native.stated_config(file.metadata)
+    config = infer_config(weights, stated, source, num_heads=num_heads, text_len=text_len)
     # The prefix before every name in the file, so that a missing weight is named as the file would name it.
     prefix = names["patch_embedding.weight"].removesuffix("patch_embedding.weight")
 
@@ -201,5 +237,5 @@ def _foreign(
 
     native.check_state_dict(empty_model(config), weights, source, in_file)
     layout = "diffusers" if diffusers else "original"
-    memory = memory or tuned_for(Path(source))
-    return Pretrained(weights, config, source, layout, file.part, memory=memory, mapped=file.mapped), lora
+    memory = memory or _said_memory(file) or tuned_for(Path(source))
+    return Pretrained(weights, config, source, layout, file.part, file.other_part, memory=memory), lora

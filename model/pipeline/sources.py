@@ -26,6 +26,9 @@ class Sources:
     num_heads: int | None = None
     dtype: str = "auto"
     """A name of `DTYPES`, or auto: bfloat16 on CUDA and float32 on a CPU."""
+    text_len: int | None = None
+    ema: bool | None = None
+    """As for `read_pretrained`, which these and those above are given to."""
 
     def check(self) -> None:
         """Checks all that can be checked without reading weights; raises a FileNotFoundError or ValueError."""
@@ -46,8 +49,21 @@ class Sources:
 
     def read(self) -> Pretrained:
         """The transformer's weights, in host memory."""
-        options = {"lora": self.lora, "lora_alpha": self.lora_alpha, "num_heads": self.num_heads}
-        return read_pretrained(self.checkpoint, **options)  # type: ignore[arg-type]
+        pretrained = read_pretrained(
+            self.checkpoint,
+            lora=self.lora,
+            lora_alpha=self.lora_alpha,
+            num_heads=self.num_heads,
+            text_len=self.text_len,
+            ema=self.ema,
+        )
+        config = pretrained.config
+        if config.in_dim != config.out_dim:
+            raise ValueError(
+                f"{self.checkpoint} takes {config.in_dim} channels and makes {config.out_dim}: the others are a "
+                f"condition, such as a picture, which is not given here; expected a text-to-video model"
+            )
+        return pretrained
 
     def described(self) -> dict[str, object]:
         """For result files: names of files and folders without the path to them, which is private to the user."""
