@@ -1,5 +1,6 @@
 """Our attention in modules of the Self-Forcing kind, compared with such modules as they are."""
 
+import inspect
 import math
 
 import pytest
@@ -62,6 +63,86 @@ class LaterAttention(TheirAttention):
         return out, (int(kv_cache["global_end_index"]), int(kv_cache["local_end_index"]), None)
 
 
+class OlderAttention(TheirAttention):
+    """CausVid's signature: the caller says where the chunk begins and ends, and the cache has no indices."""
+
+    def forward(self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, current_end=0):
+        if kv_cache is not None:
+            for name in ("global_end_index", "local_end_index"):
+                kv_cache = {**kv_cache, name: torch.tensor([current_start])}
+        return super().forward(x, seq_lens, grid_sizes, freqs, block_mask, kv_cache, current_start)
+
+
+class RawKeysAttention(LaterAttention):
+    """LongLive's with `use_infinite_attention`: the cache holds keys before RoPE, rotated to their places in it."""
+
+    def forward(
+        self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, cache_start=None,
+        sink_recache_after_switch=False,
+    ):  # fmt: skip
+        if kv_cache is None:
+            return super().forward(x, seq_lens, grid_sizes, freqs, block_mask)
+        size = x.shape[1]
+        q, k = (norm(linear(x)).unflatten(2, (HEADS, -1))
+                for norm, linear in ((self.norm_q, self.q), (self.norm_k, self.k)))  # fmt: skip
+        v = self.v(x).unflatten(2, (HEADS, -1))
+        end = int(kv_cache["local_end_index"]) + current_start + size - int(kv_cache["global_end_index"])
+        keys = torch.cat([kv_cache["k"][:, : end - size], k], dim=1)
+        values = torch.cat([kv_cache["v"][:, : end - size], v], dim=1)
+        turn = rope_rotation(HEAD_DIM, torch.arange(end // T), torch.arange(ROWS), torch.arange(COLUMNS))
+        keys = apply_rotation(keys, *turn)
+        q = apply_rotation(q, *(part[:, end - size :] for part in turn))
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, keys, values))).transpose(1, 2)
+        update = {"action": "direct_insert", "new_k": k, "new_v": v}
+        return self.o(out.flatten(2)), (current_start + size, end, update)
+
+
+class LaterAttentionThatUpdates(LaterAttention):
+    """LongLive's: what is to be written is returned, and the cache is left as it is."""
+
+    def forward(
+        self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, cache_start=None,
+        sink_recache_after_switch=False,
+    ):  # fmt: skip
+        if kv_cache is None:
+            return super().forward(x, seq_lens, grid_sizes, freqs, block_mask)
+        copy = {name: tensor.clone() for name, tensor in kv_cache.items() if isinstance(tensor, torch.Tensor)}
+        out, (end, last, _) = super().forward(
+            x, seq_lens, grid_sizes, freqs, block_mask, copy, current_start, cache_start, sink_recache_after_switch
+        )
+        return out, (end, last, {"new_k": copy["k"][:, last - x.shape[1] : last]})
+
+
+class ShotAttention(TheirAttention):
+    """LongLive 2's signature."""
+
+    def forward(
+        self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, cache_start=None,
+        t_scale=1.0, use_relative_rope=False, method="linear", original_seq_len=None, temporal_offset=0.0,
+    ):  # fmt: skip
+        raise AssertionError("never called")
+
+
+class BankAttention(TheirAttention):
+    """The signature of MemFlow's own model."""
+
+    def forward(
+        self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, cache_start=None,
+        kv_bank=None, update_bank=None, is_recache=None,
+    ):  # fmt: skip
+        raise AssertionError("never called")
+
+
+class ScaledAttention(TheirAttention):
+    """An option that nobody here knows."""
+
+    def forward(
+        self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, cache_start=None,
+        temperature=1.0,
+    ):  # fmt: skip
+        raise AssertionError("never called")
+
+
 def new_cache(frames, batch=1, dtype=torch.float32):
     shape = (batch, frames * T, HEADS, HEAD_DIM)
     ends = (torch.zeros(1, dtype=torch.long) for _ in range(2))
@@ -86,10 +167,12 @@ def both(kind=TheirAttention, **options):
 
 @pytest.mark.parametrize("sink, capacity", [(0, 12), (3, 12), (1, 7)])
 @pytest.mark.parametrize("window", [1, 3, 5, 100])
-def test_all_blocks_are_their_full_attention(sink, capacity, window):
+@pytest.mark.parametrize("dense_sink", [False, True])
+def test_all_blocks_are_their_full_attention(sink, capacity, window, dense_sink):
     """With every block selected, nothing differs while the cache fills, evicts, and is passed over again."""
     theirs, ours, model = both(sink_size=sink)
-    assert swap_attention(model, window_frames=window, top_k=1000, block_size=4, query_group=7) == 1
+    options = {"window_frames": window, "dense_sink": dense_sink}
+    assert swap_attention(model, **options, top_k=1000, block_size=4, query_group=7) == 1
     their_cache, our_cache = new_cache(capacity, 2), new_cache(capacity, 2)
     for first in [0, 0, 3, 3, 6, 9, 9, 12, 15, 18, 18, 21, 18, 21]:
         x = torch.randn(2, 3 * T, DIM)
@@ -133,6 +216,68 @@ def test_descriptors_move_with_the_keys_of_an_eviction(block_size):
         assert (out - anew).abs().max() <= 1e-6
 
 
+def test_sink_is_attended_to_in_full_unless_its_blocks_are_to_be_chosen():
+    """A video that is no longer than sink and window is not changed by the swap, as their attention to it is dense."""
+    theirs, ours, model = both(sink_size=3)
+    swap_attention(model, window_frames=4, top_k=1, block_size=4)
+    their_cache, our_cache = new_cache(7), new_cache(7)
+    for first in (0, 3, 4, 7, 10):
+        x = torch.randn(1, (3 if first != 3 else 1) * T, DIM)
+        assert (call(ours, x, our_cache, first) - call(theirs, x, their_cache, first)).abs().max() <= 1e-5
+    restore_attention(model)
+    swap_attention(model, window_frames=4, top_k=1, block_size=4, dense_sink=False, compare=False)
+    assert (call(ours, x, our_cache, 10) - call(theirs, x, their_cache, 10)).abs().max() > 0.01
+
+
+def test_a_dense_sink_and_chosen_blocks_share_one_softmax():
+    """The keys that a query sees, in a cache that is longer than sink and window: with one block of each frame, by
+    hand."""
+    cache = new_cache(20)
+    attention = CacheAttention(window_frames=4, top_k=2, block_size=T, query_group=None)
+    for first in range(0, 15, 3):
+        q, k, v = torch.randn(3, 1, 3 * T, HEADS, HEAD_DIM)
+        out, end = attend_with_cache(q, k, v, cache, first * T, attention, frame_tokens=T, sink_frames=2)
+    keys, values = (cache[name][:, :end].unflatten(1, (-1, T)) for name in ("k", "v"))
+    expected = torch.empty_like(out)
+    for head in range(HEADS):
+        scores = keys[0, 2:11, :, head].mean(1) @ q[0, :, head].mean(0)
+        seen = [0, 1, *(2 + scores.topk(2).indices).tolist(), *range(11, 15)]
+        chosen = (pool[:, seen, :, head].flatten(1, 2)[:, None] for pool in (keys, values))
+        expected[:, :, head] = F.scaled_dot_product_attention(q[:, None, :, head], *chosen)[:, 0]
+    assert (out - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("window", [1, 4, 100])
+def test_a_cache_without_indices_is_followed(window):
+    """The positions of a call are places in the cache; a second video begins at 0 again, over the keys of the first."""
+    theirs, ours, model = both(OlderAttention)
+    swap_attention(model, window_frames=window, top_k=1000, block_size=4, query_group=7)
+    their_cache, our_cache = ({name: torch.zeros(2, 12 * T, HEADS, HEAD_DIM) for name in "kv"} for _ in range(2))
+    for first in [0, 0, 3, 3, 6, 9, 9, 0, 3, 3]:
+        x, ends = torch.randn(2, 3 * T, DIM), {"current_end": (first + 3) * T}
+        expected = call(theirs, x, their_cache, first, **ends)
+        assert (call(ours, x, our_cache, first, **ends) - expected).abs().max() <= 1e-5
+    for name in "kv":
+        assert (our_cache[name] - their_cache[name]).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="ends at 130, beyond the 120 tokens"):
+        call(ours, x, our_cache, 10, current_end=13 * T)
+    with pytest.raises(ValueError, match="current_end must be current_start"):
+        call(ours, x, our_cache, 3, current_end=5 * T)
+
+
+def test_blocks_of_a_cache_without_indices_are_those_of_a_cache_with_them():
+    _, older, older_model = both(OlderAttention)
+    _, ours, model = both()
+    ours.load_state_dict(older.state_dict())
+    for one in (older_model, model):
+        swap_attention(one, window_frames=1, top_k=2, block_size=4, query_group=6)
+    bare, indexed = {name: torch.zeros(1, 12 * T, HEADS, HEAD_DIM) for name in "kv"}, new_cache(12)
+    for first in (0, 3, 6, 9):
+        x = torch.randn(1, 3 * T, DIM)
+        expected = call(ours, x, indexed, first)
+        assert torch.equal(call(older, x, bare, first, current_end=(first + 3) * T), expected)
+
+
 def test_caches_that_others_write_are_described_anew():
     theirs, ours, model = both()
     swap_attention(model, window_frames=1, top_k=2, block_size=4, query_group=None)
@@ -154,7 +299,7 @@ def test_caches_that_others_write_are_described_anew():
 
 def test_host_reads_no_index_that_it_has_written(monkeypatch):
     _, ours, model = both()
-    swap_attention(model, window_frames=3, top_k=2, block_size=4)
+    swap_attention(model, window_frames=3, top_k=2, block_size=4, compare=False)
     cache, reads = new_cache(20), []
     monkeypatch.setattr(torch.Tensor, "__int__", lambda self: reads.append(self.shape) or self.item())
     for first in (0, 0, 3, 3, 6):
@@ -178,7 +323,7 @@ def test_later_kind_says_where_the_cache_ends():
     assert not torch.equal(our_cache["k"][:, : 3 * T], sink)
 
 
-@pytest.mark.parametrize("kind", [TheirAttention, LaterAttention])
+@pytest.mark.parametrize("kind", [TheirAttention, LaterAttention, LaterAttentionThatUpdates, OlderAttention])
 def test_calls_without_a_cache_and_after_restoring_go_the_old_way(kind):
     theirs, ours, model = both(kind)
     x = torch.randn(1, 6 * T, DIM)
@@ -189,12 +334,14 @@ def test_calls_without_a_cache_and_after_restoring_go_the_old_way(kind):
     swap_attention(model)
 
 
-def test_half_precision():
-    _, ours, model = both()
+@pytest.mark.parametrize("kind", [TheirAttention, LaterAttentionThatUpdates])
+def test_half_precision(kind):
+    _, ours, model = both(kind)
     swap_attention(model.bfloat16(), window_frames=3, top_k=4, block_size=4)
     cache = new_cache(20, dtype=torch.bfloat16)
     for first in (0, 3, 6):
         out = call(ours, torch.randn(1, 3 * T, DIM, dtype=torch.bfloat16), cache, first)
+        out = out[0] if isinstance(out, tuple) else out
     assert out.dtype == torch.bfloat16 and out.isfinite().all()
 
 
@@ -217,3 +364,90 @@ def test_what_does_not_fit_is_refused():
     with pytest.raises(ValueError, match="whole frames"):
         attend_with_cache(q, q, q, cache, 0, CacheAttention(), frame_tokens=T)
     assert torch.equal(cache["k"], before) and math.prod(cache["global_end_index"].shape) == 1
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (ShotAttention, "LongLive 2's attention"),
+        (BankAttention, "MemFlow's own attention, which has a memory bank of its own"),
+        (ScaledAttention, "options that are not known here: temperature"),
+    ],
+)
+def test_a_forward_with_other_options_is_refused_and_nothing_is_changed(kind, message):
+    model = nn.ModuleList([TheirAttention(), kind()])
+    with pytest.raises(ValueError, match=message):
+        swap_attention(model)
+    assert not any("forward" in vars(module) for module in model)
+
+
+def test_options_are_never_swallowed():
+    _, ours, model = both()
+    swap_attention(model)
+    x = torch.randn(1, 3 * T, DIM)
+    for cache in (new_cache(9), None):
+        with pytest.raises(TypeError, match="sink_recache_after_switch"):
+            call(ours, x, cache, 0, sink_recache_after_switch=True)
+
+
+def test_keys_that_are_cached_before_rope_are_refused_on_the_first_call():
+    """The output of the first chunk is the same, so only the written keys tell."""
+    theirs, ours, model = both(RawKeysAttention, sink_size=3)
+    swap_attention(model, window_frames=9)
+    cache, x = new_cache(9), torch.randn(1, 3 * T, DIM)
+    before = {name: tensor.clone() for name, tensor in cache.items()}
+    with pytest.raises(ValueError, match=r"RawKeysAttention is called as LongLive 1's attention is.*keys differ by"):
+        call(ours, x, cache, 0)
+    assert cache.keys() == before.keys() and all(torch.equal(cache[name], before[name]) for name in before)
+    restore_attention(model)
+    assert torch.equal(call(ours, x, cache, 0)[0], call(theirs, x, cache, 0)[0])
+
+
+class AnewAttention(TheirAttention):
+    """Positions begin anew with every chunk, which does not show in the first one."""
+
+    def forward(self, x, seq_lens, grid_sizes, freqs, block_mask, kv_cache=None, current_start=0, cache_start=None):
+        kv_cache["global_end_index"] -= current_start
+        out = super().forward(x, seq_lens, grid_sizes, freqs, block_mask, kv_cache, 0)
+        kv_cache["global_end_index"] += current_start
+        return out
+
+
+def test_what_differs_only_later_is_refused_on_the_first_later_call():
+    _, ours, model = both(AnewAttention)
+    swap_attention(model, window_frames=9)
+    cache = new_cache(9)
+    call(ours, torch.randn(1, 3 * T, DIM), cache, 0)
+    with pytest.raises(ValueError, match="at token 30, "):
+        call(ours, torch.randn(1, 3 * T, DIM), cache, 3)
+
+
+@pytest.mark.parametrize("kind", [TheirAttention, LaterAttentionThatUpdates])
+def test_their_forward_is_called_for_the_first_two_chunks_only(kind, monkeypatch):
+    _, ours, model = both(kind)
+    seen, original = [], kind.forward
+
+    def counted(self, *arguments, **named):
+        seen.append(named["current_start"])
+        return original(self, *arguments, **named)
+
+    counted.__signature__ = inspect.signature(original)
+    monkeypatch.setattr(kind, "forward", counted)
+    swap_attention(model, window_frames=3)
+    cache = new_cache(12)
+    for first in (0, 0, 3, 3, 6):
+        call(ours, torch.randn(1, 3 * T, DIM), cache, first)
+    assert seen == [0, 3 * T]
+    restore_attention(model)
+    swap_attention(model, window_frames=3, compare=False)
+    call(ours, torch.randn(1, 3 * T, DIM), cache, 9)
+    assert seen == [0, 3 * T]
+
+
+def test_their_limit_on_what_is_attended_to_does_not_hold_in_the_comparison():
+    """A lengthened cache is longer than what their attention was set to see."""
+    _, ours, model = both()
+    ours.max_attention_size = 3
+    swap_attention(model, window_frames=3)
+    call(ours, torch.randn(1, 3 * T, DIM), new_cache(12), 0)
+    assert ours.max_attention_size == 3

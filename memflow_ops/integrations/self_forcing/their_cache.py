@@ -1,43 +1,34 @@
-"""Our attention in causal models of the Self-Forcing kind (CausVid, Self-Forcing, LongLive), over their own cache.
+"""Attention of a chunk to the key-value cache that belongs to another project's model.
 
-    from memflow_ops.integrations.self_forcing import swap_attention, restore_attention
-
-    swap_attention(model, window_frames=9, top_k=24)  # every self-attention module of the loaded model
-    video = pipeline.inference(noise, prompts)        # their own code, with a cache of as many frames as you like
-    restore_attention(model)
-
-Their self-attention modules hold q, k, v, o, norm_q, norm_k, num_heads, and optionally sink_size (frames that are never
-evicted). A call hands over a cache of one layer,
+A cache of one layer is a dictionary,
 
     {"k": (B, S, H, D), "v": (B, S, H, D), "global_end_index": (1,) int64, "local_end_index": (1,) int64}
 
 with rotated keys of the frames so far, oldest first, the position in the whole video at which they end, and the number
-of tokens that the cache holds. There, every query attends to all of the cache. Here, it attends to the newest frames in
-full and only to the `top_k` most relevant blocks of the older ones, so that the cache can be made much longer.
+of tokens that the cache holds. CausVid's has no indices: position in the video and place in the cache are the same, and
+nothing is ever evicted.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, MutableMapping
+from collections.abc import MutableMapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from memflow_ops.ops.attention import memory_attention
 from memflow_ops.ops.selection import describe_blocks
-from memflow_ops.rotary import apply_rotation, rope_rotation
 
 _OWN_ENTRY = "memflow"
 """The key of our entry in their cache."""
-_ORIGINAL = "_memflow_original_forward"
+_INDICES = ("global_end_index", "local_end_index")
 
 
 @dataclass(frozen=True)
 class CacheAttention:
-    """How a chunk attends to a cache: the newest frames in full, and selected blocks of the older ones."""
+    """How a chunk attends to a cache: the newest frames and the sink in full, and selected blocks of all others."""
 
     window_frames: int = 9
     """The newest frames, attended to in full; at least the chunk itself."""
@@ -47,108 +38,17 @@ class CacheAttention:
     """Tokens of a block."""
     query_group: int | None = 128
     """Consecutive queries that share a selection; None: the whole chunk."""
+    dense_sink: bool = True
+    """Whether the sink is attended to in full, as the checkpoints that have one were tuned. False: its blocks are
+    chosen among like those of other old frames."""
     impl: str = "auto"
     """Implementation of `memory_attention`."""
 
-
-def swap_attention(
-    model: nn.Module,
-    *,
-    window_frames: int = 9,
-    top_k: int = 24,
-    block_size: int = 64,
-    query_group: int | None = 128,
-    impl: str = "auto",
-) -> int:
-    """Makes every self-attention module in `model` (itself included) attend with ours; returns how many there are.
-
-    The options are those of `CacheAttention`. Calls without a cache, as in training, are left to the original forward.
-    `restore_attention` undoes the swap. A ValueError where there is no such module, or one that is swapped already.
-    """
-    modules = list(_self_attention(model))
-    if not modules:
-        raise ValueError(
-            "no self-attention of the Self-Forcing kind in this model: expected modules with q, k, v, o, norm_q, "
-            "norm_k, num_heads, and a forward that takes kv_cache and current_start"
-        )
-    if any(_ORIGINAL in vars(module) for module in modules):
-        raise ValueError("attention has been swapped already; restore_attention(model) first")
-    if window_frames < 1:
-        raise ValueError(f"window_frames must be positive, got {window_frames}")
-    attention = CacheAttention(window_frames, top_k, block_size, query_group, impl)
-    for module in modules:
-        original = module.forward
-        vars(module)[_ORIGINAL] = original
-        module.forward = _Forward(module, original, attention)
-    return len(modules)
-
-
-def restore_attention(model: nn.Module) -> None:
-    """Gives every module that `swap_attention` has changed its own forward back."""
-    for module in model.modules():
-        if _ORIGINAL in vars(module):
-            del vars(module)[_ORIGINAL], vars(module)["forward"]
-
-
-def _self_attention(model: nn.Module) -> Iterator[nn.Module]:
-    for module in model.modules():
-        parts = all(hasattr(module, name) for name in ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads"))
-        if parts and {"kv_cache", "current_start"} <= inspect.signature(module.forward).parameters.keys():
-            yield module
-
-
-class _Forward:
-    """The forward of a swapped module."""
-
-    def __init__(self, module: Any, original: Any, attention: CacheAttention):
-        self.module, self.original, self.attention = module, original, attention
-        self.reports_end = "sink_recache_after_switch" in inspect.signature(original).parameters
-        """Whether the forward also returns where the cache ends: LongLive's model stores that after all layers."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        seq_lens: Tensor,
-        grid_sizes: Any,
-        freqs: Any,
-        block_mask: Any = None,
-        kv_cache: MutableMapping[str, Any] | None = None,
-        current_start: int = 0,
-        cache_start: int | None = None,
-        sink_recache_after_switch: bool = False,
-        **options: Any,
-    ) -> Any:
-        """x (B, F * T, dim), grid_sizes (B, 3) frames, rows, columns -> (B, F * T, dim), called as theirs is."""
-        if kv_cache is None:
-            if self.reports_end:
-                options["sink_recache_after_switch"] = sink_recache_after_switch
-            options |= {"kv_cache": None, "current_start": current_start, "cache_start": cache_start}
-            return self.original(x, seq_lens, grid_sizes, freqs, block_mask, **options)
-        module = self.module
-        frames, rows, columns = (int(n) for n in grid_sizes[0])
-        tokens = rows * columns
-        heads = (module.num_heads, x.shape[-1] // module.num_heads)
-        q, k = (
-            norm(linear(x)).unflatten(2, heads)
-            for norm, linear in ((module.norm_q, module.q), (module.norm_k, module.k))
-        )
-        v = module.v(x).unflatten(2, heads)
-        first = current_start // tokens
-        places = torch.arange(first, first + frames, device=x.device)
-        rotation = rope_rotation(heads[1], places, *(torch.arange(n, device=x.device) for n in (rows, columns)))
-        out, end = attend_with_cache(
-            apply_rotation(q, *rotation),
-            apply_rotation(k, *rotation),
-            v,
-            kv_cache,
-            current_start,
-            self.attention,
-            frame_tokens=tokens,
-            sink_frames=getattr(module, "sink_size", 0),
-            keep_sink=self.reports_end and not sink_recache_after_switch,
-        )
-        out = module.o(out.flatten(2))
-        return (out, (current_start + x.shape[1], end, None)) if self.reports_end else out
+    def __post_init__(self) -> None:
+        for name in ("window_frames", "top_k", "block_size", "query_group"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be positive, got {value}")
 
 
 def attend_with_cache(
@@ -183,20 +83,22 @@ def attend_with_cache(
         raise ValueError(
             f"a chunk is whole frames of {frame_tokens} tokens, got {size} tokens from position {current_start} on"
         )
-    described = _DescribedCache.of(kv_cache, attention.block_size, frame_tokens)
+    described = DescribedCache.of(kv_cache, attention.block_size, frame_tokens)
     start, end, new = described.make_room(current_start, size, sink)
     written = max(start, sink) if keep_sink and new <= 0 and current_start > 0 else start
     keys[:, written:end] = k[:, written - start :]
     values[:, written:end] = v[:, written - start :]
     described.describe(written, end)
     past = max(0, end - max(attention.window_frames * frame_tokens, size))
+    dense = min(sink, past) if attention.dense_sink else 0  # the sink's tokens before the window
+    blocks = slice(*(n // frame_tokens * described.blocks_per_frame for n in (dense, past)))
     out = memory_attention(
-        q,
-        keys[:, past:end],
-        values[:, past:end],
-        keys[:, :past],
-        values[:, :past],
-        memory_descriptors=described.descriptors[:, : past // frame_tokens * described.blocks_per_frame],
+        q.to(keys.dtype),
+        _sink_and_window(keys, dense, past, end),
+        _sink_and_window(values, dense, past, end),
+        keys[:, dense:past],
+        values[:, dense:past],
+        memory_descriptors=described.descriptors[:, blocks],
         top_k=attention.top_k,
         block_size=described.block_size,
         frame_tokens=frame_tokens,
@@ -204,10 +106,17 @@ def attend_with_cache(
         impl=attention.impl,
     )
     described.move_indices(kv_cache, current_start + size, end)
-    return cast(Tensor, out), end
+    return cast(Tensor, out).to(v.dtype), end
 
 
-class _DescribedCache:
+def _sink_and_window(pool: Tensor, sink: int, window: int, end: int) -> Tensor:
+    """The first `sink` tokens of a pool and those from `window` to `end`: a view where nothing lies between them."""
+    if not sink:
+        return pool[:, window:end]
+    return pool[:, :end] if window == sink else torch.cat([pool[:, :sink], pool[:, window:end]], dim=1)
+
+
+class DescribedCache:
     """A cache of theirs with what we keep beside it: block descriptors of its keys, and how we left its indices."""
 
     def __init__(self, keys: Tensor, values: Tensor, block_size: int, frame_tokens: int):
@@ -218,17 +127,28 @@ class _DescribedCache:
         self.descriptors = keys.new_zeros(keys.shape[0], frames * self.blocks_per_frame, *keys.shape[2:])
         self.ends = 0, 0
         """Where the cache ends: in the whole video, and in the cache."""
+        self.evicts = True
+        """Whether the cache has indices, and drops its oldest frames where there is no room for a chunk."""
         self._left: list[Any] = []
 
+    @staticmethod
+    def without(kv_cache: dict[str, Any]) -> dict[str, Any]:
+        """A cache of theirs without our entry in it."""
+        return {name: value for name, value in kv_cache.items() if name != _OWN_ENTRY}
+
     @classmethod
-    def of(cls, kv_cache: MutableMapping[str, Any], block_size: int, frame_tokens: int) -> _DescribedCache:
+    def of(cls, kv_cache: MutableMapping[str, Any], block_size: int, frame_tokens: int) -> DescribedCache:
         """Our entry in the cache, brought up to date where somebody else has written to the cache since."""
         own, keys = kv_cache.get(_OWN_ENTRY), kv_cache["k"]
         sizes = (min(block_size, frame_tokens), frame_tokens)
         if own is None or own.keys is not keys or (own.block_size, own.frame_tokens) != sizes:
             own = kv_cache[_OWN_ENTRY] = cls(keys, kv_cache["v"], *sizes)
+        own.evicts = all(name in kv_cache for name in _INDICES)
         if not _unchanged(own._left, _state(kv_cache)):
-            own.ends = int(kv_cache["global_end_index"]), int(kv_cache["local_end_index"])
+            if own.evicts:
+                own.ends = int(kv_cache["global_end_index"]), int(kv_cache["local_end_index"])
+            else:
+                own.ends = keys.shape[1], keys.shape[1]  # nothing tells how much of it is filled
             own.describe(0, own.ends[1])
         return own
 
@@ -240,6 +160,12 @@ class _DescribedCache:
         the chunk has been passed over before. A ValueError where chunk and cache do not fit each other.
         """
         capacity = self.keys.shape[1]
+        if not self.evicts:
+            if current_start + size > capacity:
+                raise ValueError(
+                    f"the chunk ends at {current_start + size}, beyond the {capacity} tokens of a cache without indices"
+                )
+            return current_start, current_start + size, size
         global_end, local_end = self.ends
         if not local_end:
             local_end, new = size, size  # an empty cache begins wherever the chunk does
@@ -280,9 +206,11 @@ class _DescribedCache:
             self.descriptors[:, places] = describe_blocks(keys, self.block_size, self.frame_tokens)
 
     def move_indices(self, kv_cache: MutableMapping[str, Any], global_end: int, local_end: int) -> None:
-        """Writes their indices, which are tensors in some projects and integers in others."""
+        """Writes their indices, which are tensors in some projects, integers in others, and missing in CausVid."""
         self.ends = global_end, local_end
-        for name, end in zip(("global_end_index", "local_end_index"), self.ends, strict=True):
+        for name, end in zip(_INDICES, self.ends, strict=True):
+            if name not in kv_cache:
+                continue
             if isinstance(kv_cache[name], Tensor):
                 kv_cache[name].fill_(end)
             else:
@@ -293,11 +221,13 @@ class _DescribedCache:
 def _state(kv_cache: MutableMapping[str, Any]) -> list[Any]:
     """The keys and indices of a cache, and how often torch has seen them written."""
     state: list[Any] = []
-    for name in ("k", "global_end_index", "local_end_index"):
-        value = kv_cache[name]
-        # A tensor that was made in inference mode has no count, so it may have been written at any time.
-        counted = isinstance(value, Tensor) and not value.is_inference()
-        state += [value, value._version if counted else object() if isinstance(value, Tensor) else None]
+    for name in ("k", *_INDICES):
+        value = kv_cache.get(name)
+        writes: object = None
+        if isinstance(value, Tensor):
+            # One that was made in inference mode has no count, so it may have been written at any time.
+            writes = object() if value.is_inference() else value._version
+        state += [value, writes]
     return state
 
 
