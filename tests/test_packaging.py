@@ -1,4 +1,4 @@
-"""What an installation must bring: setup.py lists the packages by name, and a new folder must not be forgotten there."""
+"""What an installation must bring: setup.py lists the packages by name, and a new folder is easily forgotten there."""
 
 import ast
 from pathlib import Path
