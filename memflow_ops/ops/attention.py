@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
+from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import checks, registration
+from memflow_ops.ops.forward_mode import refuse_tangents
 from memflow_ops.ops.registration import dispatch
 
 
@@ -26,16 +30,25 @@ def memory_attention(
     return_lse: bool = False,
     impl: str = "auto",
     dense_backend: str = "auto",
+    dropout_p: float = 0.0,
+    window_size: tuple[int | None, int | None] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to every key of a local window and to the most relevant blocks of a memory bank, under one softmax.
 
     A query attends to all of `k` and to the `top_k` blocks of the bank that `select_blocks` gives its query group.
     This is sparse memory activation (SMA) of MemFlow, arXiv 2512.14699, with blocks and query groups in the place of
     frames and chunks. The function can replace `flash_attn_func(q, k, v, softmax_scale=...)` where that is called
-    without dropout, causal mask and window.
+    without dropout, causal mask and window, also if the call says so itself.
 
     Blocks that are not selected are not read, so their values do not matter, NaN included. Gradients reach q, k, v,
-    memory_k and memory_v (first derivatives only). The selection has no gradient.
+    memory_k and memory_v (first derivatives only, in reverse mode). The selection has no gradient.
+
+    Under autocast, inputs of different dtypes are cast to that of autocast, as torch's attention does; inputs of one
+    dtype are computed in it.
 
     Args:
         q: queries (B, Lq, H, D) in float16, bfloat16, float32 or float64. The last dimension is contiguous; the other
@@ -65,6 +78,9 @@ def memory_attention(
             flash attention for CPUs). `auto`: for `triton` the best backend of the device, but `own` for short windows
             and where no backend takes the dtype; for other implementations `own`. The implementation itself computes
             all gradients in every case. They are equal bit for bit in every run.
+        dropout_p, window_size, softcap, alibi_slopes, return_attn_probs: arguments of `flash_attn_func`, accepted where
+            they ask for nothing: 0.0, (-1, -1), 0.0, None, False.
+        deterministic: an argument of `flash_attn_func`; every run is deterministic in any case.
 
     Returns:
         out (B, Lq, H, D) in the dtype of q, contiguous, 0 where a query has no key. With `return_lse` a pair of out and
@@ -73,7 +89,17 @@ def memory_attention(
 
     Raises:
         ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
+        NotImplementedError: an input has a tangent, for a derivative in forward mode.
     """
+    checks.check_neutral(
+        dropout_p=dropout_p,
+        window_size=window_size,
+        softcap=softcap,
+        alibi_slopes=alibi_slopes,
+        return_attn_probs=return_attn_probs,
+    )
+    refuse_tangents("memory_attention", q, k, v, memory_k, memory_v)
+    q, k, v, memory_k, memory_v, memory_descriptors = as_autocast_does(q, k, v, memory_k, memory_v, memory_descriptors)
     checks.check_query(q)
     checks.check_pair("k", k, "v", v, q)
     if (memory_k is None) != (memory_v is None):
@@ -127,7 +153,8 @@ def attend_selected(
 ) -> tuple[Tensor, Tensor]:
     """Attend to given blocks of a memory bank. On request this continues the softmax of attention over other keys.
 
-    Gradients reach q, k, v and the resumed state (first derivatives only).
+    Gradients reach q, k, v and the resumed state (first derivatives only, in reverse mode). Under autocast, inputs of
+    different dtypes are cast to that of autocast.
 
     Args:
         q: queries (B, Lq, H, D).
@@ -146,7 +173,16 @@ def attend_selected(
         ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
         ValueError: the out of `resume` needs a gradient, but its LSE carries none, because the backend that made it
             does not differentiate its LSE. The gradient would be silently wrong.
+        NotImplementedError: an input has a tangent, for a derivative in forward mode.
     """
+    resume_out: Any = None
+    resume_lse: Any = None
+    if resume is not None:
+        if not isinstance(resume, (tuple, list)) or len(resume) != 2:
+            raise TypeError(f"resume must be a pair (out, lse), got {type(resume).__name__}")
+        resume_out, resume_lse = resume
+    refuse_tangents("attend_selected", q, k, v, resume_out, resume_lse)
+    q, k, v, resume_out = as_autocast_does(q, k, v, resume_out)
     checks.check_query(q)
     checks.check_pair("k", k, "v", v, q)
     block_size = checks.check_positive("block_size", block_size)
@@ -161,11 +197,7 @@ def attend_selected(
         checks.check_slots(memory_slots, q, k.shape[1] // frame)
     if not k.shape[1] or (memory_slots is not None and not memory_slots.shape[1]):
         indices = indices[..., :0]  # An empty bank has no blocks to select.
-    resume_out = resume_lse = None
     if resume is not None:
-        if not isinstance(resume, (tuple, list)) or len(resume) != 2:
-            raise TypeError(f"resume must be a pair (out, lse), got {type(resume).__name__}")
-        resume_out, resume_lse = resume
         checks.check_state("resume", resume_out, resume_lse)
         checks.check_tensor("resume's out", resume_out, "B Lq H D", like=q)
         checks.check_shape("resume's out", resume_out, tuple(q.shape))

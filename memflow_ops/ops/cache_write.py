@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import checks, registration
+from memflow_ops.ops.forward_mode import refuse_tangents
 from memflow_ops.ops.registration import dispatch
 
 
@@ -43,7 +45,8 @@ def write_projections(
     For every token, y = x / sqrt(mean(x^2) + eps) * weight, where the mean is over all heads of the token. Then each
     pair (y[2i], y[2i + 1]) of a head is turned by the pair's angle (RoPE, arXiv 2104.09864). All this is in float32
     (float64 for float64 inputs) and rounded once at the end. The function writes in place, in one launch, or two with
-    descriptors or means, and the host waits for nothing. Not differentiable.
+    descriptors or means, and the host waits for nothing. Not differentiable. Under autocast, projections are cast to
+    the dtype of the cache.
 
     Args:
         q, k, v: projections of F frames of T tokens: q (B, F * T, H, D), k and v (B, F * T, Hkv, D). D is even. The
@@ -70,8 +73,11 @@ def write_projections(
     Raises:
         ValueError, TypeError: an argument is wrong. The message says what was given and what is expected. Nothing has
             been written then.
-        NotImplementedError: a gradient is needed.
+        NotImplementedError: a gradient is needed, or an input has a tangent for a derivative in forward mode.
     """
+    weight_q, weight_k, eps = norm or (None, None, 0.0)
+    refuse_tangents("write_projections", q, k, v, weight_q, weight_k, memory_k, memory_v)
+    q, k, v = as_autocast_does(q, k, v, to=getattr(memory_k, "dtype", None))
     checks.check_query(q)
     pools = {"memory_k": memory_k, "memory_v": memory_v}
     for name, x in {"k": k, "v": v, **pools}.items():
@@ -102,7 +108,6 @@ def write_projections(
         if not 1 <= means.shape[1] <= frames:
             raise ValueError(f"means must be of 1 to {frames} frames, got shape {tuple(means.shape)}")
         checks.check_shape("means", means, (batch, means.shape[1], -(-frame // mean_size), kv_heads, size))
-    weight_q, weight_k, eps = norm or (None, None, 0.0)
     _check_weight("weight_q", weight_q, q)
     _check_weight("weight_k", weight_k, k)
     checks.check_impl(impl)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import numbers
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -60,7 +63,9 @@ def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
 
 
 def check_positive(name: str, value: object) -> int:
-    """The value, which is an int of at least 1. A symbolic int of torch.compile is one too."""
+    """The value, which is an int of at least 1. Integers of numpy and symbolic ints of torch.compile are ints too."""
+    if not isinstance(value, (int, torch.SymInt)) and isinstance(value, numbers.Integral):
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
@@ -137,7 +142,7 @@ def scale_of(softmax_scale: float | None, q: Tensor) -> float:
     """The factor of the scores, a finite number. None stands for 1/sqrt(D)."""
     if softmax_scale is None:
         return float(q.shape[-1]) ** -0.5
-    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float)):
+    if isinstance(softmax_scale, bool) or not isinstance(softmax_scale, (int, float, numbers.Real)):
         raise TypeError(f"softmax_scale must be a number, got {type(softmax_scale).__name__}")
     if not math.isfinite(softmax_scale):
         raise ValueError(f"softmax_scale must be finite, got {softmax_scale}")
@@ -156,3 +161,35 @@ def check_slots(memory_slots: Tensor, q: Tensor, frames: int) -> None:
     check_integers("memory_slots", memory_slots, (q.shape[0], -1), q)
     if memory_slots.shape[1] and not frames:
         raise ValueError(f"memory_slots names {memory_slots.shape[1]} frames, but the memory holds none")
+
+
+def check_neutral(**given: Any) -> None:
+    """Arguments of `flash_attn_func` for what memory_attention does not do: they may only say that they are off."""
+    for name, value in given.items():
+        is_off, off, instead = _NEUTRAL[name]
+        if not is_off(value):
+            got = "a tensor" if isinstance(value, Tensor) else repr(value)
+            raise ValueError(f"{name} must be {off}, got {got}: {instead}")
+
+
+def _is_zero(value: Any) -> bool:
+    return isinstance(value, numbers.Real) and value == 0
+
+
+def _is_everything(window_size: Any) -> bool:
+    sides = window_size if isinstance(window_size, (tuple, list)) else ()
+    return len(sides) == 2 and all(side is None or side == -1 for side in sides)
+
+
+# For each argument: whether a value is neutral, what is neutral, and what there is instead.
+_NEUTRAL: dict[str, tuple[Callable[[Any], bool], str, str]] = {
+    "dropout_p": (_is_zero, "0.0", "memory_attention has no dropout"),
+    "window_size": (_is_everything, "(-1, -1)", "memory_attention attends to all of k, so pass the window itself as k"),
+    "softcap": (_is_zero, "0.0", "memory_attention does not cap scores"),
+    "alibi_slopes": (lambda slopes: slopes is None, "None", "memory_attention adds no bias to scores"),
+    "return_attn_probs": (
+        lambda wanted: wanted is False,
+        "False",
+        "memory_attention never holds probabilities; return_lse=True adds the LSE",
+    ),
+}

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from memflow_ops.ops import checks, registration
+from memflow_ops.ops.forward_mode import refuse_tangents
 from memflow_ops.ops.registration import dispatch
 
 SCORES = ("linear", "softmax")
@@ -114,7 +115,9 @@ def retrieve_frames(
 
     Raises:
         ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
+        NotImplementedError: an input has a tangent, for a derivative in forward mode.
     """
+    refuse_tangents("retrieve_frames", text_keys, means)
     checks.check_tensor("text_keys", text_keys, "layers B Lt H D")
     checks.check_tensor("means", means, "layers B R n Hkv D")
     if 0 in text_keys.shape or 0 in means.shape:
@@ -138,6 +141,7 @@ def retrieve_frames(
     weights = _block_weights(block_lengths, means.shape[3], text_keys)
     count = min(checks.check_positive("count", count), frames)
     scale = checks.scale_of(softmax_scale, text_keys)
+    redundancy = None if redundancy is None else float(redundancy)
     tensors = (text_keys, means, candidates, text_lengths, weights)
     return registration.retrieve_frames(*tensors, count, score, redundancy, scale, dispatch.resolve(impl, text_keys))
 

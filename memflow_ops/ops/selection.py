@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import checks, registration
+from memflow_ops.ops.forward_mode import refuse_tangents
 from memflow_ops.ops.registration import dispatch
 
 
 def describe_blocks(k: Tensor, block_size: int, frame_tokens: int | None = None, *, impl: str = "auto") -> Tensor:
     """Describe every block of a memory bank by the mean of its keys.
 
-    The mean is accumulated in float32 (float64 for float64 keys) and rounded once. Differentiable.
+    The mean is accumulated in float32 (float64 for float64 keys) and rounded once. Differentiable in reverse mode.
 
     Args:
         k: keys (B, Lm, Hkv, D) in whole frames of `frame_tokens`. The last dimension is contiguous; the other strides
@@ -25,7 +27,9 @@ def describe_blocks(k: Tensor, block_size: int, frame_tokens: int | None = None,
 
     Raises:
         ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
+        NotImplementedError: k has a tangent, for a derivative in forward mode.
     """
+    refuse_tangents("describe_blocks", k)
     checks.check_tensor("k", k, "B Lm Hkv D")
     block_size = checks.check_positive("block_size", block_size)
     frame = checks.frame_size(frame_tokens, k.shape[1], "k")
@@ -50,9 +54,9 @@ def select_blocks(
     groups in the place of frames and chunks.
 
     A group is described by the mean of its queries. The score of a block is the dot product of the group's and the
-    block's descriptor. Both are computed in float32 without TF32 (in float64 for float64 inputs). Equal scores go to
-    the lower block, -0 equals +0, and NaN ranks last. Every batch element and every query head selects for itself. Not
-    differentiable.
+    block's descriptor. Both are at least as exact as IEEE float32 (float64 for float64 inputs), whatever precision
+    torch is told to use for products. Equal scores go to the lower block, -0 equals +0, and NaN ranks last. Every batch
+    element and every query head selects for itself. Not differentiable.
 
     Args:
         q: queries (B, Lq, H, D).
@@ -74,6 +78,7 @@ def select_blocks(
     Raises:
         ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
     """
+    q, descriptors = as_autocast_does(q, descriptors)
     checks.check_query(q)
     checks.check_tensor("descriptors", descriptors, "B N Hkv D", like=q)
     checks.check_heads(q, descriptors, "descriptors")

@@ -37,7 +37,7 @@ def attend_selected(
     geometry = Geometry(block_size, frame_tokens, query_group, softmax_scale, memory_slots)
     resume = None if resume_out is None or resume_lse is None else (resume_out, resume_lse)
     with without_autocast(q):
-        return implementation_of(impl).attend(q, None, None, memory_k, memory_v, indices, geometry, resume)
+        return implementation_of(impl, q.device).attend(q, None, None, memory_k, memory_v, indices, geometry, resume)
 
 
 @attend_selected.register_fake
@@ -106,7 +106,7 @@ def attend_backward(
     geometry = Geometry(block_size, frame_tokens, query_group, softmax_scale, memory_slots)
     inputs = (q, k, v, memory_k, memory_v)
     with without_autocast(q):
-        gradients = implementation_of(impl).attend_backward(
+        gradients = implementation_of(impl, q.device).attend_backward(
             grad_out, grad_lse, *inputs, indices, out, lse, geometry, wanted
         )
     return tuple(q.new_empty(0) if x is None else x for x in gradients)  # type: ignore[return-value]

@@ -35,7 +35,9 @@ def write_projections(
 ) -> Tensor:
     target = WriteTarget(memory_k, memory_v, places, frame_tokens, descriptors, block_size, means, mean_size)
     with without_autocast(q):
-        return implementation_of(impl).write_projections(q, k, v, (cosines, sines), (weight_q, weight_k, eps), target)
+        return implementation_of(impl, q.device).write_projections(
+            q, k, v, (cosines, sines), (weight_q, weight_k, eps), target
+        )
 
 
 @write_projections.register_fake

@@ -34,7 +34,7 @@ def retrieve_frames(
 ) -> tuple[Tensor, Tensor]:
     tensors = (text_keys, means, candidates, text_lengths, weights)
     with without_autocast(text_keys):
-        return implementation_of(impl).retrieve_frames(
+        return implementation_of(impl, text_keys.device).retrieve_frames(
             *tensors, count=count, score=score, redundancy=redundancy, softmax_scale=softmax_scale
         )
 

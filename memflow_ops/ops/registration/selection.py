@@ -15,7 +15,7 @@ from memflow_ops.ops.registration.dispatch import empty_indices
 @torch.library.custom_op("memflow_ops::describe_blocks", mutates_args=())
 def describe_blocks(k: Tensor, block_size: int, frame_tokens: int, impl: str) -> Tensor:
     with without_autocast(k):
-        return implementation_of(impl).describe_blocks(k, block_size, frame_tokens)
+        return implementation_of(impl, k.device).describe_blocks(k, block_size, frame_tokens)
 
 
 @describe_blocks.register_fake
@@ -59,7 +59,7 @@ def select_blocks(
 ) -> Tensor:
     geometry = _selection_geometry(memory_frames, memory_slots, query_group, blocks_per_frame)
     with without_autocast(q):
-        return implementation_of(impl).select_blocks(q, descriptors, top_k, geometry)
+        return implementation_of(impl, q.device).select_blocks(q, descriptors, top_k, geometry)
 
 
 @select_blocks.register_fake
