@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -32,7 +33,7 @@ def tiles(q: Tensor, k: Tensor | None, memory_k: Tensor | None, indices: Tensor,
     heads_per_kv_head = heads // keys.shape[2]
     blocks, group = geometry.blocks_per_frame, geometry.query_group
     slots = slot_lists(geometry, batch, 0 if memory_k is None else geometry.stored_frames(memory_k))
-    for b, h, g in torch.cartesian_prod(*map(torch.arange, indices.shape[:3])).tolist():
+    for b, h, g in itertools.product(*map(range, indices.shape[:3])):
         tokens: list[int] = []
         for index in indices[b, h, g].tolist():
             if 0 <= index < len(slots[b]) * blocks:
@@ -83,7 +84,7 @@ def attend(
         result = p[:, : len(keys)] @ values
         if resume is not None:
             # The out of a state without keys is ignored, NaN included.
-            result += torch.where(p[:, -1:] > 0, p[:, -1:] * widened(resume[0][b, rows, h]), 0.0)
+            result += torch.where(p[:, -1:] == 0, 0.0, p[:, -1:] * widened(resume[0][b, rows, h]))
         out[b, rows, h] = result.to(q.dtype)
         lse[b, h, rows] = total[:, 0]
     return out, lse

@@ -58,8 +58,11 @@ def attend(
     if k is not None and v is not None and k.shape[1]:
         out, lse = attend_folded(_attention, q, k, v, scale)
     elif resume is not None:
-        without_keys = (resume[1] == -torch.inf).transpose(1, 2).unsqueeze(-1)
-        out = resume[0].masked_fill(without_keys, 0.0).contiguous()
+        # The out of a state without keys is ignored, NaN included.
+        state_lse = resume[1].transpose(1, 2).unsqueeze(-1)
+        out = (
+            resume[0].masked_fill(state_lse == -torch.inf, 0.0).masked_fill_(state_lse.isnan(), torch.nan).contiguous()
+        )
         lse = resume[1].clone(memory_format=torch.contiguous_format)
     else:
         out = q.new_zeros(q.shape)
@@ -91,8 +94,8 @@ def _add_blocks(q: Tensor, selected: SelectedBlocks, scale: float, out: Tensor, 
                 part.masked_fill_(empty[tiles][..., None, None], 0.0)
                 part_lse.masked_fill_(empty[tiles].unsqueeze(-1), -torch.inf)
             before = tiles_lse[tiles]
-            # The weight is the part's share of the softmax. It is 0 / 0 where neither has a key.
-            weight = (part_lse - before).sigmoid_().nan_to_num_(0.0).unsqueeze(-1)
+            # The weight is the part's share of the softmax, and 0 where the part has no key, even if neither has one.
+            weight = (part_lse - before).sigmoid_().masked_fill_(part_lse == -torch.inf, 0.0).unsqueeze(-1)
             merged = tiles_out[tiles]
             if merged.dtype == weight.dtype:
                 merged.lerp_(part, weight)

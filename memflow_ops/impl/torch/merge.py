@@ -20,7 +20,7 @@ def resumed_gradients(
     if grad_lse is not None:
         slope = slope + grad_lse
     # A state without weight is ignored, NaN included.
-    grad_resume_lse = torch.where(weight > 0, weight * slope, 0.0)
+    grad_resume_lse = torch.where(weight == 0, 0.0, weight * slope)
     return [(grad_out * weight.transpose(1, 2).unsqueeze(-1)).to(out.dtype), grad_resume_lse]
 
 
