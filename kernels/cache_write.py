@@ -357,8 +357,11 @@ def plan_write_projections(
     rotated_q = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device)
     mean_frames = 0 if target.means is None else target.means.shape[1]
     rotated_sums, plain_sums = (
-        None if out is None else torch.empty((batch, count, tiling.tiles, kv_heads * head_dim), device=q.device)
-        for out, count in ((target.descriptors, frames), (target.means, mean_frames))
+        None if out is None else torch.empty((*shape, kv_heads * head_dim), dtype=torch.float32, device=q.device)
+        for out, shape in (
+            (target.descriptors, (batch, frames, tiling.tiles)),
+            (target.means, (batch, mean_frames, tiling.tiles)),
+        )
     )
     sums = Sums(rotated_sums, plain_sums, mean_frames)
     pool_frames = target.memory_k.shape[1] // target.frame_tokens

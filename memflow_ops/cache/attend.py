@@ -93,8 +93,9 @@ def attend_to_memory(
         memory = cache.memory(layer)
         if active is not None and active.random is not None:
             # Of descriptors without meaning, every subset of the blocks is as likely as any other.
-            meaningless = torch.randn(memory.descriptors.shape, generator=active.random).to(memory.descriptors)
-            memory = memory._replace(descriptors=meaningless)
+            shape, random = memory.descriptors.shape, active.random
+            meaningless = torch.randn(shape, generator=random, dtype=torch.float32, device=random.device)
+            memory = memory._replace(descriptors=meaningless.to(memory.descriptors))
         if active is not None and observe is not None:
             observe(layer, q, memory)
         if keys_only and layer == layout.layers - 1:

@@ -29,6 +29,7 @@ from memflow_ops.cache.ring import RingCache
 from memflow_ops.cache.slot_table import HistorySlotTable
 from memflow_ops.cache.state import check_layout, check_places, load_places, save_layout, save_places
 from memflow_ops.cache.views import Candidates
+from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops.cache_write import QKNorm, write_projections
 from memflow_ops.ops.registration.dispatch import needs_grad
 from memflow_ops.ops.selection import describe_blocks
@@ -60,7 +61,7 @@ class FrameCache(RingCache):
         self._staged_means = torch.empty(*sizes, means, *vectors, dtype=layout.dtype, device=self.device)
         self._stories = [self._new_story(number) for number in range(layout.batch)]
         self._table = HistorySlotTable(layout, self.device, self._stories)
-        self._batch_index = torch.arange(layout.batch, device=self.device)
+        self._batch_index = torch.arange(layout.batch, dtype=torch.int64, device=self.device)
         self._remembered: set[int] = set()  # layers whose means have been taken
         self._described: set[int] = set()  # layers whose descriptors lie beside the ring's keys
         self._marks = (self._written, self._remembered, self._described)
@@ -79,6 +80,7 @@ class FrameCache(RingCache):
         self._check_open("remember")
         if self._to_recache:
             raise RuntimeError("remember: a chunk that is re-cached keeps the prototype of its first prompt")
+        (k,) = as_autocast_does(k, to=self.layout.dtype)
         self.layout.check_chunk_tensor("k", layer, k, self.device)
         tokens = self.layout.frame_tokens
         size = self.layout.relevance_block_size or tokens
@@ -105,6 +107,7 @@ class FrameCache(RingCache):
         self._check_open("write_projections")
         if remember and self._to_recache:
             raise RuntimeError("write_projections: a chunk that is re-cached keeps the prototype of its first prompt")
+        q, k, v = as_autocast_does(q, k, v, to=self.layout.dtype)
         self.layout.check_chunk_tensor("k", layer, k, self.device)
         self.layout.check_chunk_tensor("v", layer, v, self.device)
         if norm is None and needs_grad(q, k, v):  # the fused operator has no backward

@@ -89,7 +89,7 @@ class Story:
         """New room for a frame in host memory: keys, values and descriptors."""
         pinned = self._pools[0].device.type == "cuda"  # copies to pinned memory do not make the host wait
         shapes = [(pool.shape[0], *pool.shape[2:]) for pool in self._pools]
-        return tuple(torch.empty(shape, dtype=self.layout.dtype, pin_memory=pinned) for shape in shapes)
+        return tuple(torch.empty(shape, dtype=self.layout.dtype, device="cpu", pin_memory=pinned) for shape in shapes)
 
     def saved_history(self) -> list[tuple[int, int, int, int | None]]:
         """Frame, row, last use and slot of every prototype."""

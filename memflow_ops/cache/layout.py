@@ -146,4 +146,4 @@ def on_device(numbers: Sequence[object], dtype: torch.dtype, device: torch.devic
     """Copies a list of numbers into a new tensor on `device`, without waiting for work that is queued there."""
     if device.type != "cuda":
         return torch.tensor(numbers, dtype=dtype, device=device)
-    return torch.tensor(numbers, dtype=dtype, pin_memory=True).to(device, non_blocking=True)
+    return torch.tensor(numbers, dtype=dtype, device="cpu", pin_memory=True).to(device, non_blocking=True)

@@ -24,6 +24,7 @@ from memflow_ops.cache.released_layout import ReleasedLayout
 from memflow_ops.cache.ring import RingCache
 from memflow_ops.cache.slot_table import SlotTable
 from memflow_ops.cache.state import check_layout, check_places, load_places, save_layout, save_places
+from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops.cache_write import QKNorm
 from memflow_ops.ops.selection import describe_blocks
 from memflow_ops.rotary import apply_rotation
@@ -131,6 +132,7 @@ class ReleasedCache(RingCache):
         """
         if norm is not None:
             raise NotImplementedError("write_projections: a ReleasedCache takes queries and keys that are normalised")
+        q, k, v = as_autocast_does(q, k, v, to=self.layout.dtype)
         self.write(layer, apply_rotation(k, *rotation), v)
         return apply_rotation(q, *rotation)
 
@@ -159,7 +161,7 @@ class ReleasedCache(RingCache):
         if layout.bank_frames:
             place = (chunk - 1) // layout.record_interval
             if place < layout.bank_frames:
-                self._record(torch.full((layout.layers, layout.batch), place, device=self.device))
+                self._record(torch.full((layout.layers, layout.batch), place, dtype=torch.long, device=self.device))
                 self._bank_fill = max(self._bank_fill, place + 1)
             else:
                 if self._dropping is None or self._dropping[0] != chunk:
@@ -253,7 +255,7 @@ class ReleasedCache(RingCache):
         frame = (self._committed - 1) * layout.chunk_frames
         in_sink = frame < layout.sink_frames
         source = layout.bank_frames + frame if in_sink else self._place_in_ring(frame)
-        stories, tokens = torch.arange(layout.batch, device=self.device), layout.frame_tokens
+        stories, tokens = torch.arange(layout.batch, dtype=torch.long, device=self.device), layout.frame_tokens
         for layer in range(layout.layers):  # layer by layer, so that the copy in between stays small
             keys, values, descriptors = (pool[layer] for pool in self._places)
             target = layout.bank_frames - 1 - places[layer]

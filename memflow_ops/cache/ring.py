@@ -16,8 +16,10 @@ from memflow_ops.cache.layout import CacheLayout, on_device
 from memflow_ops.cache.policies import BankChoice, Policy
 from memflow_ops.cache.slot_table import SlotTable
 from memflow_ops.cache.views import Memory
+from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import registration
 from memflow_ops.ops.cache_write import QKNorm
+from memflow_ops.ops.forward_mode import refuse_tangents
 
 PassMarks = tuple[frozenset[int], ...]
 """The layers that the passes over an open chunk have dealt with so far, by what was done in them."""
@@ -101,6 +103,8 @@ class RingCache(ABC):
         Every pass overwrites the last. While re-caching, only the stories whose prompt changed are written.
         """
         self._check_open("write")
+        refuse_tangents("write", k, v)
+        k, v = as_autocast_does(k, v, to=self.layout.dtype)
         self.layout.check_chunk_tensor("k", layer, k, self.device)
         self.layout.check_chunk_tensor("v", layer, v, self.device)
         for pool, new in zip(self._places, (k, v), strict=False):

@@ -34,7 +34,7 @@ def save_places(pools: Sequence[Tensor], places: Sequence[int]) -> list[Tensor]:
     """
     saved = []
     for pool in pools:
-        copy = torch.empty(*pool.shape[:2], len(places), *pool.shape[3:], dtype=pool.dtype)
+        copy = torch.empty(*pool.shape[:2], len(places), *pool.shape[3:], dtype=pool.dtype, device="cpu")
         for i, place in enumerate(places):
             copy[:, :, i].copy_(pool[:, :, place])
         saved.append(copy)

@@ -29,4 +29,5 @@ class Candidates(NamedTuple):
         """The means in the order of the frames, (layers, B, F, n, Hkv, D)."""
         if self.rows is None:
             return self.stored
-        return self.stored[:, torch.arange(len(self.rows), device=self.rows.device)[:, None], self.rows.long()]
+        stories = torch.arange(len(self.rows), dtype=torch.int64, device=self.rows.device)
+        return self.stored[:, stories[:, None], self.rows.long()]

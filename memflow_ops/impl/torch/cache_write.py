@@ -28,7 +28,7 @@ def write_frames(pool: Tensor, places: Tensor, new: Tensor) -> None:
 
 def write_frames_on_device(pool: Tensor, places: Tensor, new: Tensor) -> None:
     """`write_frames` without reading the places on the host."""
-    each = torch.arange(len(pool), device=pool.device)
+    each = torch.arange(len(pool), dtype=torch.int64, device=pool.device)
     for i in range(new.shape[1]):
         place = places[:, i].long()
         there = (place >= 0) & (place < pool.shape[1])

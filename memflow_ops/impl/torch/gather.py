@@ -74,7 +74,7 @@ class SelectedBlocks:
             table = slots.clamp(0, stored - 1).long()
             bank_frames = table.gather(1, bank_frames.view(batch, -1)).view_as(bank_frames)
         self.start += bank_frames.mul_(frame)
-        head = torch.arange(batch * heads, device=self.device)
+        head = torch.arange(batch * heads, dtype=torch.int64, device=self.device)
         self.batch = (head // heads).view(-1, 1, 1)
         self.kv_head = (head % heads // (heads // memory_k.shape[2])).view(-1, 1, 1)
 
@@ -88,7 +88,7 @@ class SelectedBlocks:
 
     def tokens(self, tiles: tuple[slice, slice]) -> tuple[Tensor, Tensor | None]:
         """The tokens [r, g, K * block] of some tiles, and which of them to mask (None: none)."""
-        offsets = torch.arange(self.block, device=self.device)
+        offsets = torch.arange(self.block, dtype=torch.int64, device=self.device)
         start = self.start[tiles].unsqueeze(-1)
         if self.length is None:
             return (start + offsets).flatten(2), None

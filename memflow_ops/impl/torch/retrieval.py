@@ -22,7 +22,7 @@ def retrieve_frames(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     if candidates is not None:
-        each = torch.arange(means.shape[1], device=means.device)[:, None]
+        each = torch.arange(means.shape[1], dtype=torch.int64, device=means.device)[:, None]
         means = means[:, each, candidates.clamp(0, means.shape[2] - 1).long()]
     wide = wide_dtype(text_keys.dtype, means.dtype)
     if score == "coverage":
@@ -60,14 +60,14 @@ def _word_shares(
     shares = logits.nan_to_num(nan=torch.finfo(torch.float32).min).softmax(-1)
     if lengths is None:
         return shares
-    words = torch.arange(shares.shape[1], device=shares.device)
+    words = torch.arange(shares.shape[1], dtype=torch.int64, device=shares.device)
     return shares.masked_fill((words >= lengths[:, None])[..., None], 0.0)
 
 
 def _take_unlike(scores: Tensor, cosines: Tensor | None, count: int, redundancy: float | None) -> Tensor:
     """Indices (B, K) in the order of taking, best first. A frame that is alike to one already taken comes behind all
     others."""
-    each = torch.arange(len(scores), device=scores.device)
+    each = torch.arange(len(scores), dtype=torch.int64, device=scores.device)
     left, alike = scores.clone(), torch.zeros_like(scores, dtype=torch.bool)
     order = []
     for _ in range(count):
@@ -83,7 +83,7 @@ def _take_unlike(scores: Tensor, cosines: Tensor | None, count: int, redundancy:
 def _cover(shares: Tensor, count: int) -> Tensor:
     """Indices (B, K) in the order of taking: each time what adds most to the sum over words of sqrt(share gathered)."""
     batch, words, frames = shares.shape
-    each = torch.arange(batch, device=shares.device)
+    each = torch.arange(batch, dtype=torch.int64, device=shares.device)
     gathered = shares.new_zeros(batch, words, 1)
     taken = torch.zeros(batch, frames, dtype=torch.bool, device=shares.device)
     order = []
@@ -107,7 +107,7 @@ def frame_relevance(
     wide = wide_dtype(text_q.dtype)
     text_q, frame_keys = text_q.to(wide), frame_keys.to(wide)
     batch, tokens, heads, _ = text_q.shape
-    positions = torch.arange(tokens, device=text_q.device)
+    positions = torch.arange(tokens, dtype=torch.int64, device=text_q.device)
     if text_lengths is None:
         share = text_q.new_full((batch, tokens), 1.0 / (tokens * heads))
     else:

@@ -25,7 +25,7 @@ def describe_blocks(k: Tensor, block_size: int, frame_tokens: int) -> Tensor:
 def describe_blocks_backward(grad: Tensor, block_size: int, frame_tokens: int) -> Tensor:
     """The gradient (B, Lm, Hkv, D) of the keys, given grad (B, N, Hkv, D) of the means."""
     blocks = -(-frame_tokens // block_size)
-    lengths = torch.full((blocks,), block_size, device=grad.device)
+    lengths = torch.full((blocks,), block_size, dtype=torch.int64, device=grad.device)
     lengths[-1] = frame_tokens - (blocks - 1) * block_size
     shares = grad.unflatten(1, (-1, blocks)) / lengths.view(-1, 1, 1)
     return shares.repeat_interleave(block_size, 2)[:, :, :frame_tokens].flatten(1, 2).to(grad.dtype)
@@ -37,11 +37,13 @@ def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry
     if memory_slots is not None:
         frames = descriptors.unflatten(1, (-1, blocks_per_frame))
         slots = memory_slots.clamp(0, frames.shape[1] - 1)
-        descriptors = frames[torch.arange(batch, device=q.device).unsqueeze(1), slots].flatten(1, 2)
+        descriptors = frames[torch.arange(batch, dtype=torch.int64, device=q.device).unsqueeze(1), slots].flatten(1, 2)
     blocks = descriptors.shape[1]
     entries = min(top_k, blocks)
     wide = wide_dtype(q.dtype)
-    table = descriptors.to(wide).permute(0, 2, 3, 1)  # [B, Hkv, D, N]
+    # Selections must agree, whatever precision torch allows for float32 products (TF32, bfloat16). Asking for another
+    # precision would change it for the whole process; float64 has no such setting, and is the more exact.
+    table = descriptors.permute(0, 2, 3, 1).double()  # [B, Hkv, D, N]
     means = (
         _group_means(q, geometry.query_group).transpose(1, 2).unflatten(1, (table.shape[1], -1))
     )  # [B, Hkv, rep, G, D]
@@ -51,7 +53,7 @@ def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry
     valid = _valid_blocks(geometry, blocks)
     found = []
     for part in means.split(max(1, SCORE_ELEMENTS // (batch * heads * blocks)), 3):
-        scores = _ieee_product(part.flatten(2, 3), table).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
+        scores = (part.flatten(2, 3).double() @ table).to(wide).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
         order = _highest(scores, entries, valid).sort(-1).values
         if valid is not None:
             order.masked_fill_(order >= valid, -1)
@@ -79,16 +81,6 @@ def _group_means(q: Tensor, group: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
 
 
-def _ieee_product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b without TF32 even where the user allows it for other products, because selections must agree."""
-    allowed = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        return a @ b
-    finally:
-        torch.set_float32_matmul_precision(allowed)
-
-
 def _highest(scores: Tensor, count: int, valid: Tensor | None) -> Tensor:
     """Indices [..., count], in no order, of the highest scores [..., N]; equal scores go to the lower index.
 
@@ -102,9 +94,10 @@ def _highest(scores: Tensor, count: int, valid: Tensor | None) -> Tensor:
     ranks = (bits >> torch.iinfo(integer).bits - 1).bitwise_and_(largest).bitwise_xor_(bits)
     ranks.masked_fill_(scores.isnan(), lowest + 1)
     if valid is not None:
-        ranks.masked_fill_(torch.arange(scores.shape[-1], device=scores.device) >= valid, lowest)
+        each = torch.arange(scores.shape[-1], dtype=torch.int64, device=scores.device)
+        ranks.masked_fill_(each >= valid, lowest)
     if integer is torch.int64:
         return torch.sort(ranks, dim=-1, descending=True, stable=True).indices[..., :count]
     # With rank and index in one integer there are no ties, and topk is six times faster than a stable sort.
-    backwards = torch.arange(scores.shape[-1] - 1, -1, -1, device=scores.device)
+    backwards = torch.arange(scores.shape[-1] - 1, -1, -1, dtype=torch.int64, device=scores.device)
     return torch.add(backwards, ranks, alpha=2**32).topk(count, -1, sorted=False).indices
