@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import re
 import subprocess
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from memflow_ops.impl import dense
+from memflow_ops.impl import dense, why_no_triton
 from memflow_ops.version import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -77,23 +76,13 @@ def environment(device: torch.device) -> dict[str, object]:
 
 def implementations() -> dict[str, str]:
     """For every implementation of the operators the reason why it does not run here; "" if it runs."""
-    return {"reference": "", "torch": "", "triton": _why_no_triton()}
-
-
-def _why_no_triton() -> str:
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed (pip install triton)"
-    from triton import knobs
-
-    if not torch.cuda.is_available() and not knobs.runtime.interpret:
-        return "no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on a CPU, for tests"
-    return ""
+    return {"reference": "", "torch": "", "triton": why_no_triton(pick_device("auto"))}
 
 
 def why_not_compile(device: torch.device) -> str:
     """The reason why torch.compile cannot make code for `device`; "" if it can."""
     if device.type == "cuda":
-        return "" if importlib.util.find_spec("triton") is not None else "triton is not installed (pip install triton)"
+        return why_no_triton(device)
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -107,11 +96,10 @@ def why_not_compile(device: torch.device) -> str:
 def dense_backends() -> dict[str, str]:
     """For everything that can attend to the local window the reason why it does not run here; "" if it runs."""
     no_device = "" if torch.cuda.is_available() else "no CUDA device"
-    flash_attn = "" if dense.flash_attn_module() else "not installed (pip install 'memflow-ops[flash]')"
     return {
         "torch's flash attention for CPUs": "",
         "torch's cuDNN attention": no_device or ("" if torch.backends.cudnn.is_available() else "torch has no cuDNN"),
         "torch's flash attention 2": no_device,
-        "flash-attn": flash_attn or no_device,
-        "our Triton kernel": _why_no_triton() or no_device,
+        "flash-attn": dense.why_no_flash_attn() or no_device,
+        "our Triton kernel": why_no_triton(pick_device("auto")) or no_device,
     }

@@ -210,7 +210,7 @@ def backward_alone(gradients: Gradients, wanted: tuple[bool, ...]) -> Contender:
     near = (k, v) if k.shape[1] else (None, None)
 
     def call() -> Sequence[Tensor]:
-        return implementation_of("triton").attend_backward(
+        return implementation_of("triton", q.device).attend_backward(
             gradients.above, None, q, *near, memory_k, memory_v, indices, out, lse, geometry, wanted
         )
 

@@ -22,10 +22,51 @@ weights, None where there is nothing to normalise, and epsilon. All else has the
 
 from __future__ import annotations
 
+import functools
 import importlib
 from types import ModuleType
 
+import torch
 
-def implementation_of(impl: str) -> ModuleType:
-    """The module `memflow_ops.impl.<impl>`. It is imported on first use, so that only Triton's users need Triton."""
+NOT_INSTALLED = "not installed"
+
+
+def implementation_of(impl: str, device: torch.device) -> ModuleType:
+    """The module `memflow_ops.impl.<impl>`. It is imported on first use, so that only Triton's users need Triton.
+
+    Raises a ValueError, with the reason, if it cannot run on tensors of this device.
+    """
+    reason = why_no_triton(device) if impl == "triton" else ""
+    if reason:
+        raise ValueError(f"impl='triton' cannot run on tensors on {device}: {reason}; impl='torch' runs everywhere")
     return importlib.import_module(f"memflow_ops.impl.{impl}")
+
+
+def why_no_triton(device: torch.device) -> str:
+    """The reason why our kernels cannot run on tensors of this device; "" if they can."""
+    reason = why_not_import("triton")
+    if reason:
+        return f"triton is {NOT_INSTALLED} (pip install triton)" if reason == NOT_INSTALLED else reason
+    from triton import knobs
+
+    if device.type == "cpu" and not knobs.runtime.interpret:
+        return "no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on a CPU, for tests"
+    return ""
+
+
+@functools.cache
+def why_not_import(name: str) -> str:
+    """The reason why an optional module cannot be imported: NOT_INSTALLED, or what its import raises; "" if it can.
+
+    A package that is there may still fail, in many ways, for example if it was built for another version of torch.
+    """
+    try:
+        importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if f"{name}.".startswith(f"{error.name}."):
+            return NOT_INSTALLED
+        return f"the import of {name} fails: {error}"
+    except Exception as error:
+        first_line = (str(error).strip().splitlines() or ["without a message"])[0]
+        return f"the import of {name} fails: {type(error).__name__}: {first_line[:200]}"
+    return ""

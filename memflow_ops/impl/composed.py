@@ -24,7 +24,7 @@ def memory_attention(
     dense_backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, LSE and the selected indices (B, H, G, K), K = 0 without a bank; see `memflow_ops.memory_attention`."""
-    implementation = implementation_of(impl)
+    implementation = implementation_of(impl, q.device)
     backend = dense.resolve(dense_backend, impl, q, k, v)
     segment: tuple[Tensor | None, Tensor | None] = (k, v)
     resume = None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-import importlib.util
 import inspect
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from memflow_ops.impl import NOT_INSTALLED, why_not_import
 
 OWN_BELOW_KEYS = 512
 """With fewer keys than this, `auto` leaves the window to our own launch.
@@ -20,7 +21,7 @@ GPU has measured it.
 _QUERIES_AT_ONCE = 256
 
 FLASH_ATTENTION = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
-"""The modules in which flash-attn 4, 3 and 2 have their `flash_attn_func`. The first that is installed is used."""
+"""The modules in which flash-attn 4, 3 and 2 have their `flash_attn_func`. The first that can be imported is used."""
 
 
 def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -45,13 +46,15 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | 
     if bias is not None:
         bias = bias.expand(-1, -1, q.shape[2], -1)
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
-    # The kernel gives 0 as the LSE of a query whose scores are all -inf.
+    # The kernel gives 0 as the out and the LSE of a query whose scores are all -inf, or all NaN.
     for b, h in (lse == 0).any(-1).nonzero().tolist():
         for rows in (lse[b, h] == 0).nonzero()[:, 0].split(_QUERIES_AT_ONCE):
             scores = q[b, h, rows].to(lse.dtype) @ k[b, h].to(lse.dtype).T * scale
             if bias is not None:
                 scores += bias[b, h, rows]
-            lse[b, h, rows] = lse[b, h, rows].masked_fill(scores.amax(-1) == -torch.inf, -torch.inf)
+            best = scores.amax(-1)
+            lse[b, h, rows] = torch.where(best.abs() < torch.inf, lse[b, h, rows], best)
+            out[b, h, rows] = out[b, h, rows].masked_fill(best.isnan().unsqueeze(-1), torch.nan)
     return out, lse
 
 
@@ -70,14 +73,16 @@ def _flash_attn_func() -> Callable[..., object]:
 
 
 def flash_attn_module() -> str:
-    """The name of the module whose `flash_attn_func` the backend `flash_attn` calls; "" if none is installed."""
-    for name in FLASH_ATTENTION:
-        try:
-            if importlib.util.find_spec(name) is not None:
-                return name
-        except ModuleNotFoundError:  # The parent package of the module is missing.
-            continue
-    return ""
+    """The name of the module whose `flash_attn_func` the backend `flash_attn` calls; "" if none can be imported."""
+    return next((name for name in FLASH_ATTENTION if not why_not_import(name)), "")
+
+
+def why_no_flash_attn() -> str:
+    """The reason why flash-attn cannot be imported; "" if it can."""
+    if flash_attn_module():
+        return ""
+    broken = (reason for name in FLASH_ATTENTION if (reason := why_not_import(name)) != NOT_INSTALLED)
+    return next(broken, f"{NOT_INSTALLED} (pip install 'memflow-ops[flash]')")
 
 
 # Each takes q (B, H, Lq, D) and k, v (B, H, Lk, D), and returns out like q and the natural-log LSE (B, H, Lq or more).
@@ -99,8 +104,8 @@ def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
         return f"it needs float16 or bfloat16, got {q.dtype}"
     if q.shape[-1] % 8:
         return f"it needs a head size that is a multiple of 8, got {q.shape[-1]}"
-    if backend == "flash_attn" and not flash_attn_module():
-        return f"none of {', '.join(FLASH_ATTENTION)} is installed"
+    if backend == "flash_attn" and (reason := why_no_flash_attn()):
+        return reason
     if not all(is_aligned(x) for x in (q, k, v)):
         return "it needs keys, values and queries that lie at multiples of 16 bytes"
     if backend == "flash_attn":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,3 +22,22 @@ def wide_dtype(*dtypes: torch.dtype) -> torch.dtype:
 def widened(x: Tensor) -> Tensor:
     """x in the dtype to compute in."""
     return x.to(wide_dtype(x.dtype))
+
+
+def as_autocast_does(*tensors: Any, to: torch.dtype | None = None) -> tuple[Any, ...]:
+    """Tensors whose dtypes differ, in one dtype, where autocast is on: so it treats the inputs of torch's attention.
+
+    to: that dtype, which also tensors that agree are cast to; None: the dtype of autocast. As with autocast, float64
+    stays as it is. So does what is no tensor, and everything where autocast is off.
+    """
+    dtypes = [x.dtype for x in tensors if isinstance(x, Tensor)]
+    if not dtypes or all(dtype == (to or dtypes[0]) for dtype in dtypes):
+        return tensors
+    kind = next(x.device.type for x in tensors if isinstance(x, Tensor))
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = to or torch.get_autocast_dtype(kind)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _CAST_BY_AUTOCAST else x for x in tensors)
+
+
+_CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)

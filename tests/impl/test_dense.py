@@ -8,7 +8,7 @@ import torch
 
 import memflow_ops
 from memflow_ops.geometry import Geometry
-from memflow_ops.impl import dense
+from memflow_ops.impl import dense, why_not_import
 from memflow_ops.impl.reference import attention
 
 OPTIONS = dict(top_k=2, block_size=4, frame_tokens=10, query_group=3, return_lse=True)
@@ -86,6 +86,15 @@ def test_what_can_be_read_16_bytes_at_a_time():
     assert dense.is_aligned(torch.zeros(1, 3, 1, 8, dtype=torch.bfloat16).as_strided((1, 3, 1, 8), (3, 8, 5, 1)))
 
 
+@pytest.fixture
+def imported_anew():
+    """What can be imported is looked up once per process; in such a test it is looked up again."""
+    why_not_import.cache_clear()
+    yield
+    why_not_import.cache_clear()
+
+
+@pytest.mark.usefixtures("imported_anew")
 def test_flash_attn_is_called_by_its_own_convention(monkeypatch):
     """Stand-ins with the layout and the arguments of flash-attn 2 and 4; 3 is called like 2."""
     q, k, v, *_ = inputs(torch.float32)
@@ -105,13 +114,43 @@ def test_flash_attn_is_called_by_its_own_convention(monkeypatch):
         return version_2(q, k, v, softmax_scale=softmax_scale)
 
     for function in (version_2, version_4):
-        module = SimpleNamespace(flash_attn_func=function, __spec__=SimpleNamespace())
-        monkeypatch.setitem(sys.modules, "flash_attn_interface", module)
+        monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=function))
         assert dense.flash_attn_module() == "flash_attn_interface"
         torch.testing.assert_close(dense.attend("flash_attn", q, k, v, 0.3), expected, atol=1e-5, rtol=1e-5)
     assert seen == [((2, 14, 2, 8), True)] * 2, "heads that share keys are folded into queries"
-    monkeypatch.setitem(
-        sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=without_lse, __spec__=SimpleNamespace())
-    )
+    monkeypatch.setitem(sys.modules, "flash_attn_interface", SimpleNamespace(flash_attn_func=without_lse))
     with pytest.raises(RuntimeError, match="returned no LSE"):
         dense.attend("flash_attn", q, k, v, 0.3)
+
+
+BROKEN = {
+    "ImportError: undefined symbol: _ZN3c10": 'raise ImportError("undefined symbol: _ZN3c10")',
+    "OSError: libcudart.so.12: cannot open": 'raise OSError("libcudart.so.12: cannot open\\nmore about it")',
+    "RuntimeError: wrong device": 'raise RuntimeError("wrong device")',
+    "AssertionError: without a message": "assert False",
+    "No module named 'nvidia_cutlass'": "import nvidia_cutlass",
+}
+
+
+@pytest.mark.usefixtures("imported_anew")
+@pytest.mark.parametrize("said", BROKEN)
+def test_a_package_whose_import_fails_is_one_that_cannot_be_used(said, tmp_path, monkeypatch):
+    (tmp_path / "flash_attn").mkdir()
+    (tmp_path / "flash_attn" / "__init__.py").write_text(BROKEN[said])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert dense.flash_attn_module() == ""
+    assert dense.why_no_flash_attn() == f"the import of flash_attn.cute fails: {said}"
+    query = SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16, shape=(1, 9, 2, 64))
+    assert said in dense.why_not("flash_attn", query, query, query)
+
+
+@pytest.mark.usefixtures("imported_anew")
+def test_a_broken_version_leaves_an_older_one_that_works(tmp_path, monkeypatch):
+    package = tmp_path / "flash_attn"
+    (package / "cute").mkdir(parents=True)
+    (package / "__init__.py").write_text("def flash_attn_func(): ...")
+    (package / "cute" / "__init__.py").write_text("raise RuntimeError('for Hopper only')")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert dense.flash_attn_module() == "flash_attn" and dense.why_no_flash_attn() == ""
+    for name in ("flash_attn", "flash_attn.cute"):
+        sys.modules.pop(name, None)
