@@ -1,6 +1,7 @@
 """A bad argument that the host can see is refused before anything runs; the message says what is given and expected."""
 
 import cache_write_cases
+import numpy as np
 import pytest
 import retrieval_cases
 import torch
@@ -65,6 +66,12 @@ BAD = {
     "frames-without-bank": (
         dict(memory_k=None, memory_v=None, memory_frames=INT(2)), ValueError, "memory_frames is given without",
     ),
+    "dropout": (dict(dropout_p=0.1), ValueError, "dropout_p must be 0.0, got 0.1: memory_attention has no dropout"),
+    "window-left": (dict(window_size=(128, 0)), ValueError, r"window_size must be \(-1, -1\), got \(128, 0\)"),
+    "window-number": (dict(window_size=128), ValueError, r"window_size must be \(-1, -1\), got 128"),
+    "softcap": (dict(softcap=30.0), ValueError, "softcap must be 0.0, got 30.0"),
+    "alibi": (dict(alibi_slopes=X(4)), ValueError, "alibi_slopes must be None, got a tensor"),
+    "probabilities": (dict(return_attn_probs=True), ValueError, "return_attn_probs must be False.*return_lse=True"),
     "slots-of-nothing": (
         dict(memory_k=X(2, 0, 2, 8), memory_v=X(2, 0, 2, 8), memory_slots=INT(2, 1)), ValueError, "holds none",
     ),
@@ -82,6 +89,38 @@ def test_memory_attention_refuses(name, monkeypatch):
 def test_memory_attention_accepts_what_is_valid():
     assert memory_attention(**valid()).shape == (2, 6, 4, 8)
     assert memory_attention(**valid(memory_k=X(2, 0, 2, 8), memory_v=X(2, 0, 2, 8))).shape == (2, 6, 4, 8)
+
+
+def test_a_call_of_flash_attn_with_its_defaults_said_aloud_is_accepted():
+    given = valid(top_k=2)
+    expected = memory_attention(**given)
+    neutral = dict(dropout_p=0.0, window_size=(-1, -1), softcap=0.0, alibi_slopes=None, return_attn_probs=False)
+    for changes in ({}, {"window_size": [None, None], "dropout_p": 0, "deterministic": True}, {"deterministic": False}):
+        assert torch.equal(memory_attention(**given, **{**neutral, **changes}), expected)
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.int32, np.uint8])
+def test_numbers_of_numpy_are_numbers(integer):
+    sizes = dict(top_k=2, block_size=4, frame_tokens=6, query_group=3)
+    given = {name: integer(n) for name, n in sizes.items()}
+    scale = np.float32(0.5)
+    tensors = valid()
+    expected = memory_attention(**{**tensors, **sizes}, softmax_scale=0.5)
+    assert torch.equal(memory_attention(**{**tensors, **given}, softmax_scale=scale), expected)
+    described = describe_blocks(K, integer(4), integer(6))
+    assert torch.equal(described, describe_blocks(K, 4, 6))
+    chosen = select_blocks(Q, described, integer(2), query_group=integer(3), blocks_per_frame=integer(2))
+    assert torch.equal(chosen, select_blocks(Q, described, 2, query_group=3, blocks_per_frame=2))
+    given = {name: integer(n) for name, n in sizes.items() if name != "top_k"}
+    assert attend_selected(Q, K, K, chosen, **given, softmax_scale=scale)[0].shape == Q.shape
+    retrieved = retrieve_frames(
+        Q[None], K[None, :, :, None], integer(2), block_lengths=[integer(3)], redundancy=np.float32(0.5)
+    )
+    assert retrieved[0].shape == (2, 2)
+    with pytest.raises(TypeError, match="top_k must be an int, got bool"):
+        memory_attention(**valid(top_k=np.bool_(True)))
+    with pytest.raises(TypeError, match="top_k must be an int, got float64"):
+        memory_attention(**valid(top_k=np.float64(2)))
 
 
 Q, K = X(2, 6, 4, 8), X(2, 12, 2, 8)
