@@ -27,7 +27,7 @@ FLOORS = (
     ("",),  # memflow_ops itself, which names what is public
     ("cache",),
     ("integrations",),
-    ("model", "model.wan"),
+    ("model", "model.wan", "model.checkpoints.containers"),  # files of weights, which know no network
     ("model.stories",),
     ("model.checkpoints",),
     ("model.streaming",),

@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.environment import device_name
@@ -222,18 +221,6 @@ def vae_items(vae: dict, parameters: int, batch: int, height: int, width: int, d
         Item("VAE's weights", parameters * dtype.itemsize, f"{parameters:,} x {dtype.itemsize} bytes"),
         Item("working memory of the VAE", working * dtype.itemsize, "estimated"),
     ]
-
-
-def count_numbers(folder: Path, beginning: tuple[str, ...] = ("",)) -> int:
-    """How many numbers the safetensors files of a folder hold under names with these beginnings. Reads their headers
-    only."""
-    total = 0
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, framework="pt") as file:
-            for name in file.keys():  # noqa: SIM118 - not a mapping
-                if name.startswith(beginning):
-                    total += math.prod(file.get_slice(name).get_shape())
-    return total
 
 
 def free_bytes(device: torch.device) -> int:

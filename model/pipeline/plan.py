@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memflow_ops.environment import why_not_compile
+from memflow_ops.model.checkpoints.containers import count_numbers
 from memflow_ops.model.checkpoints.pretrained import Pretrained, empty_model
 from memflow_ops.model.pipeline.budget import (
     Budget,
     FreeMemory,
     Item,
-    count_numbers,
     fit_history,
     model_items,
     size,
@@ -24,6 +24,9 @@ from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.wan.text_encoder import find_text_encoder
 from memflow_ops.model.wan.vae import find_vae
 
+VAE_NAMES = ("decoder.", "post_quant_conv.", "conv2.")
+TEXT_ENCODER_NAMES = ("shared.", "encoder.", "token_embedding.", "blocks.", "norm.")
+"""Beginnings of the names of the weights that are used, in diffusers and transformers and in Wan's own release."""
 RESERVE = 20
 """One part in so many of the free memory is kept free, because some of the budget is estimated."""
 
@@ -152,11 +155,11 @@ def stream_budget(
         channels, scale = vae.get("z_dim", 16), vae.get("scale_factor_spatial", 8)
         if channels != config.out_dim:
             raise ValueError(f"{folder} decodes latents of {channels} channels, the transformer makes {config.out_dim}")
-        decoder = count_numbers(folder, ("decoder.", "post_quant_conv."))
+        decoder = count_numbers(folder, ("diffusion_pytorch_model",), VAE_NAMES)
         items += vae_items(vae, decoder, batch, settings.height * scale, settings.width * scale, dtype)
     items.append(Item("kept free", free.bytes // RESERVE, f"one part in {RESERVE}: what is estimated may be more"))
     encoder, _ = find_text_encoder(sources.text_encoder)
-    text = count_numbers(encoder, ("shared.", "encoder.")) * dtype.itemsize
+    text = count_numbers(encoder, ("model",), TEXT_ENCODER_NAMES) * dtype.itemsize
     if text > free.bytes:
         raise ValueError(f"the text encoder needs {size(text)} on {free.device}, where {size(free.bytes)} are free")
     prototypes = settings.prototypes(chunks)

@@ -4,6 +4,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from memflow_ops.model.checkpoints.containers import some
+
 
 @contextmanager
 def needs(package: str) -> Iterator[None]:
@@ -29,7 +31,7 @@ def check_loaded(info: Mapping[str, Any], source: str, may_remain: tuple[str, ..
     problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"]) if not name.startswith(may_remain)]
     problems += [f"of another shape {' '.join(map(str, wrong))}" for wrong in info["mismatched_keys"]]
     if problems:
-        raise ValueError(f"{source} does not fit its config.json: {'; '.join(problems)}")
+        raise ValueError(f"{source} does not fit its config.json: {some(problems)}")
 
 
 @contextmanager

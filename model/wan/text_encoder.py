@@ -1,7 +1,6 @@
 """Wan 2.1's text encoder: UMT5 from transformers (extra [wan]), from a folder on disk, never from the network."""
 
 import html
-import json
 import re
 import warnings
 from collections.abc import Callable, Sequence
@@ -12,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from memflow_ops.model.checkpoints.containers import read_json, refuse_pointer
+from memflow_ops.model.wan import release
 from memflow_ops.model.wan.optional_deps import check_loaded, needs, quiet
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
@@ -45,20 +46,34 @@ class UMT5TextEncoder:
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> "UMT5TextEncoder":
-        """Loads the encoder from the folder of a diffusers pipeline (with text_encoder/ and tokenizer/ in it), or from
-        the encoder's own folder. The tokenizer of the latter is in the same folder, or in tokenizer/ inside or beside
-        it.
+        """Loads the encoder from the folder of a diffusers pipeline (with text_encoder/ and tokenizer/ in it), from the
+        encoder's own folder, or from Wan's own release (its folder, or the file models_t5_*.pth in it). The tokenizer
+        of the encoder's own folder is in it, or in tokenizer/ inside or beside it; that of the release in
+        google/umt5-xxl/.
 
         A FileNotFoundError or ValueError if something is missing or is no UMT5; missing weights are named.
         """
         encoder, tokenizer = find_text_encoder(Path(path))
         with needs("transformers"):
-            from transformers import AutoTokenizer, UMT5EncoderModel
+            from transformers import AutoTokenizer, UMT5Config, UMT5EncoderModel
         options: dict[str, Any] = {"local_files_only": True}
         try:
             words = AutoTokenizer.from_pretrained(tokenizer, **options)
         except Exception as error:  # the parsers of tokenizers raise errors of many types
             raise ValueError(f"{tokenizer} holds no tokenizer that transformers can load: {error}") from error
+        if encoder.is_file():
+            config = release.text_encoder_config(encoder)
+            model = release.load_release(
+                lambda: UMT5EncoderModel(UMT5Config(**config)),
+                encoder,
+                release.text_encoder_weights,
+                dtype,
+                device,
+                release.TIED_IN_TEXT_ENCODER,
+            )
+            return cls(model, words, text_len)
+        for file in encoder.glob("*.safetensors"):
+            refuse_pointer(file)
         with quiet():
             loaded: Any = UMT5EncoderModel.from_pretrained(
                 encoder, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
@@ -114,21 +129,27 @@ class EncodedPrompts:
 
 
 def find_text_encoder(path: Path) -> tuple[Path, Path]:
-    """Finds the folders of a text encoder and of its tokenizer; see `UMT5TextEncoder.from_folder`."""
+    """Finds a text encoder (its folder, or the file of Wan's own release) and the folder of its tokenizer; see
+    `UMT5TextEncoder.from_folder`."""
     encoder = path / "text_encoder" if (path / "text_encoder").is_dir() else path
+    file = release.release_file(encoder, release.TEXT_ENCODER)
+    if file is not None:
+        return file, _tokenizer((file.parent / release.TOKENIZER, file.parent / "tokenizer", file.parent))
     config = encoder / "config.json"
     if not config.is_file():
         raise FileNotFoundError(
-            f"no text encoder at {path}: expected a folder with config.json, as transformers saves it"
+            f"no text encoder at {path}: expected a folder with config.json, as transformers saves it, or with "
+            f"{release.TEXT_ENCODER}"
         )
-    try:
-        kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-    except ValueError as error:
-        raise ValueError(f"{config} is not JSON: {error}") from error
+    kind = read_json(config).get("model_type")
     if kind != "umt5":
         raise ValueError(f"{encoder} holds a {kind!r} model; Wan 2.1's text encoder is a 'umt5'")
-    places = (encoder, encoder / "tokenizer", encoder.parent / "tokenizer")
+    return encoder, _tokenizer((encoder, encoder / "tokenizer", encoder.parent / "tokenizer"))
+
+
+def _tokenizer(places: Sequence[Path]) -> Path:
+    """The first of these folders that holds a tokenizer."""
     for place in places:
         if any((place / name).is_file() for name in _TOKENIZER_FILES):
-            return encoder, place
+            return place
     raise FileNotFoundError(f"no tokenizer ({', '.join(_TOKENIZER_FILES)}) in {', '.join(map(str, places))}")

@@ -1,6 +1,5 @@
 """Wan 2.1's VAE, AutoencoderKLWan from diffusers (extra [wan]), decoded chunk by chunk to the same bits as at once."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -8,19 +7,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memflow_ops.model.checkpoints.containers import read_json, refuse_pointer
+from memflow_ops.model.wan import release
 from memflow_ops.model.wan.optional_deps import check_loaded, needs
 
 
 def find_vae(path: Path) -> tuple[Path, dict[str, Any]]:
-    """Finds the folder of a VAE, which is path itself or vae/ in it. Returns the folder and its config."""
+    """Finds a VAE: the folder that diffusers has saved, which is path itself or vae/ in it, or the file of Wan's own
+    release. Returns it and its config."""
     folder = path / "vae" if (path / "vae").is_dir() else path
+    file = release.release_file(folder, release.VAE)
+    if file is not None:
+        return file, release.vae_config(file)
     config = folder / "config.json"
     if not config.is_file():
-        raise FileNotFoundError(f"no VAE at {path}: expected a folder with config.json, as diffusers saves it")
-    try:
-        said = json.loads(config.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{config} is not JSON: {error}") from error
+        raise FileNotFoundError(
+            f"no VAE at {path}: expected a folder with config.json, as diffusers saves it, or with {release.VAE}"
+        )
+    said = read_json(config)
     if said.get("_class_name") != "AutoencoderKLWan":
         raise ValueError(f"{folder} holds a {said.get('_class_name')!r}; Wan 2.1's VAE is an 'AutoencoderKLWan'")
     if said.get("patch_size") is not None:
@@ -29,13 +33,20 @@ def find_vae(path: Path) -> tuple[Path, dict[str, Any]]:
 
 
 def load_vae(path: Path | str, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Any:
-    """Loads an AutoencoderKLWan of diffusers, in eval mode, from the folder of a pipeline or its own.
+    """Loads an AutoencoderKLWan of diffusers, in eval mode, from the folder of a pipeline or its own, or from the file
+    of Wan's own release.
 
     A FileNotFoundError or ValueError if there is none; missing weights are named.
     """
-    folder, _ = find_vae(Path(path))
+    folder, config = find_vae(Path(path))
     with needs("diffusers"):
         from diffusers import AutoencoderKLWan
+    if folder.is_file():
+        return release.load_release(
+            lambda: AutoencoderKLWan(**config), folder, lambda x: release.vae_weights(x, folder), dtype, device
+        )
+    for file in folder.glob("*.safetensors"):
+        refuse_pointer(file)
     try:
         vae, info = AutoencoderKLWan.from_pretrained(
             folder, torch_dtype=dtype, local_files_only=True, use_safetensors=True, output_loading_info=True
