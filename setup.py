@@ -38,6 +38,7 @@ setup(
         "memflow_ops.impl.reference",
         "memflow_ops.impl.torch",
         "memflow_ops.integrations",
+        "memflow_ops.integrations.diffusers",
         "memflow_ops.integrations.self_forcing",
         "memflow_ops.kernels",
         "memflow_ops.kernels.attention",

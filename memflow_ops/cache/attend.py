@@ -18,10 +18,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.ring import RingCache
-from memflow_ops.cache.views import Memory
+from memflow_ops.cache.views import Memory, Past
 from memflow_ops.ops.attention import memory_attention
 from memflow_ops.ops.cache_write import QKNorm
+from memflow_ops.rotary import apply_rotation
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q, k, v) -> out: the self-attention of a layer over a chunk and its past.
@@ -103,23 +105,57 @@ def attend_to_memory(
         if active is None:
             keys, values = cache.dense(layer) if selection is None else cache.window(layer)
             return cast(Tensor, memory_attention(q, keys, values, impl=impl))
-        attended = memory_attention(
-            q,
-            *cache.window(layer),
-            memory.keys,
-            memory.values,
-            memory_descriptors=memory.descriptors,
-            top_k=active.top_k,
-            block_size=layout.block_size,
-            frame_tokens=layout.frame_tokens,
-            query_group=active.query_group,
-            memory_frames=memory.frames,
-            memory_slots=memory.slots,
-            impl=impl,
-        )
-        return cast(Tensor, attended)
+        return _attend_to_both(q, cache.window(layer), memory, active, layout, impl)
 
     def attend_normalised(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(layer, q, k, v, None)
 
     return AttendProjections(attend) if cache.takes_projections else attend_normalised
+
+
+def attend_to_past(
+    past: Past,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    selection: BlockSelection,
+    layout: CacheLayout,
+    impl: str = "auto",
+) -> Tensor:
+    """What an `Attend` gives for a layer, worked out anew from a copy of the past; reads and writes no cache.
+
+    Gradients reach q, k and v. Gradient checkpointing, which computes a pass again when the cache may have gone on,
+    and any other differentiable pass can therefore use this. past: what `RingCache.past` has returned for the layer.
+    """
+    q, k = apply_rotation(q, *rotation), apply_rotation(k, *rotation)
+    window = torch.cat([past.keys, k], 1), torch.cat([past.values, v], 1)
+    if past.memory is None:
+        return cast(Tensor, memory_attention(q, *window, impl=impl))
+    return _attend_to_both(q, window, past.memory, selection, layout, impl)
+
+
+def _attend_to_both(
+    q: Tensor,
+    window: tuple[Tensor, Tensor],
+    memory: Memory,
+    selection: BlockSelection,
+    layout: CacheLayout,
+    impl: str,
+) -> Tensor:
+    """Attention to the window in full and to the selected blocks of the bank."""
+    attended = memory_attention(
+        q,
+        *window,
+        memory.keys,
+        memory.values,
+        memory_descriptors=memory.descriptors,
+        top_k=selection.top_k,
+        block_size=layout.block_size,
+        frame_tokens=layout.frame_tokens,
+        query_group=selection.query_group,
+        memory_frames=memory.frames,
+        memory_slots=memory.slots,
+        impl=impl,
+    )
+    return cast(Tensor, attended)

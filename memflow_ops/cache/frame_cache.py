@@ -41,9 +41,10 @@ class FrameCache(RingCache):
 
     Per chunk: `choose_bank` (or `candidates` and `set_bank`, for a choice of one's own), `begin_chunk`, passes that
     write every layer and attend to `window`, `dense` or `memory`, and `commit`. A pass writes with `write`, and the
-    last, clean pass also calls `remember`; `write_projections` does both. At a prompt switch `restart_window` comes
-    between retrieval and `begin_chunk`. After an interruption `abort` goes back to the last commit. Calls out of order
-    raise a RuntimeError, bad tensors a ValueError or TypeError, in both cases before anything is changed.
+    last, clean pass also calls `remember` after each write; `write_projections` does both. At a prompt switch
+    `restart_window` comes between retrieval and `begin_chunk`. After an interruption `abort` goes back to the last
+    commit. Calls out of order raise a RuntimeError, bad tensors a ValueError or TypeError, in both cases before
+    anything is changed.
 
     The commit of a new chunk leaves its prototype and its part of the sink behind; they become visible when the chunk
     has left the window. It also empties the bank but for the sink, because a choice is valid for one chunk.
@@ -69,8 +70,9 @@ class FrameCache(RingCache):
     # ------------------------------------------------------------------------------------------------------ the chunk
 
     def _describe_written(self, layer: int, k: Tensor) -> None:
-        """Forgets the descriptors beside the ring, which are of an earlier pass; `commit` makes those that it keeps."""
+        """Forgets descriptors and means, which are of an earlier pass; `commit` makes the descriptors that it keeps."""
         self._described.discard(layer)
+        self._remembered.discard(layer)
 
     def remember(self, layer: int, k: Tensor) -> None:
         """Takes the means of the chunk's first frame, in the clean pass of a new chunk.
@@ -111,7 +113,9 @@ class FrameCache(RingCache):
         self.layout.check_chunk_tensor("k", layer, k, self.device)
         self.layout.check_chunk_tensor("v", layer, v, self.device)
         if norm is None and needs_grad(q, k, v):  # the fused operator has no backward
-            self.write(layer, apply_rotation(k, *rotation), v)
+            rotated_k = apply_rotation(k, *rotation)
+            self.write(layer, rotated_k, v)
+            self._keep_in_graph(layer, rotated_k, v, wanted=True)  # also where only q needs a gradient
             if remember:
                 self.remember(layer, k)
             return apply_rotation(q, *rotation)
@@ -132,17 +136,22 @@ class FrameCache(RingCache):
             impl=impl,
         )
         self._written.add(layer)
+        self._keep_in_graph(layer, k, v, wanted=False)
         if remember:
             self._remembered.add(layer)
             self._described.add(layer)
         else:
-            self._described.discard(layer)
+            self._describe_written(layer, k)
         return rotated
 
     def _check_clean_pass(self) -> None:
+        # A chunk of the sink leaves no prototype, but what it leaves is seen for good, so it needs the clean pass too.
         missing = set(range(self.layout.layers)) - self._remembered
-        if self._leaves_prototype(self._committed) and missing:
-            raise RuntimeError(f"commit: the means of layers {sorted(missing)} have not been taken, see remember")
+        if self.layout.device_frames and missing:
+            raise RuntimeError(
+                f"commit: the means of layers {sorted(missing)} have not been taken in the last pass, which must be "
+                f"the clean one, see remember"
+            )
 
     def _leaves_prototype(self, chunk: int) -> bool:
         """Whether the chunk's first frame goes to the history; a frame of the sink is not stored twice."""

@@ -26,6 +26,7 @@ from memflow_ops.cache.slot_table import SlotTable
 from memflow_ops.cache.state import check_layout, check_places, load_places, save_layout, save_places
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops.cache_write import QKNorm
+from memflow_ops.ops.registration.dispatch import needs_grad
 from memflow_ops.ops.selection import describe_blocks
 from memflow_ops.rotary import apply_rotation
 
@@ -133,7 +134,9 @@ class ReleasedCache(RingCache):
         if norm is not None:
             raise NotImplementedError("write_projections: a ReleasedCache takes queries and keys that are normalised")
         q, k, v = as_autocast_does(q, k, v, to=self.layout.dtype)
-        self.write(layer, apply_rotation(k, *rotation), v)
+        rotated_k = apply_rotation(k, *rotation)
+        self.write(layer, rotated_k, v)
+        self._keep_in_graph(layer, rotated_k, v, needs_grad(q, k, v))
         return apply_rotation(q, *rotation)
 
     # ------------------------------------------------------------------------------------------------------- the bank

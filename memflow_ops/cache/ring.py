@@ -15,11 +15,12 @@ from torch import Tensor
 from memflow_ops.cache.layout import CacheLayout, on_device
 from memflow_ops.cache.policies import BankChoice, Policy
 from memflow_ops.cache.slot_table import SlotTable
-from memflow_ops.cache.views import Memory
+from memflow_ops.cache.views import Memory, Past
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import registration
 from memflow_ops.ops.cache_write import QKNorm
 from memflow_ops.ops.forward_mode import refuse_tangents
+from memflow_ops.ops.registration.dispatch import needs_grad
 
 PassMarks = tuple[frozenset[int], ...]
 """The layers that the passes over an open chunk have dealt with so far, by what was done in them."""
@@ -58,6 +59,8 @@ class RingCache(ABC):
         # this tensor, so it stays where it is and is overwritten.
         self._chunk_places = torch.zeros((layout.batch, layout.chunk_frames), dtype=torch.int32, device=self.device)
         self._written: set[int] = set()  # layers
+        # Keys and values of the open chunk as they were last written, of the layers where gradients flow into them.
+        self._in_graph: dict[int, tuple[Tensor, Tensor]] = {}
         self._marks: tuple[set[int], ...] = (self._written,)
         self._go_on_after(0, [])
 
@@ -69,6 +72,12 @@ class RingCache(ABC):
         self._to_recache: list[int] = []  # numbers of the chunks still to be passed again, oldest first
         self._rewritten = [True] * self.layout.batch  # the stories that re-caching rewrites
         self._closing: int | None = None  # number of the finished chunk whose commit is under way
+        self._end_chunk()
+
+    def _end_chunk(self) -> None:
+        """No chunk is open any more, and nothing keeps the graph of its passes alive."""
+        self._in_graph.clear()
+        self._open_places: list[int] = []  # what `_chunk_places` says, for the host
         self._open: int | None = None  # number of the chunk between `begin_chunk` and `commit`
 
     # ------------------------------------------------------------------------------------------------------ the chunk
@@ -93,6 +102,8 @@ class RingCache(ABC):
         rewritten = self._rewritten if self._to_recache else [True] * self.layout.batch
         rows = [places if of_story else [-1] * len(places) for of_story in rewritten]
         self._chunk_places.copy_(on_device(rows, torch.int32, self.device))
+        self._open_places = places
+        self._in_graph.clear()
         for marked in self._marks:
             marked.clear()
         return first_frame
@@ -101,6 +112,9 @@ class RingCache(ABC):
         """Puts a layer's rotated keys and its values of the current chunk, (B, chunk tokens, Hkv, D), into place.
 
         Every pass overwrites the last. While re-caching, only the stories whose prompt changed are written.
+
+        Where k or v needs a gradient, `window` and `dense` return this pass's keys and values as part of the graph, and
+        what lies in the pools is written and read without a gradient.
         """
         self._check_open("write")
         refuse_tangents("write", k, v)
@@ -112,6 +126,7 @@ class RingCache(ABC):
             registration.write_frames(pool[layer], self._chunk_places, frames)
         self._describe_written(layer, k)
         self._written.add(layer)
+        self._keep_in_graph(layer, k, v, needs_grad(k, v))
 
     @abstractmethod
     def write_projections(
@@ -157,7 +172,7 @@ class RingCache(ABC):
             raise RuntimeError(f"commit: layers {sorted(missing)} have not been written")
         if self._to_recache:
             self._to_recache.pop(0)
-            self._open = None
+            self._end_chunk()
             return
         self._check_clean_pass()
         # From here on the chunk is finished; if the rest is interrupted, `abort` does it again.
@@ -167,7 +182,7 @@ class RingCache(ABC):
 
     def _close(self, chunk: int) -> None:
         self._leave_behind(chunk)
-        self._open = None
+        self._end_chunk()
         self._clear_bank()
         self._closing = None
 
@@ -183,7 +198,7 @@ class RingCache(ABC):
             self._clear_bank()
         elif self._closing is not None:
             self._close(self._closing)
-        self._open = None
+        self._end_chunk()
 
     def restart_window(self, stories: Sequence[bool] | None = None) -> list[int]:
         """Empties the ring at a prompt switch, so that the window can be re-cached under the new prompt.
@@ -228,7 +243,11 @@ class RingCache(ABC):
         """
 
     def window(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Keys and values of the ring, (B, window tokens so far, Hkv, D), as views, the current chunk included."""
+        """Keys and values of the ring, (B, window tokens so far, Hkv, D), the current chunk included.
+
+        Views of the pools, but copies where the last pass over the layer needs gradients: they reach its own keys and
+        values and end at the past, and the cache may go on before the backward pass.
+        """
         self._check_open("window")
         return self._view(layer, self._ring_start, self._ring_start + len(self._ring))
 
@@ -237,10 +256,28 @@ class RingCache(ABC):
         """Keys and values of all that the cache remembers, (B, tokens, Hkv, D), the current chunk included."""
 
     def memory(self, layer: int) -> Memory:
-        """The bank, sink included, for `memory_attention` beside the dense `window`."""
+        """The bank, sink included, for `memory_attention` beside the dense `window`.
+
+        The whole pool, but a copy of the bank's frames where the last pass over the layer needs gradients.
+        """
         self._check_open("memory")
+        if layer in self._in_graph:
+            return self._copied_memory(layer)
         pools = self._keys[layer], self._values[layer], self._descriptors[layer]
         return Memory(*pools, self._table.slots, self._table.lengths)
+
+    def past(self, layer: int, sparse: bool) -> Past:
+        """What a pass over the open chunk attends to beside the chunk itself, copied, so that the cache may go on.
+
+        sparse: the pass attends to the bank too. A RuntimeError while the window is being re-cached.
+        """
+        self._check_open("past")
+        if self._to_recache:
+            raise RuntimeError("past: a window that is being re-cached has no past of its own, commit its chunks first")
+        ring = range(self._ring_start, self._ring_start + len(self._ring))
+        places = [place for place in ring if place not in self._open_places]
+        keys, values = (self._at_places(pool, layer, places).flatten(1, 2) for pool in self._places[:2])
+        return Past(keys, values, self._copied_memory(layer) if sparse else None)
 
     def window_frames(self) -> list[int]:
         """Absolute indices of the frames in the ring, as they lie there."""
@@ -344,8 +381,43 @@ class RingCache(ABC):
 
     def _view(self, layer: int, first: int, end: int) -> tuple[Tensor, Tensor]:
         """Keys and values of the frame places first to end - 1."""
+        if layer in self._in_graph:
+            return self._view_in_graph(layer, first, end)
         tokens = slice(first * self.layout.frame_tokens, end * self.layout.frame_tokens)
         return self._keys[layer, :, tokens], self._values[layer, :, tokens]
+
+    def _keep_in_graph(self, layer: int, k: Tensor, v: Tensor, wanted: bool) -> None:
+        """Says whether the pass that has just written a layer needs gradients, through what it wrote or beside it."""
+        if wanted:
+            self._in_graph[layer] = k, v
+        else:
+            self._in_graph.pop(layer, None)
+
+    def _view_in_graph(self, layer: int, first: int, end: int) -> tuple[Tensor, Tensor]:
+        """As `_view`, with the open chunk's keys and values as the pass made them, behind a copy of the others."""
+        own = [i for i, place in enumerate(self._open_places) if first <= place < end]
+        places = [self._open_places[i] for i in own]
+        past = [place for place in range(first, end) if place not in places]
+        rewritten = torch.tensor(self._rewritten, device=self.device).view(-1, 1, 1, 1, 1)
+        result = []
+        for pool, new in zip(self._places, self._in_graph[layer], strict=False):
+            frames = new.unflatten(1, (self.layout.chunk_frames, -1))[:, own]
+            if self._to_recache and not all(self._rewritten):
+                frames = torch.where(rewritten, frames, self._at_places(pool, layer, places))
+            result.append(torch.cat([self._at_places(pool, layer, past), frames], 1).flatten(1, 2))
+        return result[0], result[1]
+
+    def _at_places(self, pool: Tensor, layer: int, places: list[int]) -> Tensor:
+        """A copy of some frame places of a layer, (B, len(places), tokens or blocks, Hkv, D)."""
+        return pool[layer].index_select(1, on_device(places, torch.long, self.device))
+
+    def _copied_memory(self, layer: int) -> Memory:
+        """The bank of a layer with its frames copied, one after the other."""
+        slots = self._table.slots.long()
+        each = torch.arange(len(slots), device=self.device)[:, None]
+        keys, values, descriptors = (pool[layer][each, slots].flatten(1, 2) for pool in self._places)
+        order = torch.arange(slots.shape[1], dtype=torch.int32, device=self.device).repeat(len(slots), 1)
+        return Memory(keys, values, descriptors, order, self._table.lengths.clone())
 
     def _check_open(self, what: str) -> None:
         if self._open is None:

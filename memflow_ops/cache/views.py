@@ -16,6 +16,14 @@ class Memory(NamedTuple):
     frames: Tensor  # (B,) int32, how many bank frames are valid
 
 
+class Past(NamedTuple):
+    """What a layer of an open chunk attends to beside the chunk itself: copies without a gradient."""
+
+    keys: Tensor  # (B, window tokens without the chunk's, Hkv, D), rotated
+    values: Tensor  # like keys
+    memory: Memory | None  # None: the pass does not attend to the bank
+
+
 class Candidates(NamedTuple):
     """The frames that retrieval may choose from: the prototypes that have left the window."""
 

@@ -192,15 +192,30 @@ def test_attention_reads_the_tokens_of_a_head_one_after_the_other():
         assert x.stride()[1:] == (HEAD_DIM, cache.layout.pool_frames * TOKENS * HEAD_DIM, 1)
 
 
-def test_gradients_do_not_enter_the_cache():
+def test_gradients_reach_what_was_written_last_and_do_not_enter_the_pools():
     layout = layout_of()
     cache = FrameCache(layout)
     cache.begin_chunk()
     k = torch.randn(1, layout.chunk_tokens, HEADS, HEAD_DIM, requires_grad=True)
     cache.write(0, k * 2, k)
     cache.remember(0, k)
+    keys, values = cache.window(0)
+    (gradient,) = torch.autograd.grad(keys.sum() + values.sum(), k)
+    assert torch.equal(gradient, torch.full_like(k, 3.0))
+    cache.write(0, k.detach() * 2, k.detach())
     assert not cache.window(0)[0].requires_grad
     assert torch.equal(cache.window(0)[0], 2 * k.detach())
+
+
+def test_a_chunk_of_the_sink_needs_its_clean_pass_too():
+    cache, naive = FrameCache(layout_of()), Naive(layout_of())
+    cache.begin_chunk()
+    write(cache, naive.numbers(), remember=True)
+    write(cache, naive.numbers(), remember=False)  # what a sampler's pass leaves after the clean one
+    with pytest.raises(RuntimeError, match="clean one"):
+        cache.commit()
+    write(cache, naive.numbers(), remember=True)
+    cache.commit()
 
 
 def ready_cache() -> tuple[FrameCache, Naive]:
