@@ -1,4 +1,4 @@
-"""What an installation must bring: setup.py lists the packages by name, and a new folder is easily forgotten there."""
+"""What an installation must bring: setup.py lists the packages by name, and no folder may be forgotten there."""
 
 import ast
 from pathlib import Path

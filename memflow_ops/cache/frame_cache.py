@@ -75,7 +75,7 @@ class FrameCache(RingCache):
         self._remembered.discard(layer)
 
     def remember(self, layer: int, k: Tensor) -> None:
-        """Takes the means of the chunk's first frame, in the clean pass of a new chunk.
+        """Takes the means of the chunk's first frame, in the clean pass of a new chunk, after the layer's `write`.
 
         k: the layer's keys (B, chunk tokens, Hkv, D) *before* RoPE, because rotated means move with the frame index.
         """
@@ -145,12 +145,13 @@ class FrameCache(RingCache):
         return rotated
 
     def _check_clean_pass(self) -> None:
-        # A chunk of the sink leaves no prototype, but what it leaves is seen for good, so it needs the clean pass too.
+        # The first chunks leave no prototype, but the sink keeps them for good, and the window for a while.
         missing = set(range(self.layout.layers)) - self._remembered
-        if self.layout.device_frames and missing:
+        if missing:
             raise RuntimeError(
-                f"commit: the means of layers {sorted(missing)} have not been taken in the last pass, which must be "
-                f"the clean one, see remember"
+                f"commit: the last pass over layers {sorted(missing)} was not the clean one, so later chunks would see "
+                f"noisy keys: pass the finished frames once more, at timestep 0, and say so by `remember` after each "
+                f"`write` (with `write_projections` and `attend_to_memory`: remember=True)"
             )
 
     def _leaves_prototype(self, chunk: int) -> bool:

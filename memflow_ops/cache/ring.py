@@ -15,6 +15,7 @@ from torch import Tensor
 from memflow_ops.cache.layout import CacheLayout, on_device
 from memflow_ops.cache.policies import BankChoice, Policy
 from memflow_ops.cache.slot_table import SlotTable
+from memflow_ops.cache.state import SavedByState
 from memflow_ops.cache.views import Memory, Past
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import registration
@@ -26,7 +27,7 @@ PassMarks = tuple[frozenset[int], ...]
 """The layers that the passes over an open chunk have dealt with so far, by what was done in them."""
 
 
-class RingCache(ABC):
+class RingCache(SavedByState, ABC):
     """Pools of frame places for a batch of stories that advance together, with a ring for the local window.
 
     Each frame of the window has a place in the ring, and a new frame takes the place of the one that leaves the window.
@@ -36,6 +37,8 @@ class RingCache(ABC):
     switch `restart_window`, then `begin_chunk`, lets `attend_to_memory` write and read in every pass, and calls
     `commit`. Calls out of order raise a RuntimeError and bad tensors a ValueError or TypeError, in both cases before
     anything is changed.
+
+    A cache cannot be pickled or copied; `state_dict` and `load_state_dict` take its content elsewhere.
 
     A subclass says where its pools have the ring, what a finished chunk leaves behind, and what its bank is.
     """

@@ -2,12 +2,29 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from memflow_ops.cache.layout import CacheLayout
+
+
+class SavedByState:
+    """What can be saved by `state_dict` alone.
+
+    Its tensors are views of one another, and kernels and CUDA graphs read them where they are. In a copy they would be
+    tensors of their own, so that what one of them is told the others would not see.
+    """
+
+    def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
+        """Refuses pickle, copy.copy, copy.deepcopy and torch.save."""
+        name = type(self).__name__
+        raise TypeError(
+            f"a {name} cannot be pickled or copied, because the tensors of the copy would not share memory as these "
+            f"do: save what `state_dict()` returns, and give it to `load_state_dict()` of another {name} that was made "
+            f"with the same arguments"
+        )
 
 
 def save_layout(layout: CacheLayout) -> dict[str, Any]:

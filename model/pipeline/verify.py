@@ -67,7 +67,8 @@ def verify(
     """Streams every plan, one after another, the same prompts and seed under different memory.
 
     Each writes <memory>.mp4 into its folder and is then yielded. report: is called with the memory, the number of
-    finished chunks and that of all chunks. Ctrl-C and SIGTERM raise a KeyboardInterrupt; complete videos are kept.
+    finished chunks and that of all chunks. Ctrl-C, SIGTERM and SIGHUP raise a KeyboardInterrupt; complete videos are
+    kept.
     """
     for plan in plans:
         yield _stream(parts, plan, report)

@@ -169,10 +169,12 @@ class Fixture:
 
     def _draw(self, grid: tuple[int, int]) -> Iterator[Tensor]:
         config, (height, width) = self._config, self._pixels(grid)
-        generator = torch.Generator().manual_seed(self.noise_seed)
-        torch.randn(self.context.shape[1:], generator=generator)  # the recording drew `context` before the noise
+        generator = torch.Generator(device="cpu").manual_seed(self.noise_seed)
+        shape = (1, config.in_dim, self.frames_per_chunk, height, width)
+        # The recording drew `context` before the noise.
+        torch.randn(self.context.shape[1:], generator=generator, dtype=torch.float32, device="cpu")
         for chunk in range(max(map(len, self._calls.values()))):
-            noise = torch.randn(1, config.in_dim, self.frames_per_chunk, height, width, generator=generator)
+            noise = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             name = f"noise_check.{chunk:02d}"
             recorded = self._tensors.tensor(name, self._noise_shape(height, width))
             difference = (noise[0, :2, :, ::20, ::26] - recorded).abs().max().item()

@@ -59,7 +59,7 @@ def replay(fixture: Fixture, mode: str) -> Iterator[ComparedCall]:
     banks: list[list[int]] = [[] for _ in range(config.num_layers)]  # frame per place, by the recorded choices
     top_frames = fixture.top_frames if mode == "sma" else None
     selection = None if top_frames is None else BlockSelection(top_frames, query_group=None)
-    rows, columns = (torch.arange(n) for n in fixture.grid)
+    rows, columns = (torch.arange(n, dtype=torch.long, device="cpu") for n in fixture.grid)
     text, noise = model.encode_text(fixture.context), fixture.noise()
     for chunk in range(fixture.chunks(mode)):
         # With the text keys of the last chunk: at a switch they are still those of the old prompt.
@@ -67,7 +67,7 @@ def replay(fixture: Fixture, mode: str) -> Iterator[ComparedCall]:
         if chunk == fixture.switch_chunk:
             text = model.encode_text(fixture.context_after_switch)
         first_frame = cache.begin_chunk()
-        frames = torch.arange(first_frame, first_frame + fixture.frames_per_chunk)
+        frames = torch.arange(first_frame, first_frame + fixture.frames_per_chunk, dtype=torch.long, device="cpu")
         rotation = rope_rotation(config.head_dim, frames, rows, columns)
         x = next(noise)
         for step, timestep in enumerate(fixture.timesteps):
@@ -76,7 +76,7 @@ def replay(fixture: Fixture, mode: str) -> Iterator[ComparedCall]:
                 wrong += _advance_banks(fixture, call, banks, cache)
             activation = _Activation(cache, top_frames)
             attend = attend_to_memory(cache, rotation, selection, observe=activation.observe)
-            y = model(x, torch.full((1, len(frames)), timestep), text, attend)
+            y = model(x, torch.full((1, len(frames)), timestep, dtype=torch.float32, device="cpu"), text, attend)
             x = x - 0.25 * y
             wrong += activation.wrong(call, banks)
             yield ComparedCall(call, _difference(y, call), len(call.kept or ()) + sum(map(len, call.activated)), wrong)
@@ -216,4 +216,4 @@ def _line(result: ComparedCall) -> str:
 
 def _largest(compared: Sequence[ComparedCall]) -> float:
     """The largest difference of all; a NaN if there is one."""
-    return torch.tensor([result.difference for result in compared]).max().item()
+    return torch.tensor([result.difference for result in compared], dtype=torch.float32, device="cpu").max().item()

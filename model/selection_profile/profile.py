@@ -113,7 +113,7 @@ class _Watcher:
 
     def __init__(self, compared: list[Choice], sampling: Sampling, draw: random.Random):
         self.compared, self.sampling, self.draw = compared, sampling, draw
-        self.generator = torch.Generator().manual_seed(sampling.seed)
+        self.generator = torch.Generator(device="cpu").manual_seed(sampling.seed)
         self.start([], 0)
 
     def start(self, wanted: Sequence[tuple[int, int]], rounds: int) -> None:
@@ -138,7 +138,7 @@ class _Watcher:
         story = self.draw.randrange(len(q))
         count = q.shape[2]
         heads = sorted(self.draw.sample(range(count), min(self.sampling.heads, count)))
-        kv_heads = torch.tensor(heads, device=q.device) // (count // memory.keys.shape[2])
+        kv_heads = torch.tensor(heads, device=q.device, dtype=torch.long) // (count // memory.keys.shape[2])
         slots = memory.slots[story, : int(memory.frames[story])].long()
         tokens = self.cache.layout.frame_tokens
 
@@ -153,7 +153,9 @@ class _Watcher:
         """Indices of queries in whole groups, so that all queries of a group judge what the group chooses."""
         unit = math.lcm(*(choice.query_group for choice in self.compared if choice.query_group is not None))
         if self.sampling.queries >= queries or unit >= queries:
-            return torch.arange(queries)
+            return torch.arange(queries, dtype=torch.long, device="cpu")
         units = -(-queries // unit)
         drawn = sorted(self.draw.sample(range(units), max(1, min(units, self.sampling.queries // unit))))
-        return torch.cat([torch.arange(i * unit, min((i + 1) * unit, queries)) for i in drawn])
+        return torch.cat(
+            [torch.arange(i * unit, min((i + 1) * unit, queries), dtype=torch.long, device="cpu") for i in drawn]
+        )

@@ -128,15 +128,16 @@ def _measure(
     bank_v = _blocks(_wide(call.bank_v).permute(0, 3, 1, 2), block).permute(0, 2, 3, 1)  # [H, N, block, D]
     lengths = _blocks(call.bank_k.new_ones(1, *call.bank_k.shape[1:3]), block).sum(-1)  # [1, N]
     count = lengths.shape[-1]
-    steps = torch.tensor(budgets(count), device=call.q.device)
-    first_budget = torch.bucketize(torch.arange(count, device=steps.device), steps, right=True)  # by rank
+    steps = torch.tensor(budgets(count), device=call.q.device, dtype=torch.long)
+    ranks = torch.arange(count, device=steps.device, dtype=torch.long)
+    first_budget = torch.bucketize(ranks, steps, right=True)  # by rank
     per_query = heads * (call.k.shape[1] + 2 * call.bank_tokens + (count + len(steps)) * (size + 2))
     parts = call.measured.split(max(1, ELEMENTS // per_query))
 
     masses = torch.cat([_blocks(_attention(call, queries)[2], block).sum(-1) for queries in parts], 1)  # [H, n, N]
     ranked = [_ranked(call, choice, masses, generator) for choice in compared]
     sums = [torch.zeros(len(steps), 4, heads, dtype=torch.float64, device=call.q.device) for _ in compared]
-    places = torch.arange(len(call.measured), device=steps.device).split(len(parts[0]))
+    places = torch.arange(len(call.measured), device=steps.device, dtype=torch.long).split(len(parts[0]))
     for part, queries in zip(places, parts, strict=True):
         window_out, window_mass, p = _attention(call, queries)
         weights = _blocks(p, block)  # [H, n, N, block]
@@ -179,8 +180,9 @@ def _ranked(
     Gives the rank of every block for each group that has measured queries [H, G, N], and each query's group (n,).
     """
     if choice.blocks == "random":
-        ranks = torch.rand(masses.shape, generator=generator).argsort(-1).to(masses.device)
-        return ranks, torch.arange(len(call.measured), device=masses.device)
+        drawn = torch.rand(masses.shape, generator=generator, dtype=torch.float32, device="cpu")
+        each = torch.arange(len(call.measured), device=masses.device, dtype=torch.long)
+        return drawn.argsort(-1).to(masses.device), each
     group = choice.query_group or call.q.shape[1]
     present, member = torch.unique(call.measured // group, return_inverse=True)
     if choice.blocks == "oracle":
@@ -193,7 +195,7 @@ def _ranked(
         queries = torch.stack(means, 1) if means else _wide(call.q[:, present])
         scores = queries @ _wide(descriptors[0]).permute(1, 2, 0)
     order = scores.nan_to_num(nan=-torch.inf).sort(dim=-1, descending=True, stable=True).indices
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    places = torch.arange(order.shape[-1], device=order.device, dtype=torch.long).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places), member
 
 

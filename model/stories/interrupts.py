@@ -8,14 +8,15 @@ from types import FrameType
 
 
 class Interrupts:
-    """While this context is open, Ctrl-C and SIGTERM (by which schedulers end a job) raise a KeyboardInterrupt only
-    inside `allowed`. A signal that comes elsewhere is raised when `allowed` is entered next.
+    """While this context is open, Ctrl-C, SIGTERM (by which schedulers end a job) and SIGHUP (by which a terminal that
+    is closed ends one) raise a KeyboardInterrupt only inside `allowed`. A signal that comes elsewhere is raised when
+    `allowed` is entered next.
 
-    So a chunk is in all files or in none, and no file is left half written. Outside the main thread, where Python
-    handles no signals, the context does nothing.
+    So a chunk is in all files or in none, and no file is left half written. A signal that was ignored before stays
+    ignored, as `nohup` asks for. Outside the main thread, where Python handles no signals, the context does nothing.
     """
 
-    _SIGNALS = (signal.SIGINT, signal.SIGTERM)
+    _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
     def __init__(self) -> None:
         self._raise = False
@@ -25,7 +26,8 @@ class Interrupts:
 
     def __enter__(self) -> "Interrupts":
         if self._mine:
-            self._before = [(number, signal.signal(number, self._handle)) for number in self._SIGNALS]
+            heard = [number for number in self._SIGNALS if signal.getsignal(number) != signal.SIG_IGN]
+            self._before = [(number, signal.signal(number, self._handle)) for number in heard]
         return self
 
     def __exit__(self, *_: object) -> None:

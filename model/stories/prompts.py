@@ -30,15 +30,30 @@ def read_stories(path: Path, check: Callable[[str], object]) -> list[list[str]]:
 
 def _prompts(line: str, check: Callable[[str], object]) -> list[str]:
     try:
-        story = json.loads(line)
+        story = json.loads(line, object_pairs_hook=_without_repetition)
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}; a story is a line of its own") from error
     prompts = story.get("prompts") if isinstance(story, dict) else None
     if not isinstance(prompts, list) or not prompts or not all(isinstance(prompt, str) for prompt in prompts):
         raise ValueError('expected {"prompts": [...]} with at least one prompt, each a string')
+    unknown = [json.dumps(name, ensure_ascii=False) for name in story if name != "prompts"]
+    if unknown:
+        raise ValueError(
+            f"{', '.join(unknown)} would change nothing: a story has prompts and nothing else; leave it out (settings, "
+            f"a seed for one, are options of the command)"
+        )
     for prompt in prompts:
         check(prompt)
     return prompts
+
+
+def _without_repetition(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; a ValueError where a name stands in it twice, of which Python would take the last."""
+    names = [name for name, _ in pairs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(map(json.dumps, twice))} is given more than once; give it once")
+    return dict(pairs)
 
 
 def chunk_prompts(

@@ -56,8 +56,9 @@ def write_stories(
     report: is called with the first of the runs after every chunk.
 
     A story's files appear under their names when all of them are complete. Until then its video grows under another
-    name. Ctrl-C, SIGTERM or an error ends all stories early. The chunks that were finished are still written, and the
-    runs are marked `interrupted`; a story without a finished chunk leaves no file. An error is raised again afterwards.
+    name. Ctrl-C, SIGTERM, SIGHUP or an error ends all stories early. The chunks that were finished are still written,
+    and the runs are marked `interrupted`; a story without a finished chunk leaves no file. An error is raised
+    again afterwards.
     """
     with Interrupts() as interrupts, ExitStack() as opened:
         for writer in writers:

@@ -14,7 +14,7 @@ def pixel_coordinates(frames: int, height: int, width: int) -> Tensor:
 
     RoPE tells tokens how far apart they are, but not where in the frame they stand.
     """
-    x, y = ((torch.arange(n) + 0.5) * 2 / n - 1 for n in (width, height))
+    x, y = ((torch.arange(n, dtype=torch.float32, device="cpu") + 0.5) * 2 / n - 1 for n in (width, height))
     return torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]))[None, :, None].expand(1, 2, frames, -1, -1)
 
 
@@ -48,16 +48,17 @@ class PassInputs:
         condition = find_condition(config, settings)
         self.condition = None if condition is None else condition.to(device)
         shape = (batch, config.out_dim, settings.chunk_frames, settings.height, settings.width)
-        self.latents = torch.zeros(shape, device=device)
+        self.latents = torch.zeros(shape, device=device, dtype=torch.float32)
         tokens = (1, settings.chunk_frames * self.grid[0] * self.grid[1], 1, config.head_dim // 2)
-        self.rotation = torch.zeros(tokens, device=device), torch.zeros(tokens, device=device)
+        cosines, sines = (torch.zeros(tokens, device=device, dtype=torch.float32) for _ in range(2))
+        self.rotation = cosines, sines
         self._times: dict[float, TimeEmbedding] = {}
         self.time = TimeEmbedding(*map(torch.zeros_like, self._time(0.0)))
 
     def set_frames(self, first_frame: int) -> None:
         """Turns RoPE to the chunk that begins with this absolute frame index."""
-        frames = torch.arange(first_frame, first_frame + self.chunk_frames, device=self.device)
-        rows, columns = (torch.arange(n, device=self.device) for n in self.grid)
+        frames = torch.arange(first_frame, first_frame + self.chunk_frames, device=self.device, dtype=torch.long)
+        rows, columns = (torch.arange(n, device=self.device, dtype=torch.long) for n in self.grid)
         angles = rope_rotation(self.model.config.head_dim, frames, rows, columns)
         for kept, new in zip(self.rotation, angles, strict=True):
             kept.copy_(new)
@@ -72,5 +73,6 @@ class PassInputs:
     def _time(self, timestep: float) -> TimeEmbedding:
         """Computed once per timestep."""
         if timestep not in self._times:
-            self._times[timestep] = self.model.encode_time(torch.full((1, 1), timestep, device=self.device))
+            t = torch.full((1, 1), timestep, device=self.device, dtype=torch.float32)
+            self._times[timestep] = self.model.encode_time(t)
         return self._times[timestep]

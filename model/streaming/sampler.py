@@ -35,7 +35,7 @@ class FlowMatchSampler:
         if prediction not in ("velocity", "x0"):
             raise ValueError(f"prediction must be 'velocity' or 'x0', got {prediction!r}")
         self.steps, self.shift, self.stochastic, self.prediction = steps, shift, stochastic, prediction
-        levels = shifted(1 - torch.arange(steps + 1, dtype=torch.float64) / steps, shift)
+        levels = shifted(1 - torch.arange(steps + 1, dtype=torch.float64, device="cpu") / steps, shift)
         self.sigmas: list[float] = levels.tolist()
         """steps + 1 noise levels, from 1.0 down to 0.0; step i goes from sigmas[i] to sigmas[i + 1]."""
 

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from memflow_ops.cache.attend import Attend, BlockSelection, Observer, attend_to_memory
 from memflow_ops.cache.policies import Policy, Retrieved
+from memflow_ops.cache.state import SavedByState
 from memflow_ops.cache.views import Memory
 from memflow_ops.model.streaming.activation import Activation
 from memflow_ops.model.streaming.cuda_graphs import OnePass, Passes
@@ -112,10 +113,11 @@ def stream(
     return chunks()
 
 
-class Streamer:
+class Streamer(SavedByState):
     """One stream of B stories: cache, text, and the local window's latents.
 
     `next_chunk` makes a chunk under any prompts, known beforehand or typed a moment ago; `stream` calls it in a loop.
+    A Streamer cannot be pickled or copied; `state_dict` and `load_state_dict` take a stream elsewhere.
     """
 
     def __init__(
@@ -153,7 +155,7 @@ class Streamer:
         self.policy = make_policy(settings, self.seeds, policy)
         self.inputs = PassInputs(model, settings, batch)
         self.text = StreamText(model, encode, batch)
-        self._random_blocks = torch.Generator()  # of the current chunk, for selection="random"
+        self._random_blocks = torch.Generator(device="cpu")  # of the current chunk, for selection="random"
         selection = self._selection()
         self.activation = Activation(self.cache, selection, settings.impl) if report and selection else None
         self._past: dict[int, Tensor] = {}  # chunk index -> clean latents, for the chunks in the window
@@ -221,17 +223,18 @@ class Streamer:
         count = settings.steps if settings.stochastic else 1
         shape = (count, self.model.config.out_dim, settings.chunk_frames, settings.height, settings.width)
         # On the CPU, so that a seed means the same video on every device.
-        noise = torch.empty(len(self.seeds), *shape, pin_memory=self.device.type == "cuda")
+        shapes, pinned = (len(self.seeds), *shape), self.device.type == "cuda"
+        noise = torch.empty(shapes, pin_memory=pinned, dtype=torch.float32, device="cpu")
         for story, seed in enumerate(self.seeds):
             generator = self._generator(seed)
             for step in range(count):
-                torch.randn(shape[1:], generator=generator, out=noise[story, step])
+                noise[story, step].normal_(generator=generator)
         return noise.to(self.device, non_blocking=True).transpose(0, 1)
 
     def _generator(self, seed: int, *use: int) -> torch.Generator:
         """Random numbers of the coming chunk, which depend on the seed, the chunk's index and their use alone."""
         mixed = np.random.SeedSequence([seed, self.cache.committed, *use]).generate_state(1, np.uint64)
-        return torch.Generator().manual_seed(int(mixed[0]))
+        return torch.Generator(device="cpu").manual_seed(int(mixed[0]))
 
     # ------------------------------------------------------------------------------------------------------ the passes
 

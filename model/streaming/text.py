@@ -32,7 +32,7 @@ class StreamText:
         config, weight = model.config, model.patch_embedding.weight
         self.model, self.encode = model, encode
         self.prompts: list[str | None] = [None] * batch
-        self.embeddings: list[Tensor] = [torch.empty(0)] * batch
+        self.embeddings: list[Tensor] = [torch.empty(0, dtype=torch.float32, device="cpu")] * batch
         shape = (batch, config.text_len, config.num_heads, config.head_dim)
         self.keys_values: TextKeysValues = [
             (weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.num_layers)

@@ -15,7 +15,8 @@ SAME_HUE_DEGREES = 30.0
 """Two looks closer than this have the same hue. By chance 60 of 360 degrees, one in six, do."""
 PRESENT_SHARE = 0.02
 """A character is present when its colour mask covers at least this share of the frame."""
-_SHIFTS = torch.arange(-1, 2) * 1.0 / FRAME_SIZE  # templates are shifted, as the mask's centre is not quite the shape's
+# Templates are shifted, as the mask's centre is not quite the shape's.
+_SHIFTS = torch.arange(-1, 2, dtype=torch.float32, device="cpu") / FRAME_SIZE
 _ABOUT_AS_WELL = 0.05  # difference of intersection over union
 Hue = TypeVar("Hue", float, Tensor)
 
@@ -58,9 +59,10 @@ def judge(pictures: Tensor) -> Verdict:
     red, green, blue = (rgb * mask[:, None]).flatten(2).sum(-1).unbind(-1)
     # On the colour circle red, green and blue are 120 degrees apart; this is the direction of their sum.
     hue = torch.rad2deg(torch.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)) % 360
-    shape = torch.zeros(len(mask), dtype=torch.long)
-    pattern = torch.zeros(len(mask), dtype=torch.long)
-    for part in torch.arange(len(mask)).split(64):  # templates for all pictures at once would fill the memory
+    shape = torch.zeros(len(mask), dtype=torch.long, device="cpu")
+    pattern = torch.zeros(len(mask), dtype=torch.long, device="cpu")
+    pictures_left = torch.arange(len(mask), dtype=torch.long, device="cpu")
+    for part in pictures_left.split(64):  # templates for all pictures at once would fill the memory
         shape[part], pattern[part] = _compare(mask[part].float(), rgb[part].amax(1))
     verdict = (area >= PRESENT_SHARE, hue, pattern, shape, area)
     return Verdict(*(x.reshape(leading) for x in verdict))
@@ -70,7 +72,7 @@ def _compare(mask: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Mask and HSV value, both (N, H, W) -> the shape that fits the mask best, and the pattern that fits the values
     best where that shape lies; both (N,) int64."""
     count, height, width = mask.shape
-    x, y = ((torch.arange(n) + 0.5) / height for n in (width, height))
+    x, y = ((torch.arange(n, dtype=torch.float32, device="cpu") + 0.5) / height for n in (width, height))
     mass = mask.sum((1, 2)).clamp(min=1)
     centre_x, centre_y = (mask.sum(1) * x).sum(1) / mass, (mask.sum(2) * y).sum(1) / mass
     # All shifts of all pictures: (shifts, N, H, W).
@@ -84,7 +86,7 @@ def _compare(mask: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     overlap = both / (shapes.sum((-2, -1)) + mass - both).clamp(min=1)
     best, shape = overlap.amax(1).max(dim=0)  # (N,)
     # The pattern is compared at every shift at which the shape fits about as well as at the best one.
-    here = overlap[shape, :, torch.arange(count)].T  # (shifts, N)
+    here = overlap[shape, :, torch.arange(count, dtype=torch.long, device="cpu")].T  # (shifts, N)
     fits = here >= best - _ABOUT_AS_WELL
     dark = (pattern_distances(offset_x, offset_y) > 0).float()  # (3, shifts, N, H, W)
 

@@ -78,7 +78,7 @@ def embed_ids(ids: Tensor) -> Tensor:
 def scene_ids(scenes: Sequence[Scene]) -> Tensor:
     """Scenes as `embed_ids` takes them, (len(scenes), 3) int64."""
     rows = [(*(*scene.who, NOBODY, NOBODY)[:2], scene.place) for scene in scenes]
-    return torch.tensor(rows, dtype=torch.long).view(-1, 3)
+    return torch.tensor(rows, dtype=torch.long, device="cpu").view(-1, 3)
 
 
 def embed_prompts(prompts: Sequence[str]) -> Tensor:

@@ -57,7 +57,8 @@ def draw_batch(clips: int, size: int, generator: torch.Generator) -> TrainingBat
     """Random clips of `size` x `size` pixels with their prompts and their memory."""
     drawn = random_clips(clips, CHUNKS, generator, chunk_frames=CHUNK_FRAMES, size=size)
     target = drawn.frames.unflatten(2, (CHUNKS, CHUNK_FRAMES)).transpose(1, 2).flatten(0, 1)
-    named = (drawn.ids[..., :2, None] == torch.arange(NOBODY)).any(-2)  # (clips, CHUNKS, characters)
+    characters = torch.arange(NOBODY, dtype=torch.long, device="cpu")
+    named = (drawn.ids[..., :2, None] == characters).any(-2)  # (clips, CHUNKS, characters)
     return TrainingBatch(target, drawn.ids.flatten(0, 1), draw_training_memory(named, generator))
 
 
@@ -76,14 +77,17 @@ def training_losses(
         return level[:, None, None, None, None]
 
     def noise() -> Tensor:
-        return torch.randn(target.shape, generator=generator).to(device)
+        return torch.randn(target.shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
 
-    sigma = shifted(torch.rand(rows, generator=generator), stage.shift).to(device)
+    def uniform(count: int) -> Tensor:
+        return torch.rand(count, generator=generator, dtype=torch.float32, device="cpu")
+
+    sigma = shifted(uniform(rows), stage.shift).to(device)
     noisy = (1 - per_row(sigma)) * target + per_row(sigma) * noise()
-    context_level = settings.context_noise * torch.rand(rows, generator=generator).to(device) ** 2
+    context_level = settings.context_noise * uniform(rows).to(device) ** 2
     clean = target + per_row(context_level) * noise()
 
-    dense, perturbed = torch.rand(2, generator=generator).tolist()
+    dense, perturbed = uniform(2).tolist()
     attention = TeacherForcedAttention(
         batch.memory.to(device),
         CHUNKS,

@@ -61,8 +61,8 @@ def draw_training_memory(shows: Tensor, generator: torch.Generator) -> TrainingM
     clips, chunks = shows.shape[:2]
     rows = clips * chunks
     named = shows.flatten(0, 1)
-    clip = torch.arange(clips).repeat_interleave(chunks)
-    chunk = torch.arange(chunks).repeat(clips)
+    clip = torch.arange(clips, dtype=torch.long, device="cpu").repeat_interleave(chunks)
+    chunk = torch.arange(chunks, dtype=torch.long, device="cpu").repeat(clips)
     same_clip = clip[:, None] == clip[None]
     past = same_clip & (chunk[None] < chunk[:, None] - 1)  # (R, R): beyond the local window
     foreign = ~same_clip & ~_share_a_character(named) & (chunk > 0)[:, None]
@@ -71,16 +71,20 @@ def draw_training_memory(shows: Tensor, generator: torch.Generator) -> TrainingM
     not_in_sink = ~F.one_hot(sink_chunk, rows).bool()  # no frame is remembered twice
     bank_chunk, bank_valid = _draw_bank(past & not_in_sink, foreign & not_in_sink, named, generator)
 
-    without_memory = torch.rand(rows, 1, generator=generator) < 0.1
+    without_memory = _uniform(generator, rows, 1) < 0.1
     valid = torch.cat([sink_valid[:, None].expand(-1, SINK_FRAMES), bank_valid], dim=1) & ~without_memory
     source = torch.cat([sink_chunk[:, None].expand(-1, SINK_FRAMES), bank_chunk], dim=1)  # (R, M) chunks
-    offset = torch.cat([torch.arange(SINK_FRAMES), torch.zeros(BANK_FRAMES, dtype=torch.long)])
+    offset = F.pad(torch.arange(SINK_FRAMES, dtype=torch.long, device="cpu"), (0, BANK_FRAMES))
     chunks_back = torch.where(clip[source] == clip[:, None], chunk[:, None] - chunk[source], 2).clamp(min=2)
-    gap = torch.randint(0, LONGEST_GAP, (rows, MEMORY_FRAMES), generator=generator)
+    gap = torch.randint(0, LONGEST_GAP, (rows, MEMORY_FRAMES), generator=generator, dtype=torch.long, device="cpu")
     gap[:, :SINK_FRAMES] = gap[:, :1]  # the sink moves as a whole
-    gap = gap * (torch.rand(rows, 1, generator=generator) < 0.8)
+    gap = gap * (_uniform(generator, rows, 1) < 0.8)
     distance = (chunks_back * CHUNK_FRAMES - offset + gap).float()
     return TrainingMemory(source * CHUNK_FRAMES + offset, distance, valid)
+
+
+def _uniform(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _share_a_character(named: Tensor) -> Tensor:
@@ -95,8 +99,8 @@ def _draw_sink(past: Tensor, foreign: Tensor, first: Tensor, generator: torch.Ge
     chunks are the first of their clips. Often the sink is a stranger's, so that a return is not to be found in it.
     """
     rows = len(first)
-    own = past & first & (torch.rand(rows, 1, generator=generator) < 0.65)
-    score = torch.rand(rows, rows, generator=generator).masked_fill(~((foreign & first) | own), -1) + 2 * own
+    own = past & first & (_uniform(generator, rows, 1) < 0.65)
+    score = _uniform(generator, rows, rows).masked_fill(~((foreign & first) | own), -1) + 2 * own
     best, chunk = score.max(dim=1)
     return chunk, best > 0
 
@@ -110,9 +114,9 @@ def _draw_bank(past: Tensor, foreign: Tensor, named: Tensor, generator: torch.Ge
     """
     rows = len(named)
     relevant = past & _share_a_character(named)
-    score = torch.rand(rows, rows, generator=generator)
-    mode = torch.rand(rows, 1, generator=generator)
-    one_of_each = torch.zeros(rows, rows, dtype=torch.bool)
+    score = _uniform(generator, rows, rows)
+    mode = _uniform(generator, rows, 1)
+    one_of_each = torch.zeros(rows, rows, dtype=torch.bool, device="cpu")
     for character in range(named.shape[1]):
         showing = relevant & named[:, None, character] & named[None, :, character]
         one_of_each |= F.one_hot((score * showing).argmax(1), rows).bool() & showing
@@ -124,7 +128,7 @@ def _draw_bank(past: Tensor, foreign: Tensor, named: Tensor, generator: torch.Ge
         best = F.pad(best, (0, BANK_FRAMES - rows), value=-1)
         chunk = F.pad(chunk, (0, BANK_FRAMES - rows))
     useful = torch.gather(relevant, 1, chunk)
-    not_full = torch.rand(rows, BANK_FRAMES, generator=generator) < 0.85  # the bank is not always full
+    not_full = _uniform(generator, rows, BANK_FRAMES) < 0.85  # the bank is not always full
     return chunk, (best > 0) & (useful | not_full)
 
 
@@ -157,16 +161,16 @@ class TeacherForcedAttention:
         self.frame_means: list[Tensor] = []
         """Per layer (R, heads, head_dim): the mean un-rotated key of each clean chunk's first frame."""
         device = memory.frame.device
-        rows, columns = (torch.arange(n, device=device) for n in grid)
+        rows, columns = (torch.arange(n, device=device, dtype=torch.float32) for n in grid)
         # On a coarser grid tokens stand further apart, so that distances mean the same at every resolution.
         rows, columns = rows * (full_grid / grid[0]), columns * (full_grid / grid[1])
-        here = torch.arange(CHUNK_FRAMES, device=device)
+        here = torch.arange(CHUNK_FRAMES, device=device, dtype=torch.long)
         self.own_turn, self.local_turn, self.memory_turn = (
             torch.complex(*rope_rotation(head_dim, frames, rows, columns))
             for frames in (here, here - CHUNK_FRAMES, -memory.distance)
         )
         self.tokens = grid[0] * grid[1]
-        has_past = torch.arange(len(memory.frame), device=device) % chunks > 0
+        has_past = torch.arange(len(memory.frame), device=device, dtype=torch.long) % chunks > 0
         self.local_valid = torch.cat([has_past, has_past])[:, None].expand(-1, CHUNK_FRAMES * self.tokens)
 
     def __call__(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -198,7 +202,7 @@ class TeacherForcedAttention:
         values = torch.cat([memory_v, local_v.repeat(2, 1, 1, 1), own_v], dim=2)
         own_valid = torch.ones(2 * rows, own_k.shape[2], dtype=torch.bool, device=q.device)
         mask = torch.cat([memory_valid.repeat(2, 1), self.local_valid, own_valid], dim=1)
-        bias = torch.zeros(mask.shape, dtype=q.dtype).masked_fill(~mask, float("-inf"))
+        bias = torch.zeros(mask.shape, dtype=q.dtype, device=mask.device).masked_fill(~mask, float("-inf"))
         bias = bias[:, None, None].expand(-1, q.shape[1], q.shape[2], -1)
         return F.scaled_dot_product_attention(q, keys, values, attn_mask=bias).transpose(1, 2)
 
@@ -215,11 +219,12 @@ class TeacherForcedAttention:
             queries = q.mean(2).unflatten(0, (2, rows))  # (2, R, heads, head_dim)
             scores = torch.einsum("srhd,rhnd->srhn", queries, descriptors)
             if self.selection_noise:
-                noise = torch.randn(scores.shape, generator=self.generator).to(scores)
-                scores = scores + self.selection_noise * scores.std(-1, keepdim=True) * noise
+                noise = torch.randn(scores.shape, generator=self.generator, dtype=torch.float32, device="cpu")
+                scores = scores + self.selection_noise * scores.std(-1, keepdim=True) * noise.to(scores)
             valid = self.memory.valid.repeat_interleave(BLOCKS_PER_FRAME, 1)
             chosen = scores.masked_fill(~valid[None, :, None], float("-inf")).topk(top_k, dim=-1).indices
-            base = (torch.arange(rows)[:, None] * heads + torch.arange(heads)).to(chosen.device) * count
+            first = torch.arange(rows * heads, dtype=torch.long, device=chosen.device) * count
+            base = first.view(rows, heads)
             index = (chosen + base[None, ..., None]).flatten()
 
         def taken(x: Tensor) -> Tensor:

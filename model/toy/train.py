@@ -39,9 +39,9 @@ def train(
     seed: the seed of everything random, below HELD_OUT_SEED. steps: the steps in all; fewer shorten every stage alike.
     threads: the CPU threads that torch uses.
 
-    The state of an unfinished run lies beside `out` with the suffix .partial. It is written every minute and at Ctrl-C
-    and SIGTERM, which end in a KeyboardInterrupt, and the same command continues from it bit for bit. With `restart`
-    the training begins anew instead. A state that was written with other settings raises a ValueError.
+    The state of an unfinished run lies beside `out` with the suffix .partial. It is written every minute and at Ctrl-C,
+    SIGTERM and SIGHUP, which end in a KeyboardInterrupt, and the same command continues from it bit for bit. With
+    `restart` the training begins anew instead. A state that was written with other settings raises a ValueError.
     """
     out = Path(out)
     check_target(out, ".safetensors")

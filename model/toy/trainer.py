@@ -54,7 +54,7 @@ class Trainer:
     ):
         self.settings, self.device = settings, torch.device(device)
         self.total = sum(stage.steps for stage in settings.stages)
-        self.generator = torch.Generator().manual_seed(settings.seed)
+        self.generator = torch.Generator(device="cpu").manual_seed(settings.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)  # the layers' own initialisation draws from the global generator
             self.model = CausalVideoModel(config).to(self.device)

@@ -42,15 +42,16 @@ MIDDLE, LEFT, RIGHT = 0.5, 0.25, 0.75
 
 def hue_to_rgb(hue: Tensor) -> Tensor:
     """Hues in turns (...) -> vivid colours of HSV value 1, RGB in 0..1, (..., 3)."""
-    offsets = torch.tensor([5.0, 3.0, 1.0], device=hue.device)
+    offsets = torch.tensor([5.0, 3.0, 1.0], device=hue.device, dtype=torch.float32)
     k = (offsets + hue[..., None] * 6) % 6
     return 1 - SATURATION * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
 def backgrounds(size: int = FRAME_SIZE) -> Tensor:
     """The four empty places, RGB in 0..1, (4, 3, size, size)."""
-    colours = torch.tensor([_PLACE_COLOURS[place] for place in PLACES])[..., None]  # (places, 4, 3, 1)
-    height = (torch.arange(size) + 0.5) / size
+    colours = torch.tensor([_PLACE_COLOURS[place] for place in PLACES], dtype=torch.float32, device="cpu")
+    colours = colours[..., None]  # (places, 4, 3, 1)
+    height = (torch.arange(size, dtype=torch.float32, device="cpu") + 0.5) / size
     sky = (height / _HORIZON).clamp(0, 1)
     ground = ((height - _HORIZON) / (1 - _HORIZON)).clamp(0, 1)
     below = ((height - _HORIZON) * size + 0.5).clamp(0, 1)  # one pixel of soft edge
@@ -101,7 +102,7 @@ def render(who: Tensor, place: Tensor, hue: Tensor, pattern: Tensor, centre: Ten
     who (..., N) 0..4, place (...) 0..3 int64 · hue (..., N) in turns · pattern (..., N) 0..2 int64 · centre (..., N, 2)
     as x, y in frame sides -> (..., 3, size, size) float32 in -1..1.
     """
-    pixels = (torch.arange(size) + 0.5) / size
+    pixels = (torch.arange(size, dtype=torch.float32, device="cpu") + 0.5) / size
     picture = backgrounds(size)[place]
     for n in range(who.shape[-1]):
         x = pixels[None, :] - centre[..., n, 0, None, None]  # (..., 1, size)
@@ -145,10 +146,10 @@ def random_clips(
     """
 
     def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=generator)
+        return torch.rand(*shape, generator=generator, dtype=torch.float32, device="cpu")
 
     def integers(high: int, *shape: int) -> Tensor:
-        return torch.randint(high, shape, generator=generator)
+        return torch.randint(high, shape, generator=generator, dtype=torch.long, device="cpu")
 
     switch = uniform(batch, chunks) < 0.7
     switch &= uniform(batch, 1) > 0.15  # copying is learned first where one character simply stays
@@ -165,13 +166,16 @@ def random_clips(
     hue = uniform(batch, NOBODY + 1).gather(1, who.flatten(1)).view(who.shape)
     pattern = integers(len(PATTERNS), batch, NOBODY + 1).gather(1, who.flatten(1)).view(who.shape)
 
-    changed = torch.ones(batch, chunks, dtype=torch.bool)
+    changed = torch.ones(batch, chunks, dtype=torch.bool, device="cpu")
     changed[:, 1:] = (who[:, 1:] != who[:, :-1]).any(-1) | (place[:, 1:] != place[:, :-1])
-    chunk = torch.arange(chunks)
+    chunk = torch.arange(chunks, dtype=torch.long, device="cpu")
     since = chunk - torch.where(changed, chunk, 0).cummax(1).values  # chunks since the scene changed
-    frame = since.repeat_interleave(chunk_frames, 1) * chunk_frames + torch.arange(chunk_frames).repeat(chunks)
-    y = torch.tensor(HEIGHTS)[frame % len(HEIGHTS)][..., None].expand(-1, -1, 2)  # (B, F, 2)
-    x = torch.where(who[..., 1:] == NOBODY, MIDDLE, torch.tensor([LEFT, RIGHT])).repeat_interleave(chunk_frames, 1)
+    in_chunk = torch.arange(chunk_frames, dtype=torch.long, device="cpu").repeat(chunks)
+    frame = since.repeat_interleave(chunk_frames, 1) * chunk_frames + in_chunk
+    heights = torch.tensor(HEIGHTS, dtype=torch.float32, device="cpu")
+    y = heights[frame % len(HEIGHTS)][..., None].expand(-1, -1, 2)  # (B, F, 2)
+    sides = torch.tensor([LEFT, RIGHT], dtype=torch.float32, device="cpu")
+    x = torch.where(who[..., 1:] == NOBODY, MIDDLE, sides).repeat_interleave(chunk_frames, 1)
     centre = torch.stack([x, y], dim=-1)
     whom, where, tint, tones = (z.repeat_interleave(chunk_frames, 1) for z in (who, place, hue, pattern))
     frames = render(whom, where, tint, tones, centre, size).transpose(1, 2)

@@ -271,7 +271,7 @@ class CausalVideoModel(nn.Module):
 
     def rotate(self, x: Tensor, frames: Tensor, grid: tuple[int, int]) -> Tensor:
         """Applies 3-D RoPE to x (B, F * h * w, heads, head_dim). frames: absolute, (F,) or (B, F). grid: (h, w)."""
-        rows, columns = (torch.arange(n, device=x.device) for n in grid)
+        rows, columns = (torch.arange(n, device=x.device, dtype=torch.long) for n in grid)
         return apply_rotation(x, *rope_rotation(x.shape[-1], frames.to(x.device), rows, columns))
 
     def encode_time(self, t: Tensor) -> TimeEmbedding:

@@ -140,7 +140,7 @@ def test_only_a_clean_pass_takes_the_means_for_retrieval():
         for layer in range(2):
             attend(layer, q, k, v)
         if not clean:
-            with pytest.raises(RuntimeError, match=r"means of layers \[0, 1\] have not been taken"):
+            with pytest.raises(RuntimeError, match=r"last pass over layers \[0, 1\] was not the clean one"):
                 cache.commit()
     cache.commit()
     open_chunk(cache, chunks=1)

@@ -207,17 +207,6 @@ def test_gradients_reach_what_was_written_last_and_do_not_enter_the_pools():
     assert torch.equal(cache.window(0)[0], 2 * k.detach())
 
 
-def test_a_chunk_of_the_sink_needs_its_clean_pass_too():
-    cache, naive = FrameCache(layout_of()), Naive(layout_of())
-    cache.begin_chunk()
-    write(cache, naive.numbers(), remember=True)
-    write(cache, naive.numbers(), remember=False)  # what a sampler's pass leaves after the clean one
-    with pytest.raises(RuntimeError, match="clean one"):
-        cache.commit()
-    write(cache, naive.numbers(), remember=True)
-    cache.commit()
-
-
 def ready_cache() -> tuple[FrameCache, Naive]:
     cache, naive = FrameCache(layout_of()), Naive(layout_of())
     run_chunks(cache, naive, 5)
@@ -242,7 +231,7 @@ def test_calls_out_of_order_are_errors_and_lose_nothing():
         cache.commit()
     for layer in range(LAYERS):
         cache.write(layer, numbers[0][layer], numbers[1][layer])
-    with pytest.raises(RuntimeError, match="means of layers \\[0, 1\\] have not been taken"):
+    with pytest.raises(RuntimeError, match="last pass over layers \\[0, 1\\] was not the clean one"):
         cache.commit()
     for call in (cache.begin_chunk, cache.restart_window):
         with pytest.raises(RuntimeError, match="has not been committed"):
@@ -267,6 +256,25 @@ def test_calls_out_of_order_are_errors_and_lose_nothing():
     add_chunk(cache, naive)
     check_window(cache, naive, expected_window(cache.layout, 18))
     check_memory(cache, naive, 15)
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"device_frames": 0, "bank_frames": 0}, {}, {"sink_frames": 0, "device_frames": 0, "bank_frames": 0}]
+)
+@pytest.mark.parametrize("last", ["never", "not last"])
+def test_a_chunk_without_a_clean_pass_at_its_end_is_refused(sizes, last):
+    """Of the first chunk too, which becomes the sink: all later chunks would see its noisy keys."""
+    cache, naive = FrameCache(layout_of(**sizes)), Naive(layout_of(**sizes))
+    for _ in range(2):
+        cache.begin_chunk()
+        if last == "not last":
+            write(cache, naive.numbers(), remember=True)
+        write(cache, naive.numbers(), remember=False)
+        with pytest.raises(RuntimeError, match="noisy keys: pass the finished frames once more, at timestep 0"):
+            cache.commit()
+        write(cache, naive.numbers(), remember=True)
+        cache.commit()
+    assert cache.committed == 2
 
 
 def test_bad_tensors_are_refused_before_anything_is_written():

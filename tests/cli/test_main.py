@@ -128,6 +128,13 @@ def test_the_package_runs_and_imports_nothing_that_help_does_not_need():
     assert not imported & {"matplotlib", "diffusers", "transformers", "triton", "peft", "scipy", "pandas"}
 
 
+@pytest.mark.parametrize("module", ["memflow_ops", "memflow_ops.cli"])
+@pytest.mark.parametrize("words, code, said", [(("-h",), 0, "Usage: memflow"), (("nope",), 2, "No such command")])
+def test_the_package_and_its_commands_run_as_modules(module, words, code, said):
+    done = python("-m", module, *words, _TYPER_FORCE_DISABLE_TERMINAL="1")
+    assert done.returncode == code and said in done.stdout + done.stderr
+
+
 COMPLETED = {
     "commands": ("memflow toy ", list(TOY)),
     "kinds of memory": ("memflow toy generate --memory s", ["sink"]),

@@ -107,7 +107,10 @@ def test_other_kinds_of_memory(tmp_path, weights, memory):
     assert imread(tmp_path / "timeline.png").shape[1] > 900
 
 
-@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL], ids=["Ctrl-C", "ended", "killed"])
+ENDS = {"Ctrl-C": signal.SIGINT, "ended": signal.SIGTERM, "hung up": signal.SIGHUP, "killed": signal.SIGKILL}
+
+
+@pytest.mark.parametrize("end", list(ENDS.values()), ids=ENDS)
 def test_a_run_that_is_ended_leaves_a_playable_video(tmp_path, weights, end):
     story = write_story(tmp_path / "story.jsonl", STORY * 200)
     words = ("toy", "generate", story, "--out", tmp_path, "--weights", weights, "--device", "cpu")

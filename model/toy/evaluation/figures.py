@@ -80,7 +80,7 @@ class KindTiming:
 
 def median(values: Sequence[float]) -> float:
     """The lower median, rounded to four digits; NaN of nothing."""
-    return round(torch.tensor(values, dtype=torch.float64).median().item(), 4) if values else math.nan
+    return round(torch.tensor(values, dtype=torch.float64, device="cpu").median().item(), 4) if values else math.nan
 
 
 def mean(values: Sequence[float]) -> float | None:

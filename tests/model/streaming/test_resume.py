@@ -1,8 +1,10 @@
 """A stream that is stopped and resumed, interrupted, or runs for hours; and what it computes only once."""
 
+import copy
 import gc
 import io
 import itertools
+import pickle
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -150,6 +152,17 @@ def test_a_state_of_another_stream_is_refused_and_nothing_is_lost(model):
         streamer.load_state_dict(damaged)
     for a, b in zip(chunks_of(streamer, 3), chunks_of(twin, 3), strict=True):
         assert_same(a, b)
+
+
+@pytest.mark.parametrize("way", [pickle.dumps, copy.copy, copy.deepcopy, lambda x: torch.save(x, io.BytesIO())])
+@pytest.mark.parametrize("name", ["memflow", "released"])
+def test_neither_a_stream_nor_its_cache_is_pickled_or_copied(model, name, way):
+    """The tensors of a copy would not share memory, and it would go on to other frames without a word."""
+    streamer = make(model, MODES[name])
+    chunks_of(streamer, 3)
+    for part in (streamer, streamer.cache):
+        with pytest.raises(TypeError, match=f"{type(part).__name__} cannot be pickled .* `state_dict"):
+            way(part)
 
 
 # ---------------------------------------------------------------------------------------------------------- interrupted
