@@ -34,6 +34,15 @@ def check_loaded(info: Mapping[str, Any], source: str, may_remain: tuple[str, ..
         raise ValueError(f"{source} does not fit its config.json: {some(problems)}")
 
 
+def own_memory(model: Any) -> Any:
+    """The model, with weights in memory of their own. diffusers and transformers leave those on the CPU as views of the
+    mapped file: whoever overwrites the file changes them, and whoever truncates it ends the process."""
+    for tensor in [*model.parameters(), *model.buffers()]:
+        if tensor.device.type == "cpu":
+            tensor.data = tensor.data.clone()
+    return model
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Turns off the progress bars of transformers in this context."""

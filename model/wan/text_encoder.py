@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from memflow_ops.model.checkpoints.containers import read_json, refuse_pointer
 from memflow_ops.model.wan import release
-from memflow_ops.model.wan.optional_deps import check_loaded, needs, quiet
+from memflow_ops.model.wan.optional_deps import check_loaded, needs, own_memory, quiet
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "spiece.model")
 
@@ -80,7 +80,7 @@ class UMT5TextEncoder:
             )
         model, info = loaded
         check_loaded(info, str(encoder), may_remain=("decoder.", "lm_head."))
-        return cls(model.to(device), words, text_len)
+        return cls(own_memory(model.to(device)), words, text_len)
 
     @property
     def device(self) -> torch.device:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from memflow_ops.model.checkpoints.containers import read_json, refuse_pointer
 from memflow_ops.model.wan import release
-from memflow_ops.model.wan.optional_deps import check_loaded, needs
+from memflow_ops.model.wan.optional_deps import check_loaded, needs, own_memory
 
 
 def find_vae(path: Path) -> tuple[Path, dict[str, Any]]:
@@ -54,7 +54,7 @@ def load_vae(path: Path | str, dtype: torch.dtype = torch.float32, device: torch
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(f"{folder} cannot be loaded by diffusers: {error}") from error
     check_loaded(info, str(folder))
-    return vae.to(device).eval()
+    return own_memory(vae.to(device).eval())
 
 
 STATE_FORMAT = "memflow-ops decoder 1"

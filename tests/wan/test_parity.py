@@ -224,6 +224,19 @@ def test_folders_that_hold_something_else(tmp_path, pipeline):
         UMT5TextEncoder.from_folder(pipeline / "vae")
 
 
+@pytest.mark.parametrize("part", ["vae", "text_encoder"])
+def test_a_loaded_part_does_not_depend_on_its_file_any_more(tmp_path, pipeline, part):
+    import shutil
+
+    shutil.copytree(pipeline, tmp_path / "p")
+    loaded = load_vae(tmp_path / "p") if part == "vae" else UMT5TextEncoder.from_folder(tmp_path / "p").model
+    before = {name: tensor.clone() for name, tensor in loaded.state_dict().items()}
+    (path,) = (tmp_path / "p" / part).glob("*.safetensors")
+    with open(path, "r+b") as file:  # in place: a mapping of the file would see it
+        file.write(bytes(path.stat().st_size))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+
+
 def copied_without(source, target, name):
     """A model folder whose safetensors file lacks one weight."""
     import shutil
