@@ -5,6 +5,7 @@ Every step may be interrupted between any two lines, by Ctrl-C for one. Therefor
 last in it, and whatever an interruption leaves half done, `abort` either undoes or completes.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
@@ -38,7 +39,8 @@ class RingCache(SavedByState, ABC):
     `commit`. Calls out of order raise a RuntimeError and bad tensors a ValueError or TypeError, in both cases before
     anything is changed.
 
-    A cache cannot be pickled or copied; `state_dict` and `load_state_dict` take its content elsewhere.
+    A cache cannot be pickled; `state_dict` and `load_state_dict` take its content elsewhere. `copy.deepcopy` gives a
+    cache that goes on by itself, with memory of its own.
 
     A subclass says where its pools have the ring, what a finished chunk leaves behind, and what its bank is.
     """
@@ -66,6 +68,13 @@ class RingCache(SavedByState, ABC):
         self._in_graph: dict[int, tuple[Tensor, Tensor]] = {}
         self._marks: tuple[set[int], ...] = (self._written,)
         self._go_on_after(0, [])
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "RingCache":
+        other = type(self).__new__(type(self))
+        memo[id(self)] = other
+        # With one memo for all of them, torch keeps tensors that share memory together.
+        vars(other).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return other
 
     def _go_on_after(self, committed: int, ring: Sequence[int]) -> None:
         """The state between two chunks: `committed` of them are finished, and the ring holds these frames."""

@@ -13,12 +13,12 @@ from memflow_ops.cache.layout import CacheLayout
 class SavedByState:
     """What can be saved by `state_dict` alone.
 
-    Its tensors are views of one another, and kernels and CUDA graphs read them where they are. In a copy they would be
-    tensors of their own, so that what one of them is told the others would not see.
+    Its tensors are views of one another, and kernels and CUDA graphs read them where they are. Pickle makes tensors of
+    their own of them, so that what one of them is told the others would not see.
     """
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> NoReturn:
-        """Refuses pickle, copy.copy, copy.deepcopy and torch.save."""
+        """Refuses pickle, torch.save, copy.copy, and copy.deepcopy where a subclass has no `__deepcopy__`."""
         name = type(self).__name__
         raise TypeError(
             f"a {name} cannot be pickled or copied, because the tensors of the copy would not share memory as these "

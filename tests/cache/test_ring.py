@@ -1,5 +1,7 @@
 """The life of a chunk, which is the same in both caches: opened, written, committed, or given up."""
 
+import copy
+
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
@@ -86,6 +88,29 @@ def test_an_aborted_chunk_leaves_no_trace(make):
     stream(cache, 4)
     stream(untouched, 4)
     assert_same_state(cache, untouched)
+
+
+@caches
+@pytest.mark.parametrize("is_open", [False, True])
+def test_a_deep_copy_goes_on_by_itself(make, is_open):
+    cache, untouched = make(), make()
+    stream(cache, 5)
+    stream(untouched, 6)
+    if is_open:
+        cache.update_bank(TEXT_KEYS)
+        cache.begin_chunk()
+    other = copy.deepcopy(cache)
+    for own in (other, cache):
+        if not is_open:
+            own.update_bank(TEXT_KEYS)
+            own.begin_chunk()
+        one_pass(own, 15, seed=5)
+        own.commit()
+        assert_same_state(own, untouched)
+        stream(own, 3)
+    stream(untouched, 3)
+    assert_same_state(cache, untouched)
+    assert_same_state(other, untouched)
 
 
 @caches
