@@ -17,6 +17,7 @@ def test_every_example_is_run_here():
         "attention_op",
         "bank_by_hand",
         "diffusers_memory",
+        "diffusers_pipeline",
         "stream_wan",
     }
 
@@ -41,3 +42,10 @@ def test_diffusers_memory():
     pytest.importorskip("diffusers")
     retrieved = run("diffusers_memory")
     assert [len(frames) for frames in retrieved] == [0, 0, 0, 1, 2, 2]
+
+
+def test_diffusers_pipeline():
+    pytest.importorskip("diffusers")
+    video = run("diffusers_pipeline")
+    assert video.shape == (1, 45, 32, 48, 3)
+    assert 0 <= video.min() < video.max() <= 1

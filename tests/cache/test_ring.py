@@ -225,3 +225,34 @@ def test_calls_out_of_order_and_bad_arguments_are_refused(make):
         cache.write(0, k[:, 1:], v)
     with pytest.raises(ValueError, match="layer must be 0 to 1, got 2"):
         cache.write(2, k, v)
+
+
+@caches
+@pytest.mark.parametrize("recache", ["no", "all stories", "the second story"])
+def test_what_a_pass_with_gradients_wrote_is_read_as_part_of_its_graph(make, recache):
+    """Window and dense hold the same frames as without gradients, and gradients end at what is not the pass's own."""
+    cache, own_stories = make(), [True, True]
+    stream(cache, 5)
+    cache.update_bank(TEXT_KEYS)
+    if recache != "no":
+        own_stories = [recache == "all stories", True]
+        cache.restart_window(own_stories)
+    cache.begin_chunk()
+    k, v = torch.randn(2, 2, 18, 2, 4, requires_grad=True).unbind()
+    for read in (cache.window, cache.dense):
+        cache.write(0, k, v)
+        in_graph, bank = read(0), cache.memory(0)
+        gradient = torch.autograd.grad(in_graph[0].sum() + 2 * in_graph[1].sum(), (k, v))
+        for factor, of in zip((1.0, 2.0), gradient, strict=True):
+            expected = torch.tensor(own_stories, dtype=torch.float32).view(2, 1, 1, 1) * factor
+            assert torch.equal(of, expected.expand_as(of))
+        cache.write(0, k.detach(), v.detach())
+        for a, b in zip(in_graph, read(0), strict=True):
+            assert a.requires_grad and not b.requires_grad
+            assert torch.equal(a.detach().sort(1).values, b.sort(1).values)
+        frames, memory = int(bank.frames[0]), cache.memory(0)
+        stored = memory.keys.unflatten(1, (-1, 6))[:, memory.slots[0, :frames].long()].flatten(1, 2)
+        assert torch.equal(bank.keys[:, : frames * 6].nan_to_num(), stored.nan_to_num())
+    cache.write(0, k, v)
+    cache.abort()
+    assert not cache._in_graph  # the graph is not kept alive
