@@ -10,13 +10,14 @@ from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Coverage, DeviceChoice, DevicePolicy, Policy, Random, Relevance, Retrieved
 from memflow_ops.cache.released_cache import ReleasedCache
-from memflow_ops.cache.released_layout import ReleasedLayout
+from memflow_ops.cache.released_layout import BankSchedule, ReleasedLayout
 from memflow_ops.cache.ring import RingCache
 from memflow_ops.cache.views import Candidates, Memory
 
 __all__ = [
     "Attend",
     "AttendProjections",
+    "BankSchedule",
     "BlockSelection",
     "CacheLayout",
     "Candidates",

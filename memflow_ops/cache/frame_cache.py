@@ -203,7 +203,7 @@ class FrameCache(RingCache):
         """How many sink frames have left the window of the coming or current chunk; always the first ones."""
         return min(self.layout.sink_frames, self._first_in_window())
 
-    def update_bank(self, text_keys: Sequence[Tensor]) -> None:
+    def update_bank(self, text_keys: Sequence[Tensor], recached: Sequence[bool] | None = None) -> None:
         """Nothing: `commit` has stored the chunk's prototype, whatever the prompt was."""
 
     def candidate_frames(self) -> list[list[int]]:

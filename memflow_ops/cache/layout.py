@@ -58,7 +58,7 @@ class CacheLayout:
     def _check_types(self) -> None:
         may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames")
         for name, value in vars(self).items():
-            if name == "dtype" or (name == "relevance_block_size" and value is None):
+            if name in ("dtype", "schedule") or (name == "relevance_block_size" and value is None):
                 continue
             if isinstance(value, bool) or not isinstance(value, int):
                 raise TypeError(f"{name} must be an int, got {value!r}")
@@ -67,11 +67,17 @@ class CacheLayout:
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r}")
 
-    def check_chunk_tensor(self, name: str, layer: int, tensor: Tensor, device: torch.device) -> None:
-        """A ValueError or TypeError unless `tensor` is one layer's keys or values of a chunk."""
+    def check_chunk_tensor(
+        self, name: str, layer: int, tensor: Tensor, device: torch.device, frames: int | None = None
+    ) -> None:
+        """A ValueError or TypeError unless `tensor` is one layer's keys or values of a chunk.
+
+        frames: how many frames the pass has; None: those of a chunk.
+        """
         if not 0 <= layer < self.layers:
             raise ValueError(f"layer must be 0 to {self.layers - 1}, got {layer}")
-        shape = (self.batch, self.chunk_tokens, self.kv_heads, self.head_dim)
+        tokens = self.chunk_tokens if frames is None else frames * self.frame_tokens
+        shape = (self.batch, tokens, self.kv_heads, self.head_dim)
         if tuple(tensor.shape) != shape:
             raise ValueError(
                 f"{name} must be (batch, chunk tokens, kv_heads, head_dim) {shape}, got {tuple(tensor.shape)}"
@@ -84,6 +90,11 @@ class CacheLayout:
     @property
     def window_chunks(self) -> int:
         return self.window_frames // self.chunk_frames
+
+    @property
+    def recached_frames(self) -> int:
+        """The newest frames whose latents a prompt switch may need, for they are passed again under the new prompt."""
+        return self.window_frames - self.chunk_frames
 
     @property
     def chunk_tokens(self) -> int:

@@ -2,7 +2,9 @@
 
 The authors' checkpoints were tuned with this, as far as the outputs of their code show. It differs from `FrameCache` in
 that a frame may be attended to twice (as sink or in the window, and in the bank), that nothing of the past is kept but
-the bank, whose frames are compared by *rotated* keys, and that each layer chooses its own. One preallocated pool per
+the bank, whose frames are compared by *rotated* keys, and that each layer chooses its own. The authors have two
+programs, which fill the bank on different schedules, see `BankSchedule`; the one for several prompts also re-caches the
+window at a prompt switch, in one pass whose queries all see the whole window. One preallocated pool per
 tensor holds, for every layer and story, P frame places in this order:
 
     [ bank, last place first | sink frames | ring of the local window ]
@@ -19,6 +21,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from memflow_ops.cache.layout import on_device
 from memflow_ops.cache.policies import BankChoice, Policy, Retrieved
 from memflow_ops.cache.released_layout import ReleasedLayout
 from memflow_ops.cache.ring import RingCache
@@ -49,7 +52,7 @@ class HeldByLayers(NamedTuple):
         layers = self.frames.tolist()
         frames, shares = [], []
         for story in range(self.frames.shape[1]):
-            held = Counter(frame for layer in layers for frame in layer[story])
+            held = Counter(frame for layer in layers for frame in set(layer[story]))
             ranked = sorted(held, key=lambda frame: (-held[frame], frame))
             frames.append(ranked)
             shares.append([held[frame] / len(layers) for frame in ranked])
@@ -61,7 +64,8 @@ class ReleasedCache(RingCache):
 
     Per chunk: `update_bank`, `begin_chunk`, passes that write every layer and attend to `dense` (all of it) or to
     `window` and a selection of `memory`, then `commit`; what the last pass has written stays. At a prompt switch
-    `restart_window` may come between `update_bank` and `begin_chunk`. `abort` undoes what was begun and not committed.
+    `restart_window` may come between `update_bank` and `begin_chunk`. With the schedule "interactive", one pass over
+    all `open_frames` follows, opened and committed like a chunk. `abort` undoes what was begun and not committed.
     Calls out of order raise a RuntimeError, bad tensors a ValueError or TypeError, before anything is changed.
     """
 
@@ -73,6 +77,7 @@ class ReleasedCache(RingCache):
         self._table = SlotTable(layout, self.device)
         places = (layout.layers, layout.batch, layout.bank_frames)
         self._bank_ids = torch.full(places, -1, dtype=torch.long, device=self.device)
+        self._newest = torch.zeros(places[:2], dtype=torch.long, device=self.device)  # bank place that was filled last
         self._bank_fill = 0
         self._bank_chunk = 0  # the chunk that the bank is ready for
         self._dropping: tuple[int, Tensor, KeptFrames] | None = None  # for which chunk, bank places (layers, B)
@@ -83,7 +88,7 @@ class ReleasedCache(RingCache):
     # ------------------------------------------------------------------------------------------------------ the chunk
 
     def begin_chunk(self) -> int:
-        if not self._to_recache and self._bank_chunk < self._committed:
+        if (self._interactive or not self._to_recache) and self._bank_chunk < self._committed:
             raise RuntimeError("begin_chunk: the bank has not been brought up to date, see update_bank")
         first_frame = super().begin_chunk()
         bank = self.layout.bank_frames
@@ -92,19 +97,59 @@ class ReleasedCache(RingCache):
         self._table.write([places] * self.layout.batch)
         return first_frame
 
+    def restart_window(self, stories: Sequence[bool] | None = None) -> list[int]:
+        """As in every cache, but with the schedule "interactive" the window is re-cached in one pass.
+
+        Then the ring stays as it is, and the one pass that is to follow is over the frames of sink and window, as many
+        as there are, up to the coming chunk: `open_frames`, from the one frame that is returned on. As in the released
+        code, the first of them are passed to no purpose once the video is longer than that, because the sink keeps its
+        keys; before, the sink is rewritten too.
+        """
+        if not self._interactive:
+            return super().restart_window(stories)
+        self._rewritten = self._stories_to_rewrite(stories)
+        self._ring_before = self._ring.copy()
+        if not self._committed:
+            return []
+        self._to_recache = [self._committed - 1]
+        return [self._frames_to_write(self._committed - 1).start]
+
+    def _frames_to_write(self, chunk: int) -> range:
+        if not (self._interactive and self._to_recache):
+            return super()._frames_to_write(chunk)
+        end = self._committed * self.layout.chunk_frames
+        return range(max(0, end - self.layout.recached_frames), end)
+
     def _places_of(self, frames: Sequence[int]) -> list[int]:
         """Sink frames go to the sink at once, and are left alone while re-caching; the others go to the ring."""
+        if self._interactive and self._to_recache:
+            return self._places_again(frames)
         bank, in_sink = self.layout.bank_frames, [frame for frame in frames if frame < self.layout.sink_frames]
         self._in_sink = range(0) if self._to_recache else range(bank + frames[0], bank + frames[0] + len(in_sink))
         sink = [-1] * len(in_sink) if self._to_recache else list(self._in_sink)
         return [*sink, *super()._places_of(frames[len(in_sink) :])]
+
+    def _places_again(self, frames: Sequence[int]) -> list[int]:
+        """Where the frames of the window lie already; the sink is only rewritten while the video still holds no more
+        than sink and window."""
+        bank, sink = self.layout.bank_frames, self.layout.sink_frames
+        if frames[0] > 0:
+            self._in_sink = range(0)
+            return [-1] * sink + [self._place_in_ring(frame) for frame in frames[sink:]]
+        self._in_sink = range(bank, bank + min(sink, len(frames)))
+        return [*self._in_sink, *(self._place_in_ring(frame) for frame in frames[sink:])]
 
     def _describe_written(self, layer: int, k: Tensor) -> None:
         """Describes sink frames; the ring needs no descriptors."""
         if self._in_sink:
             sink, tokens = self._in_sink, self.layout.frame_tokens
             described = describe_blocks(k[:, : len(sink) * tokens].detach(), tokens, tokens)
-            self._places[2][layer, :, sink.start : sink.stop, 0] = described
+            target = self._places[2][layer, :, sink.start : sink.stop, 0]
+            if not self._to_recache or all(self._rewritten):
+                target.copy_(described)
+            else:
+                stories = [story for story, rewritten in enumerate(self._rewritten) if rewritten]
+                target[stories] = described[stories]
 
     def _check_clean_pass(self) -> None:
         """Nothing: every pass does all that a commit needs."""
@@ -141,15 +186,21 @@ class ReleasedCache(RingCache):
 
     # ------------------------------------------------------------------------------------------------------- the bank
 
-    def update_bank(self, text_keys: Sequence[Tensor]) -> None:
-        """Before each chunk: the first frame of the last finished chunk enters the bank.
+    def update_bank(self, text_keys: Sequence[Tensor], recached: Sequence[bool] | None = None) -> None:
+        """Before each chunk: the first frame of a finished chunk enters the bank.
 
-        With n = (chunk - 1) // record_interval + 1 it takes place n of the bank, whichever frame had it. Where there is
-        no such place, it takes, layer by layer, the place of the frame that is least relevant to the prompt.
+        Of the last finished chunk with the schedule "single-prompt"; with "interactive" of the last one whose number is
+        a multiple of record_interval. With n = (chunk - 1) // record_interval + 1 it takes place n of the bank,
+        whichever frame had it. Where there is no such place, it takes, layer by layer, the place of the frame that is
+        least relevant to the prompt. With "interactive" this is done anew before every chunk, though the frame has been
+        there since the last one: the frame is then there twice, or takes its own place.
 
         text_keys: per layer the keys (B, text_len, H, D) of the text cross-attention, padding included, of the *last*
             finished chunk's prompt. The score is the mean over positions and heads of (text key) . (mean rotated key of
             the frame) / sqrt(D), without the softmax of the paper's equation.
+        recached: the stories whose window `restart_window` will restart for this chunk. With "interactive", the frame
+            takes in these the place of the one that came last: the released code has emptied its text keys by then, so
+            that all scores are 0, and of equal scores the earlier places win.
 
         Repeating the call before the chunk is committed changes nothing. Needs no answer from the device.
         """
@@ -160,17 +211,21 @@ class ReleasedCache(RingCache):
             return
         if len(text_keys) != layout.layers:
             raise ValueError(f"text_keys must have one entry per layer, {layout.layers}, got {len(text_keys)}")
+        if recached is not None and len(recached) != layout.batch:
+            raise ValueError(f"recached must have {layout.batch} entries, one per story, got {len(recached)}")
         self.kept = None
         if layout.bank_frames:
             place = (chunk - 1) // layout.record_interval
+            giver = place * layout.record_interval if self._interactive else chunk - 1
             if place < layout.bank_frames:
-                self._record(torch.full((layout.layers, layout.batch), place, dtype=torch.long, device=self.device))
+                if giver == chunk - 1:  # otherwise it is there already
+                    self._record(giver, torch.full(self._newest.shape, place, dtype=torch.long, device=self.device))
                 self._bank_fill = max(self._bank_fill, place + 1)
             else:
                 if self._dropping is None or self._dropping[0] != chunk:
-                    self._dropping = (chunk, *self._least_relevant(text_keys))
+                    self._dropping = (chunk, *self._least_relevant(text_keys, recached))
                 _, places, self.kept = self._dropping
-                self._record(places)
+                self._record(giver, places)
         self._bank_chunk = chunk
 
     def choose_bank(self, policy: Policy | None, text_keys: Sequence[Tensor], text_lengths: Tensor) -> BankChoice:
@@ -221,6 +276,7 @@ class ReleasedCache(RingCache):
             "bank_fill": self._bank_fill,
             "bank_chunk": self._bank_chunk,
             "bank_ids": self._bank_ids.cpu().clone(),
+            "bank_newest": self._newest.cpu().clone(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -228,18 +284,25 @@ class ReleasedCache(RingCache):
         check_places("pools", self._places, state["places"], state["pools"])
         load_places(self._places, state["places"], state["pools"])
         self._bank_ids.copy_(state["bank_ids"])
+        self._newest = state["bank_newest"].to(self.device)
         self._bank_fill, self._bank_chunk = state["bank_fill"], state["bank_chunk"]
         self._dropping, self.kept = None, None
         self._go_on_after(state["committed"], state["ring"])
 
     # ---------------------------------------------------------------------------------------------------------- details
 
+    @property
+    def _interactive(self) -> bool:
+        return self.layout.schedule == "interactive"
+
     def _sink_fill(self) -> int:
         """Sink frames that exist, those of the open chunk included."""
         finished = self._committed + (self._open == self._committed)
         return min(self.layout.sink_frames, finished * self.layout.chunk_frames)
 
-    def _least_relevant(self, text_keys: Sequence[Tensor]) -> tuple[Tensor, KeptFrames]:
+    def _least_relevant(
+        self, text_keys: Sequence[Tensor], recached: Sequence[bool] | None
+    ) -> tuple[Tensor, KeptFrames]:
         """The bank place (layers, B) to be given away, and what stays."""
         layout = self.layout
         text = torch.stack([keys.float().mean(1) for keys in text_keys])  # (layers, B, H, D)
@@ -248,22 +311,32 @@ class ReleasedCache(RingCache):
         means = means.repeat_interleave(shared, 3) / (text.shape[2] * text.shape[3] ** 0.5)
         scores = torch.einsum("lbhd,lbnhd->lbn", text, means)
         scales = torch.einsum("lbhd,lbnhd->lbn", text.abs(), means.abs()).amax(-1)
+        if self._interactive and recached is not None and any(recached):
+            newest = torch.arange(layout.bank_frames, dtype=torch.long, device=self.device) == self._newest[..., None]
+            without_text = on_device(list(recached), torch.bool, self.device)[None, :, None]
+            scores = torch.where(without_text, -newest.float(), scores)
         order = scores.nan_to_num(nan=-torch.inf).argsort(dim=-1, descending=True, stable=True)
         kept = order[..., :-1]
         return order[..., -1], KeptFrames(self._bank_ids.gather(-1, kept), scores.gather(-1, kept), scales)
 
-    def _record(self, places: Tensor) -> None:
-        """Copies the finished chunk's first frame to the given bank places (layers, B)."""
+    def _record(self, chunk: int, places: Tensor) -> None:
+        """Copies the first frame of a finished chunk to the given bank places (layers, B): from sink or ring if it is
+        the last chunk, and otherwise from the bank, which it was the last to enter."""
         layout = self.layout
-        frame = (self._committed - 1) * layout.chunk_frames
+        frame, again = chunk * layout.chunk_frames, chunk < self._committed - 1
         in_sink = frame < layout.sink_frames
-        source = layout.bank_frames + frame if in_sink else self._place_in_ring(frame)
         stories, tokens = torch.arange(layout.batch, dtype=torch.long, device=self.device), layout.frame_tokens
         for layer in range(layout.layers):  # layer by layer, so that the copy in between stays small
             keys, values, descriptors = (pool[layer] for pool in self._places)
             target = layout.bank_frames - 1 - places[layer]
-            keys[stories, target] = keys[:, source].clone()  # cloned: source and target are the same memory to torch
-            values[stories, target] = values[:, source].clone()
-            described = descriptors[:, source].clone() if in_sink else describe_blocks(keys[:, source], tokens)
-            descriptors[stories, target] = described
+            source: tuple[Tensor | slice, Tensor | int]
+            if again:
+                source = stories, layout.bank_frames - 1 - self._newest[layer]
+            else:
+                source = slice(None), layout.bank_frames + frame if in_sink else self._place_in_ring(frame)
+            described = descriptors[source] if again or in_sink else describe_blocks(keys[source], tokens)
+            keys[stories, target] = keys[source].clone()  # cloned: source and target are the same memory to torch
+            values[stories, target] = values[source].clone()
+            descriptors[stories, target] = described.clone()
         self._bank_ids.scatter_(-1, places[..., None], frame)
+        self._newest = places

@@ -63,6 +63,7 @@ class RingCache(SavedByState, ABC):
         # The place of each frame of the open chunk, per story; -1 where the frame is not to be written. Kernels read
         # this tensor, so it stays where it is and is overwritten.
         self._chunk_places = torch.zeros((layout.batch, layout.chunk_frames), dtype=torch.int32, device=self.device)
+        self._pass_places = self._chunk_places  # or those of a longer pass, which re-caches the window at once
         self._written: set[int] = set()  # layers
         # Keys and values of the open chunk as they were last written, of the layers where gradients flow into them.
         self._in_graph: dict[int, tuple[Tensor, Tensor]] = {}
@@ -91,6 +92,7 @@ class RingCache(SavedByState, ABC):
         self._in_graph.clear()
         self._open_places: list[int] = []  # what `_chunk_places` says, for the host
         self._open: int | None = None  # number of the chunk between `begin_chunk` and `commit`
+        self._open_frames = range(0)  # the absolute frames that the passes over it write
 
     # ------------------------------------------------------------------------------------------------------ the chunk
 
@@ -109,16 +111,25 @@ class RingCache(SavedByState, ABC):
         if not self._to_recache:
             self._ring_before = self._ring.copy()
         self._open = self._to_recache[0] if self._to_recache else self._committed
-        first_frame = self._open * self.layout.chunk_frames
-        places = self._places_of(range(first_frame, first_frame + self.layout.chunk_frames))
+        self._open_frames = self._frames_to_write(self._open)
+        places = self._places_of(self._open_frames)
         rewritten = self._rewritten if self._to_recache else [True] * self.layout.batch
-        rows = [places if of_story else [-1] * len(places) for of_story in rewritten]
-        self._chunk_places.copy_(on_device(rows, torch.int32, self.device))
+        rows = on_device(
+            [places if of_story else [-1] * len(places) for of_story in rewritten], torch.int32, self.device
+        )
+        self._pass_places = self._chunk_places if len(places) == self.layout.chunk_frames else rows
+        self._pass_places.copy_(rows)
         self._open_places = places
         self._in_graph.clear()
         for marked in self._marks:
             marked.clear()
-        return first_frame
+        return self._open_frames.start
+
+    def open_frames(self) -> range:
+        """The absolute frames that a pass over the open chunk writes: those of the chunk, or of all the window where
+        that is re-cached in one pass."""
+        self._check_open("open_frames")
+        return self._open_frames
 
     def write(self, layer: int, k: Tensor, v: Tensor) -> None:
         """Puts a layer's rotated keys and its values of the current chunk, (B, chunk tokens, Hkv, D), into place.
@@ -131,11 +142,12 @@ class RingCache(SavedByState, ABC):
         self._check_open("write")
         refuse_tangents("write", k, v)
         k, v = as_autocast_does(k, v, to=self.layout.dtype)
-        self.layout.check_chunk_tensor("k", layer, k, self.device)
-        self.layout.check_chunk_tensor("v", layer, v, self.device)
+        count = len(self._open_frames)
+        self.layout.check_chunk_tensor("k", layer, k, self.device, count)
+        self.layout.check_chunk_tensor("v", layer, v, self.device, count)
         for pool, new in zip(self._places, (k, v), strict=False):
-            frames = new.detach().unflatten(1, (self.layout.chunk_frames, -1))
-            registration.write_frames(pool[layer], self._chunk_places, frames)
+            frames = new.detach().unflatten(1, (count, -1))
+            registration.write_frames(pool[layer], self._pass_places, frames)
         self._describe_written(layer, k)
         self._written.add(layer)
         self._keep_in_graph(layer, k, v, needs_grad(k, v))
@@ -222,18 +234,13 @@ class RingCache(SavedByState, ABC):
         stories: whose prompt changed (None: all). The others keep their keys and values as they are.
         """
         layout = self.layout
-        if self._open is not None:
-            raise RuntimeError("restart_window: the current chunk has not been committed")
-        if self._to_recache:
-            raise RuntimeError(f"restart_window: {len(self._to_recache)} chunks are still to be re-cached")
+        rewritten = self._stories_to_rewrite(stories)
         if layout.window_frames % layout.chunk_frames:
             raise RuntimeError(
                 f"restart_window: a window of {layout.window_frames} frames does not hold whole chunks of "
                 f"{layout.chunk_frames}, so its oldest cannot be passed again"
             )
-        if stories is not None and len(stories) != layout.batch:
-            raise ValueError(f"stories must have {layout.batch} entries, got {len(stories)}")
-        self._rewritten = [True] * layout.batch if stories is None else [bool(switched) for switched in stories]
+        self._rewritten = rewritten
         kept = sorted(self._ring)
         kept = kept[max(0, len(kept) + layout.chunk_frames - layout.window_frames) :]
         if not all(self._rewritten):
@@ -242,6 +249,17 @@ class RingCache(SavedByState, ABC):
         self._to_recache = sorted({frame // layout.chunk_frames for frame in kept})
         self._ring = []  # last, so that `abort` knows that there is something to go back to
         return [chunk * layout.chunk_frames for chunk in self._to_recache]
+
+    def _stories_to_rewrite(self, stories: Sequence[bool] | None) -> list[bool]:
+        """Which stories a restart of the window rewrites; a RuntimeError where it may not begin now."""
+        if self._open is not None:
+            raise RuntimeError("restart_window: the current chunk has not been committed")
+        if self._to_recache:
+            raise RuntimeError(f"restart_window: {len(self._to_recache)} chunks are still to be re-cached")
+        batch = self.layout.batch
+        if stories is not None and len(stories) != batch:
+            raise ValueError(f"stories must have {batch} entries, got {len(stories)}")
+        return [True] * batch if stories is None else [bool(switched) for switched in stories]
 
     # ------------------------------------------------------------------------------------------------- what is attended
 
@@ -298,13 +316,13 @@ class RingCache(SavedByState, ABC):
     # --------------------------------------------------------------------------------------------------------- the bank
 
     @abstractmethod
-    def update_bank(self, text_keys: Sequence[Tensor]) -> None:
+    def update_bank(self, text_keys: Sequence[Tensor], recached: Sequence[bool] | None = None) -> None:
         """Takes in what the last finished chunk leaves to the bank, where that depends on the prompt of that chunk.
 
         Comes before a chunk, and before the chunk's own prompt is encoded.
 
         text_keys: per layer the keys (B, text_len, H, D) of the text cross-attention for the *last* chunk's prompt,
-        padding included.
+        padding included. recached: the stories whose window will be re-cached next; None: no story's.
         """
 
     @abstractmethod
@@ -345,6 +363,10 @@ class RingCache(SavedByState, ABC):
             raise RuntimeError(f"{what}: a chunk is open or still to be re-cached; commit or abort it first")
 
     # -------------------------------------------------------------------------------------------- what a subclass does
+
+    def _frames_to_write(self, chunk: int) -> range:
+        """The absolute frames that the passes over an opening chunk, or over one to be re-cached, write."""
+        return range(chunk * self.layout.chunk_frames, (chunk + 1) * self.layout.chunk_frames)
 
     def _places_of(self, frames: Sequence[int]) -> list[int]:
         """The frame place that each frame of the opening chunk is written to; -1 for none."""

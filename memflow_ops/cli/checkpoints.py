@@ -14,6 +14,7 @@ from memflow_ops.cli.errors import fail, one_line_errors
 from memflow_ops.cli.generate import HEIGHT, WIDTH, any_prompt, described, load_stories
 from memflow_ops.cli.options import (
     MEMORY,
+    BankScheduleName,
     Checkpoint,
     Compile,
     CudaGraphs,
@@ -171,6 +172,7 @@ def verify(
     bank_frames: WanBankFrames = None,
     top_k: TopK = WAN_SETTINGS.top_k,
     query_group: QueryGroup = WAN_SETTINGS.query_group or 0,
+    bank_schedule: BankScheduleName = None,
     history_frames: HistoryFrames = None,
     recache: Recache = WAN_SETTINGS.recache,
     device: Device = "auto",
@@ -205,7 +207,7 @@ def verify(
             out,
             sources,
             settings,
-            StreamOptions(seed, frames_per_prompt, history_frames, cuda_graphs, compile),
+            StreamOptions(seed, frames_per_prompt, history_frames, cuda_graphs, compile, bank_schedule=bank_schedule),
             memories=kinds,
             given=typed(context),
             device=device,

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from memflow_ops.cache.released_layout import BankSchedule
 from memflow_ops.model.pipeline.settings import RELEASED_BANK_FRAMES, WAN_SETTINGS
 from memflow_ops.model.streaming.settings import USED_BY
 
@@ -85,6 +86,16 @@ Recache = Annotated[
     typer.Option(
         "--recache/--no-recache",
         help="When the prompt changes, compute the local window's keys and values again under the new prompt.",
+        rich_help_panel=MEMORY,
+    ),
+]
+BankScheduleName = Annotated[
+    BankSchedule | None,
+    typer.Option(
+        help="When a frame enters the bank of --memory released, and how its window is re-cached: interactive or "
+        "single-prompt, the names of the two programs of MemFlow's authors.",
+        metavar="NAME",
+        show_default="interactive for a story of several prompts, single-prompt for one",
         rich_help_panel=MEMORY,
     ),
 ]

@@ -1,9 +1,10 @@
 """The streams that a file of stories needs: checked, and with their memory counted, before any weights are loaded."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
+from memflow_ops.cache.released_layout import BankSchedule
 from memflow_ops.environment import why_not_compile
 from memflow_ops.model.checkpoints.containers import count_numbers
 from memflow_ops.model.checkpoints.pretrained import Pretrained, empty_model
@@ -47,6 +48,16 @@ class StreamOptions:
     """Whether `CausalVideoModel.compile_blocks` is called."""
     batch: int = 1
     """Stories that are streamed together at most."""
+    bank_schedule: BankSchedule | None = None
+    """Of memory="released". None: as the authors' programs do, "interactive" for a story of several prompts and
+    "single-prompt" for a story of one."""
+
+    def for_story(self, settings: StreamSettings, prompts: Sequence[str]) -> StreamSettings:
+        """The settings of the stream of a story with these prompts."""
+        if settings.memory != "released":
+            return settings
+        usual: BankSchedule = "interactive" if len(prompts) > 1 else "single-prompt"
+        return replace(settings, bank_schedule=self.bank_schedule or usual)
 
 
 @dataclass(frozen=True)
@@ -101,9 +112,10 @@ def plan_streams(
     streams = []
     for numbers in group_stories(stories, options.batch):
         prompts = chunk_prompts([stories[numbers[0]]], options.frames_per_prompt, settings.chunk_frames)
+        own = options.for_story(settings, stories[numbers[0]])
 
-        def budget_of(batch: int, chunks: int = len(prompts)) -> Budget:
-            return stream_budget(settings, sources, pretrained, free, options, chunks, batch)
+        def budget_of(batch: int, chunks: int = len(prompts), own: StreamSettings = own) -> Budget:
+            return stream_budget(own, sources, pretrained, free, options, chunks, batch)
 
         budget = _budget_or_advice(budget_of, len(numbers))
         folders = {i: out if len(stories) == 1 else out / f"story-{i:03d}" for i in numbers}

@@ -96,6 +96,7 @@ def _layout(fixture: Fixture) -> ReleasedLayout:
         fixture.sink_size,
         fixture.bank_size,
         record_interval=fixture.record_interval,
+        schedule="single-prompt",
     )
 
 

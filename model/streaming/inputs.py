@@ -18,13 +18,13 @@ def pixel_coordinates(frames: int, height: int, width: int) -> Tensor:
     return torch.stack(torch.broadcast_tensors(x[None, :], y[:, None]))[None, :, None].expand(1, 2, frames, -1, -1)
 
 
-def find_condition(config: ModelConfig, settings: StreamSettings) -> Tensor | None:
-    """The condition that a stream gives a model of these sizes, None for a model that takes none; a ValueError for a
-    model that takes another one."""
+def find_condition(config: ModelConfig, settings: StreamSettings, frames: int) -> Tensor | None:
+    """The condition of so many frames that a stream gives a model of these sizes, None for a model that takes none; a
+    ValueError for a model that takes another one."""
     if config.in_dim == config.out_dim:
         return None
     if config.in_dim == config.out_dim + 2:
-        return pixel_coordinates(settings.chunk_frames, settings.height, settings.width)
+        return pixel_coordinates(frames, settings.height, settings.width)
     raise ValueError(
         f"a stream can give the model pixel coordinates (2 channels) as condition, or none; this model "
         f"expects {config.in_dim - config.out_dim} channels"
@@ -32,39 +32,40 @@ def find_condition(config: ModelConfig, settings: StreamSettings) -> Tensor | No
 
 
 class PassInputs:
-    """The inputs of the passes over a chunk of B stories. `set_frames` and `set_latents` write them in place, because a
-    CUDA graph reads each from where it was when the graph was recorded.
+    """The inputs of the passes over some frames of B stories, usually a chunk. `set_frames` and `set_latents` write
+    them in place, because a CUDA graph reads each from where it was when the graph was recorded.
 
-    latents: (B, C, chunk_frames, H, W) float32, the chunk at its current noise level.
+    latents: (B, C, frames, H, W) float32, at their current noise level.
     time: the embedding of that noise level's timestep, shared by all stories and frames.
-    rotation: of `rope_rotation`, for the chunk's tokens.
+    rotation: of `rope_rotation`, for the frames' tokens.
     condition: see `find_condition`.
     """
 
-    def __init__(self, model: CausalVideoModel, settings: StreamSettings, batch: int):
+    def __init__(self, model: CausalVideoModel, settings: StreamSettings, batch: int, frames: int | None = None):
+        """frames: how many a pass has; None: those of a chunk."""
         config, device = model.config, model.patch_embedding.weight.device
-        self.model, self.device, self.chunk_frames = model, device, settings.chunk_frames
+        self.model, self.device, self.frames = model, device, frames or settings.chunk_frames
         self.grid = model.grid(settings.height, settings.width)
-        condition = find_condition(config, settings)
+        condition = find_condition(config, settings, self.frames)
         self.condition = None if condition is None else condition.to(device)
-        shape = (batch, config.out_dim, settings.chunk_frames, settings.height, settings.width)
+        shape = (batch, config.out_dim, self.frames, settings.height, settings.width)
         self.latents = torch.zeros(shape, device=device, dtype=torch.float32)
-        tokens = (1, settings.chunk_frames * self.grid[0] * self.grid[1], 1, config.head_dim // 2)
+        tokens = (1, self.frames * self.grid[0] * self.grid[1], 1, config.head_dim // 2)
         cosines, sines = (torch.zeros(tokens, device=device, dtype=torch.float32) for _ in range(2))
         self.rotation = cosines, sines
         self._times: dict[float, TimeEmbedding] = {}
         self.time = TimeEmbedding(*map(torch.zeros_like, self._time(0.0)))
 
     def set_frames(self, first_frame: int) -> None:
-        """Turns RoPE to the chunk that begins with this absolute frame index."""
-        frames = torch.arange(first_frame, first_frame + self.chunk_frames, device=self.device, dtype=torch.long)
+        """Turns RoPE to the frames from this absolute index on."""
+        frames = torch.arange(first_frame, first_frame + self.frames, device=self.device, dtype=torch.long)
         rows, columns = (torch.arange(n, device=self.device, dtype=torch.long) for n in self.grid)
         angles = rope_rotation(self.model.config.head_dim, frames, rows, columns)
         for kept, new in zip(self.rotation, angles, strict=True):
             kept.copy_(new)
 
     def set_latents(self, x: Tensor, timestep: float) -> None:
-        """Takes over x (B, C, chunk_frames, H, W) and its timestep, 0 to 1000."""
+        """Takes over x (B, C, frames, H, W) and its timestep, 0 to 1000."""
         self.latents.copy_(x)
         for kept, new in zip(self.time, self._time(timestep), strict=True):
             kept.copy_(new)

@@ -6,7 +6,7 @@ from typing import Literal, get_args
 import torch
 
 from memflow_ops.cache.layout import CacheLayout
-from memflow_ops.cache.released_layout import ReleasedLayout
+from memflow_ops.cache.released_layout import BankSchedule, ReleasedLayout
 from memflow_ops.model.streaming.sampler import FlowMatchSampler
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
@@ -18,6 +18,7 @@ USED_BY: dict[str, tuple[MemoryMode, ...]] = {
     "bank_frames": ("memflow", "released"),
     "top_k": ("memflow",),
     "query_group": ("memflow",),
+    "bank_schedule": ("released",),
 }
 """The kinds of memory that use a setting, for settings that a command offers and not all kinds use."""
 
@@ -60,6 +61,9 @@ class StreamSettings:
     over none."""
     record_interval: int = 3
     """The bank moves on to its next place after so many chunks; released only."""
+    bank_schedule: BankSchedule = "interactive"
+    """When a frame enters the bank, and how the window is re-cached: as in the authors' program for several prompts,
+    which their last stage of training follows too, or as in the one for a single prompt; released only."""
     top_frames: int | None = None
     """Frames of sink and bank that each head attends to, the same for the whole chunk (sparse memory activation; its
     authors use 3). None: all of them, the default of their checkpoints; released only."""
@@ -75,7 +79,12 @@ class StreamSettings:
     """Implementation of the attention op: auto, reference, torch or triton."""
 
     def __post_init__(self) -> None:
-        choices = (("memory", MemoryMode), ("relevance", RelevanceKind), ("selection", SelectionKind))
+        choices = (
+            ("memory", MemoryMode),
+            ("relevance", RelevanceKind),
+            ("selection", SelectionKind),
+            ("bank_schedule", BankSchedule),
+        )
         for name, kinds in ((name, get_args(kind)) for name, kind in choices):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {getattr(self, name)!r}")
@@ -102,6 +111,7 @@ class StreamSettings:
             bank_frames=self.bank_frames,
             dtype=dtype,
             record_interval=self.record_interval,
+            schedule=self.bank_schedule,
         )
 
     def _cache_sizes(self) -> tuple[int, int, int, int, int, int]:

@@ -10,9 +10,9 @@ One chunk is made in this order:
 
 The `memory` mode says how a chunk sees the past: "none" is the local window alone; "sink" adds the first frames and
 "full" every remembered frame, both densely; "memflow" adds only the blocks of sink and bank that each query group
-selects. "released" is what the authors' MemFlow checkpoints were tuned with, see `ReleasedCache`: its bank takes in the
-last chunk's first frame at step 1, by the prompt of that chunk. (The recorded outputs of their model show no
-re-caching at a switch. To follow them there, set `recache=False`.)
+selects. "released" is what the authors' MemFlow checkpoints were tuned with, see `ReleasedCache`: its bank takes in a
+finished chunk's first frame at step 1, by the prompt of the last chunk. Of which chunks is the `bank_schedule`; with
+"interactive", step 2 is one pass over the whole window, as in the authors' program for several prompts.
 
 If a chunk is interrupted, the next call makes it again from the start. `state_dict` and `load_state_dict` stop a stream
 between two chunks and continue it elsewhere, with the same frames to the bit.
@@ -173,11 +173,12 @@ class Streamer(SavedByState):
         self.cache.abort()  # undoes what an interruption may have left
         self.passes.new_chunk()
         index = self.cache.committed
-        self.cache.update_bank(self.text.keys)  # of the last chunk's prompts
+        recached = self._to_recache(prompts)
+        self.cache.update_bank(self.text.keys, recached)  # of the last chunk's prompts
         self.text.set(prompts, embeddings)
         choice = self.cache.choose_bank(self.policy, self.text.keys, self.text.lengths)
-        if self.settings.recache and self._past and self._window_prompts != prompts:
-            self._recache(prompts)
+        if any(recached):
+            self._recache(prompts, recached)
         self._random_blocks = self._generator(self.seeds[0], RANDOM_BLOCKS)
         first_frame = self._begin_chunk()
         x = self._sample()
@@ -190,26 +191,43 @@ class Streamer(SavedByState):
         self._past[index] = x
         self._window_prompts = list(prompts)
         self.cache.commit()
-        for chunk in [c for c in self._past if c <= index + 1 - self.cache.layout.window_chunks]:
+        first_needed = (index + 1) * self.settings.chunk_frames - self.cache.layout.recached_frames
+        for chunk in [c for c in self._past if (c + 1) * self.settings.chunk_frames <= first_needed]:
             del self._past[chunk]
         replayed, seconds = self.passes.replayed - replayed, self._clock() - started
         return Chunk(index, first_frame, prompts, x, *retrieved, candidates, shares, seconds, replayed)
 
     # ----------------------------------------------------------------------------------------------- before the passes
 
-    def _recache(self, prompts: list[str]) -> None:
-        """Passes the window's past chunks again under the new text; see `RingCache.restart_window`."""
-        switched = [old != new for old, new in zip(self._window_prompts, prompts, strict=True)]
+    def _to_recache(self, prompts: list[str]) -> list[bool]:
+        """The stories whose window was written under another prompt than the coming chunk's, and is re-cached."""
+        if not (self.settings.recache and self._past):
+            return [False] * len(prompts)
+        return [old != new for old, new in zip(self._window_prompts, prompts, strict=True)]
+
+    def _recache(self, prompts: list[str], switched: list[bool]) -> None:
+        """Passes the window's past frames again under the new text; see `RingCache.restart_window`."""
         # If this is interrupted, the windows belong to neither prompt, and the next chunk re-caches them.
         self._window_prompts = [None] * len(prompts)
         first_frames = self.cache.restart_window(switched)
         self._window_prompts = [None if new else prompt for new, prompt in zip(switched, prompts, strict=True)]
         self._random_blocks = self._generator(self.seeds[0], RANDOM_BLOCKS_RECACHING)
-        for first_frame in first_frames:
+        for _ in first_frames:
             self._begin_chunk()
-            self._write_keys(self._past[first_frame // self.settings.chunk_frames])
+            frames = self.cache.open_frames()
+            if len(frames) == self.settings.chunk_frames:
+                self._write_keys(self._past_latents(frames))
+            else:
+                self._write_keys_at_once(frames)
             self.cache.commit()
         self._window_prompts = list(prompts)
+
+    def _past_latents(self, frames: range) -> Tensor:
+        """The clean latents (B, C, len(frames), H, W) of finished frames that lie in `_past`."""
+        size = self.settings.chunk_frames
+        chunks = range(frames.start // size, -(-frames.stop // size))
+        latents = torch.cat([self._past[chunk] for chunk in chunks], dim=2)
+        return latents[:, :, frames.start - chunks.start * size :][:, :, : len(frames)]
 
     def _begin_chunk(self) -> int:
         """Opens a chunk in the cache and turns RoPE to its frames; returns the first of them."""
@@ -270,6 +288,17 @@ class Streamer(SavedByState):
             self.model.forward_keys(inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition)
 
         self._run("clean", one_pass)
+
+    def _write_keys_at_once(self, frames: range) -> None:
+        """The clean pass over all frames of the window in one, at a prompt switch. It comes too rarely, and in too many
+        lengths, to be recorded."""
+        inputs = PassInputs(self.model, self.settings, len(self.seeds), len(frames))
+        inputs.set_frames(frames.start)
+        inputs.set_latents(self._past_latents(frames), 0.0)
+        attend = attend_to_memory(
+            self.cache, inputs.rotation, self._selection(), keys_only=True, impl=self.settings.impl
+        )
+        self.model.forward_keys(inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition)
 
     def _run(self, kind: str, one_pass: OnePass) -> Tensor | None:
         return self.passes.run((kind, *self.cache.pass_shape(self._selection() is not None)), one_pass)

@@ -14,6 +14,7 @@ LAYERS, TOKENS, HEADS, HEAD_DIM = 2, 5, 2, 4
 
 
 def layout_of(**sizes) -> ReleasedLayout:
+    sizes = {"schedule": "single-prompt", **sizes}
     return ReleasedLayout(LAYERS, sizes.pop("batch", 2), TOKENS, HEADS, HEAD_DIM, **sizes)
 
 
@@ -28,36 +29,45 @@ class Naive:
         self.now = [{} for _ in range(layout.batch)]
         self.sink = [{} for _ in range(layout.batch)]
         self.banks = [[[] for _ in range(LAYERS)] for _ in range(layout.batch)]  # of (frame, (k, v) of that layer)
+        self.staged = [None] * layout.batch  # per story the frame that is to enter the bank: (frame, (k, v))
         self.kept = None
 
-    def update_bank(self, text: list[Tensor]) -> None:
+    def update_bank(self, text: list[Tensor], recached: list[bool]) -> None:
+        """The released program for several prompts empties its text keys at a switch, and scores of 0 keep the earlier
+        places."""
         layout, frame = self.layout, (self.chunk - 1) * self.layout.chunk_frames
         self.kept = None
         if not self.chunk or not layout.bank_frames:
             return
+        interactive = layout.schedule == "interactive"
         n = (self.chunk - 1) // layout.record_interval + 1
         for story, banks in enumerate(self.banks):
-            for layer, bank in enumerate(banks):
+            if not interactive or (self.chunk - 1) % layout.record_interval == 0:
                 source = self.sink[story] if frame < layout.sink_frames else self.now[story]
-                staged = (frame, tuple(t[layer] for t in source[frame]))
+                self.staged[story] = frame, source[frame]
+            for layer, bank in enumerate(banks):
+                staged = self.staged[story][0], tuple(t[layer] for t in self.staged[story][1])
                 if n <= layout.bank_frames:
                     bank[n - 1 :] = [staged]
                     continue
                 scores = []
                 for _, (k, _) in bank:
                     products = torch.einsum("thd,shd->hts", text[layer][story].double(), k.double())
-                    scores.append(products.mean().item() / HEAD_DIM**0.5)
+                    scores.append(products.mean().item() / HEAD_DIM**0.5 * (not interactive or not recached[story]))
                 order = sorted(range(len(bank)), key=lambda i: -scores[i])[:-1]
                 banks[layer] = [*(bank[i] for i in order), staged]
                 self.kept = self.kept or {}
                 self.kept[layer, story] = [bank[i][0] for i in order], [scores[i] for i in order]
 
-    def put(self, first_frame: int, k: Tensor, v: Tensor, stories: list[bool] | None = None) -> None:
-        """k, v (LAYERS, B, chunk tokens, HEADS, HEAD_DIM). stories: which are re-cached; None: the chunk is new."""
+    def put(
+        self, first_frame: int, k: Tensor, v: Tensor, stories: list[bool] | None = None, with_sink: bool = False
+    ) -> None:
+        """k, v (LAYERS, B, tokens, HEADS, HEAD_DIM). stories: which are re-cached; None: the chunk is new. with_sink:
+        what is re-cached replaces the frames of the sink too."""
         for story in range(self.layout.batch):
-            for i in range(self.layout.chunk_frames):
+            for i in range(k.shape[2] // TOKENS):
                 frame = tuple(t[:, story, i * TOKENS : (i + 1) * TOKENS] for t in (k, v))
-                if stories is None:
+                if stories is None or (with_sink and stories[story]):
                     self.sink[story][first_frame + i] = frame
                 if stories is None or stories[story]:
                     self.now[story][first_frame + i] = frame
@@ -69,8 +79,9 @@ class Naive:
         return list(range(self.layout.sink_frames, end))[-self.layout.window_frames :]
 
 
-def numbers(layout: ReleasedLayout) -> Tensor:
-    return torch.randn(2, LAYERS, layout.batch, layout.chunk_tokens, HEADS, HEAD_DIM)
+def numbers(layout: ReleasedLayout, frames: int | None = None) -> Tensor:
+    tokens = (frames or layout.chunk_frames) * TOKENS
+    return torch.randn(2, LAYERS, layout.batch, tokens, HEADS, HEAD_DIM)
 
 
 def write(cache: ReleasedCache, kv: Tensor) -> None:
@@ -104,12 +115,12 @@ def check(cache: ReleasedCache, naive: Naive, end: int, local: list[int]) -> Non
                 if near:
                     want = torch.cat([kv[part] for kv in near])
                     assert torch.equal(multiset(window[part][story]), multiset(want))
-            known = dict([*sink, *bank])
             frames = cache.bank_by_layer()[layer][story]
             assert frames[: len(sink)] == [f for f, _ in sink] and int(memory.frames[story]) == len(frames)
             assert sorted(frames[len(sink) :]) == sorted(f for f, _ in bank)
-            for frame, slot in zip(frames, memory.slots[story].tolist(), strict=False):
-                k, v = known[frame]
+            # A frame of the sink that was re-cached differs from its copy in the bank.
+            known = [*sink, *((frame, dict(bank)[frame]) for frame in frames[len(sink) :])]
+            for (_, (k, v)), slot in zip(known, memory.slots[story].tolist(), strict=False):
                 assert torch.equal(memory.keys[story, slot * TOKENS : (slot + 1) * TOKENS], k)
                 assert torch.equal(memory.values[story, slot * TOKENS : (slot + 1) * TOKENS], v)
                 torch.testing.assert_close(memory.descriptors[story, slot], k.mean(0), rtol=0, atol=1e-6)
@@ -125,6 +136,12 @@ SETTINGS = {
     "large-sink": {"sink_frames": 7, "bank_frames": 2},
     "chunk-2-sink-1": {"chunk_frames": 2, "sink_frames": 1, "window_frames": 4, "bank_frames": 4, "record_interval": 1},
     "window-of-no-whole-chunks": {"window_frames": 7},
+    "interactive": {"schedule": "interactive"},
+    "interactive-one-story": {"batch": 1, "schedule": "interactive", "record_interval": 2},
+    "interactive-bank-1": {"bank_frames": 1, "schedule": "interactive"},
+    "interactive-long-interval": {"bank_frames": 2, "schedule": "interactive", "record_interval": 7},
+    "interactive-window-7": {"window_frames": 7, "sink_frames": 4, "schedule": "interactive"},
+    "interactive-chunk-2": {"chunk_frames": 2, "sink_frames": 1, "window_frames": 4, "schedule": "interactive"},
 }
 
 
@@ -137,20 +154,35 @@ def test_against_lists_of_frames(sizes):
     compressed = 0
     for chunk in range(22):
         text = [torch.randn(layout.batch, 6, HEADS, HEAD_DIM) for _ in range(LAYERS)]
-        naive.update_bank(text)
-        cache.update_bank(text)
+        interactive = layout.schedule == "interactive"
+        switch = chunk % 5 == 4 and (interactive or layout.window_frames % layout.chunk_frames == 0)
+        stories = None if chunk == 9 else [choice.random() < 0.5 for _ in range(layout.batch)]
+        recached = [switch and (stories is None or stories[b]) for b in range(layout.batch)]
+        naive.update_bank(text, recached)
+        cache.update_bank(text, recached)
         cache.update_bank([torch.randn(layout.batch, 6, HEADS, HEAD_DIM)] * LAYERS)  # the second call changes nothing
         if naive.kept is not None:
             compressed += 1
             for (layer, story), (frames, scores) in naive.kept.items():
+                if interactive and recached[story]:
+                    assert sorted(cache.kept.frames[layer, story].tolist()) == sorted(frames)
+                    continue
                 assert cache.kept.frames[layer, story].tolist() == frames
                 torch.testing.assert_close(cache.kept.scores[layer, story].double(), torch.tensor(scores).double())
         else:
             assert cache.kept is None
-        if chunk % 5 == 4 and layout.window_frames % layout.chunk_frames == 0:  # a prompt switch
-            stories = None if chunk == 9 else [choice.random() < 0.5 for _ in range(layout.batch)]
+        first = chunk * layout.chunk_frames
+        if switch and interactive:
+            frames = range(max(0, first - layout.sink_frames - layout.window_frames), first)
+            assert cache.restart_window(stories) == [frames.start] == [cache.begin_chunk()]
+            assert cache.open_frames() == frames
+            kv = numbers(layout, len(frames))
+            write(cache, kv)
+            naive.put(frames.start, *kv, stories or [True] * layout.batch, with_sink=frames.start == 0)
+            check(cache, naive, first, naive.local(first))
+            cache.commit()
+        elif switch:
             again = cache.restart_window(stories)
-            first = chunk * layout.chunk_frames
             local = [f for f in naive.local(first) if f >= first + layout.chunk_frames - layout.window_frames]
             assert again == sorted({f // layout.chunk_frames * layout.chunk_frames for f in local})
             for first_frame in again:
@@ -172,6 +204,25 @@ def test_against_lists_of_frames(sizes):
         naive.chunk += 1
         assert cache.committed == chunk + 1
     assert compressed == max(0, 21 - layout.bank_frames * layout.record_interval) * bool(layout.bank_frames)
+
+
+def test_a_frame_is_twice_in_the_bank_between_two_that_enter():
+    """A full bank is weighed again before every chunk; then the frame that came last may take another's place too."""
+    cache = ReleasedCache(layout_of(batch=1, bank_frames=2, record_interval=3, schedule="interactive"))
+    held = []
+    for chunk in range(9):
+        cache.update_bank([torch.ones(1, 2, HEADS, HEAD_DIM)] * LAYERS)
+        cache.begin_chunk()
+        write(cache, torch.full((2, LAYERS, 1, cache.layout.chunk_tokens, HEADS, HEAD_DIM), float(chunk)))
+        cache.commit()
+        held.append(sorted(cache.recorded()[0, 0].tolist()))
+    assert held[2:] == [[0], [0], [0, 9], [0, 9], [0, 9], [9, 18], [18, 18]]
+
+
+def test_both_schedules_are_offered_by_name():
+    assert layout_of(schedule="interactive").recached_frames == 12
+    with pytest.raises(ValueError, match="schedule must be one of interactive, single-prompt, got 'often'"):
+        layout_of(schedule="often")
 
 
 def reproducible(cache: ReleasedCache) -> Tensor:

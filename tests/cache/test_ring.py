@@ -21,7 +21,9 @@ def frame_cache() -> FrameCache:
 
 
 def released_cache() -> ReleasedCache:
-    layout = ReleasedLayout(**SIZES, window_frames=9, sink_frames=0, bank_frames=2, record_interval=1)
+    layout = ReleasedLayout(
+        **SIZES, window_frames=9, sink_frames=0, bank_frames=2, record_interval=1, schedule="single-prompt"
+    )
     return ReleasedCache(layout)
 
 

@@ -63,7 +63,15 @@ def test_options_that_would_change_nothing_are_refused(tmp_path, monkeypatch, ca
 
 
 @pytest.mark.parametrize("memory", ["none", "sink", "full", "memflow", "released"])
-@pytest.mark.parametrize("option, values", [("bank_frames", (1, 2)), ("top_k", (1, 3)), ("query_group", (16, None))])
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("bank_frames", (1, 2)),
+        ("top_k", (1, 3)),
+        ("query_group", (16, None)),
+        ("bank_schedule", ("interactive", "single-prompt")),
+    ],
+)
 def test_who_uses_an_option(memory, option, values, weights):
     """The table by which commands refuse them says what changes the frames, and what takes memory."""
     model = load_checkpoint(weights)

@@ -393,3 +393,12 @@ def test_graphs_and_compiling_are_refused_where_they_cannot_be(tmp_path, parts, 
     assert memflow("verify", story, "--out", out, *parts, *SMALL, "--compile") == 2
     assert "--compile cannot be: no C++ compiler was found" in capfd.readouterr().err
     assert not out.exists()
+
+
+def test_several_prompts_and_one_fill_the_released_bank_on_different_schedules(tmp_path, parts):
+    story = tmp_path / "two.jsonl"
+    story.write_text("".join(json.dumps({"prompts": prompts}) + "\n" for prompts in (STORY[:2], STORY[:1])))
+    out = tmp_path / "out"
+    assert memflow("generate", story, "--out", out, "--memory", "released", *parts, *SMALL) == 0
+    records = [json.loads((out / f"story-{i:03d}" / "run.json").read_text()) for i in range(2)]
+    assert [record["settings"]["bank_schedule"] for record in records] == ["interactive", "single-prompt"]

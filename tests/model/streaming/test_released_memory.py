@@ -40,7 +40,15 @@ def model() -> CausalVideoModel:
 
 
 def settings_of(**changes) -> StreamSettings:
-    defaults = {"memory": "released", "height": SIZE, "width": SIZE, "steps": 2, "shift": 7.0, "window_frames": 9}
+    defaults = {
+        "memory": "released",
+        "height": SIZE,
+        "width": SIZE,
+        "steps": 2,
+        "shift": 7.0,
+        "window_frames": 9,
+        "bank_schedule": "single-prompt",
+    }
     return StreamSettings(**{**defaults, **changes})
 
 
@@ -52,24 +60,42 @@ class SlowStream:
         self.first: list[dict] = []  # every frame as of its own clean pass: what sink and bank keep
         self.window: dict[int, dict] = {}  # re-cached ones anew
         self.banks: list[list[tuple[int, dict]]] = [[] for _ in range(model.config.num_layers)]
+        self.staged: tuple[int, dict] = (-1, {})  # the frame that is to enter the banks
         self.clean: list[Tensor] = []
         self.reports: list[tuple] = []
 
-    def update_bank(self, chunk: int, text) -> None:
+    def update_bank(self, chunk: int, text, recached: bool) -> None:
         settings, frame = self.settings, (chunk - 1) * self.settings.chunk_frames
-        source = self.first if frame < settings.sink_frames else self.window
+        interactive = settings.bank_schedule == "interactive"
         place = (chunk - 1) // settings.record_interval
+        if not interactive or (chunk - 1) % settings.record_interval == 0:
+            self.staged = frame, (self.first if frame < settings.sink_frames else self.window)[frame]
         for layer, bank in enumerate(self.banks):
             if place >= settings.bank_frames:
                 scores = [torch.einsum("thd,shd->", text[layer][0][0], kv[layer][0]).item() for _, kv in bank]
-                bank.remove(bank[scores.index(min(scores))])
-                bank.append((frame, source[frame]))
+                newest = len(bank) - 1  # which gives way at a switch, where the text keys have been emptied
+                bank.pop(newest if interactive and recached else scores.index(min(scores)))
+                bank.append(self.staged)
             else:
-                bank[place:] = [(frame, source[frame])]
+                bank[place:] = [self.staged]
 
-    def run_pass(self, x: Tensor, t: float, text, first_frame: int, local: list[int], sink_end: int) -> tuple:
+    def run_window(self, text, end: int) -> None:
+        """Re-caches all frames of sink and window up to `end` in one pass whose queries see all of them. The sink keeps
+        its keys, unless the frames begin with it."""
+        settings = self.settings
+        first_frame = max(0, end - settings.sink_frames - settings.window_frames)
+        x = torch.cat(self.clean, dim=2)[:, :, first_frame:end]
+        sink_kept = settings.sink_frames if first_frame else 0
+        _, own, _ = self.run_pass(x, 0.0, text, first_frame, [], end, sink_kept)
+        for i, frame in enumerate(own[sink_kept:], first_frame + sink_kept):
+            (self.first if i < settings.sink_frames else self.window)[i] = frame
+
+    def run_pass(
+        self, x: Tensor, t: float, text, first_frame: int, local: list[int], sink_end: int, unseen: int = 0
+    ) -> tuple:
+        """unseen: how many of its own first frames nobody attends to."""
         model, settings = self.model, self.settings
-        size, grid = settings.chunk_frames, model.grid(SIZE, SIZE)
+        size, grid = x.shape[2], model.grid(SIZE, SIZE)
         tokens = grid[0] * grid[1]
         own: list[dict] = [{} for _ in range(size)]
         chosen: list[tuple[int, list[int]]] = []
@@ -79,11 +105,12 @@ class SlowStream:
             q, k = model.rotate(q, here, grid)[0], model.rotate(k, here, grid)[0]
             for i, frame in enumerate(own):
                 frame[layer] = k[i * tokens : (i + 1) * tokens], v[0, i * tokens : (i + 1) * tokens]
-            known = {**dict(enumerate(self.first)), **{first_frame + i: frame for i, frame in enumerate(own)}}
+            seen = [(first_frame + i, frame) for i, frame in enumerate(own)][unseen:]
+            known = {**dict(enumerate(self.first)), **dict(seen)}
             sink = [(f, known[f]) for f in range(min(settings.sink_frames, sink_end))]
             memory = [(f, kv[layer]) for f, kv in [*sink, *self.banks[layer]]]
             near = [kv[layer] for f, kv in self.window.items() if f in local]
-            near += [frame[layer] for i, frame in enumerate(own) if first_frame + i >= settings.sink_frames]
+            near += [kv[layer] for f, kv in seen if f >= settings.sink_frames]
             out = []
             for head in range(q.shape[1]):
                 if settings.top_frames is None:
@@ -109,12 +136,15 @@ class SlowStream:
         text = None
         for chunk, (prompt, x) in enumerate(zip(prompts, noises, strict=True)):
             first_frame = chunk * size
+            recached = settings.recache and previous not in (None, prompt)
             if chunk and settings.bank_frames:
-                self.update_bank(chunk, text)  # the last prompt's text
+                self.update_bank(chunk, text, recached)  # the last prompt's text
             text = self.model.encode_text(encode([prompt]))
             rest = range(settings.sink_frames, first_frame + size)
             local = [f for f in rest[-settings.window_frames :] if f < first_frame]
-            if settings.recache and previous not in (None, prompt):
+            if recached and settings.bank_schedule == "interactive":
+                self.run_window(text, first_frame)
+            elif recached:
                 for start in sorted({f // size * size for f in local}):
                     seen = [f for f in local if f < start]
                     _, own, _ = self.run_pass(self.clean[start // size], 0.0, text, start, seen, first_frame)
@@ -139,6 +169,11 @@ VARIANTS = {
     "window-is-chunk": {"window_frames": 3, "top_frames": 1},
     "chunk-2": {"chunk_frames": 2, "sink_frames": 2, "window_frames": 6, "bank_frames": 4, "record_interval": 1},
     "no-sink-no-bank": {"sink_frames": 0, "bank_frames": 0},
+    "interactive": {"bank_schedule": "interactive"},
+    "interactive-bank-full": {"bank_schedule": "interactive", "record_interval": 2, "bank_frames": 2},
+    "interactive-top-2": {"bank_schedule": "interactive", "top_frames": 2, "record_interval": 2, "bank_frames": 2},
+    "interactive-not-recached": {"bank_schedule": "interactive", "record_interval": 2, "recache": False},
+    "interactive-sink-2": {"bank_schedule": "interactive", "sink_frames": 2, "window_frames": 6, "top_frames": 2},
 }
 
 
@@ -177,10 +212,18 @@ def test_layers_fill_their_banks_differently(model):
 
 
 @pytest.mark.parametrize("top_frames", [None, 3])
-@pytest.mark.parametrize("recache", [False, True])
-def test_a_batch_of_two_is_two_runs(model, top_frames, recache):
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"recache": False, "record_interval": 1},
+        {"recache": True, "record_interval": 1},
+        {"bank_schedule": "interactive", "record_interval": 2, "bank_frames": 2},
+    ],
+    ids=["not-recached", "recached", "interactive"],
+)
+def test_a_batch_of_two_is_two_runs(model, top_frames, changes):
     """The stories switch at different chunks."""
-    changes = {"top_frames": top_frames, "recache": recache, "record_interval": 1}
+    changes = {"top_frames": top_frames, **changes}
 
     def run(stories, seed) -> list[Chunk]:
         return list(stream(model, chunk_prompts(stories, 9), settings_of(**changes), seed, encode=encode))

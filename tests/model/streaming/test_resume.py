@@ -54,7 +54,14 @@ MODES = {
     "host": {"device_frames": 4, "host_frames": 2, "relevance": "random", "bank_frames": 2},
     "stochastic": {"stochastic": True, "recache": False},
     "random-blocks": {"selection": "random", "relevance": "coverage", "top_k": 2},
-    "released": {"memory": "released", "window_frames": 9, "record_interval": 1, "bank_frames": 2},
+    "released": {
+        "memory": "released",
+        "window_frames": 9,
+        "record_interval": 1,
+        "bank_frames": 2,
+        "bank_schedule": "single-prompt",
+    },
+    "released-interactive": {"memory": "released", "window_frames": 9, "record_interval": 2, "bank_frames": 2},
     "released-top": {"memory": "released", "window_frames": 6, "record_interval": 1, "top_frames": 2},
 }
 modes = pytest.mark.parametrize("changes", MODES.values(), ids=MODES)
