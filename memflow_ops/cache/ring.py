@@ -435,7 +435,7 @@ class RingCache(SavedByState, ABC):
         rewritten = torch.tensor(self._rewritten, device=self.device).view(-1, 1, 1, 1, 1)
         result = []
         for pool, new in zip(self._places, self._in_graph[layer], strict=False):
-            frames = new.unflatten(1, (self.layout.chunk_frames, -1))[:, own]
+            frames = new.unflatten(1, (len(self._open_places), -1))[:, own]
             if self._to_recache and not all(self._rewritten):
                 frames = torch.where(rewritten, frames, self._at_places(pool, layer, places))
             result.append(torch.cat([self._at_places(pool, layer, past), frames], 1).flatten(1, 2))
