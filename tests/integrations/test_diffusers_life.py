@@ -184,6 +184,21 @@ def test_float32_weights_stream_under_autocast(model, dtype, inside):
         stream(model, memory, range(5))
 
 
+def test_a_transformer_that_is_compiled_as_a_whole_streams_and_refuses_gradients(model):
+    eager = copy.deepcopy(model)
+    expected = stream(eager, attach_memory(eager, **SIZES), range(4))
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = torch.compile(model, backend="aot_eager")
+    memory = attach_memory(compiled, **SIZES)
+    assert (stream(compiled, memory, range(4)) - expected).abs().max() <= 1e-5
+    assert counters["stats"]["unique_graphs"] == 1
+    memory.begin_chunk(TEXT)
+    with pytest.raises(Exception, match="no gradients through memory"):
+        compiled(LATENTS[0], ZERO, TEXT).sample.sum().backward()
+    torch._dynamo.reset()
+
+
 def test_processors_that_were_replaced_are_missed(model):
     memory = attach_memory(model, **SIZES)
     memory.begin_chunk(TEXT)

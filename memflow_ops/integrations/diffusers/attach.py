@@ -9,7 +9,7 @@ import torch
 from memflow_ops.cache.attend import BlockSelection
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Policy, Relevance
-from memflow_ops.integrations.diffusers.checks import check_attention, check_structure, device_of
+from memflow_ops.integrations.diffusers.checks import check_attention, check_structure, device_of, uncompiled
 from memflow_ops.integrations.diffusers.memory import WanMemory
 from memflow_ops.integrations.diffusers.processor import WanMemoryProcessor
 
@@ -52,6 +52,7 @@ def attach_memory(
     would take the place of (both are called once with small random input), and a RuntimeError while an earlier memory
     has a chunk open; in each case before anything is changed.
     """
+    transformer = uncompiled(transformer)
     check_structure(transformer)
     config = transformer.config
     _, patch_height, patch_width = config.patch_size
@@ -66,8 +67,11 @@ def attach_memory(
         for found in (block.attn1.processor for block in transformer.blocks)
         if isinstance(found, WanMemoryProcessor)
     }.values()
-    if any(memory.is_open for memory in earlier):
-        raise RuntimeError("attach_memory: a memory of this transformer has a chunk open; commit or abort it first")
+    if any(memory.is_open or memory.passes.are_awaited for memory in earlier):
+        raise RuntimeError(
+            "attach_memory: a memory of this transformer has a chunk open or awaits a backward pass; commit or abort "
+            "the chunk, and run the backward pass or delete its loss, first"
+        )
     grid = height // patch_height, width // patch_width
     device = device_of(transformer)
     layout = CacheLayout(

@@ -103,6 +103,11 @@ def check_rotation(theirs: Any, ours: tuple[Tensor, Tensor]) -> None:
             )
 
 
+def uncompiled(transformer: Any) -> Any:
+    """The module that `torch.compile(transformer)` has wrapped; others as they are."""
+    return getattr(transformer, "_orig_mod", transformer)
+
+
 def device_of(transformer: Any) -> torch.device:
     """Where the model runs: for a model that is offloaded between calls, where its hook takes it."""
     hook = getattr(transformer, "_hf_hook", None)

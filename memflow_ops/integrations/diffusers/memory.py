@@ -242,6 +242,11 @@ class WanMemory:
                 f"{layout.chunk_tokens} chunk tokens; got {tuple(latents.shape)}: call attach_memory with their batch, "
                 f"chunk_frames, height and width"
             )
+        if latents.device.type != self.device.type:
+            raise ValueError(
+                f"the memory lies on {self.device} and the latents on {latents.device}: call attach_memory once the "
+                f"transformer is on its device"
+            )
         if not all(self._is_ours(block) for block in self.transformer.blocks):
             raise RuntimeError(
                 "the processors of this memory have been replaced in the transformer; abort the chunk and call "

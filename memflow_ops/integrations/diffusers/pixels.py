@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memflow_ops.integrations.diffusers.checks import uncompiled
+
 OUTPUT_TYPES = ("np", "pt", "pil", "latent")
 
 
@@ -79,7 +81,7 @@ def stream(
             if chunk != before:
                 with torch.no_grad():
                     text, before = encode(chunk), chunk
-            latents = _chunk_of_latents(memory, pipe.scheduler, text, steps, guidance_scale, guided, generator)
+            latents = _chunk_of_latents(memory, pipe, text, steps, guidance_scale, guided, generator)
             yield latents if decoder is None else decoder.decode(latents)
         pipe.maybe_free_model_hooks()
 
@@ -94,7 +96,7 @@ def _entries(prompts: object) -> Sequence[Any]:
 
 def _check_pipeline(memory: Any, pipe: Any, decode: bool) -> None:
     """A ValueError unless the pipeline makes videos from text with this memory's transformer alone."""
-    if pipe.transformer is not memory.transformer:
+    if uncompiled(pipe.transformer) is not memory.transformer:
         raise ValueError(
             "this memory is not attached to the pipeline's transformer: attach_memory(pipe.transformer, ...)"
         )
@@ -113,7 +115,7 @@ def _check_pipeline(memory: Any, pipe: Any, decode: bool) -> None:
 @torch.no_grad()
 def _chunk_of_latents(
     memory: Any,
-    scheduler: Any,
+    pipe: Any,
     text: Tensor,
     steps: dict[str, Any],
     guidance_scale: float,
@@ -121,7 +123,7 @@ def _chunk_of_latents(
     generator: torch.Generator | None,
 ) -> Tensor:
     """Streams a chunk and commits it: latents (stories, C, F, h, w) in float32. A chunk that fails is given up."""
-    transformer, layout = memory.transformer, memory.layout
+    transformer, scheduler, layout = memory.transformer, pipe.scheduler, memory.layout
     dtype = transformer.patch_embedding.weight.dtype
     _, patch_height, patch_width = transformer.config.patch_size
     shape = (
@@ -138,7 +140,7 @@ def _chunk_of_latents(
 
     def velocity(time: Tensor) -> Tensor:
         given = torch.cat([latents, latents]) if guided else latents
-        out = transformer(given.to(dtype), time.expand(layout.batch), text, return_dict=False)[0].float()
+        out = pipe.transformer(given.to(dtype), time.expand(layout.batch), text, return_dict=False)[0].float()
         if not guided:
             return out
         with_prompt, without = out.chunk(2)
