@@ -1,5 +1,6 @@
 """The sizes of a frame cache, and what they cost in bytes."""
 
+import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -57,11 +58,12 @@ class CacheLayout:
 
     def _check_types(self) -> None:
         may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames")
-        for name, value in vars(self).items():
+        for name, value in list(vars(self).items()):
             if name in ("dtype", "schedule") or (name == "relevance_block_size" and value is None):
                 continue
-            if isinstance(value, bool) or not isinstance(value, int):
+            if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
                 raise TypeError(f"{name} must be an int, got {value!r}")
+            object.__setattr__(self, name, int(value))  # an integer of numpy would overflow in products
             if value < (0 if name in may_be_zero else 1):
                 raise ValueError(f"{name} must be {'at least 0' if name in may_be_zero else 'positive'}, got {value}")
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):

@@ -432,7 +432,7 @@ class RingCache(SavedByState, ABC):
         own = [i for i, place in enumerate(self._open_places) if first <= place < end]
         places = [self._open_places[i] for i in own]
         past = [place for place in range(first, end) if place not in places]
-        rewritten = torch.tensor(self._rewritten, device=self.device).view(-1, 1, 1, 1, 1)
+        rewritten = torch.tensor(self._rewritten, dtype=torch.bool, device=self.device).view(-1, 1, 1, 1, 1)
         result = []
         for pool, new in zip(self._places, self._in_graph[layer], strict=False):
             frames = new.unflatten(1, (len(self._open_places), -1))[:, own]
@@ -448,7 +448,7 @@ class RingCache(SavedByState, ABC):
     def _copied_memory(self, layer: int) -> Memory:
         """The bank of a layer with its frames copied, one after the other."""
         slots = self._table.slots.long()
-        each = torch.arange(len(slots), device=self.device)[:, None]
+        each = torch.arange(len(slots), dtype=torch.int64, device=self.device)[:, None]
         keys, values, descriptors = (pool[layer][each, slots].flatten(1, 2) for pool in self._places)
         order = torch.arange(slots.shape[1], dtype=torch.int32, device=self.device).repeat(len(slots), 1)
         return Memory(keys, values, descriptors, order, self._table.lengths.clone())

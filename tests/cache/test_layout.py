@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from frame_lists import Naive, add_chunk, layout_of
@@ -32,6 +33,15 @@ from memflow_ops.cache.released_layout import ReleasedLayout
 def test_impossible_sizes_are_refused(sizes, kind, message):
     with pytest.raises(kind, match=message):
         layout_of(**sizes)
+
+
+def test_sizes_may_be_integers_of_numpy():
+    """They become plain ints: products of small integers of numpy would overflow."""
+    sizes = {"batch": np.uint8(2), "window_frames": np.int64(9), "block_size": np.int32(4)}
+    layout = layout_of(**sizes)
+    assert layout == layout_of(**{name: int(n) for name, n in sizes.items()})
+    assert all(type(getattr(layout, name)) is int for name in sizes)
+    assert type(ReleasedLayout(1, 1, np.uint8(200), 1, 4).block_size) is int
 
 
 def test_bytes_are_stated_before_and_match_what_is_allocated():

@@ -146,7 +146,7 @@ def unstated(source: str) -> list[str]:
 
 
 def test_every_new_tensor_says_its_dtype_and_device():
-    folders = ("memflow_ops/ops", "memflow_ops/impl", "memflow_ops/cache", "kernels")
+    folders = ("memflow_ops/ops", "memflow_ops/impl", "memflow_ops/cache", "memflow_ops/integrations", "kernels")
     files = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
     assert len(files) > 40
     found = {str(path.relative_to(ROOT)): unstated(path.read_text(encoding="utf-8")) for path in files}

@@ -64,9 +64,11 @@ def check_attention(
 
     size: rows and columns of the latents. grid: those of the tokens. Every layer is called once, with little input.
     """
-    latents = torch.zeros((), device=device).expand(1, transformer.config.in_channels, frames, *size)
+    latents = torch.zeros((), dtype=torch.float32, device=device).expand(
+        1, transformer.config.in_channels, frames, *size
+    )
     theirs = transformer.rope(latents)
-    positions = (torch.arange(n, device=device) for n in (frames, *grid))
+    positions = (torch.arange(n, dtype=torch.int64, device=device) for n in (frames, *grid))
     ours = rope_rotation(transformer.config.attention_head_dim, *positions)
     check_rotation(theirs, ours)
     for number, block in enumerate(transformer.blocks):
@@ -74,7 +76,8 @@ def check_attention(
         few = min(TOKENS, ours[0].shape[1])
         with evaluated(attn), torch.no_grad():
             cosines, sines = ours
-            x = torch.randn(1, few, attn.to_out[0].in_features, generator=torch.Generator().manual_seed(number))
+            generator, shape = torch.Generator("cpu").manual_seed(number), (1, few, attn.to_out[0].in_features)
+            x = torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             x = x.to(device, transformer.patch_embedding.weight.dtype)
             expected = attn(x, None, None, (theirs[0][:, :few], theirs[1][:, :few]))
             got = _plain_attention(attn, x, (cosines[:, :few], sines[:, :few]))

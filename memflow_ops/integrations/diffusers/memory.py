@@ -40,7 +40,7 @@ class WanMemory:
         self.selection, self.impl, self.device = selection, impl, device
         self.cache = FrameCache(layout, device)
         self.passes = Passes()
-        self.number = torch.tensor(register(self))
+        self.number = torch.tensor(register(self), dtype=torch.int64, device="cpu")
         """Under which `attend_in_memory` finds this memory; the processors share the tensor."""
         self._open = False
         self._attached = True
@@ -95,8 +95,8 @@ class WanMemory:
             text_keys = self._text_keys(text.to(self.device))
             retrieved = self.cache.choose_bank(self.policy, text_keys, lengths).read()
         first = self.cache.begin_chunk()
-        frames = torch.arange(first, first + self.layout.chunk_frames, device=self.device)
-        rows, columns = (torch.arange(n, device=self.device) for n in self.grid)
+        frames = torch.arange(first, first + self.layout.chunk_frames, dtype=torch.int64, device=self.device)
+        rows, columns = (torch.arange(n, dtype=torch.int64, device=self.device) for n in self.grid)
         rotation = rope_rotation(self.layout.head_dim, frames, rows, columns)
         self._written.clear()
         self._clean.clear()

@@ -154,7 +154,7 @@ def _chunk_of_latents(
         for time in scheduler.timesteps:
             latents = scheduler.step(velocity(time), time, latents, return_dict=False, **extra)[0]
         with memory.clean():
-            velocity(torch.zeros((), device=memory.device))
+            velocity(torch.zeros((), dtype=torch.float32, device=memory.device))
         memory.commit()
     except BaseException:
         memory.abort()

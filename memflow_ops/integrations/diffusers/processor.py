@@ -19,7 +19,7 @@ class WanMemoryProcessor:
         self.memory, self.layer, self.before = memory, layer, before
         # Compiled code takes numbers in tensors as inputs, where it would compile anew for every int.
         self.number = memory.number
-        self.layer_number = torch.tensor(layer)
+        self.layer_number = torch.tensor(layer, dtype=torch.int64, device="cpu")
 
     def __call__(
         self,

@@ -104,8 +104,10 @@ class _Forward:
             norm(linear(x)).unflatten(2, heads)
             for norm, linear in ((module.norm_q, module.q), (module.norm_k, module.k))
         )
-        places = torch.arange(start // tokens, start // tokens + frames, device=x.device)
-        rotation = rope_rotation(q.shape[-1], places, *(torch.arange(n, device=x.device) for n in (rows, columns)))
+        first = start // tokens
+        ranges = ((first, first + frames), (0, rows), (0, columns))
+        places = (torch.arange(*ends, dtype=torch.int64, device=x.device) for ends in ranges)
+        rotation = rope_rotation(q.shape[-1], *places)
         out, end = attend_with_cache(
             apply_rotation(q, *rotation).to(v.dtype),
             apply_rotation(k, *rotation).to(v.dtype),
