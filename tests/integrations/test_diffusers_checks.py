@@ -77,6 +77,36 @@ def test_rope_of_another_base_is_refused(transformer):
         attach_memory(model, **SIZES)
 
 
+@torch.no_grad()
+def test_rope_that_is_replaced_after_memory_was_attached_is_refused(transformer):
+    from diffusers.models.transformers.transformer_wan import WanRotaryPosEmbed
+
+    model = copy.deepcopy(transformer)
+    memory = attach_memory(model, **SIZES)
+    model.rope = WanRotaryPosEmbed(12, (1, 2, 2), 1024, theta=1000.0)
+    memory.begin_chunk(TEXT)
+    with pytest.raises(ValueError, match="RoPE is not Wan's"):
+        model(torch.randn(1, 16, 3, HEIGHT, WIDTH), torch.zeros(1), TEXT)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"impl": "fast"}, ValueError, "impl must be one of"),
+        ({"top_k": 0}, ValueError, "top_k must be at least 1"),
+        ({"query_group": 0}, ValueError, "query_group must be at least 1"),
+        ({"batch": 0}, ValueError, "batch must be positive"),
+        ({"height": 4.0}, ValueError, "height is that of the latents"),
+        ({"dtype": torch.int8}, TypeError, "dtype must be a floating-point"),
+    ],
+)
+def test_options_that_no_pass_could_use_are_refused_at_once(transformer, options, error, said):
+    model = copy.deepcopy(transformer)
+    with pytest.raises(error, match=said):
+        attach_memory(model, **{**SIZES, **options})
+    assert not any(isinstance(block.attn1.processor, WanMemoryProcessor) for block in model.blocks)
+
+
 def test_a_processor_that_computes_something_else_is_refused(transformer):
     from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 
@@ -118,6 +148,8 @@ def test_options_that_our_attention_does_not_have_are_refused(transformer):
     memory = attach_memory(model, **SIZES)
     memory.begin_chunk(TEXT)
     attn, x = model.blocks[0].attn1, torch.randn(1, 18, 24)
+    with pytest.raises(ValueError, match="without rotary_emb"):
+        attn(x)
     for options, said in (
         ({"attention_mask": torch.ones(18, 18)}, "a mask"),
         ({"encoder_hidden_states": x}, "a mask"),

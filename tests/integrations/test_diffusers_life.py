@@ -199,6 +199,15 @@ def test_a_transformer_that_is_compiled_as_a_whole_streams_and_refuses_gradients
     torch._dynamo.reset()
 
 
+def test_fused_projections_stream_and_retrieve_the_same(model):
+    memory = attach_memory(model, **SIZES)
+    expected = stream(model, memory, range(6))
+    memory.reset()
+    model.fuse_qkv_projections()
+    assert model.blocks[0].attn2.fused_projections
+    assert (stream(model, memory, range(6)) - expected).abs().max() <= 1e-4
+
+
 def test_processors_that_were_replaced_are_missed(model):
     memory = attach_memory(model, **SIZES)
     memory.begin_chunk(TEXT)

@@ -9,9 +9,11 @@ import torch
 from memflow_ops.cache.attend import BlockSelection
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Policy, Relevance
+from memflow_ops.impl import implementation_of
 from memflow_ops.integrations.diffusers.checks import check_attention, check_structure, device_of, uncompiled
 from memflow_ops.integrations.diffusers.memory import WanMemory
 from memflow_ops.integrations.diffusers.processor import WanMemoryProcessor
+from memflow_ops.ops.checks import check_impl, check_positive
 
 
 def attach_memory(
@@ -74,6 +76,11 @@ def attach_memory(
         )
     grid = height // patch_height, width // patch_width
     device = device_of(transformer)
+    check_impl(impl)
+    implementation_of("torch" if impl == "auto" else impl, device)  # a ValueError where it cannot run there
+    check_positive("top_k", top_k)
+    if query_group is not None:
+        check_positive("query_group", query_group)
     layout = CacheLayout(
         len(transformer.blocks),
         batch,

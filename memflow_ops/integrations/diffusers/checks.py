@@ -68,8 +68,7 @@ def check_attention(
         1, transformer.config.in_channels, frames, *size
     )
     theirs = transformer.rope(latents)
-    positions = (torch.arange(n, dtype=torch.int64, device=device) for n in (frames, *grid))
-    ours = rope_rotation(transformer.config.attention_head_dim, *positions)
+    ours = wan_rotation(transformer.config.attention_head_dim, frames, grid, device)
     check_rotation(theirs, ours)
     for number, block in enumerate(transformer.blocks):
         attn = block.attn1
@@ -88,6 +87,17 @@ def check_attention(
                 f"the place of: its processor is {type(attn.processor).__name__}, and its output differs by {off:.3g} "
                 f"of {largest:.3g}"
             )
+
+
+def wan_rotation(
+    head_dim: int, frames: int, grid: tuple[int, int], device: torch.device, first: int = 0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of Wan's RoPE for a chunk of frames of `grid` tokens whose first frame is `first`."""
+    places = (
+        torch.arange(start, start + size, dtype=torch.int64, device=device)
+        for start, size in ((first, frames), (0, grid[0]), (0, grid[1]))
+    )
+    return rope_rotation(head_dim, *places)
 
 
 def check_rotation(theirs: Any, ours: tuple[Tensor, Tensor]) -> None:

@@ -14,9 +14,9 @@ from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Policy, Retrieved
 from memflow_ops.integrations.diffusers import pixels
+from memflow_ops.integrations.diffusers.checks import check_rotation, wan_rotation
 from memflow_ops.integrations.diffusers.operator import NO_COMPILED_GRADIENTS, register
 from memflow_ops.integrations.diffusers.passes import Pass, Passes
-from memflow_ops.rotary import rope_rotation
 
 
 class WanMemory:
@@ -46,6 +46,7 @@ class WanMemory:
         self._attached = True
         self._written: set[int] = set()  # layers of the open chunk
         self._clean: set[int] = set()  # layers that a clean pass has written last
+        self._rotation_checked = False  # whether the model's RoPE has been compared with ours in this chunk
         self._empty = self.cache.state_dict()
         self._hook = transformer.register_forward_pre_hook(self._check_pass, with_kwargs=True)
 
@@ -95,9 +96,8 @@ class WanMemory:
             text_keys = self._text_keys(text.to(self.device))
             retrieved = self.cache.choose_bank(self.policy, text_keys, lengths).read()
         first = self.cache.begin_chunk()
-        frames = torch.arange(first, first + self.layout.chunk_frames, dtype=torch.int64, device=self.device)
-        rows, columns = (torch.arange(n, dtype=torch.int64, device=self.device) for n in self.grid)
-        rotation = rope_rotation(self.layout.head_dim, frames, rows, columns)
+        rotation = wan_rotation(self.layout.head_dim, self.layout.chunk_frames, self.grid, self.device, first)
+        self._rotation_checked = False
         self._written.clear()
         self._clean.clear()
         self.passes.current = Pass(self, rotation, clean=False)
@@ -183,6 +183,8 @@ class WanMemory:
         """Begins a video and returns it in pixels: that of `stream`, with its options, all chunks together."""
         output_type = pixels.checked_output_type(options.pop("output_type", "np"))
         chunks = pixels.stream(self, pipe, prompts, decode=output_type != "latent", **options)
+        if output_type != "latent":
+            chunks = (chunk.cpu() for chunk in chunks)  # a long video in pixels would fill the device
         return pixels.as_output(pipe, torch.cat(list(chunks), dim=2), output_type)
 
     def stream(
@@ -218,14 +220,22 @@ class WanMemory:
         else:
             self._clean.discard(layer)
 
-    def check_tokens(self, hidden_states: Tensor) -> None:
-        """A ValueError unless these are the tokens of a chunk."""
+    def check_tokens(self, hidden_states: Tensor, rotary_emb: Any) -> None:
+        """A ValueError unless these are the tokens of a chunk, and the model would rotate them as Wan does.
+
+        The angles themselves are compared once in a chunk, and not in compiled code.
+        """
         layout = self.layout
         if hidden_states.shape[:2] != (layout.batch, layout.chunk_tokens):
             raise ValueError(
                 f"the open chunk has {layout.batch} stories of {layout.chunk_frames} frames, which are "
                 f"{layout.chunk_tokens} chunk tokens; got {tuple(hidden_states.shape[:2])}"
             )
+        if rotary_emb is None:
+            raise ValueError("memory rotates queries and keys by RoPE; this attention was called without rotary_emb")
+        if not (self._rotation_checked or torch.compiler.is_compiling()):
+            check_rotation(rotary_emb, wan_rotation(layout.head_dim, layout.chunk_frames, self.grid, self.device))
+            self._rotation_checked = True
 
     def _check_pass(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Called before every pass of the transformer: refuses what memory cannot do for it."""

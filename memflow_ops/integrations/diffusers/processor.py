@@ -40,7 +40,7 @@ class WanMemoryProcessor:
             raise ValueError(
                 f"memory is for self-attention without a mask or further options; got {', '.join(options) or 'a mask'}"
             )
-        memory.check_tokens(hidden_states)
+        memory.check_tokens(hidden_states, rotary_emb)
         projected = projections(attn, hidden_states)
         q, k, v = (x.to(memory.layout.dtype) for x in projected)
         if this_pass is None:
