@@ -54,10 +54,16 @@ def load_checkpoint(path: Path, device: str | torch.device = "cpu") -> CausalVid
     if not path.is_file():
         raise FileNotFoundError(f"no weights at {path}; `memflow toy train` makes them")
     weights, metadata = read_safetensors(path)
-    model = CausalVideoModel(config_of(metadata, str(path)))
+    model = empty_model(config_of(metadata, str(path)))
     check_state_dict(model, weights, str(path))
     check_dtypes(weights, str(path))
     return fill_model(model, weights, None, device)
+
+
+def empty_model(config: ModelConfig) -> CausalVideoModel:
+    """A model on the meta device, which spares initial values for billions of weights that will be replaced."""
+    with torch.device("meta"):
+        return CausalVideoModel(config)
 
 
 def is_ours(metadata: Mapping[str, str]) -> bool:

@@ -48,7 +48,7 @@ class Pretrained:
         weights; None: `self.dtype`."""
         dtype = dtype or self.dtype
         check_dtype(dtype)
-        model = native.fill_model(empty_model(self.config), self.weights, dtype, device)
+        model = native.fill_model(native.empty_model(self.config), self.weights, dtype, device)
         native.check_finite(model.state_dict(), f"{self.source} in {dtype}")
         return model
 
@@ -179,18 +179,12 @@ def check_dtype(dtype: torch.dtype) -> None:
         raise ValueError(f"the weights' dtype must be one of {', '.join(map(str, FLOATS))}, got {dtype}")
 
 
-def empty_model(config: ModelConfig) -> CausalVideoModel:
-    """A model on the meta device, which spares initial values for billions of weights that will be replaced."""
-    with torch.device("meta"):
-        return CausalVideoModel(config)
-
-
 def _ours(file: WeightFile, source: str, num_heads: int | None, text_len: int | None, memory: str | None) -> Pretrained:
     config = native.config_of(file.metadata, source)
     for name, value in (("num_heads", num_heads), ("text_len", text_len)):
         if value not in (None, getattr(config, name)):
             raise ValueError(f"{source} says itself that {name} is {getattr(config, name)}, got {value}; leave it out")
-    native.check_state_dict(empty_model(config), file.tensors, source)
+    native.check_state_dict(native.empty_model(config), file.tensors, source)
     native.check_dtypes(file.tensors, source)
     memory = memory or _said_memory(file) or "memflow"
     return Pretrained(dict(file.tensors), config, source, "our", memory=memory)
@@ -235,7 +229,7 @@ def _foreign(
     def in_file(ours: str) -> str:
         return names.get(ours) or prefix + (diffusers_name(ours) if diffusers else ours)
 
-    native.check_state_dict(empty_model(config), weights, source, in_file)
+    native.check_state_dict(native.empty_model(config), weights, source, in_file)
     layout = "diffusers" if diffusers else "original"
     memory = memory or _said_memory(file) or tuned_for(Path(source))
     return Pretrained(weights, config, source, layout, file.part, file.other_part, memory=memory), lora

@@ -7,7 +7,8 @@ from pathlib import Path
 from memflow_ops.cache.released_layout import BankSchedule
 from memflow_ops.environment import why_not_compile
 from memflow_ops.model.checkpoints.containers import count_numbers
-from memflow_ops.model.checkpoints.pretrained import Pretrained, empty_model
+from memflow_ops.model.checkpoints.native import empty_model
+from memflow_ops.model.checkpoints.pretrained import Pretrained
 from memflow_ops.model.pipeline.budget import (
     Budget,
     FreeMemory,

@@ -49,6 +49,14 @@ def test_weights_that_do_not_fit_are_refused(tmp_path, model, change, message):
         load_checkpoint(tmp_path / "w.safetensors")
 
 
+def test_loading_makes_no_initial_values(tmp_path, model):
+    """Which would be held beside the weights, and would take numbers from the generator of whoever loads."""
+    save_checkpoint(tmp_path / "w.safetensors", model.state_dict(), CONFIG)
+    state = torch.get_rng_state()
+    load_checkpoint(tmp_path / "w.safetensors")
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 def test_foreign_files_are_refused(tmp_path):
     with pytest.raises(FileNotFoundError, match="memflow toy train"):
         load_checkpoint(tmp_path / "nothing.safetensors")
