@@ -48,3 +48,20 @@ def test_torch_holds_little_more_than_what_it_gathers():
     peak = peak_bytes(lambda: memflow_ops.memory_attention(q, k, k, memory, memory, **options), q.device)
     gathered = 2 * queries // 32 * 4 * top_k * size * 64 * 4
     assert peak <= 3 * gathered, f"held {peak / 2**20:.1f} MiB for {gathered / 2**20:.1f} MiB gathered"
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_what_other_devices_compute_is_what_a_cpu_computes(dtype, bias):
+    """Also for queries whose scores are all -inf, and for those with NaN."""
+    q, k, v = (torch.randn(2, 3, n, 8).to(dtype) for n in (9, 20, 20))
+    q[1, 1, 4, 2] = torch.nan
+    mask = torch.zeros(2, 3, 1, 20, dtype=dtype)
+    mask[..., 7:] = -torch.inf
+    mask[0, 1] = -torch.inf
+    got = attention._attention_in_steps(q, k, v, 0.3, mask if bias else None)
+    expected = attention.cpu_attention(q, k, v, 0.3, mask if bias else None)
+    assert (got[0][0, 1] == 0).all() == bias and got[1][1, 1, 4].isnan()
+    limit = 1e-12 if dtype == torch.float64 else 0.02
+    for ours, theirs in zip(got, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, equal_nan=True, atol=limit, rtol=limit)

@@ -28,8 +28,13 @@ _GATHER_BYTES = 2 << 20
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attention from q [b, h, n, D] to k and v [b, h, S, D], and its LSE; bias [b, h, 1, S] holds 0 and -inf."""
-    if q.device.type == "cpu":
-        return cpu_attention(q, k, v, scale, bias)
+    return (cpu_attention if q.device.type == "cpu" else _attention_in_steps)(q, k, v, scale, bias)
+
+
+def _attention_in_steps(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """`_attention` on any device, with the scores of some queries at a time."""
     wide = wide_dtype(q.dtype)
     k, v = k.to(wide), v.to(wide)
     out, lse = q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=wide)
@@ -38,8 +43,10 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | Non
         scores = q[:, :, n : n + step].to(wide) @ k.mT * scale
         if bias is not None:
             scores += bias
-        lse[:, :, n : n + step] = scores.logsumexp(-1)
-        out[:, :, n : n + step] = (scores.softmax(-1) @ v).to(q.dtype)
+        total = scores.logsumexp(-1)
+        without_keys = (total == -torch.inf).unsqueeze(-1)  # Their softmax is 0 / 0.
+        lse[:, :, n : n + step] = total
+        out[:, :, n : n + step] = (scores.softmax(-1) @ v).masked_fill_(without_keys, 0.0).to(q.dtype)
     return out, lse
 
 
