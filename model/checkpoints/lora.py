@@ -99,6 +99,8 @@ class _Parts:
 
     halves: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """By "A weight", "B weight" and "B bias"."""
+    names: dict[str, dict[str, str]] = field(default_factory=dict)
+    """What the file calls the halves."""
     alphas: dict[str, float] = field(default_factory=dict)
     differences: dict[str, dict[str, Tensor]] = field(default_factory=dict)
     """By "weight", "bias" and "modulation"."""
@@ -183,6 +185,7 @@ def _sort(tensors: Mapping[str, Tensor], source: str) -> _Parts:
             if f"{which} {half[5]}" in kept and not half[4]:
                 unexpected.append(f"{name}, of which it has another under another name")
             kept[f"{which} {half[5]}"] = tensor
+            parts.names.setdefault(half[1], {})[f"{which} {half[5]}"] = name
             adapter_names.add(half[4])
         elif difference := _DIFFERENCE.fullmatch(name):
             parts.differences.setdefault(difference[1], {})[_DIFFERENCES[difference[2]]] = tensor
@@ -206,14 +209,23 @@ def _problems(parts: _Parts, config: LoraConfig) -> list[str]:
     """What is wrong with the tensors of a LoRA, in words."""
     problems = [f"{module}.alpha belongs to no LoRA" for module in parts.alphas if module not in parts.modules]
     for module, halves in parts.halves.items():
-        problems += [f"missing {module}.lora_{half}.weight" for half in "AB" if f"{half} weight" not in halves]
-        tensors = {f"{module}.lora_{what.replace(' ', '.')}": tensor for what, tensor in halves.items()}
-        problems += _bad_numbers(tensors)
+        names = parts.names[module]
+        problems += [f"missing {_other_half(names)}" for half in "AB" if f"{half} weight" not in halves]
+        problems += _bad_numbers({names[what]: tensor for what, tensor in halves.items()})
         if "A weight" in halves and "B weight" in halves:
             problems += _bad_pair(module, halves, config)
     for module, found in parts.differences.items():
         problems += _bad_numbers({f"{module}: the difference of {what}": tensor for what, tensor in found.items()})
     return problems
+
+
+def _other_half(names: Mapping[str, str]) -> str:
+    """What the file would call the half of a module that it lacks."""
+    name = next((name for what, name in names.items() if what != "B bias"), next(iter(names.values())))
+    for a, b in (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up")):
+        if a in name or b in name:
+            return name.replace(a, b) if a in name else name.replace(b, a)
+    return name
 
 
 def _bad_numbers(tensors: Mapping[str, Tensor]) -> list[str]:

@@ -1,6 +1,7 @@
 """LoRAs in every form that programs around Wan write, and configs of peft that change what is merged."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -141,6 +142,17 @@ def test_a_lora_that_is_given_as_the_checkpoint_is_called_one(tmp_path, weights)
     save_file({**tensors, name(Q0, "alpha"): torch.tensor(4.0)}, tmp_path / "lora.safetensors")
     with pytest.raises(ValueError, match=r"holds only a LoRA; .*--lora"):
         read_pretrained(tmp_path / "lora.safetensors", **SAID)
+
+
+@pytest.mark.parametrize("style", ["kohya", "native", "dotted"])
+@pytest.mark.parametrize("half", ["A", "B"])
+def test_a_missing_half_is_named_as_its_file_would_name_it(tmp_path, weights, base, style, half):
+    name, (a, b) = named(style), pairs(weights, (Q0,))[Q0]
+    tensors = {name(Q0, "A"): a, name(Q0, "B"): b}
+    del tensors[name(Q0, half)]
+    save_file(tensors, tmp_path / "lora.safetensors")
+    with pytest.raises(ValueError, match=f"missing {re.escape(name(Q0, half))}$"):
+        read_pretrained(base, lora=tmp_path / "lora.safetensors", **SAID)
 
 
 def test_one_layer_under_two_names_is_refused(tmp_path, weights, base):
