@@ -1,11 +1,12 @@
 """Files that are written whole or not at all, and by one process at a time."""
 
+import errno
 import fcntl
 import hashlib
 import os
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 NAME_BYTES = 255
@@ -41,13 +42,35 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
     Others wait, or with wait=False get a ValueError. The lock is a file beside `path`, which is there while it is held.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = _beside(path, ".lock")
+    with _held(_beside(path, ".lock"), wait, f"another process is writing {path}: wait for it, or name another file"):
+        yield
+
+
+@contextmanager
+def locked_folders(folders: Iterable[Path]) -> Iterator[None]:
+    """Let only one process at a time write to these folders, which are there. Others get a ValueError.
+
+    The lock is a file in each folder, which is there while it is held.
+    """
+    with ExitStack() as held:
+        for folder in dict.fromkeys(folders):
+            refusal = f"another process is writing to the folder {folder}: wait for it, or name another folder"
+            held.enter_context(_held(folder / ".folder.lock", wait=False, refusal=refusal))
+        yield
+
+
+@contextmanager
+def _held(lock: Path, wait: bool, refusal: str) -> Iterator[None]:
+    """Hold the lock, which is a file. refusal: what the ValueError says where another holds it and wait is False."""
     while True:
         with open(lock, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(f"another process is writing {path}: wait for it, or name another file") from None
+                raise ValueError(refusal) from None
+            except OSError as error:
+                if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                    raise  # Otherwise this file system has no locks, as some of clusters: better none than no file.
             try:
                 held = os.path.samestat(os.fstat(file.fileno()), os.stat(lock))
             except FileNotFoundError:
@@ -57,7 +80,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
             try:
                 yield
             finally:
-                lock.unlink()
+                lock.unlink(missing_ok=True)
             return
 
 
@@ -116,6 +139,20 @@ def check_target(path: Path, suffix: str) -> None:
 def sha256(path: Path) -> str:
     """The SHA-256 of a file's content in hexadecimal: a result names a file that it depends on by this."""
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def write_picture(path: Path, draw: Callable[[], bytes]) -> str:
+    """Write a picture, which never costs the rest of the work. Where that fails, say why; otherwise "".
+
+    There is no picture then, because an earlier one would be taken for this one.
+    """
+    try:
+        write_atomically(path, draw())
+    except Exception as error:  # The libraries that draw raise errors of many types.
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+        return f"{path.name} could not be drawn, and everything else was done: {type(error).__name__}: {error}"
+    return ""
 
 
 def write_atomically(path: Path, content: bytes) -> None:

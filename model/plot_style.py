@@ -1,7 +1,10 @@
 """What all pictures share: colours, plain panels, and the way into a PNG file."""
 
 import io
+from collections.abc import Iterator
+from contextlib import contextmanager
 
+import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -10,6 +13,18 @@ INK, PALE = "#22262b", "#6b737c"
 """The colours of text and lines, and of what stands back."""
 SUBJECT, OTHERS = "#2f6fc4", "#9aa3ad"
 """The colours of what a picture is about, and of what it is compared with."""
+
+
+@contextmanager
+def own_style() -> Iterator[None]:
+    """A context (and a decorator) in which pictures do not depend on the user's matplotlibrc.
+
+    It may ask for LaTeX, which may not be there. Text is shown as it is, dollar signs included.
+    """
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        matplotlib.rcParams["text.parse_math"] = False
+        yield
 
 
 def new_figure(width: float, height: float) -> Figure:

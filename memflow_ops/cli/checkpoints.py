@@ -211,6 +211,7 @@ def verify(
             memories=kinds,
             given=typed(context),
             device=device,
+            context=context,
             names=("frames.png", "report.json", *(f"{kind}.mp4" for kind in kinds)),
         )
     streamed: list[pipeline.VerifiedStream] = []

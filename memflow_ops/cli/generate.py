@@ -44,6 +44,7 @@ from memflow_ops.cli.options import (
 )
 from memflow_ops.cli.progress import run_stories
 from memflow_ops.environment import pick_device
+from memflow_ops.files import locked_folders
 from memflow_ops.model.checkpoints.containers import EMA
 from memflow_ops.model.checkpoints.pretrained import Pretrained
 from memflow_ops.model.pipeline import generate as pipeline
@@ -142,6 +143,7 @@ def generate(
             memories=() if memory is None else (memory,),
             given=typed(context),
             device=device,
+            context=context,
         )
 
     def stream(plans: Sequence[WanPlan], report: Callable[[pipeline.WanRun], None]) -> list[pipeline.WanRun]:
@@ -164,6 +166,7 @@ def load_stories(
     given: Collection[str] = (),
     device: str = "auto",
     names: Sequence[str] = ("video.mp4", "run.json"),
+    context: typer.Context | None = None,
 ) -> tuple[Parts, list[list[WanPlan]]]:
     """Check everything that can be wrong, print what memory the streams will take, and load all parts of the pipeline.
 
@@ -171,6 +174,7 @@ def load_stories(
     as fields of `StreamSettings`, but height and width in pixels. memories: the kinds of memory, each of which streams
     every story; none of them means the kind that the checkpoint was tuned for. given: the names of the options that the
     user typed. names: the files that will be written for each story.
+    context: the command, which keeps the folders for itself until it ends; None: they are not locked.
 
     Gives the parts and the plans of every stream. Raises a ValueError or an OSError for what cannot work; a stream that
     does not fit into memory is refused before anything is on the device.
@@ -197,6 +201,8 @@ def load_stories(
         several = "stream" if len(streams) == 1 else "streams"
         typer.echo(f"{len(plans)} stories in {len(streams)} {several}: those with equally many prompts run together")
     make_folders([plan.folder for plan in plans], names)
+    if context is not None:
+        context.with_resource(locked_folders([out, *(plan.folder for plan in plans)]))
     prompts = [prompt for story in stories for prompt in story]
     return load_parts(sources, pretrained, prompts, free.device, options.compiled), streams
 

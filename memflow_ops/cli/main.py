@@ -16,6 +16,7 @@ from memflow_ops.cli.checkpoints import convert, verify
 from memflow_ops.cli.errors import InterruptibleGroup
 from memflow_ops.cli.generate import generate
 from memflow_ops.cli.info import info
+from memflow_ops.cli.output import patient_output
 from memflow_ops.cli.profile import profile_selection, toy_profile_selection
 
 TOY, REAL, MACHINE = "Toy world", "Real checkpoints", "This machine"
@@ -78,7 +79,19 @@ app.command(rich_help_panel=MACHINE)(info)
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command that the arguments name (None: those of the process). Always ends in SystemExit."""
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    with patient_output() as output:
+        code = _run(list(sys.argv[1:] if arguments is None else arguments))
+        for stream in output:
+            stream.flush()
+            if stream.error is not None and not isinstance(stream.error, BrokenPipeError):
+                words = f"memflow: not all could be printed ({stream.error}); everything else was done"
+                typer.echo(words, err=True)
+                code = code or 1
+    sys.exit(code)
+
+
+def _run(words: list[str]) -> int:
+    """Run a command. Gives its exit code."""
     try:
         code = app(args=words, prog_name="memflow", standalone_mode=False)
     except typer.TyperException as error:  # an option that does not exist, a number out of range, ...
@@ -89,4 +102,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         typer.echo("memflow: interrupted", err=True)
         code = 130
-    sys.exit(code if isinstance(code, int) else 0)
+    return code if isinstance(code, int) else 0

@@ -37,7 +37,7 @@ from memflow_ops.cli.options import (
     typed,
 )
 from memflow_ops.environment import environment, pick_device
-from memflow_ops.files import check_target, sha256, write_atomically
+from memflow_ops.files import check_target, sha256, write_atomically, write_picture
 from memflow_ops.model.pipeline.plan import StreamOptions
 from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT, WAN_SETTINGS
 from memflow_ops.model.pipeline.sources import Sources, latent_size
@@ -351,9 +351,6 @@ def _compared_sizes(block_sizes: Sequence[int], query_groups: Sequence[int]) -> 
 
 def _profile(profiled: ProfiledStream, out: Path, sampling: Sampling) -> None:
     """Profile a stream behind a progress bar, write after every measured chunk, and print the table."""
-    # It brings matplotlib, which takes a third of a second to import, also for `memflow --help`.
-    from memflow_ops.model.selection_profile.plot import draw_profile
-
     settings, device = profiled.settings, profiled.model.patch_embedding.weight.device
     about = {"command": profiled.command, **environment(device), **profiled.about}
     about |= {"settings": asdict(settings), "clock": timing.clock(device)}
@@ -364,12 +361,21 @@ def _profile(profiled: ProfiledStream, out: Path, sampling: Sampling) -> None:
             f"{profiled.name}: {100 * measured.bank_mass:.0f} % of attention falls on a bank of {measured.frames} "
             f"frames of {measured.frame_tokens} tokens, sink included (solid: as the op selects, dashed: the oracle)"
         )
-        write_atomically(out.with_suffix(".png"), draw_profile(rows, measured.frame_tokens, title, settings))
+        lost = write_picture(out.with_suffix(".png"), lambda: _draw(measured, title, settings))
     typer.echo(profile_table(rows, measured.frame_tokens))
     typer.echo(_conclusion(measured, rows))
-    typer.echo(f"written to {out} and {out.with_suffix('.png').name}")
+    typer.echo(f"written to {out}" + ("" if lost else f" and {out.with_suffix('.png').name}"))
+    if lost and not interrupted:
+        fail(lost, code=1)
     if interrupted:
         fail(f"interrupted after {len(measured.chunks)} measured chunks; they are kept", code=130)
+
+
+def _draw(measured: SelectionProfile, title: str, settings: StreamSettings) -> bytes:
+    # It brings matplotlib, which takes a third of a second to import, also for `memflow --help`.
+    from memflow_ops.model.selection_profile.plot import draw_profile
+
+    return draw_profile(measured.figures(), measured.frame_tokens, title, settings)
 
 
 def _measure(

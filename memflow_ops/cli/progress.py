@@ -24,11 +24,14 @@ def run_stories(
 ) -> Iterator[Sequence[RunType]]:
     """Generate one stream of stories after another behind a progress bar. Yield each when its files are written.
 
+    A picture that could not be drawn is told at the end, when all stories are made, and ends the command with exit code 1.
+
     streams: the plans of the stories that are streamed together, for every stream. generate: streams such plans and
     calls back after every chunk. speed: the words that the bar shows beside the time that is left. written: the words
     that say which files a run has left, printed where a stream is interrupted.
     """
     stories = sum(map(len, streams))
+    lost: list[str] = []
     for plans in streams:
         runs = _run_stream(plans, generate, speed, several=stories > 1)
         done, chunks = len(runs[0].chunks), len(plans[0].prompts_by_chunk)
@@ -37,8 +40,13 @@ def run_stories(
         if runs[0].interrupted:
             for run in runs:
                 typer.echo(written(run))
+                for problem in run.problems:
+                    typer.echo(problem, err=True)
             fail(f"interrupted after chunk {done} of {chunks}; what was made is kept", code=130)
+        lost += [f"{run.plan.folder}: {problem}" for run in runs for problem in run.problems]
         yield runs
+    if lost:
+        fail("; ".join(lost), code=1)
 
 
 def _run_stream(

@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
-from memflow_ops.cli.errors import one_line_errors
+from memflow_ops.cli.errors import fail, one_line_errors
 from memflow_ops.cli.options import (
     MEMORY,
     MEMORY_HELP,
@@ -32,7 +32,7 @@ from memflow_ops.cli.options import (
 )
 from memflow_ops.cli.progress import run_stories
 from memflow_ops.environment import pick_device
-from memflow_ops.files import check_target
+from memflow_ops.files import check_target, locked_folders
 from memflow_ops.model.stories.interrupts import Interrupts
 from memflow_ops.model.stories.prompts import read_stories
 from memflow_ops.model.streaming.settings import MemoryMode, StreamSettings
@@ -53,6 +53,7 @@ from memflow_ops.model.wan.transformer import CausalVideoModel
 
 
 def demo(
+    context: typer.Context,
     out: Out = Path("out/demo"),
     seed: Seed = 0,
     steps: Steps = TOY_SETTINGS.steps,
@@ -70,7 +71,7 @@ def demo(
     """
     with one_line_errors():
         stories = read_stories(DEMO_STORY, parse_prompt)
-        model, plans = _prepare(stories, out, {"steps": steps}, weights=weights, device=device, seed=seed)
+        model, plans = _prepare(context, stories, out, {"steps": steps}, weights=weights, device=device, seed=seed)
     for run in _stream(model, plans):
         typer.echo(f"The story: {', then '.join(run.plan.prompts)}.\n")
         for there in run.returns():
@@ -136,6 +137,7 @@ def generate(
         stories = read_stories(story, parse_prompt)
         check_used(given, [memory])
         model, plans = _prepare(
+            context,
             stories,
             out,
             settings,
@@ -258,8 +260,8 @@ def evaluate(
     rows: list[KindFigures] = []
     timings: dict[str, KindTiming] = {}
 
-    def write(path: Path) -> None:
-        write_evaluation(rows, timings, settings, seed=seed, stories=stories, weights=used, out=path)
+    def write(path: Path) -> str:
+        return write_evaluation(rows, timings, settings, seed=seed, stories=stories, weights=used, out=path)
 
     def keep(row: KindFigures) -> None:
         rows.append(row)
@@ -272,9 +274,11 @@ def evaluate(
         if rows:
             typer.echo(evaluation_table(rows, timings))
         raise
-    write(target)
+    lost = write(target)
     typer.echo(evaluation_table(rows, timings))
-    typer.echo(f"written to {target} and {target.with_suffix('.png').name}")
+    typer.echo(f"written to {target}" + ("" if lost else f" and {target.with_suffix('.png').name}"))
+    if lost:
+        fail(lost, code=1)
 
 
 def _judge(
@@ -320,6 +324,7 @@ def _kind_bars(bar: Progress, kinds: Sequence[str]) -> Callable[[str, int, int],
 
 
 def _prepare(
+    context: typer.Context,
     stories: Sequence[Sequence[str]],
     out: Path,
     changes: Mapping[str, Any],

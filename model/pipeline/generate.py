@@ -43,6 +43,7 @@ class WanRun:
     """Of the video."""
     interrupted: bool = False
     error: str | None = None
+    problems: list[str] = field(default_factory=list)
 
     def speed(self) -> dict[str, object] | None:
         return speed(self.chunks, self.decode_seconds, self.plan.settings, self.plan.together)
@@ -64,6 +65,7 @@ class WanRun:
             "fps": FRAMES_PER_SECOND,
             "interrupted": self.interrupted,
             "error": self.error,
+            "problems": self.problems,
             "speed": self.speed(),
             "chunks": [
                 {

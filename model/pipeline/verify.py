@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from memflow_ops.environment import environment
-from memflow_ops.files import write_atomically
+from memflow_ops.files import write_atomically, write_picture
 from memflow_ops.model.pipeline.generate import HOW_MEASURED, speed, stream_videos, video_writer
 from memflow_ops.model.pipeline.plan import WanPlan
 from memflow_ops.model.pipeline.sources import Parts, Sources
@@ -154,7 +154,8 @@ def write_report(
 ) -> dict[str, object]:
     """Writes report.json and frames.png; returns what the former says."""
     said = record(streams, sources, device)
-    write_atomically(folder / "frames.png", _picture(streams))
+    lost = write_picture(folder / "frames.png", lambda: _picture(streams))
+    said["problems"] = [*problems(streams), *([lost] if lost else [])]
     write_atomically(folder / "report.json", (json.dumps(said, indent=1) + "\n").encode())
     return said
 
@@ -163,18 +164,21 @@ def _picture(streams: Sequence[VerifiedStream]) -> bytes:
     """A row of frames for each kind of memory, a column for each moment; PNG."""
     from matplotlib.figure import Figure
 
+    from memflow_ops.model.plot_style import own_style
+
     height, width = streams[0].shown[0].shape[:2]
-    figure = Figure(figsize=(2 * COLUMNS + 1, 2 * len(streams) * height / width + 0.6), layout="constrained")
-    axes = figure.subplots(len(streams), COLUMNS, squeeze=False)
-    chunks = len(streams[0].plan.prompts_by_chunk)
-    for stream, row in zip(streams, axes, strict=True):
-        for i, (axis, frame) in enumerate(zip(row, stream.shown, strict=True)):
-            axis.imshow(frame)
-            axis.set_xticks([])
-            axis.set_yticks([])
-            if axis in axes[0]:
-                axis.set_title(f"chunk {round(i * (chunks - 1) / (COLUMNS - 1))}", fontsize=8)
-        row[0].set_ylabel(stream.memory)
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=100)
-    return content.getvalue()
+    with own_style():
+        figure = Figure(figsize=(2 * COLUMNS + 1, 2 * len(streams) * height / width + 0.6), layout="constrained")
+        axes = figure.subplots(len(streams), COLUMNS, squeeze=False)
+        chunks = len(streams[0].plan.prompts_by_chunk)
+        for stream, row in zip(streams, axes, strict=True):
+            for i, (axis, frame) in enumerate(zip(row, stream.shown, strict=True)):
+                axis.imshow(frame)
+                axis.set_xticks([])
+                axis.set_yticks([])
+                if axis in axes[0]:
+                    axis.set_title(f"chunk {round(i * (chunks - 1) / (COLUMNS - 1))}", fontsize=8)
+            row[0].set_ylabel(stream.memory)
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=100)
+        return content.getvalue()

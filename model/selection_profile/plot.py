@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
-from memflow_ops.model.plot_style import INK, PALE, new_figure, plain_panel, png
+from memflow_ops.model.plot_style import INK, PALE, new_figure, own_style, plain_panel, png
 from memflow_ops.model.selection_profile.figures import ChoiceFigures
 from memflow_ops.model.selection_profile.quality import Choice
 from memflow_ops.model.selection_profile.report import choices_of, describe_choice
@@ -19,6 +19,7 @@ MARKERS = "osD^vP"
 LINE_STYLES = {"top": "-", "oracle": (0, (4, 2)), "random": (0, (1, 1.5))}
 
 
+@own_style()
 def draw_profile(figures: Sequence[ChoiceFigures], frame_tokens: int, title: str, settings: StreamSettings) -> bytes:
     """A PNG file of three panels.
 

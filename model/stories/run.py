@@ -1,12 +1,13 @@
 """Stories that are streamed together, from the first chunk to their files, however they end."""
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from memflow_ops.files import write_atomically
+from memflow_ops.files import write_atomically, write_picture
 from memflow_ops.model.stories.interrupts import Interrupts
 from memflow_ops.model.stories.video import VideoWriter
 
@@ -30,6 +31,8 @@ class StoryRun(Protocol):
     """Whether it ended before its last chunk."""
     error: str | None
     """The error that ended it, in words."""
+    problems: list[str]
+    """The pictures that could not be drawn, each in words."""
 
     @property
     def plan(self) -> StoryPlan: ...
@@ -47,6 +50,7 @@ def write_stories(
     rounds: Callable[[Interrupts], Iterator[None]],
     files: Callable[[RunType], dict[str, bytes]],
     report: Callable[[RunType], None] | None = None,
+    pictures: Mapping[str, Callable[[RunType], bytes]] | None = None,
 ) -> None:
     """Makes stories that are streamed together, chunk by chunk, and writes the files of each.
 
@@ -54,6 +58,8 @@ def write_stories(
         `Interrupts.allowed` around whatever may be interrupted.
     files: name -> content of every file of a story beside its video.
     report: is called with the first of the runs after every chunk.
+    pictures: name -> what draws a picture of a story. One that cannot be drawn becomes one of the run's `problems`, and
+        costs no other file; `files` is called afterwards.
 
     A story's files appear under their names when all of them are complete. Until then its video grows under another
     name. Ctrl-C, SIGTERM, SIGHUP or an error ends all stories early. The chunks that were finished are still written,
@@ -73,15 +79,18 @@ def write_stories(
         except BaseException as error:
             for run in runs:
                 run.interrupted, run.error = True, f"{type(error).__name__}: {error}"
-            _publish(runs, writers, files)
+            _publish(runs, writers, files, pictures or {})
             raise
-        _publish(runs, writers, files)
+        _publish(runs, writers, files, pictures or {})
     if interrupts.waiting and not runs[0].interrupted:
         raise KeyboardInterrupt  # the signal came after the last chunk
 
 
 def _publish(
-    runs: Sequence[RunType], writers: Sequence[VideoWriter], files: Callable[[RunType], dict[str, bytes]]
+    runs: Sequence[RunType],
+    writers: Sequence[VideoWriter],
+    files: Callable[[RunType], dict[str, bytes]],
+    pictures: Mapping[str, Callable[[RunType], bytes]],
 ) -> None:
     """Writes the files of every story. If those of one cannot be written, the others are still written, and the first
     error is raised at the end."""
@@ -89,6 +98,8 @@ def _publish(
     for run, writer in zip(runs, writers, strict=True):
         try:
             if run.chunks:
+                lost = [write_picture(run.plan.folder / name, partial(draw, run)) for name, draw in pictures.items()]
+                run.problems += [words for words in lost if words]
                 for name, content in files(run).items():
                     write_atomically(run.plan.folder / name, content)
                 writer.publish()

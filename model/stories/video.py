@@ -1,6 +1,7 @@
 """Video files: an mp4 that grows while it is made and can be played at any time, even if the process is killed."""
 
 from collections.abc import Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
@@ -8,6 +9,8 @@ import av
 import numpy as np
 from av.video.reformatter import ColorRange, Colorspace
 from torch import Tensor
+
+from memflow_ops.files import locked
 
 FRAMES_PER_SECOND = 8
 SCALE = 8
@@ -18,7 +21,8 @@ class VideoWriter:
     """Writes H.264 in yuv420p, which all players and browsers can play. A pixel becomes a square of `scale` x `scale`.
 
     The file grows, fragment by fragment, as `path` with "part" before its suffix (video.part.mp4), so that a process
-    that is killed leaves a playable file. `close` turns it into an ordinary mp4, and `publish` gives it its name.
+    that is killed leaves a playable file. `close` turns it into an ordinary mp4, and `publish` gives it its name. Only
+    one writer at a time may write a video: another one gets a ValueError until the first has left its context.
     """
 
     def __init__(
@@ -38,8 +42,10 @@ class VideoWriter:
         self.path, self.growing = path, path.with_suffix(f".part{path.suffix}")
         self.shape, self.scale, self.frames = (height, width), scale, 0
         # hybrid_fragmented: the file consists of fragments while it grows, and has one index when it is closed.
+        self._lock = ExitStack()
+        self._lock.enter_context(locked(path, wait=False))
         self._container = av.open(
-            str(self.growing),
+            _file_name(self.growing),
             "w",
             format="mp4",
             options={"movflags": "hybrid_fragmented+frag_keyframe+default_base_moof", "flush_packets": "1"},
@@ -97,12 +103,18 @@ class VideoWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        with self._lock:
+            self.close()
+
+
+def _file_name(path: Path) -> str:
+    """The name of a file for FFmpeg, which takes what stands before a colon for a protocol unless a slash comes first."""
+    return str(path.absolute())
 
 
 def read_video(path: Path) -> np.ndarray:
     """All frames of a video, RGB uint8 (F, height, width, 3)."""
-    with av.open(str(path)) as container:
+    with av.open(_file_name(path)) as container:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 

@@ -66,7 +66,8 @@ def stream_toy_story(model: CausalVideoModel, plan: ToyPlan, report: Callable[[T
     writer = VideoWriter(
         plan.folder / "video.mp4", settings.height, settings.width, fragment_frames=settings.chunk_frames
     )
-    write_stories([run], [writer], lambda interrupts: _rounds(model, run, writer, interrupts), _files, report)
+    pictures = {"timeline.png": _draw_timeline}
+    write_stories([run], [writer], lambda interrupts: _rounds(model, run, writer, interrupts), _files, report, pictures)
     return run
 
 
@@ -100,15 +101,18 @@ def _rounds(model: CausalVideoModel, run: ToyRun, writer: VideoWriter, interrupt
         yield
 
 
-def _files(run: ToyRun) -> dict[str, bytes]:
-    """The content of every file beside the video, by name."""
+def _draw_timeline(run: ToyRun) -> bytes:
     # It brings matplotlib, which `memflow --help` does not wait for.
     from memflow_ops.model.toy.timeline import draw_timeline
 
+    return draw_timeline(run)
+
+
+def _files(run: ToyRun) -> dict[str, bytes]:
+    """The content of every file beside video and timeline, by name."""
     archive = io.BytesIO()
     np.savez_compressed(archive, frames=run.video)
     return {
         "frames.npz": archive.getvalue(),
-        "timeline.png": draw_timeline(run),
         "run.json": (json.dumps(run.record(), indent=1) + "\n").encode(),
     }

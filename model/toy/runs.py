@@ -61,6 +61,7 @@ class ToyRun:
     """likewise, shaped like `frames`"""
     interrupted: bool = False
     error: str | None = None
+    problems: list[str] = field(default_factory=list)
 
     @property
     def video(self) -> np.ndarray:
@@ -141,6 +142,7 @@ class ToyRun:
             "frames": sum(map(len, self.frames)),
             "interrupted": self.interrupted,
             "error": self.error,
+            "problems": self.problems,
             "overhead": self.overhead(),
             "returns": self.returns(),
             "chunks": chunks,

@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from memflow_ops.model.plot_style import INK, PALE
+from memflow_ops.model.plot_style import INK, PALE, own_style
 from memflow_ops.model.streaming.streamer import Chunk
 from memflow_ops.model.toy.returns import colour_name
 from memflow_ops.model.toy.runs import ToyRun
@@ -78,6 +78,7 @@ class _Page:
         return target.getvalue()
 
 
+@own_style()
 def draw_timeline(run: ToyRun) -> bytes:
     """The picture of a story, as the content of a PNG file."""
     settings = run.plan.settings

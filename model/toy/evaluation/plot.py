@@ -5,11 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib.axes import Axes
 
-from memflow_ops.model.plot_style import INK, OTHERS, PALE, SUBJECT, new_figure, plain_panel, png
+from memflow_ops.model.plot_style import INK, OTHERS, PALE, SUBJECT, new_figure, own_style, plain_panel, png
 from memflow_ops.model.toy.evaluation.figures import KindFigures, Proportion
 from memflow_ops.model.toy.language import CHARACTERS
 
 
+@own_style()
 def draw_evaluation(kinds: Sequence[KindFigures]) -> bytes:
     """A PNG file with a line per kind of memory: hue with its interval, pattern, shape, and hue by gap."""
     figure = new_figure(13, 1.7 + 0.42 * len(kinds))

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from memflow_ops.environment import ROOT, environment
-from memflow_ops.files import sha256, write_atomically
+from memflow_ops.files import sha256, write_atomically, write_picture
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming
 from memflow_ops.model.toy.evaluation.held_out import FRAMES_PER_PROMPT
@@ -60,14 +60,11 @@ def write_evaluation(
     stories: int,
     weights: Path,
     out: Path,
-) -> None:
-    """Writes the figures as JSON to `out`, and as a picture beside it.
+) -> str:
+    """Writes the figures as JSON to `out`, and as a picture beside it. Gives "", or why there is no picture.
 
     settings, seed, stories (of each length) and weights (the file) are what the stories were streamed with.
     """
-    # It brings matplotlib, which every command would otherwise wait for, even `memflow --help`.
-    from memflow_ops.model.toy.evaluation.plot import draw_evaluation
-
     results = {
         "command": "memflow toy evaluate",
         **environment(torch.device("cpu")),
@@ -82,7 +79,14 @@ def write_evaluation(
         "rows": [asdict(kind) for kind in kinds],
     }
     write_atomically(out, (json.dumps(without_nan(results), indent=1, allow_nan=False) + "\n").encode())
-    write_atomically(out.with_suffix(".png"), draw_evaluation(kinds))
+    return write_picture(out.with_suffix(".png"), lambda: _draw(kinds))
+
+
+def _draw(kinds: Sequence[KindFigures]) -> bytes:
+    # It brings matplotlib, which every command would otherwise wait for, even `memflow --help`.
+    from memflow_ops.model.toy.evaluation.plot import draw_evaluation
+
+    return draw_evaluation(kinds)
 
 
 def without_nan(x: object) -> object:
