@@ -19,7 +19,7 @@ FLOORS = (
     ("kernels.launch", "kernels.primitives", "kernels.configs", "kernels.aot"),
     ("kernels.selection",),
     ("kernels",),
-    ("rotary", "files", "allocator", "version"),
+    ("rotary", "files", "allocator", "host_memory", "version"),
     ("impl",),
     ("environment",),
     ("ops.registration",),

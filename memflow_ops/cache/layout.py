@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memflow_ops.host_memory import free_host_bytes
+
 
 @dataclass(frozen=True)
 class CacheLayout:
@@ -68,6 +70,20 @@ class CacheLayout:
                 raise ValueError(f"{name} must be {'at least 0' if name in may_be_zero else 'positive'}, got {value}")
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r}")
+
+    def check_room(self, device: torch.device) -> None:
+        """A ValueError unless the device can give what the cache allocates on it; on CUDA, unless it is that large."""
+        if device.type not in ("cpu", "cuda"):
+            return
+        room = free_host_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[1]
+        if self.device_bytes > room:
+            raise ValueError(
+                f"a cache of {self.pool_frames} frames takes {self.device_bytes / 2**30:,.1f} GiB on {device}, where "
+                f"{room / 2**30:,.1f} GiB can be had: lower window_frames={self.window_frames}, "
+                f"sink_frames={self.sink_frames}, bank_frames={self.bank_frames}"
+                + f" or device_frames={self.device_frames}"
+                * bool(self.device_frames)
+            )
 
     def check_chunk_tensor(
         self, name: str, layer: int, tensor: Tensor, device: torch.device, frames: int | None = None

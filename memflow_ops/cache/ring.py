@@ -54,6 +54,7 @@ class RingCache(SavedByState, ABC):
     def __init__(self, layout: CacheLayout, device: torch.device | str, ring_start: int):
         """ring_start: the frame place at which the ring begins."""
         self.layout, self.device, self._ring_start = layout, torch.device(device), ring_start
+        layout.check_room(self.device)
         self._keys, self._values = layout.allocate_tokens(self.device), layout.allocate_tokens(self.device)
         blocks = (layout.layers, layout.batch, layout.pool_frames * layout.blocks_per_frame)
         vectors = (layout.kv_heads, layout.head_dim)

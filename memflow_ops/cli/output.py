@@ -1,4 +1,4 @@
-"""What a command prints never costs its work: stdout and stderr that cannot take a message lose it, and nothing else."""
+"""What a command prints never costs its work: where stdout or stderr cannot take a message, only that is lost."""
 
 from __future__ import annotations
 

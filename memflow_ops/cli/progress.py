@@ -24,7 +24,7 @@ def run_stories(
 ) -> Iterator[Sequence[RunType]]:
     """Generate one stream of stories after another behind a progress bar. Yield each when its files are written.
 
-    A picture that could not be drawn is told at the end, when all stories are made, and ends the command with exit code 1.
+    A picture that could not be drawn is told when all stories are made, and ends the command with exit code 1.
 
     streams: the plans of the stories that are streamed together, for every stream. generate: streams such plans and
     calls back after every chunk. speed: the words that the bar shows beside the time that is left. written: the words

@@ -341,8 +341,11 @@ def _prepare(
     least = bank_frames + TOY_SETTINGS.window_frames
     settings = replace(TOY_SETTINGS, **changes, device_frames=max(TOY_SETTINGS.device_frames, least))
     model = load_model(weights or TOY_WEIGHTS, pick_device(device))
+    settings.cache_layout(model, 1).check_room(model.patch_embedding.weight.device)
     name = str(weights) if weights else f"memflow_ops/model/weights/{TOY_WEIGHTS.name}"
-    return model, make_toy_plans(stories, out, settings, weights=name, **planning)
+    plans = make_toy_plans(stories, out, settings, weights=name, **planning)
+    context.with_resource(locked_folders([out, *(plan.folder for plan in plans)]))
+    return model, plans
 
 
 def _stream(model: CausalVideoModel, plans: Sequence[ToyPlan]) -> Iterator[ToyRun]:

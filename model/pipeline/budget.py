@@ -3,12 +3,12 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.environment import device_name
+from memflow_ops.host_memory import free_host_bytes
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.wan.transformer import ModelConfig
 
@@ -228,22 +228,6 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     return free_host_bytes()
-
-
-def free_host_bytes() -> int:
-    """Memory that the host can still give this process, within the limit of its control group (Linux)."""
-    about = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines() if ":" in line)
-    free = int(about["MemAvailable"].split()[0]) * 1024
-    group = Path("/sys/fs/cgroup")
-    try:
-        limit = (group / "memory.max").read_text().strip()
-        if limit != "max":
-            statistics = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
-            used = int((group / "memory.current").read_text()) - int(statistics["inactive_file"])
-            free = min(free, int(limit) - used)
-    except (OSError, KeyError, ValueError):
-        pass  # no control group, or another version of them
-    return max(free, 0)
 
 
 def size(count: int) -> str:

@@ -22,6 +22,7 @@ from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT
 from memflow_ops.model.pipeline.sources import Sources
 from memflow_ops.model.stories.prompts import chunk_prompts
 from memflow_ops.model.streaming.cuda_graphs import why_not_record
+from memflow_ops.model.streaming.inputs import find_condition
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.wan.text_encoder import find_text_encoder
 from memflow_ops.model.wan.vae import find_vae
@@ -159,6 +160,9 @@ def stream_budget(
     """The memory of a stream of `batch` stories and `chunks` chunks. A ValueError where it does not fit, or where the
     parts of the pipeline do not fit one another."""
     dtype, config = sources.torch_dtype(free.device), pretrained.config
+    find_condition(
+        config, settings, settings.chunk_frames
+    )  # refuses what a stream cannot give the model, a picture for one
     model = empty_model(config).to(dtype)
     tokens = model.tokens(settings.height, settings.width)
     records = options.cuda_graphs is not False and not why_not_record(free.device, settings)

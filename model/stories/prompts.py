@@ -4,6 +4,9 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+MOST_CHUNKS = 10_000_000
+"""Months of video; the prompts of all chunks of a story are a list."""
+
 
 def read_stories(path: Path, check: Callable[[str], object]) -> list[list[str]]:
     """The prompts of every story in a JSON-lines file, one story per line: {"prompts": ["...", ...]}.
@@ -70,5 +73,10 @@ def chunk_prompts(
     if len(lengths) != 1 or not lengths[0]:
         raise ValueError(f"stories that run together must have the same number of prompts, at least 1, got {lengths}")
     chunks = -(-lengths[0] * frames_per_prompt // chunk_frames)
+    if chunks > MOST_CHUNKS:
+        raise ValueError(
+            f"{lengths[0]} prompts with frames_per_prompt={frames_per_prompt} make {chunks} chunks, and at most "
+            f"{MOST_CHUNKS} are possible"
+        )
     numbers = [min(chunk * chunk_frames // frames_per_prompt, lengths[0] - 1) for chunk in range(chunks)]
     return [tuple(story[i] for story in stories) for i in numbers]

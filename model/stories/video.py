@@ -108,7 +108,7 @@ class VideoWriter:
 
 
 def _file_name(path: Path) -> str:
-    """The name of a file for FFmpeg, which takes what stands before a colon for a protocol unless a slash comes first."""
+    """The name of a file for FFmpeg, which takes what precedes a colon for a protocol, unless a slash comes first."""
     return str(path.absolute())
 
 

@@ -11,6 +11,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+MOST_STEPS = 1000
+
 
 def shifted(s: Tensor, shift: float) -> Tensor:
     """Shifts evenly spread noise levels s, from 0 to 1. 0 and 1 stay as they are."""
@@ -30,6 +32,8 @@ class FlowMatchSampler:
     ):
         if steps < 1:
             raise ValueError(f"steps must be at least 1, got {steps}")
+        if steps > MOST_STEPS:
+            raise ValueError(f"steps must be at most {MOST_STEPS}, as many as the model has timesteps, got {steps}")
         if shift <= 0:
             raise ValueError(f"shift must be positive, got {shift}")
         if prediction not in ("velocity", "x0"):

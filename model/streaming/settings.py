@@ -1,6 +1,7 @@
 """The settings of a stream, and the size of the cache that follows from them."""
 
-from dataclasses import dataclass, field
+import numbers
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 import torch
@@ -21,6 +22,22 @@ USED_BY: dict[str, tuple[MemoryMode, ...]] = {
     "bank_schedule": ("released",),
 }
 """The kinds of memory that use a setting, for settings that a command offers and not all kinds use."""
+
+
+MOST = 2**31 - 1
+"""No number of frames, tokens or steps is larger: the operators count in 32 bits."""
+
+
+def _whole(name: str, value: object) -> int | None:
+    """An integer, also one of numpy, as an int, so that it can be saved and written as JSON; None stays None."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    number = int(value)
+    if number > MOST:
+        raise ValueError(f"{name} must be at most {MOST}, got {number}")
+    return number
 
 
 @dataclass(frozen=True)
@@ -79,6 +96,9 @@ class StreamSettings:
     """Implementation of the attention op: auto, reference, torch or triton."""
 
     def __post_init__(self) -> None:
+        for setting in fields(self):
+            if setting.type in (int, int | None):
+                object.__setattr__(self, setting.name, _whole(setting.name, getattr(self, setting.name)))
         choices = (
             ("memory", MemoryMode),
             ("relevance", RelevanceKind),

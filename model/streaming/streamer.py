@@ -18,6 +18,7 @@ If a chunk is interrupted, the next call makes it again from the start. `state_d
 between two chunks and continue it elsewhere, with the same frames to the bit.
 """
 
+import numbers
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -144,7 +145,12 @@ class Streamer(SavedByState):
         """
         self.report, self.observe = report, observe
         self.model, self.settings = model, settings
-        self.seeds = [seed + story for story in range(batch)] if isinstance(seed, int) else list(seed)
+        if isinstance(seed, numbers.Integral):  # numpy's integers too
+            self.seeds = [int(seed) + story for story in range(batch)]
+        elif isinstance(seed, Iterable) and all(isinstance(one, numbers.Integral) for one in seed):
+            self.seeds = [int(one) for one in seed]
+        else:
+            raise TypeError(f"seed must be an int or a sequence of ints, one per story, got {seed!r}")
         if len(self.seeds) != batch or min(self.seeds, default=0) < 0:
             raise ValueError(f"seed must be a number >= 0 or {batch} of them, one per story, got {seed}")
         self.device = model.patch_embedding.weight.device

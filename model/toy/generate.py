@@ -41,6 +41,7 @@ def make_toy_plans(
     One story goes to `out` itself, several go to out/story-000, out/story-001, ... with the seeds seed, seed + 1, ...
     The history gets room for the whole story.
     """
+    seed = int(seed)  # one of numpy's integers could not be written as JSON
     if seed < 0:
         raise ValueError(f"seed must be at least 0, got {seed}")
     plans = []
