@@ -205,9 +205,9 @@ def _of_module(patterns: Mapping[str, Any], names: Sequence[str], default: Any) 
     return next((value for pattern, value in patterns.items() if _matches(pattern, names)), default)
 
 
-def read_lora_config(file: Path) -> LoraConfig:
-    """Reads the adapter_config.json beside a LoRA's file; an empty config if there is none."""
-    path = file.parent / "adapter_config.json"
+def read_lora_config(place: Path) -> LoraConfig:
+    """Reads the adapter_config.json beside a LoRA's file, or in its folder; an empty config if there is none."""
+    path = (place if place.is_dir() else place.parent) / "adapter_config.json"
     return LoraConfig.from_json(read_json(path), str(path)) if path.is_file() else LoraConfig()
 
 

@@ -145,7 +145,7 @@ def read_lora(path: Path | str, alpha: float | None = None) -> Lora:
     tensors = file.lora or file.tensors
     config = config_of_metadata(file.metadata, str(path))
     if config is None:
-        config = read_lora_config(file.path if file.path.is_file() else file.path / "adapter_model.safetensors")
+        config = read_lora_config(file.path)
     return parse_lora(tensors, config, str(path), alpha)
 
 

@@ -323,6 +323,15 @@ def test_a_given_alpha_is_that_of_one_lora(tmp_path, weights):
     check(read_pretrained(tmp_path / "base.pt", lora_alpha=6, **SAID), merged(weights, inside, 2))
 
 
+def test_the_config_of_a_lora_inside_a_folder_is_that_of_the_folder(tmp_path, weights):
+    made = pairs(weights, (Q0,))
+    (tmp_path / "Wan").mkdir()
+    save_file({**weights, **in_peft(made, "")}, tmp_path / "Wan" / "diffusion_pytorch_model.safetensors")
+    for folder, alpha in ((tmp_path, 99), (tmp_path / "Wan", 6)):
+        (folder / "adapter_config.json").write_text(json.dumps({"r": 3, "lora_alpha": alpha}))
+    check(read_pretrained(tmp_path / "Wan", **SAID), merged(weights, made, 2))
+
+
 def test_a_given_alpha_leaves_the_patterns_of_the_config(tmp_path, weights, base):
     made = pairs(weights, (Q0, Q1))
     lora = lora_folder(tmp_path / "lora", in_peft(made), r=3, lora_alpha=3, alpha_pattern={"blocks.0.*": 12})
