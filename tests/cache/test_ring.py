@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
 from memflow_ops.cache import CacheLayout, FrameCache, ReleasedCache, ReleasedLayout, RingCache
@@ -258,3 +259,15 @@ def test_what_a_pass_with_gradients_wrote_is_read_as_part_of_its_graph(make, rec
     cache.write(0, k, v)
     cache.abort()
     assert not cache._in_graph  # the graph is not kept alive
+
+
+@caches
+def test_a_write_refuses_tangents(make):
+    """What is written keeps no tangent, so that a derivative in forward mode would be zero."""
+    cache = make()
+    cache.update_bank(TEXT_KEYS)
+    cache.begin_chunk()
+    k, v = torch.zeros(2, 2, 18, 2, 4)
+    with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="write has no forward-mode derivative"):
+        cache.write(0, forward_ad.make_dual(k, v), v)
+    cache.write(0, k, v)
