@@ -198,13 +198,14 @@ def model_items(
         where CUDA graphs keep a pool of their own.
     """
     text = 2 * config.num_layers * batch * config.text_len * config.dim
-    working = PASS_UNITS * batch * settings.chunk_frames * tokens * (config.dim + config.ffn_dim)
+    per_frame = PASS_UNITS * batch * tokens * (config.dim + config.ffn_dim)
+    working = per_frame * (settings.longest_pass + (pools - 1) * settings.chunk_frames)  # the longest is not recorded
     return [
         Item("transformer's weights", parameters * dtype.itemsize, f"{parameters:,} x {dtype.itemsize} bytes"),
         Item("text keys and values", text * dtype.itemsize),
         Item(
             "working memory of a pass",
-            pools * working * dtype.itemsize,
+            working * dtype.itemsize,
             "estimated; twice, for CUDA graphs and without" if pools == 2 else "estimated",
         ),
     ]

@@ -149,6 +149,12 @@ class StreamSettings:
             self.host_frames * has_bank,
         )
 
+    @property
+    def longest_pass(self) -> int:
+        """The most frames that one pass of the model is over: a chunk, or all that is re-cached at once."""
+        at_once = self.memory == "released" and self.bank_schedule == "interactive" and self.recache
+        return max(self.chunk_frames, self.sink_frames + self.window_frames if at_once else 0)
+
     def prototypes(self, chunks: int) -> int:
         """How many prototypes so many chunks leave behind; a frame of the sink is not stored twice."""
         return sum(chunk * self.chunk_frames >= self.sink_frames for chunk in range(chunks))

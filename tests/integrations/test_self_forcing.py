@@ -451,3 +451,19 @@ def test_their_limit_on_what_is_attended_to_does_not_hold_in_the_comparison():
     swap_attention(model, window_frames=3)
     call(ours, torch.randn(1, 3 * T, DIM), new_cache(12), 0)
     assert ours.max_attention_size == 3
+
+
+def test_a_forward_that_fails_by_itself_is_named(monkeypatch):
+    """For one, because it needs a package for CUDA and runs on a CPU."""
+    _, ours, model = both()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *arguments: 1 / 0)
+    swap_attention(model, impl="reference")
+    cache, x = new_cache(9), torch.randn(1, 3 * T, DIM)
+    with pytest.raises(
+        RuntimeError, match=r"TheirAttention's own forward fails here.*ZeroDivisionError.*compare=False"
+    ):
+        call(ours, x, cache, 0)
+    assert not cache["k"].any()
+    restore_attention(model)
+    swap_attention(model, impl="reference", compare=False)
+    assert call(ours, x, cache, 0).isfinite().all()

@@ -153,6 +153,12 @@ class _Forward:
             if limit is not None:
                 self.module.max_attention_size = max(limit, cache["k"].shape[1])
             result = self.original(**call)
+        except Exception as error:
+            raise RuntimeError(
+                f"{type(self.module).__qualname__}'s own forward fails here, so that ours cannot be compared with it: "
+                f"{type(error).__name__}: {error}. The cache has not been changed; swap_attention(..., compare=False) "
+                "does without the comparison"
+            ) from error
         finally:
             if limit is not None:
                 self.module.max_attention_size = limit

@@ -1,9 +1,12 @@
 """The plans of streams: what follows from a story and what the user has asked for."""
 
 import pytest
+import torch
 
+from memflow_ops.model.pipeline.budget import model_items
 from memflow_ops.model.pipeline.plan import StreamOptions
 from memflow_ops.model.pipeline.settings import wan_settings
+from memflow_ops.model.wan.transformer import ModelConfig
 
 
 @pytest.mark.parametrize(
@@ -23,3 +26,17 @@ def test_the_bank_is_filled_as_the_authors_program_for_such_a_story_does(prompts
 def test_other_kinds_of_memory_have_no_schedule():
     settings = wan_settings("memflow")
     assert StreamOptions().for_story(settings, ["a ball"]) is settings
+
+
+def test_a_window_that_is_recached_at_once_is_counted():
+    """A pass over the 12 frames of sink and window holds four times what one over a chunk of 3 does; CUDA graphs keep
+    what the passes over chunks need once more."""
+    config = ModelConfig(dim=24, ffn_dim=32, num_heads=2, num_layers=2, in_dim=4, out_dim=4, text_dim=6, text_len=5)
+
+    def working(pools, **changes):
+        settings = wan_settings("released", **changes)
+        return model_items(config, settings, 1000, 1, 1560, torch.bfloat16, pools)[-1].bytes
+
+    chunk = working(1, bank_schedule="single-prompt")
+    assert working(1) == 4 * chunk and working(2) == 5 * chunk
+    assert working(1, recache=False) == chunk and working(2, bank_schedule="single-prompt") == 2 * chunk
