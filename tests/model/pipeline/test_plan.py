@@ -35,7 +35,7 @@ def test_a_window_that_is_recached_at_once_is_counted():
 
     def working(pools, **changes):
         settings = wan_settings("released", **changes)
-        return model_items(config, settings, 1000, 1, 1560, torch.bfloat16, pools)[-1].bytes
+        return model_items(config, settings, 1000, 1, 1560, torch.bfloat16, pools)[-1].size
 
     chunk = working(1, bank_schedule="single-prompt")
     assert working(1) == 4 * chunk and working(2) == 5 * chunk
