@@ -57,6 +57,15 @@ def assert_same_state(a: RingCache, b: RingCache) -> None:
             assert x == y
 
 
+@pytest.mark.parametrize("kind", [CacheLayout, ReleasedLayout])
+def test_a_cache_for_which_there_is_no_memory_is_refused(kind):
+    layout = kind(**SIZES, bank_frames=0, sink_frames=30 * 10**8)
+    with pytest.raises(
+        ValueError, match=r"a cache of 30000000\d\d frames takes .* GiB on cpu.* sink_frames=3000000000"
+    ):
+        (FrameCache if kind is CacheLayout else ReleasedCache)(layout)
+
+
 @caches
 def test_a_chunk_takes_the_places_of_the_one_that_leaves_the_window(make):
     cache = make()

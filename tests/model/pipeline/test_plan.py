@@ -1,11 +1,15 @@
 """The plans of streams: what follows from a story and what the user has asked for."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
-from memflow_ops.model.pipeline.budget import model_items
-from memflow_ops.model.pipeline.plan import StreamOptions
+from memflow_ops.model.checkpoints.pretrained import Pretrained
+from memflow_ops.model.pipeline.budget import FreeMemory, model_items
+from memflow_ops.model.pipeline.plan import StreamOptions, plan_streams
 from memflow_ops.model.pipeline.settings import wan_settings
+from memflow_ops.model.pipeline.sources import Sources
 from memflow_ops.model.wan.transformer import ModelConfig
 
 
@@ -40,3 +44,21 @@ def test_a_window_that_is_recached_at_once_is_counted():
     chunk = working(1, bank_schedule="single-prompt")
     assert working(1) == 4 * chunk and working(2) == 5 * chunk
     assert working(1, recache=False) == chunk and working(2, bank_schedule="single-prompt") == 2 * chunk
+
+
+def test_a_model_that_takes_a_picture_is_refused_before_anything_is_loaded():
+    """Image-to-video: its file has the names of a text-to-video model, and more channels go in."""
+    sizes = {"dim": 24, "ffn_dim": 40, "num_heads": 2, "num_layers": 1, "in_dim": 36, "out_dim": 16}
+    pretrained = Pretrained({}, ModelConfig(**sizes, text_dim=8, text_len=6), "i2v.safetensors", "our")
+    nowhere = Path("nowhere")
+    free = FreeMemory(torch.device("cpu"), 2**40, None)
+    with pytest.raises(ValueError, match="this model expects 20 channels"):
+        plan_streams(
+            [["a ball"]],
+            nowhere,
+            wan_settings("sink", height=4, width=6),
+            Sources(nowhere, nowhere, None),
+            pretrained,
+            free,
+            StreamOptions(),
+        )

@@ -4,11 +4,13 @@ import copy
 import gc
 import io
 import itertools
+import json
 import pickle
 import sys
 from collections.abc import Iterator
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -111,6 +113,26 @@ def test_stopped_and_resumed_it_gives_the_same_bits(model, changes):
         second.load_state_dict(torch.load(file, weights_only=True))
         for got, want in zip(chunks_of(second, 14 - stop), whole[stop:], strict=True):
             assert_same(got, want)
+
+
+@pytest.mark.parametrize("seeds", [np.int64(4), np.array([4, 5])], ids=["one", "one per story"])
+def test_integers_of_numpy_are_integers(model, seeds):
+    """Also in what is saved, which torch would not load, and JSON not write."""
+    changes = {**MODES["memflow"], "top_k": np.int64(4), "device_frames": np.int32(30), "query_group": np.uint8(5)}
+    streamer = Streamer(model, 2, settings_of(**changes), seeds, encode=encode)
+    for got, want in zip(chunks_of(streamer, 4), chunks_of(make(model, MODES["memflow"]), 4), strict=True):
+        assert_same(got, want)
+    file = io.BytesIO()
+    torch.save(streamer.state_dict(), file)
+    file.seek(0)
+    make(model, MODES["memflow"]).load_state_dict(torch.load(file, weights_only=True))
+    assert json.loads(json.dumps(vars(streamer.settings))) == vars(settings_of())
+
+
+@pytest.mark.parametrize("seed", [1.0, "7", None, [1, 2.0]], ids=str)
+def test_a_seed_that_is_no_integer_is_refused(model, seed):
+    with pytest.raises(TypeError, match="seed must be an int or a sequence of ints, one per story"):
+        Streamer(model, 2, settings_of(), seed, encode=encode)
 
 
 def test_a_state_is_a_copy(model):

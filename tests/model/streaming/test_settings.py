@@ -12,6 +12,12 @@ def test_a_stream_has_no_size_of_its_own():
         StreamSettings(width=8)
 
 
+@pytest.mark.parametrize("value", [24.0, "24", True], ids=str)
+def test_what_is_no_integer_is_refused(value):
+    with pytest.raises(TypeError, match="top_k must be an int, got"):
+        StreamSettings(**SIZES, top_k=value)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -19,6 +25,8 @@ def test_a_stream_has_no_size_of_its_own():
         ({"relevance": "cosine"}, "relevance must be one of linear, softmax, coverage, random, got 'cosine'"),
         ({"window_frames": 7}, "window_frames must be a multiple of chunk_frames=3, got 7"),
         ({"steps": 0}, "steps must be positive, got 0"),
+        ({"steps": 1001}, "steps must be at most 1000"),
+        ({"bank_frames": 10**30}, "bank_frames must be at most 2147483647, got 1000"),
         ({"shift": -1.0}, "shift must be positive, got -1.0"),
         ({"top_k": 0}, "top_k must be positive, got 0"),
         ({"query_group": 0}, "query_group must be positive or None"),
