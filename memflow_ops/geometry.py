@@ -9,7 +9,10 @@ from torch import Tensor
 
 @dataclass(frozen=True, eq=False)
 class Geometry:
-    """How queries and bank are divided, where the frames of the bank lie, and how scores are scaled.
+    """How queries and bank are divided, where the frames of the bank lie, what queries see, and how scores are scaled.
+
+    Of a window with n valid keys query i of Lq sees the first n keys, or with `causal` the first i + 1 + n - Lq: the
+    last query sees all of the valid ones, each one before it one less.
 
     The public functions in memflow_ops/ops/ check the arguments that it is made from; implementations trust it.
     """
@@ -26,7 +29,17 @@ class Geometry:
     """The slot table (B, F) int32: frame j of the bank is stored frame `memory_slots[b, j]`, clamped to those that
     there are. None: the stored frames are the bank, in order."""
     memory_frames: Tensor | None = None
-    """(B,) int32: how many of the leading frames of the bank are valid, clamped to 0..F. None: all are."""
+    """(B,) or (B, G) int32: how many of the leading frames of the bank are valid, for all query groups or for each,
+    clamped to 0..F. None: all are."""
+    causal: bool = False
+    """Whether a query sees only some of the valid keys of the window, as stated above."""
+    seqused_k: Tensor | None = None
+    """(B,) int32: how many of the leading keys of the window are valid, clamped to 0..Lk. None: all are."""
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether every query sees every key of the window, whatever device tensors hold."""
+        return not self.causal and self.seqused_k is None
 
     @property
     def blocks_per_frame(self) -> int:

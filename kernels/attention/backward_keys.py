@@ -11,7 +11,14 @@ import triton.language as tl
 
 from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.attention.backward_queries import load_terms
-from memflow_ops.kernels.attention.blocks import Blocks, Segment, locate_block, segment_of_head
+from memflow_ops.kernels.attention.blocks import (
+    Blocks,
+    Segment,
+    count_valid_keys,
+    locate_block,
+    segment_of_head,
+    valid_keys_of,
+)
 from memflow_ops.kernels.attention.inverse import Inverse
 from memflow_ops.kernels.configs import backward_keys_config, capability_of
 from memflow_ops.kernels.launch import Launch
@@ -25,6 +32,7 @@ def query_places(
     members,  # pointer to the members of the block, see Inverse; or None: all queries of each query head
     query_group,
     queries,
+    skipped,  # the first tiles of each member, which see none of the keys
     BLOCK_M: tl.constexpr,
     PACKED: tl.constexpr,
 ):
@@ -42,9 +50,9 @@ def query_places(
         member = tl.load(members + entry, mask=there, other=0)
         first = (member & 0xFFFFFFFF).to(tl.int32)
     else:
-        tiles_per_member = tl.cdiv(query_group, BLOCK_M)
+        tiles_per_member = tl.cdiv(query_group, BLOCK_M) - skipped
         entry = tile // tiles_per_member
-        start = (tile - entry * tiles_per_member) * BLOCK_M
+        start = (tile - entry * tiles_per_member + skipped) * BLOCK_M
         offset = lanes
         there = start + offset < query_group
         member = entry.to(tl.int64) << 32
@@ -61,7 +69,8 @@ def backward_keys_kernel(
     grad_out,  # Strided (B, Lq, H, D), strides None: those of q
     q,  # Strided (B, Lq, H, D)
     segment,  # Segment (B, frames * frame_tokens, Hkv, D)
-    inverse,  # Inverse, or None: every query attended to every block
+    inverse,  # Inverse, or None: the segment is the window
+    seqused,  # (B,) int32, contiguous: how many leading keys of the window are valid; None: all
     terms,  # (B, H, Lq) int64 of row_terms_kernel
     grad_k,  # Strided like k, or None: not wanted
     grad_v,
@@ -77,6 +86,7 @@ def backward_keys_kernel(
     BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,  # HEAD_DIM rounded up to a power of two
     PACKED: tl.constexpr,
+    CAUSAL: tl.constexpr,  # key j is seen by the queries from j + queries - keys on
 ):
     PARTS: tl.constexpr = (BLOCK_SIZE + BLOCK_N - 1) // BLOCK_N
     block = tl.program_id(0) // PARTS
@@ -99,8 +109,18 @@ def backward_keys_kernel(
         begin = tl.load(inverse.starts + number)
         count = tl.load(inverse.starts + number + 1) - begin
         members = inverse.members + begin
-    tiles = tl.cdiv(count * query_group, BLOCK_M) if PACKED else count * tl.cdiv(query_group, BLOCK_M)
-    read = present & (tiles > 0)  # what nobody attended to is not read
+    first_key = start + tl.program_id(0) % PARTS * BLOCK_N
+    skipped = 0
+    if CAUSAL:
+        keys = count_valid_keys(seqused, batch, frame_tokens)
+        skipped = tl.minimum(tl.maximum(first_key + queries - keys, 0) // BLOCK_M, tl.cdiv(query_group, BLOCK_M))
+    tiles = tl.cdiv(count * query_group, BLOCK_M) if PACKED else count * (tl.cdiv(query_group, BLOCK_M) - skipped)
+    read = present
+    if seqused is not None:
+        keys = count_valid_keys(seqused, batch, frame_tokens)
+        tiles = tl.where(first_key < keys, tiles, 0)
+        read = read & (tokens < keys)
+    read = read & (tiles > 0)  # what nobody attended to is not read
     segment = segment_of_head(segment, batch, kv_head)
     key = load_rows(segment.k + tokens * segment.k_strides[1], read, columns, HEAD_DIM)  # [BLOCK_N, DIM]
     if grad_k is not None:
@@ -114,7 +134,7 @@ def backward_keys_kernel(
     terms += batch * tl.num_programs(1) * HEADS_PER_KV_HEAD * queries
     for tile in range(tiles):
         # What all lanes share is added first: it needs no registers per lane.
-        head, first, offset, there = query_places(tile, count, members, query_group, queries, BLOCK_M, PACKED)
+        head, first, offset, there = query_places(tile, count, members, query_group, queries, skipped, BLOCK_M, PACKED)
         head += first_head
         query_rows = query_base + head * q.strides[2] + first * q.strides[1] + offset * q.strides[1]
         query = load_rows(query_rows, there, columns, HEAD_DIM)  # [BLOCK_M, DIM]
@@ -125,11 +145,19 @@ def backward_keys_kernel(
             slopes = matmul(value, tl.trans(grad), zeros - row_delta[None, :])
         scores = matmul(key, tl.trans(query), zeros) * scale_log2  # [BLOCK_N, BLOCK_M]
         weights = tl.math.exp2(scores - row_lse[None, :])
+        if CAUSAL:
+            shift = first.to(tl.int32) + keys - queries  # the last key that the first query sees
+            if shift < first_key + BLOCK_N - 1:
+                sees = (first_key + tl.arange(0, BLOCK_N))[:, None] <= (shift + tl.arange(0, BLOCK_M))[None, :]
+                weights = tl.where(sees, weights, 0.0)
         if grad_v is not None:
             grad_value = matmul(cast(weights, grad.dtype), grad, grad_value)
         if grad_k is not None:
             grad_key = matmul(cast(weights * slopes, query.dtype), query, grad_key)
 
+    if seqused is not None:  # keys that are not valid counted as keys of zeros
+        grad_key = tl.where(read[:, None], grad_key, 0.0)
+        grad_value = tl.where(read[:, None], grad_value, 0.0)
     mask = present[:, None] & (columns < HEAD_DIM)[None, :]
     if grad_k is not None:
         grad_rows = row_pointers(grad_k, batch, tokens, kv_head)
@@ -153,7 +181,7 @@ def plan_backward_keys(
 ) -> tuple[Launch, torch.Tensor | None, torch.Tensor | None]:
     """The launch that fills the gradients of k and v of the segment, and these tensors, None where not wanted.
 
-    inverse: which groups selected which block; None: every query attended to all keys, whatever the geometry says.
+    inverse: which groups selected which block; None: the segment is the window.
     """
     batch, queries, heads, head_dim = q.shape
     _, length, kv_heads, _ = segment.k.shape
@@ -171,6 +199,7 @@ def plan_backward_keys(
         q=strided(q),
         segment=segment,
         inverse=inverse,
+        seqused=None if inverse is not None else valid_keys_of(geometry),
         terms=terms,
         grad_k=None if grad_k is None else strided(grad_k),
         grad_v=None if grad_v is None else strided(grad_v),
@@ -182,6 +211,7 @@ def plan_backward_keys(
         HEADS_PER_KV_HEAD=heads // kv_heads,
         HEAD_DIM=head_dim,
         BLOCK_SIZE=block_size,
+        CAUSAL=geometry.causal and inverse is None,
         **tiles,
     )
     parts = triton.cdiv(block_size, tiles["BLOCK_N"])

@@ -10,15 +10,18 @@ from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.attention.blocks import (
     Segment,
     blocks_of,
+    count_valid_keys,
     frames_of,
     list_pointers,
     plan_unions,
     segment_of_head,
+    tile_mask,
     union_of_tile,
     used_entries,
+    valid_keys_of,
     walk_list,
-    walk_segment,
     walk_union,
+    walk_window,
 )
 from memflow_ops.kernels.attention.split import rows_of_tile
 from memflow_ops.kernels.configs import BACKWARD_QUERIES_TILES, attend_config, capability_of
@@ -114,7 +117,7 @@ def queries_tile(
         lse = tl.where(wanted, lse, float("inf"))
     grad_scores = tl.math.exp2(scores * rows.scale_log2 - lse[:, None]) * slopes
     if ragged:
-        grad_scores = tl.where(present[None, :], grad_scores, 0.0)
+        grad_scores = tl.where(tile_mask(present), grad_scores, 0.0)
     if GUARD:
         grad_scores = tl.where(wanted[:, None], grad_scores, 0.0)
     after = matmul(cast(grad_scores, key.dtype), key, grad_query)
@@ -130,6 +133,7 @@ def backward_queries_kernel(
     grad_out,  # Strided (B, Lq, H, D), strides None: those of q
     q,  # Strided (B, Lq, H, D)
     window,  # Segment (B, Lk, Hkv, D), or without keys
+    seqused,  # (B,) int32, contiguous: how many leading keys of the window are valid; None: all
     memory,  # Segment (B, stored frames * frame_tokens, Hkv, D), or without keys: no bank
     frames,  # Frames of the bank, or None
     indices,  # Strided (B, H, G, K) int32
@@ -147,6 +151,7 @@ def backward_queries_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,  # HEAD_DIM rounded up to a power of two
+    CAUSAL: tl.constexpr,  # the window, see walk_window
 ):
     tile = tl.program_id(0)
     group, rows, row_mask = rows_of_tile(tile, queries, query_group, unions is None, BLOCK_M)
@@ -188,7 +193,10 @@ def backward_queries_kernel(
 
     if window.k is not None:
         window = segment_of_head(window, batch, kv_head)
-        grad_query = walk_segment(queries_tile, query_tile, grad_query, window, keys, columns, HEAD_DIM, BLOCK_N)
+        grad_query = walk_window(
+            queries_tile, query_tile, grad_query, window, count_valid_keys(seqused, batch, keys), rows, row_mask,
+            queries, columns, HEAD_DIM, BLOCK_N, CAUSAL,
+        )  # fmt: skip
 
     grad_rows = row_pointers(grad_q, batch, rows, head)
     mask = row_mask[:, None] & (columns < HEAD_DIM)[None, :]
@@ -251,6 +259,7 @@ def plan_backward_queries(
         grad_out=strided(grad_out, like=q),
         q=strided(q),
         window=window,
+        seqused=None if window.k is None else valid_keys_of(geometry),
         memory=memory,
         frames=frames,
         indices=None if indices is None else strided(indices),
@@ -265,6 +274,7 @@ def plan_backward_queries(
         HEADS_PER_KV_HEAD=heads // next((part.k.shape[2] for part in (window, memory) if part.k is not None), heads),
         HEAD_DIM=head_dim,
         BLOCK_SIZE=geometry.block_size,
+        CAUSAL=geometry.causal,
         **tiles,
     )
     groups = 1 if by_row else triton.cdiv(queries, query_group)

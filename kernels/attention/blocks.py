@@ -2,11 +2,13 @@
 
 A walk visits tiles of keys and hands each to a step: `attend_tile` of the forward pass, or `queries_tile` of the
 backward pass. The keys of a dense segment are visited in order, the blocks of a list that all rows share one after
-the other; rows with lists of their own visit the union of the lists together.
+the other; rows with lists of their own visit the union of the lists together. With a causal mask rows see different
+numbers of the keys of the dense segment.
 
 step(rows, state, key, value, present, ragged, wanted, GUARD) -> state
 rows: what the step knows of its rows of queries · state: what it has accumulated so far · key, value [BLOCK_N, DIM],
-0 where there is no key · present [BLOCK_N] false: there is no such key · ragged: whether any is false · wanted
+0 where there is no key · present [BLOCK_N] false: there is no such key; or [BLOCK_M, BLOCK_N] false: the row does not
+see it · ragged: whether any is false · wanted
 [BLOCK_M] false: this row does not attend to the tile; or None: all rows do · GUARD: rows that do not want the tile
 keep their state even if the tile holds values that are not finite
 """
@@ -42,6 +44,11 @@ def segment_of(k: torch.Tensor | None, v: torch.Tensor | None) -> Segment:
     if k is None or v is None or not k.shape[1]:
         return Segment()
     return Segment(k, v, k.stride()[:3], strided(v, like=k).strides)
+
+
+def valid_keys_of(geometry: Geometry) -> torch.Tensor | None:
+    """How many leading keys of the window are valid, (B,) int32, contiguous; None: all."""
+    return None if geometry.seqused_k is None else geometry.seqused_k.contiguous()
 
 
 class Frames(NamedTuple):
@@ -128,16 +135,70 @@ def list_pointers(indices, batch, head, group):
 
 
 @triton.jit
+def tile_mask(present):
+    """What a step gets as `present`, as a mask [1 or BLOCK_M, BLOCK_N] of scores."""
+    if len(present.shape) == 1:
+        present = present[None, :]
+    return present
+
+
+@triton.jit
+def count_valid_keys(seqused, batch, keys):
+    """How many leading keys of the window are valid: seqused[batch] clamped to 0..keys; all of them for None."""
+    if seqused is not None:
+        keys = tl.minimum(tl.maximum(tl.load(seqused + batch), 0), keys)
+    return keys
+
+
+@triton.jit
 def walk_segment(
-    step: tl.constexpr, rows, state, segment, keys, columns, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr
+    step: tl.constexpr, rows, state, segment, begin, end, seen, columns, HEAD_DIM: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Visit the first `keys` keys of a segment, which all rows attend to. Returns the state after the last step."""
-    for first in range(0, keys, BLOCK_N):
+    """Visit the keys begin..end-1 of a segment. Returns the state after the last step.
+
+    seen [BLOCK_M]: how many leading keys of the segment each row sees, at most `end`; None: all rows see all.
+    """
+    for first in range(begin, end, BLOCK_N):
         lanes = tl.arange(0, BLOCK_N)
         token = tl.zeros([], tl.int64) + first
-        present = first + lanes < keys
+        present = first + lanes < end
         key, value = load_keys(segment, token, lanes.to(tl.int64), present, columns, HEAD_DIM)
-        state = step(rows, state, key, value, present, first + BLOCK_N > keys, None, False)
+        if seen is None:
+            state = step(rows, state, key, value, present, first + BLOCK_N > end, None, False)
+        else:
+            state = step(rows, state, key, value, (first + lanes)[None, :] < seen[:, None], True, None, False)
+    return state
+
+
+@triton.jit
+def walk_window(
+    step: tl.constexpr,
+    rows,
+    state,
+    segment,
+    keys,  # valid ones
+    numbers,  # [BLOCK_M] int64, of the rows among the queries
+    row_mask,
+    queries,
+    columns,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CAUSAL: tl.constexpr,
+):
+    """Visit the keys of the window that the rows see. Returns the state after the last step.
+
+    CAUSAL: query i of them sees the first i + 1 + keys - queries. Tiles that all rows see need no mask for that, and
+    tiles that no row sees are not visited.
+    """
+    if CAUSAL:
+        seen = (numbers + (keys + 1 - queries)).to(tl.int32)
+        end = tl.max(tl.where(row_mask, seen, 0), 0)
+        seen_by_all = tl.maximum(tl.min(tl.where(row_mask, seen, end), 0), 0)
+        diagonal = seen_by_all // BLOCK_N * BLOCK_N
+        state = walk_segment(step, rows, state, segment, 0, diagonal, None, columns, HEAD_DIM, BLOCK_N)
+        state = walk_segment(step, rows, state, segment, diagonal, end, seen, columns, HEAD_DIM, BLOCK_N)
+    else:
+        state = walk_segment(step, rows, state, segment, 0, keys, None, columns, HEAD_DIM, BLOCK_N)
     return state
 
 

@@ -12,13 +12,15 @@ import triton.language as tl
 
 from memflow_ops.kernels.attention.blocks import (
     blocks_of,
+    count_valid_keys,
     list_pointers,
     segment_of_head,
+    tile_mask,
     union_of_tile,
     used_entries,
     walk_list,
-    walk_segment,
     walk_union,
+    walk_window,
 )
 from memflow_ops.kernels.attention.split import rows_of_tile, tile_and_split
 from memflow_ops.kernels.primitives import (
@@ -53,8 +55,9 @@ class LastRound(NamedTuple):
     means: Strided | None = None
     """The group means, Strided (B, G, H, D) float32; None: a tile is a whole group, whose mean the kernel computes."""
     valid_frames: Any = None
-    """(B,) int32: how many leading frames of the bank are valid; None: all."""
-    valid_stride: Any = None
+    """(B,) or (B, G) int32: how many leading frames of the bank are valid; None: all."""
+    valid_strides: Any = None
+    """See strides_of_counts."""
 
 
 class ForwardRows(NamedTuple):
@@ -85,7 +88,7 @@ def attend_tile(
     query = rows.query
     scores = matmul(query, tl.trans(key), tl.zeros([query.shape[0], key.shape[0]], tl.float32))
     if ragged:
-        scores = tl.where(present[None, :], scores, float("-inf"))
+        scores = tl.where(tile_mask(present), scores, float("-inf"))
     if GUARD:
         scores = tl.where(wanted[:, None], scores, float("-inf"))
     weights, correction, row_max, row_sum = online_softmax_update(
@@ -131,7 +134,9 @@ def play_last_round(
         mean = tl.load(mean_row + columns, mask=columns < HEAD_DIM, other=0.0)
     candidates = last_round.candidates
     if candidates is None:
-        count = count_valid_blocks(last_round.valid_frames, batch * last_round.valid_stride, frames, blocks.per_frame)
+        count = count_valid_blocks(
+            last_round.valid_frames, last_round.valid_strides, batch, group, frames, blocks.per_frame
+        )
     else:
         candidates += row_of_lists * last_round.candidate_count
         count = last_round.candidate_count
@@ -152,12 +157,14 @@ def write_result(state, out, lse, batch, head, rows, row_mask, HEAD_DIM: tl.cons
     return normalised, row_lse
 
 
-# FLOPs: 4 * D * H * (Lq * Lk + the sum over query tiles of the keys that they walk over). Bytes: q, out and k, v of
-# the segments once per query tile (from L2, mostly). Bound by the tensor cores.
+# FLOPs: 4 * D * H * (Lq * Lk, or with a causal mask the pairs that see each other, + the sum over query tiles of the
+# keys of the bank that they walk over). Bytes: q, out and k, v of the segments once per query tile (from L2, mostly).
+# Bound by the tensor cores.
 @triton.jit
 def attend_kernel(
     q,  # Strided (B, Lq, H, D)
     window,  # Segment (B, Lk, Hkv, D), or without keys
+    seqused,  # (B,) int32, contiguous: how many leading keys of the window are valid; None: all
     memory,  # Segment (B, stored frames * frame_tokens, Hkv, D), or without keys: no bank
     frames,  # Frames of the bank, or None
     indices,  # Strided (B, H, G, K) int32: read, and written first where there is a last round
@@ -183,6 +190,7 @@ def attend_kernel(
     CHUNKS: tl.constexpr,  # of candidates, see select_one
     COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,  # programs per tile of the last wave
+    CAUSAL: tl.constexpr,  # the window, see walk_window
 ):
     tile = tl.program_id(0)
     if partial is not None:
@@ -244,7 +252,10 @@ def attend_kernel(
 
     if window.k is not None:
         window = segment_of_head(window, batch, kv_head)
-        state = walk_segment(attend_tile, query_tile, state, window, keys, columns, HEAD_DIM, BLOCK_N)
+        state = walk_window(
+            attend_tile, query_tile, state, window, count_valid_keys(seqused, batch, keys), rows, row_mask, queries,
+            columns, HEAD_DIM, BLOCK_N, CAUSAL,
+        )  # fmt: skip
 
     final = row_mask
     if partial is not None:

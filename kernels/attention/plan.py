@@ -6,7 +6,7 @@ import torch
 import triton
 
 from memflow_ops.geometry import Geometry
-from memflow_ops.kernels.attention.blocks import Segment, frames_of, plan_unions, segment_of
+from memflow_ops.kernels.attention.blocks import Segment, frames_of, plan_unions, segment_of, valid_keys_of
 from memflow_ops.kernels.attention.forward import LastRound, attend_kernel
 from memflow_ops.kernels.attention.split import plan_merge_splits
 from memflow_ops.kernels.configs import (
@@ -20,6 +20,7 @@ from memflow_ops.kernels.configs import (
 from memflow_ops.kernels.launch import Launch, run_all
 from memflow_ops.kernels.primitives import strided
 from memflow_ops.kernels.selection.groups import plan_select, plan_shortlist
+from memflow_ops.kernels.selection.scores import strides_of_counts
 
 
 @dataclass(frozen=True)
@@ -35,7 +36,7 @@ class BlockSource:
     means: torch.Tensor | None = None
     """The group means (B, G, H, D) float32; None: a tile is a whole group, whose mean the kernel computes."""
     memory_frames: torch.Tensor | None = None
-    """(B,) int32: how many leading frames of the bank are valid, where all blocks are scored; None: all."""
+    """(B,) or (B, G) int32: how many leading frames of the bank are valid, where all blocks are scored; None: all."""
 
     def last_round(self) -> LastRound:
         """The argument tuple for attend_kernel."""
@@ -47,7 +48,7 @@ class BlockSource:
             candidate_count=0 if self.candidates is None else self.candidates.shape[-1],
             means=None if self.means is None else strided(self.means),
             valid_frames=self.memory_frames,
-            valid_stride=0 if self.memory_frames is None else self.memory_frames.stride(0),
+            valid_strides=strides_of_counts(self.memory_frames),
         )
 
 
@@ -105,6 +106,7 @@ def plan_attend(
     arguments = dict(
         q=strided(q),
         window=window,
+        seqused=None if window.k is None else valid_keys_of(geometry),
         memory=memory,
         frames=frames,
         indices=None if indices is None else strided(indices),
@@ -125,6 +127,7 @@ def plan_attend(
         HEAD_DIM=head_dim,
         BLOCK_SIZE=geometry.block_size,
         SPLITS=splits,
+        CAUSAL=geometry.causal,
         **tiles,
         **rounds,
     )
@@ -142,7 +145,7 @@ def attend(
     geometry: Geometry,
     resume: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One softmax over {k} and the keys of the selected blocks, and over what `resume` has already seen.
+    """One softmax over what the queries see of k and the keys of the selected blocks, and over what `resume` has seen.
 
     q (B, Lq, H, D); k, v (B, Lk, Hkv, D), or None: no dense segment; memory_k, memory_v (B, stored frames *
     frame_tokens, Hkv, D) and indices (B, H, G, K) int32 with G = ceil(Lq / query_group), or None: no bank. One dtype

@@ -20,11 +20,13 @@ from memflow_ops.kernels.selection.describe import plan_block_means
 from memflow_ops.kernels.selection.ranking import sortable_key, write_top_k
 from memflow_ops.kernels.selection.rows import plan_select_rows
 from memflow_ops.kernels.selection.scores import (
-    count_valid_blocks,
+    choosable,
     described_bank,
     descriptor_pointers,
     descriptors_of_head,
+    differs_by_group,
     score_tile,
+    valid_blocks_of_rows,
 )
 
 
@@ -73,6 +75,7 @@ def span_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,  # blocks of a span
     DIM_TILE: tl.constexpr,
+    BY_GROUP: tl.constexpr,  # groups differ in how many frames are valid
 ):
     span = tl.program_id(0) % spans
     head = tl.program_id(1).to(tl.int64)
@@ -82,12 +85,11 @@ def span_kernel(
     mean_rows = row_pointers(means, batch, rows.to(tl.int64), head)
     descriptors = descriptors_of_head(bank, batch, head // HEADS_PER_KV_HEAD)
     blocks = span * COLUMNS + tl.arange(0, COLUMNS)
-    valid = blocks < count_valid_blocks(
-        bank.valid_frames, batch * bank.valid_stride, bank.frames, bank.blocks_per_frame
-    )
+    valid_blocks, each = valid_blocks_of_rows(bank, batch, rows, row_mask, BY_GROUP)
+    valid = blocks < valid_blocks
     pointers = descriptor_pointers(descriptors, blocks, valid)
     scores = score_tile(None, mean_rows, row_mask, pointers, valid, ROWS, COLUMNS, HEAD_DIM, DIM_TILE)
-    keys = tl.where(valid[None, :], sortable_key(scores), 0).to(tl.uint32)
+    keys = tl.where(choosable(blocks, each, BY_GROUP), sortable_key(scores), 0).to(tl.uint32)
     output_rows = indices + (((batch * tl.num_programs(1) + head) * groups + rows) * spans + span) * top_k
     write_top_k(output_rows, row_mask, span * COLUMNS, keys, top_k, None)
 
@@ -161,6 +163,7 @@ def plan_shortlist(q: torch.Tensor, descriptors: torch.Tensor, top_k: int, geome
         spans=spans,
         HEADS_PER_KV_HEAD=heads // descriptors.shape[2],
         HEAD_DIM=head_dim,
+        BY_GROUP=differs_by_group(geometry.memory_frames),
         **tiles,
     )
     grid = (triton.cdiv(groups, tiles["ROWS"]) * spans if top_k else 0, heads, batch)

@@ -22,17 +22,19 @@ from memflow_ops.kernels.primitives import load_rows, row_pointers, strided
 from memflow_ops.kernels.selection.ranking import fill_unused, kth_key, score_of_key, sortable_key, write_chosen
 from memflow_ops.kernels.selection.scores import (
     DescribedBank,
-    count_valid_blocks,
+    choosable,
     descriptor_pointers,
     descriptors_of_head,
     score_tile,
+    valid_blocks_of_rows,
 )
 
 
 @triton.jit
 def bank_pass(
-    query, query_rows, row_mask, descriptors, valid_blocks, bound, sign,
+    query, query_rows, row_mask, descriptors, valid_blocks, each, bound, sign,
     FIRST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr,
+    BY_GROUP: tl.constexpr,
 ):  # fmt: skip
     """One pass over the scores times `sign`: the best score of each class below `bound` [ROWS], and how many lie below.
 
@@ -46,6 +48,8 @@ def bank_pass(
         valid = blocks < valid_blocks
         rows = descriptor_pointers(descriptors, blocks, valid)
         scores = sign * score_tile(query, query_rows, row_mask, rows, valid, ROWS, COLUMNS, HEAD_DIM, DIM_TILE)
+        if BY_GROUP:
+            scores = tl.where(choosable(blocks, each, BY_GROUP), scores, float("nan"))
         below = scores == scores if FIRST else scores < bound[:, None]
         best = tl.maximum(best, tl.where(below, scores, float("-inf")))
         count += tl.sum(below.to(tl.int32), 1)
@@ -74,6 +78,7 @@ def select_rows_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     DIM_TILE: tl.constexpr,  # on tensor cores HEAD_DIM rounded up to a power of two
+    BY_GROUP: tl.constexpr,  # groups differ in how many frames are valid
 ):
     head = tl.program_id(1).to(tl.int64)
     batch = tl.program_id(2).to(tl.int64)
@@ -81,7 +86,7 @@ def select_rows_kernel(
     row_mask = rows < groups
     query_rows = row_pointers(queries, batch, rows.to(tl.int64), head)
     descriptors = descriptors_of_head(bank, batch, head // HEADS_PER_KV_HEAD)
-    valid_blocks = count_valid_blocks(bank.valid_frames, batch * bank.valid_stride, bank.frames, bank.blocks_per_frame)
+    valid_blocks, each = valid_blocks_of_rows(bank, batch, rows, row_mask, BY_GROUP)
     query = load_rows(query_rows, row_mask, tl.arange(0, DIM_TILE), HEAD_DIM) if TENSOR_CORES else None
 
     # With at most k valid blocks all are chosen, and no score is computed: a k-th key of 0 lies below every valid one.
@@ -90,8 +95,9 @@ def select_rows_kernel(
     ties_wanted = tl.zeros([ROWS], tl.int32) + top_k
     if ranked:
         kth, ties_wanted = kth_of_bank(
-            query, query_rows, row_mask, descriptors, valid_blocks, top_k, ROWS, COLUMNS, HEAD_DIM, DIM_TILE
-        )
+            query, query_rows, row_mask, descriptors, valid_blocks, each, top_k, ROWS, COLUMNS, HEAD_DIM, DIM_TILE,
+            BY_GROUP,
+        )  # fmt: skip
 
     output_rows = indices + ((batch * tl.num_programs(1) + head) * groups + rows) * top_k
     taken = tl.zeros([ROWS], tl.int32)
@@ -103,22 +109,23 @@ def select_rows_kernel(
             scores = score_tile(query, query_rows, row_mask, pointers, valid, ROWS, COLUMNS, HEAD_DIM, DIM_TILE)
         else:
             scores = tl.zeros([ROWS, COLUMNS], tl.float32)
-        keys = tl.where(valid[None, :], sortable_key(scores), 0).to(tl.uint32)
+        keys = tl.where(choosable(blocks, each, BY_GROUP), sortable_key(scores), 0).to(tl.uint32)
         ties_wanted, taken = write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken, None)
     fill_unused(output_rows, row_mask, taken, top_k)
 
 
 @triton.jit
 def kth_of_bank(
-    query, query_rows, row_mask, descriptors, valid_blocks, k,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr,
+    query, query_rows, row_mask, descriptors, valid_blocks, each, k,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, DIM_TILE: tl.constexpr, BY_GROUP: tl.constexpr,
 ):  # fmt: skip
     """The sortable key of each row's k-th highest score, and how many of the scores equal to it are among the k best.
 
     For a row that is not done, at least k scores reach `low`, and fewer than k reach `high` unless it is infinite.
     """
     best, numbers = bank_pass(
-        query, query_rows, row_mask, descriptors, valid_blocks, None, 1.0, True, ROWS, COLUMNS, HEAD_DIM, DIM_TILE,
+        query, query_rows, row_mask, descriptors, valid_blocks, each, None, 1.0, True, ROWS, COLUMNS, HEAD_DIM,
+        DIM_TILE, BY_GROUP,
     )  # fmt: skip
     # Where at most k scores are numbers, NaN is the k-th.
     kth = tl.full([ROWS], float("nan"), tl.float32)
@@ -132,8 +139,8 @@ def kth_of_bank(
         rounds += 1
         # Up from low, which is the k-th score if fewer than k lie above it. If not, those above give a new high.
         best, above = bank_pass(
-            query, query_rows, row_mask, descriptors, valid_blocks, -low, -1.0, False, ROWS, COLUMNS, HEAD_DIM,
-            DIM_TILE,
+            query, query_rows, row_mask, descriptors, valid_blocks, each, -low, -1.0, False, ROWS, COLUMNS, HEAD_DIM,
+            DIM_TILE, BY_GROUP,
         )  # fmt: skip
         found = (done == 0) & (above < k)
         kth = tl.where(found, low, kth)
@@ -145,8 +152,8 @@ def kth_of_bank(
         # Down from the bound, which is the k-th score if exactly k reach it. If more do, it is the new low.
         # If fewer do, those below it give the new low.
         best, below = bank_pass(
-            query, query_rows, row_mask, descriptors, valid_blocks, bound, 1.0, False, ROWS, COLUMNS, HEAD_DIM,
-            DIM_TILE,
+            query, query_rows, row_mask, descriptors, valid_blocks, each, bound, 1.0, False, ROWS, COLUMNS, HEAD_DIM,
+            DIM_TILE, BY_GROUP,
         )  # fmt: skip
         reach = numbers - below
         found = (done == 0) & (reach == k)
@@ -172,6 +179,7 @@ def plan_select_rows(queries: torch.Tensor, bank: DescribedBank, top_k: int) -> 
         top_k=top_k,
         HEADS_PER_KV_HEAD=heads // bank.descriptors.pointer.shape[2],
         HEAD_DIM=head_dim,
+        BY_GROUP=bank.valid_strides is not None and bank.valid_strides[1] is not None,
         **tiles,
     )
     grid = (triton.cdiv(groups, tiles["ROWS"]) if top_k else 0, heads, batch)

@@ -19,8 +19,9 @@ class DescribedBank(NamedTuple):
     slot_stride: Any
     """Between the tables of two batch elements."""
     valid_frames: Any
-    """(B,) int32: how many leading frames of the bank are valid; None: all."""
-    valid_stride: Any
+    """(B,) or (B, G) int32: how many leading frames of the bank are valid; None: all."""
+    valid_strides: Any
+    """See strides_of_counts."""
     frames: Any
     stored_frames: Any
     blocks_per_frame: Any
@@ -39,11 +40,23 @@ def described_bank(
         slots=memory_slots,
         slot_stride=0 if memory_slots is None else memory_slots.stride(0),
         valid_frames=memory_frames,
-        valid_stride=0 if memory_frames is None else memory_frames.stride(0),
+        valid_strides=strides_of_counts(memory_frames),
         frames=stored_frames if memory_slots is None else memory_slots.shape[1],
         stored_frames=stored_frames,
         blocks_per_frame=blocks_per_frame,
     )
+
+
+def strides_of_counts(counts: torch.Tensor | None) -> tuple[int, int | None] | None:
+    """The strides of counts (B,) or (B, G), the second None where all groups share a count; None for None."""
+    if counts is None:
+        return None
+    return counts.stride(0), counts.stride(1) if differs_by_group(counts) else None
+
+
+def differs_by_group(counts: torch.Tensor | None) -> bool:
+    """Whether counts are (B, G), one for each query group."""
+    return counts is not None and counts.dim() == 2
 
 
 class HeadDescriptors(NamedTuple):
@@ -70,12 +83,42 @@ def descriptors_of_head(bank, batch, kv_head):
 
 
 @triton.jit
-def count_valid_blocks(valid_frames, offset, frames, blocks_per_frame):
-    """How many leading blocks of the bank are valid: valid_frames[offset] frames (None: all), clamped to 0..frames."""
+def count_valid_blocks(valid_frames, strides, batch, group, frames, blocks_per_frame):
+    """How many leading blocks of the bank are valid for groups (a scalar or [ROWS]): frames (None: all), clamped.
+
+    It is a scalar where all groups share a count.
+    """
     count = frames
     if valid_frames is not None:
+        offset = batch * strides[0]
+        if strides[1] is not None:
+            offset += group * strides[1]
         count = tl.minimum(tl.maximum(tl.load(valid_frames + offset), 0), frames)
     return count * blocks_per_frame
+
+
+@triton.jit
+def valid_blocks_of_rows(bank, batch, groups, row_mask, BY_GROUP: tl.constexpr):
+    """How many leading blocks of the bank are valid for any of the groups [ROWS], and for each of them.
+
+    The second is [ROWS] with BY_GROUP, where groups differ in it, and else the first.
+    """
+    each = count_valid_blocks(
+        bank.valid_frames, bank.valid_strides, batch, tl.where(row_mask, groups, 0), bank.frames, bank.blocks_per_frame
+    )
+    largest = each
+    if BY_GROUP:
+        each = tl.where(row_mask, each, 0)
+        largest = tl.max(each, 0)
+    return largest, each
+
+
+@triton.jit
+def choosable(blocks, each, BY_GROUP: tl.constexpr):
+    """Which blocks [COLUMNS] each row can choose, [1 or ROWS, COLUMNS]; each: of valid_blocks_of_rows."""
+    if BY_GROUP:
+        each = each[:, None]
+    return blocks[None, :] < each
 
 
 @triton.jit

@@ -25,11 +25,11 @@ def memory_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, LSE and the selected indices (B, H, G, K), K = 0 without a bank; see `memflow_ops.memory_attention`."""
     implementation = implementation_of(impl, q.device)
-    backend = dense.resolve(dense_backend, impl, q, k, v)
+    backend = dense.resolve(dense_backend, impl, q, k, v, geometry)
     segment: tuple[Tensor | None, Tensor | None] = (k, v)
     resume = None
     if backend != "own":
-        resume = dense.attend(backend, q, k, v, geometry.softmax_scale)
+        resume = dense.attend(backend, q, k, v, geometry.softmax_scale, geometry.causal)
         segment = (None, None)
     if memory_k is None or memory_v is None:
         groups = geometry.query_groups(q.shape[1])

@@ -5,10 +5,12 @@ from __future__ import annotations
 import importlib
 import inspect
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from memflow_ops.geometry import Geometry
 from memflow_ops.impl import NOT_INSTALLED, why_not_import
 
 OWN_BELOW_KEYS = 512
@@ -24,13 +26,14 @@ FLASH_ATTENTION = ("flash_attn.cute", "flash_attn_interface", "flash_attn")
 """The modules in which flash-attn 4, 3 and 2 have their `flash_attn_func`. The first that can be imported is used."""
 
 
-def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, scale=scale)
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+    attention = torch.ops.aten._scaled_dot_product_cudnn_attention
+    out, lse, *_ = attention(q, k, v, None, True, is_causal=causal, scale=scale)
     return out, lse
 
 
-def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, scale=scale)
+def _flash(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+    out, lse, *_ = torch.ops.aten._scaled_dot_product_flash_attention(q, k, v, is_causal=causal, scale=scale)
     return out, lse
 
 
@@ -58,11 +61,13 @@ def cpu_attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | 
     return out, lse
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
     function = _flash_attn_func()
     keywords = inspect.signature(function).parameters
-    wants_lse = {name: True for name in ("return_attn_probs", "return_lse") if name in keywords}
-    result = function(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, **wants_lse)
+    options = {name: True for name in ("return_attn_probs", "return_lse") if name in keywords}
+    if causal:
+        options["causal"] = True
+    result = function(*(x.transpose(1, 2) for x in (q, k, v)), softmax_scale=scale, **options)
     if not isinstance(result, tuple) or not isinstance(result[1], Tensor):
         raise RuntimeError(f"{function.__module__}.flash_attn_func returned no LSE: use another dense_backend")
     return result[0].transpose(1, 2), result[1]
@@ -87,15 +92,32 @@ def why_no_flash_attn() -> str:
 
 # Each takes q (B, H, Lq, D) and k, v (B, H, Lk, D), and returns out like q and the natural-log LSE (B, H, Lq or more).
 # The LSE of cuDNN has a last dimension of 1 in some versions of torch, and some of flash-attn round its length up.
-_BACKENDS = {"cudnn": _cudnn, "flash": _flash, "flash_attn": _flash_attn, "cpu": cpu_attention}
+_BACKENDS: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
+    "cudnn": _cudnn,
+    "flash": _flash,
+    "flash_attn": _flash_attn,
+    "cpu": cpu_attention,
+}
 NAMES = ("auto", "own", *_BACKENDS)
 """What `dense_backend` of memory_attention can be."""
 
 
-def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor) -> str:
-    """The reason why this backend cannot attend from q to k, v (B, L, heads, D); "" if it can. Reads no values."""
+def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry | None = None) -> str:
+    """The reason why this backend cannot attend from q to k, v (B, L, heads, D); "" if it can. Reads no values.
+
+    geometry: says which keys the queries see; None: they see all.
+    """
     if backend == "own":
         return ""
+    if geometry is not None and geometry.seqused_k is not None:
+        return "it takes no seqused_k, use own"
+    if geometry is not None and geometry.causal:
+        if backend == "cpu":
+            return "it takes no causal mask, use own"
+        # Torch aligns its mask to the top left, and the heads that share a key head are folded into queries.
+        if q.shape[1:3] != k.shape[1:3]:
+            lengths = f"{q.shape[1]} and {k.shape[1]} tokens and {q.shape[2]} and {k.shape[2]} heads"
+            return f"with causal=True it needs q and k of one length and as many heads, got {lengths}, use own"
     if backend == "cpu":
         return "" if q.device.type == "cpu" else f"it is for CPUs, the tensors are on {q.device}"
     if q.device.type != "cuda":
@@ -126,22 +148,22 @@ def is_aligned(x: Tensor) -> bool:
     return x.data_ptr() % 16 == 0 and all(step * x.element_size() % 16 == 0 for step in steps)
 
 
-def resolve(backend: str, impl: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+def resolve(backend: str, impl: str, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry | None = None) -> str:
     """The name of the backend that attends; `auto` is chosen by implementation, device, dtype and length of the window.
 
-    Raises a ValueError, with the reason, if `backend` cannot attend here.
+    geometry: as in `why_not`. Raises a ValueError, with the reason, if `backend` cannot attend here.
     """
     if k.shape[1] == 0:
         return "own"
     if backend != "auto":
-        reason = why_not(backend, q, k, v)
+        reason = why_not(backend, q, k, v, geometry)
         if reason:
             raise ValueError(f"dense_backend={backend!r} cannot attend here: {reason}")
         return backend
     if impl != "triton" or (q.device.type == "cuda" and k.shape[1] < OWN_BELOW_KEYS):
         return "own"
     for name in _preferred(q):
-        if not why_not(name, q, k, v):
+        if not why_not(name, q, k, v, geometry):
             return name
     return "own"
 
@@ -155,9 +177,13 @@ def _preferred(q: Tensor) -> tuple[str, ...]:
     return ("flash", "flash_attn", "cudnn")
 
 
-def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Dense attention from q (B, Lq, H, D) to k, v (B, Lk, Hkv, D): out (B, Lq, H, D) and LSE (B, H, Lq) float32."""
-    return attend_folded(_BACKENDS[backend], q, k, v, scale)
+def attend(backend: str, q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool = False) -> tuple[Tensor, Tensor]:
+    """Dense attention from q (B, Lq, H, D) to k, v (B, Lk, Hkv, D): out (B, Lq, H, D) and LSE (B, H, Lq) float32.
+
+    causal: query i sees the keys up to i; `why_not` says where a backend cannot do that.
+    """
+    attention = partial(_BACKENDS[backend], causal=True) if causal else _BACKENDS[backend]
+    return attend_folded(attention, q, k, v, scale)
 
 
 def attend_folded(

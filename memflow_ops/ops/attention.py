@@ -26,6 +26,8 @@ def memory_attention(
     query_group: int | None = 128,
     memory_frames: Tensor | None = None,
     memory_slots: Tensor | None = None,
+    causal: bool = False,
+    seqused_k: Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
     impl: str = "auto",
@@ -39,10 +41,11 @@ def memory_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to every key of a local window and to the most relevant blocks of a memory bank, under one softmax.
 
-    A query attends to all of `k` and to the `top_k` blocks of the bank that `select_blocks` gives its query group.
+    A query attends to all of `k` (see `causal` and `seqused_k`) and to the `top_k` blocks of the bank that
+    `select_blocks` gives its query group.
     This is sparse memory activation (SMA) of MemFlow, arXiv 2512.14699, with blocks and query groups in the place of
-    frames and chunks. The function can replace `flash_attn_func(q, k, v, softmax_scale=...)` where that is called
-    without dropout, causal mask and window, also if the call says so itself.
+    frames and chunks. The function can replace `flash_attn_func(q, k, v, softmax_scale=..., causal=...)` where that is
+    called without dropout and window, also if the call says so itself.
 
     Blocks that are not selected are not read, so their values do not matter, NaN included. Gradients reach q, k, v,
     memory_k and memory_v (first derivatives only, in reverse mode). The selection has no gradient.
@@ -63,11 +66,19 @@ def memory_attention(
         frame_tokens: tokens per frame of the bank. None: the bank is one frame.
         query_group: the number of consecutive queries that share a selection. 1: every query has its own. None: all
             queries share one.
-        memory_frames: how many of the leading frames of the bank are valid, (B,) int32. None: all are. Values are
+        memory_frames: how many of the leading frames of the bank are valid, int32: (B,) for all query groups, or (B, G)
+            for each of the G = ceil(Lq / query_group) groups, as a causal model needs it. None: all are. Values are
             clamped to their range on the device; the host never reads them.
         memory_slots: the slot table (B, F) int32, like the block table of a paged cache: frame j of the bank is frame
             `memory_slots[b, j]` of memory_k, memory_v and memory_descriptors. None: it is frame j. Values are clamped
             to their range on the device; the host never reads them.
+        causal: whether a query sees only the keys of the window that are not after it. The mask is aligned to the
+            bottom right, as in flash-attn: with n valid keys query i sees the first i + 1 + n - Lq of them, perhaps
+            none. The bank is the past, so it is not masked. A NaN or an infinity in the window may reach queries that
+            do not see it.
+        seqused_k: how many of the leading keys of the window are valid, (B,) int32. None: all are. The others are not
+            read. Values are clamped to their range on the device; the host never reads them on CUDA, so that one CUDA
+            graph serves a window that fills.
         softmax_scale: the factor of the scores. None: 1/sqrt(D).
         return_lse: whether to return the LSE too.
         impl: `reference` (the specification), `torch`, `triton` (D up to 256, not float64) or `auto`. `auto` is
@@ -76,8 +87,9 @@ def memory_attention(
             other backend the implementation continues the backend's softmax over the bank: `cudnn` or `flash` (torch's
             own, for float16 and bfloat16 on CUDA), `flash_attn` (the package, version 4, 3 or 2) or `cpu` (torch's
             flash attention for CPUs). `auto`: for `triton` the best backend of the device, but `own` for short windows
-            and where no backend takes the dtype; for other implementations `own`. The implementation itself computes
-            all gradients in every case. They are equal bit for bit in every run.
+            and where no backend takes the dtype; for other implementations `own`. `cudnn`, `flash` and `flash_attn` can
+            be causal where q and k have the same length and heads; no backend takes `seqused_k`. The implementation
+            itself computes all gradients in every case. They are equal bit for bit in every run.
         dropout_p, window_size, softcap, alibi_slopes, return_attn_probs: arguments of `flash_attn_func`, accepted where
             they ask for nothing: 0.0, (-1, -1), 0.0, None, False.
         deterministic: an argument of `flash_attn_func`; every run is deterministic in any case.
@@ -111,7 +123,10 @@ def memory_attention(
     checks.check_impl(impl)
     checks.check_dense_backend(dense_backend)
     if memory_frames is not None:
-        checks.check_integers("memory_frames", memory_frames, (q.shape[0],), q)
+        checks.check_frame_counts(memory_frames, q, -(-q.shape[1] // group))
+    causal = checks.check_flag("causal", causal)
+    if seqused_k is not None:
+        checks.check_integers("seqused_k", seqused_k, (q.shape[0],), q)
     frame = 1 if frame_tokens is None else checks.check_positive("frame_tokens", frame_tokens)
     if memory_k is not None and memory_v is not None:
         checks.check_pair("memory_k", memory_k, "memory_v", memory_v, q)
@@ -132,8 +147,9 @@ def memory_attention(
             if value is not None:
                 raise ValueError(f"{name} is given without memory_k and memory_v")
     bank = (memory_k, memory_v, memory_descriptors, memory_frames, memory_slots)
-    sizes = (top_k, block_size, frame, group, scale)
-    out, lse, _ = registration.memory_attention(q, k, v, *bank, *sizes, dispatch.resolve(impl, q), dense_backend)
+    sizes = (top_k, block_size, frame, group, scale, causal)
+    impl = dispatch.resolve(impl, q)
+    out, lse, _ = registration.memory_attention(q, k, v, *bank, seqused_k, *sizes, impl, dense_backend)
     return (out, lse) if return_lse else out
 
 

@@ -57,6 +57,15 @@ def check_integers(name: str, x: object, shape: tuple[int, ...], like: Tensor) -
     check_device(name, x, like)
 
 
+def check_frame_counts(memory_frames: object, q: Tensor, groups: int) -> None:
+    """How many leading frames of the bank are valid: int32, (B,) for all query groups, or (B, G) for each."""
+    if isinstance(memory_frames, Tensor) and memory_frames.dim() not in (1, 2):
+        shapes = f"({q.shape[0]}) or, for every query group, ({q.shape[0]}, {groups})"
+        raise ValueError(f"memory_frames must have shape {shapes}, got {tuple(memory_frames.shape)}")
+    by_group = isinstance(memory_frames, Tensor) and memory_frames.dim() == 2
+    check_integers("memory_frames", memory_frames, (q.shape[0], groups) if by_group else (q.shape[0],), q)
+
+
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
@@ -71,6 +80,13 @@ def check_positive(name: str, value: object) -> int:
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
     return value  # type: ignore[return-value]
+
+
+def check_flag(name: str, value: object) -> bool:
+    """The value, which is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {type(value).__name__}")
+    return value
 
 
 def check_heads(q: Tensor, k: Tensor, name: str) -> None:

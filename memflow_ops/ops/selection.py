@@ -64,8 +64,9 @@ def select_blocks(
         top_k: the number of blocks for each group. All blocks are selected if there are fewer.
         query_group: the number of consecutive queries that share a selection. 1: every query has its own. None: all
             queries share one.
-        memory_frames: how many of the leading frames of the bank are valid, (B,) int32. None: all are. Values are
-            clamped to their range on the device; the host never reads them.
+        memory_frames: how many of the leading frames of the bank are valid, int32: (B,) for all query groups, or (B, G)
+            for each of them, as a causal model needs it. None: all are. Values are clamped to their range on the
+            device; the host never reads them.
         memory_slots: the slot table (B, F) int32: frame j of the bank is frame `memory_slots[b, j]` of `descriptors`.
             None: it is frame j. Values are clamped to their range on the device; the host never reads them.
         blocks_per_frame: the number of blocks of a frame. None: the bank is one frame.
@@ -94,7 +95,7 @@ def select_blocks(
     if memory_slots is not None:
         checks.check_slots(memory_slots, q, descriptors.shape[1] // blocks)
     if memory_frames is not None:
-        checks.check_integers("memory_frames", memory_frames, (q.shape[0],), q)
+        checks.check_frame_counts(memory_frames, q, -(-q.shape[1] // group))
     return registration.select_blocks(
         q, descriptors, memory_frames, memory_slots, top_k, group, blocks, dispatch.resolve(impl, q)
     )

@@ -56,12 +56,12 @@ def arguments_of(group, wanted=(True,) * 5, frames=8):
     group = group or 4680
     slots = torch.arange(frames, dtype=torch.int32, device="cuda")[None].flip(1).contiguous()
     descriptors = ops.describe_blocks(memory_k, 64, 1560)
-    sizes = (64, 1560, group, 128**-0.5, "triton")
+    sizes = (64, 1560, group, 128**-0.5, False, "triton")
     out, lse, indices = registered.memory_attention(
-        q, k, v, memory_k, memory_v, descriptors, None, slots, 24, *sizes, "auto"
+        q, k, v, memory_k, memory_v, descriptors, None, slots, None, 24, *sizes, "auto"
     )
-    grad = torch.randn_like(out)
-    return grad, torch.randn_like(lse), q, k, v, memory_k, memory_v, indices, slots, out, lse, list(wanted), *sizes
+    above = (torch.randn_like(out), torch.randn_like(lse))
+    return *above, q, k, v, memory_k, memory_v, indices, slots, None, out, lse, list(wanted), *sizes
 
 
 @GROUPS
@@ -132,12 +132,12 @@ def test_through_a_layer(how):
 @pytest.mark.parametrize("group", [1, 64])
 def test_registered_rightly(group):
     arguments = list(arguments_of(group, frames=1))
-    for i in range(11):
-        if i not in (7, 8):
+    for i in range(12):
+        if i not in (7, 8, 9):
             arguments[i] = arguments[i][:, :300, :2] if arguments[i].dim() == 4 else arguments[i][:, :2, :300]
     arguments[5], arguments[6] = arguments[5][:, :150], arguments[6][:, :150]
     arguments[7] = arguments[7][:, :2, : -(-300 // group), :3].clamp(max=2).contiguous()
-    arguments[13] = 150
+    arguments[14] = 150
     result = opcheck(torch.ops.memflow_ops.attend_backward.default, tuple(arguments))
     assert set(result.values()) == {"SUCCESS"}
 

@@ -23,6 +23,10 @@ class Tile(NamedTuple):
     kv_head: int
     tokens: list[int]
     """The tokens of memory_k and memory_v that the group has selected."""
+    window_keys: int
+    """The leading keys of the window that are valid."""
+    seen: Tensor | None
+    """[rows, 1]: how many of them each query sees; None: all."""
 
 
 def tiles(q: Tensor, k: Tensor | None, memory_k: Tensor | None, indices: Tensor, geometry: Geometry) -> Iterator[Tile]:
@@ -33,6 +37,9 @@ def tiles(q: Tensor, k: Tensor | None, memory_k: Tensor | None, indices: Tensor,
     heads_per_kv_head = heads // keys.shape[2]
     blocks, group = geometry.blocks_per_frame, geometry.query_group
     slots = slot_lists(geometry, batch, 0 if memory_k is None else geometry.stored_frames(memory_k))
+    window = 0 if k is None else k.shape[1]
+    used = [window] * batch if geometry.seqused_k is None else geometry.seqused_k.clamp(0, window).tolist()
+    rows = torch.arange(queries, device=q.device).unsqueeze(1)
     for b, h, g in itertools.product(*map(range, indices.shape[:3])):
         tokens: list[int] = []
         for index in indices[b, h, g].tolist():
@@ -40,17 +47,28 @@ def tiles(q: Tensor, k: Tensor | None, memory_k: Tensor | None, indices: Tensor,
                 frame = slots[b][index // blocks] * geometry.frame_tokens
                 start = index % blocks * geometry.block_size
                 tokens += range(frame + start, frame + min(start + geometry.block_size, geometry.frame_tokens))
-        yield Tile(b, slice(g * group, min((g + 1) * group, queries)), h, h // heads_per_kv_head, tokens)
+        place = slice(g * group, min((g + 1) * group, queries))
+        seen = rows[place] + 1 + used[b] - queries if geometry.causal else None
+        yield Tile(b, place, h, h // heads_per_kv_head, tokens, used[b], seen)
 
 
 def gather(dense: Tensor | None, memory: Tensor | None, tile: Tile) -> Tensor:
-    """The keys (or values) that a tile attends to: all dense ones, then the selected ones of the bank."""
+    """The keys (or values) that a tile attends to: the valid ones of the window, then the selected ones of the bank."""
     parts = []
     if dense is not None:
-        parts.append(dense[tile.batch, :, tile.kv_head])
+        parts.append(dense[tile.batch, : tile.window_keys, tile.kv_head])
     if memory is not None:
         parts.append(memory[tile.batch, tile.tokens, tile.kv_head])
     return torch.cat(parts)
+
+
+def scores_of(queries: Tensor, keys: Tensor, tile: Tile, softmax_scale: float) -> Tensor:
+    """Scaled scores [rows, keys], -inf for the keys of the window that a query does not see."""
+    scores = queries @ keys.T * softmax_scale
+    if tile.seen is not None:
+        place = torch.arange(len(keys), device=keys.device)
+        scores = torch.where((place < tile.window_keys) & (place >= tile.seen), -torch.inf, scores)
+    return scores
 
 
 def attend(
@@ -65,7 +83,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """
     for every batch element, query head and query group:
-        scores = q . [dense keys, keys of the selected blocks] * scale
+        scores = q . [dense keys that the query sees, keys of the selected blocks] * scale
         lse    = log(sum(exp(scores)))
         out    = exp(scores - lse) . [dense values, values of the selected blocks]
 
@@ -76,7 +94,7 @@ def attend(
     for tile in tiles(q, k, memory_k, indices, geometry):
         b, rows, h = tile[:3]
         keys, values = widened(gather(k, memory_k, tile)), widened(gather(v, memory_v, tile))
-        scores = widened(q[b, rows, h]) @ keys.T * geometry.softmax_scale
+        scores = scores_of(widened(q[b, rows, h]), keys, tile, geometry.softmax_scale)
         if resume is not None:
             scores = torch.cat([scores, resume[1][b, h, rows, None]], 1)
         total = scores.logsumexp(-1, keepdim=True)
@@ -111,22 +129,21 @@ def attend_backward(
     """
     inputs, scale = (q, k, v, memory_k, memory_v), geometry.softmax_scale
     grads = [widened(torch.zeros(() if x is None else x.shape, dtype=q.dtype, device=q.device)) for x in inputs]
-    dense = 0 if k is None else k.shape[1]
     for tile in tiles(q, k, memory_k, indices, geometry):
-        b, rows, h, kv, tokens = tile
+        b, rows, h, kv, tokens, dense, _ = tile
         keys, values = widened(gather(k, memory_k, tile)), widened(gather(v, memory_v, tile))
         queries, grad = widened(q[b, rows, h]), widened(grad_out[b, rows, h])
         delta = (grad * widened(out[b, rows, h])).sum(-1, keepdim=True)
         if grad_lse is not None:
             delta -= grad_lse[b, h, rows, None]
         total = lse[b, h, rows, None]
-        p = torch.where(total == -torch.inf, 0.0, (queries @ keys.T * scale - total).exp())
+        p = torch.where(total == -torch.inf, 0.0, (scores_of(queries, keys, tile, scale) - total).exp())
         ds = p * (grad @ values.T - delta) * scale
         dk, dv = ds.T @ queries, p.T @ grad
         grads[0][b, rows, h] = ds @ keys
         if k is not None:
-            grads[1][b, :, kv] += dk[:dense]
-            grads[2][b, :, kv] += dv[:dense]
+            grads[1][b, :dense, kv] += dk[:dense]
+            grads[2][b, :dense, kv] += dv[:dense]
         if memory_k is not None:
             index = torch.tensor(tokens, dtype=torch.int64, device=q.device)
             grads[3][b, :, kv].index_add_(0, index, dk[dense:])

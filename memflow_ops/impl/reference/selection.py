@@ -31,16 +31,20 @@ def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry
     slots = slot_lists(geometry, batch, descriptors.shape[1] // blocks_per_frame)
     entries = min(top_k, len(slots[0]) * blocks_per_frame)
     selections = []
+    groups = geometry.query_groups(queries)
+    if memory_frames is None:
+        memory_frames = torch.full((batch,), len(slots[0]))
+    valid = memory_frames.clamp(0, len(slots[0])).view(batch, -1).expand(batch, groups).tolist()
     for b in range(batch):
-        valid = len(slots[b]) if memory_frames is None else min(max(int(memory_frames[b]), 0), len(slots[b]))
-        places = [slot * blocks_per_frame + j for slot in slots[b][:valid] for j in range(blocks_per_frame)]
+        places = [slot * blocks_per_frame + j for slot in slots[b] for j in range(blocks_per_frame)]
         for h in range(heads):
-            candidates = widened(descriptors[b, places, h // (heads // descriptors.shape[2])])
-            for start in range(0, queries, geometry.query_group):
-                group = widened(q[b, start : start + geometry.query_group, h]).mean(0)
+            kv_head = h // (heads // descriptors.shape[2])
+            for g in range(groups):
+                candidates = widened(descriptors[b, places[: valid[b][g] * blocks_per_frame], kv_head])
+                group = widened(q[b, g * geometry.query_group : (g + 1) * geometry.query_group, h]).mean(0)
                 selected = sorted(best_first((candidates * group).sum(-1))[:top_k])
                 selections.append(selected + [-1] * (entries - len(selected)))
-    shape = (batch, heads, geometry.query_groups(queries), entries)
+    shape = (batch, heads, groups, entries)
     return torch.tensor(selections, dtype=torch.int32, device=q.device).reshape(shape)
 
 

@@ -21,13 +21,14 @@ from memflow_ops.impl.torch.gather import (
     tile_slices,
     tiles_of,
 )
+from memflow_ops.impl.torch.window import attend_window
 
 # Each thread gathers so many bytes of keys and values at a time: what its L2 cache holds.
 _GATHER_BYTES = 2 << 20
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attention from q [b, h, n, D] to k and v [b, h, S, D], and its LSE; bias [b, h, 1, S] holds 0 and -inf."""
+    """Attention from q [b, h, n, D] to k and v [b, h, S, D], and its LSE; bias [b, h, 1 or n, S] holds 0 and -inf."""
     return (cpu_attention if q.device.type == "cpu" else _attention_in_steps)(q, k, v, scale, bias)
 
 
@@ -42,7 +43,7 @@ def _attention_in_steps(
     for n in range(0, q.shape[2], step):
         scores = q[:, :, n : n + step].to(wide) @ k.mT * scale
         if bias is not None:
-            scores += bias
+            scores += bias if bias.shape[2] == 1 else bias[:, :, n : n + step]
         total = scores.logsumexp(-1)
         without_keys = (total == -torch.inf).unsqueeze(-1)  # Their softmax is 0 / 0.
         lse[:, :, n : n + step] = total
@@ -62,7 +63,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     scale = geometry.softmax_scale
-    if k is not None and v is not None and k.shape[1]:
+    if k is not None and v is not None and k.shape[1] and geometry.sees_all:
         out, lse = attend_folded(_attention, q, k, v, scale)
     elif resume is not None:
         # The out of a state without keys is ignored, NaN included.
@@ -74,6 +75,8 @@ def attend(
     else:
         out = q.new_zeros(q.shape)
         lse = q.new_full((batch, heads, queries), -torch.inf, dtype=wide_dtype(q.dtype))
+        if k is not None and v is not None and k.shape[1]:
+            attend_window(_attention, q, k, v, geometry, (out, lse))
     if memory_k is None or memory_v is None or not indices.numel():
         return out, lse
     selected = SelectedBlocks(memory_k, memory_v, indices, geometry)

@@ -24,6 +24,7 @@ from memflow_ops.impl.torch.gather import (
     tile_slices,
     tiles_of,
 )
+from memflow_ops.impl.torch.window import window_parts, without_invalid
 
 # The scores and the queries of one step: the scores stay in the cache of a core.
 _TILE_SCORES = 256 << 10
@@ -52,7 +53,7 @@ def attend_backward(
     # A query without keys has P = exp(score - inf) = 0.
     lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     grads: list[Tensor | None] = [None] * 5
-    fused = on_host(q) and grad_lse is None
+    fused = on_host(q) and grad_lse is None and geometry.sees_all
     dense = (k, v) if k is not None and v is not None and k.shape[1] and any(wanted[:3]) else None
     if dense and fused:
         grads[:3] = _fused_backward(grad_out, q, *dense, out, lse, scale, wanted)
@@ -61,7 +62,7 @@ def attend_backward(
             grads[i] = torch.zeros(x.shape, dtype=wide, device=q.device)
     if dense and not fused:
         above = _Upstream(q.transpose(1, 2), grad_out.transpose(1, 2), lse, delta)
-        _dense_backward(above, *dense, scale, *grads[:3])
+        _dense_backward(above, *dense, geometry, *grads[:3])
     if memory_k is not None and memory_v is not None and indices.numel() and (wanted[0] or any(wanted[3:])):
         selected = SelectedBlocks(memory_k, memory_v, indices, geometry)
         for rows, groups, n in groups_of_one_size(queries, geometry.query_group):
@@ -123,18 +124,21 @@ def _dense_backward(
     above: _Upstream,
     k: Tensor,
     v: Tensor,
-    scale: float,
+    geometry: Geometry,
     grad_q: Tensor | None,
     grad_k: Tensor | None,
     grad_v: Tensor | None,
 ) -> None:
     """Add the gradients of queries [B, H, Lq, D] and keys (B, Lk, Hkv, D) to grad_* (None: not wanted)."""
-    batch, heads = above.q.shape[:2]
-    for b, h in itertools.product(range(batch), range(heads)):
-        kv = h // (heads // k.shape[2])
-        places = ((b, slice(None), h), (b, slice(None), kv), (b, slice(None), kv))
-        targets = (None if x is None else x[at] for x, at in zip((grad_q, grad_k, grad_v), places, strict=True))
-        _head_backward(_Upstream(*(x[b, h] for x in above)), k[b, :, kv], v[b, :, kv], scale, *targets)
+    batch, heads, queries = above.q.shape[:3]
+    k, v = without_invalid(k, v, geometry)
+    for part in window_parts(queries, k.shape[1], batch, geometry, k.device):
+        for b, h in itertools.product(range(batch)[part.batch], range(heads) if part.keys else ()):
+            seen = (b, slice(0, part.keys), h // (heads // k.shape[2]))
+            places = ((b, part.queries, h), seen, seen)
+            targets = (None if x is None else x[at] for x, at in zip((grad_q, grad_k, grad_v), places, strict=True))
+            rows = _Upstream(*(x[b, h, part.queries] for x in above))
+            _head_backward(rows, k[seen], v[seen], geometry.softmax_scale, part.hidden, *targets)
 
 
 def _head_backward(
@@ -142,11 +146,14 @@ def _head_backward(
     k: Tensor,
     v: Tensor,
     scale: float,
+    hidden: Tensor | None,
     grad_q: Tensor | None,
     grad_k: Tensor | None,
     grad_v: Tensor | None,
 ) -> None:
     """Add the gradients of queries [n, D] and keys [S, D] of one head to grad_* (None: not wanted).
+
+    hidden [n, S]: which keys a query does not see; None: each sees all.
 
     This is `_tile_backward` in steps whose scores stay in the cache of a core. All steps share their buffers, because
     fresh memory costs more than what is computed in it.
@@ -165,6 +172,8 @@ def _head_backward(
             shape = (len(queries[part]), len(keys))
             p, ds = (x[: shape[0] * shape[1]].view(shape) for x in buffers)
             torch.addmm(shift[part], queries[part], keys.T, out=p).exp_()
+            if hidden is not None:
+                p.masked_fill_(hidden[part, place], 0.0)
             if grad_v is not None:
                 grad_v[place].addmm_(p.T, grad[part])
             if grad_q is None and grad_k is None:

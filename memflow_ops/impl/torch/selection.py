@@ -52,21 +52,24 @@ def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry
         return q.new_empty((batch, heads, groups, 0), dtype=torch.int32)
     valid = _valid_blocks(geometry, blocks)
     found = []
-    for part in means.split(max(1, SCORE_ELEMENTS // (batch * heads * blocks)), 3):
+    step = max(1, SCORE_ELEMENTS // (batch * heads * blocks))
+    for first in range(0, groups, step):
+        part = means[:, :, :, first : first + step]
+        counts = valid if valid is None or valid.shape[3] == 1 else valid[:, :, :, first : first + step]
         scores = (part.flatten(2, 3).double() @ table).to(wide).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
-        order = _highest(scores, entries, valid).sort(-1).values
-        if valid is not None:
-            order.masked_fill_(order >= valid, -1)
+        order = _highest(scores, entries, counts).sort(-1).values
+        if counts is not None:
+            order.masked_fill_(order >= counts, -1)
         found.append(order.to(torch.int32).flatten(1, 2))
     return found[0] if len(found) == 1 else torch.cat(found, 2)
 
 
 def _valid_blocks(geometry: Geometry, blocks: int) -> Tensor | None:
-    """How many leading blocks of the bank are valid, [B, 1, 1, 1, 1]; None: all of them."""
+    """How many leading blocks of the bank are valid, [B, 1, 1, 1 or G, 1]; None: all of them."""
     memory_frames, frames = geometry.memory_frames, blocks // geometry.blocks_per_frame
     if memory_frames is None or (on_host(memory_frames) and int(memory_frames.min()) >= frames):
         return None
-    return (memory_frames.clamp(0, frames) * geometry.blocks_per_frame).view(-1, 1, 1, 1, 1)
+    return (memory_frames.clamp(0, frames) * geometry.blocks_per_frame).reshape(len(memory_frames), 1, 1, -1, 1)
 
 
 def _group_means(q: Tensor, group: int) -> Tensor:

@@ -50,7 +50,7 @@ def case(
     )
     if frames:
         used = torch.zeros(batch, physical * frame_tokens, kv_heads, dtype=torch.bool)
-        for b, _rows, _head, kv_head, tokens in groups(arguments):
+        for b, _rows, _head, kv_head, tokens, *_ in groups(arguments):
             used[b, tokens, kv_head] = True
         for name in ("memory_k", "memory_v"):
             arguments[name][~used] = torch.nan

@@ -56,7 +56,7 @@ def arguments_of(dtype, *, batch=1, heads=(2, 1), head_dim=16, queries=(16, 40),
     indices = exact(arguments)[2]
     used = torch.zeros(batch, physical * frame_tokens, kv_heads, dtype=torch.bool)
     tiles = attention.tiles(arguments["q"], None, arguments["memory_k"], indices, geometry_of(arguments))
-    for b, _rows, _head, kv_head, tokens in tiles:
+    for b, _rows, _head, kv_head, tokens, *_ in tiles:
         used[b, tokens, kv_head] = True
     for name in ("memory_k", "memory_v"):
         arguments[name][~used] = torch.nan
@@ -225,7 +225,8 @@ def test_the_op_is_registered_rightly(group):
     q, k = torch.randn(1, 9, 1, 16), torch.randn(1, 24, 1, 16)
     descriptors, frames = torch.randn(1, 6, 1, 16), torch.tensor([1], dtype=torch.int32)
     slots = torch.tensor([[1, 0]], dtype=torch.int32)
-    sizes = (2, 4, 12, group, 0.25)
-    arguments = (q, k, k, k, k, descriptors, frames, slots, *sizes, "triton", "auto")
+    used = torch.tensor([20], dtype=torch.int32)
+    sizes = (2, 4, 12, group, 0.25, True)
+    arguments = (q, k, k, k, k, descriptors, frames, slots, used, *sizes, "triton", "auto")
     result = opcheck(torch.ops.memflow_ops.memory_attention.default, arguments)
     assert set(result.values()) == {"SUCCESS"}
