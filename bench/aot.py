@@ -66,18 +66,21 @@ def memory_attention(
     query_group: int = 128,
     top_k: int = 24,
     dense: bool = False,
+    by_group: bool = False,
     multiprocessors: int = 0,
 ) -> list[Launch]:
     """The launches of a layer's attention to the bank, which resume; with `dense` to the window too, starting afresh.
 
-    multiprocessors: how many the device has, so that the last wave is split; 0: it is not.
+    by_group: every query group has a number of valid frames. multiprocessors: how many the device has, so that the last
+    wave is split; 0: it is not.
     """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
     k = cached(WINDOW, heads[1], head_dim, dtype) if dense else None
     memory = cached(frames * FRAME_TOKENS, heads[1], head_dim, dtype)
     blocks = frames * -(-FRAME_TOKENS // block_size)
     descriptors = meta(1, blocks, heads[1], head_dim, dtype=dtype)
-    slots, valid = meta(1, frames, dtype=torch.int32), meta(1, dtype=torch.int32)
+    counts = (1, -(-QUERIES // query_group)) if by_group else (1,)
+    slots, valid = meta(1, frames, dtype=torch.int32), meta(*counts, dtype=torch.int32)
     geometry = Geometry(block_size, FRAME_TOKENS, query_group, head_dim**-0.5, slots, valid)
     resume = None if dense else (q, meta(1, heads[0], QUERIES, dtype=torch.float32))
     launches, *_ = plan_select_and_attend(
@@ -87,10 +90,11 @@ def memory_attention(
     return launches
 
 
-def window(capability: int, dtype: torch.dtype = torch.bfloat16) -> list[Launch]:
-    """Our own dense attention to the local window."""
-    q, k = meta(1, QUERIES, 12, 128, dtype=dtype), cached(WINDOW, 12, 128, dtype)
-    geometry = Geometry(64, FRAME_TOKENS, query_group=128, softmax_scale=0.1)
+def window(capability: int, *, causal: bool = False, used: bool = False) -> list[Launch]:
+    """Our own dense attention to the local window; with `used` the device says how many of its keys are valid."""
+    q, k = meta(1, QUERIES, 12, 128), cached(WINDOW, 12, 128)
+    seqused_k = meta(1, dtype=torch.int32) if used else None
+    geometry = Geometry(64, FRAME_TOKENS, query_group=128, softmax_scale=0.1, causal=causal, seqused_k=seqused_k)
     launches, *_ = plan_attend(q, k, k, None, None, None, geometry, capability=capability)
     return launches
 
@@ -126,17 +130,21 @@ def backward(
     block_size: int = 64,
     query_group: int = 128,
     dense: bool = False,
+    causal: bool = False,
 ) -> list[Launch]:
     """The backward pass of a layer's attention to the bank; with `dense` to the window too.
 
-    The gradients are those of the bank, or with `dense` of the window.
+    The gradients are those of the bank, or with `dense` of the window; `causal`: a part of this is seen and valid.
     """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
     k = cached(WINDOW, heads[1], head_dim, dtype) if dense else None
     memory = cached(64 * FRAME_TOKENS, heads[1], head_dim, dtype)
     indices = meta(1, heads[0], -(-QUERIES // query_group), 24, dtype=torch.int32)
     lse = meta(1, heads[0], QUERIES, dtype=torch.float32)
-    geometry = Geometry(block_size, FRAME_TOKENS, query_group, head_dim**-0.5, meta(1, 64, dtype=torch.int32))
+    geometry = Geometry(
+        block_size, FRAME_TOKENS, query_group, head_dim**-0.5, meta(1, 64, dtype=torch.int32), causal=causal,
+        seqused_k=meta(1, dtype=torch.int32) if causal else None,
+    )  # fmt: skip
     wanted = [True, dense, dense, not dense, not dense]
     steps, _ = plan_attend_backward(
         q, lse, q, k, k, memory, memory, indices, q, lse, geometry, wanted, capability=capability
@@ -186,6 +194,14 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
         "two launches, blocks of 128, last wave split": dict(block_size=128, **split),
         "two launches, float32": single,
         "per query, float32": dict(query_group=1, **single),
+        "two launches, frames by group": dict(by_group=True),
+        "per query, frames by group": dict(query_group=1, by_group=True),
+    }
+    windows: dict[str, Callable[[int], list[Launch]]] = {
+        "window": window,
+        "window, causal": partial(window, causal=True),
+        "window, used keys": partial(window, used=True),
+        "window, causal, used keys": partial(window, causal=True, used=True),
     }
     launches = {name: case(**options) for name, options in sizes.items()}
     descriptors = lambda _: [plan_block_means(cached(3120, 12, 128), 64, FRAME_TOKENS, torch.bfloat16)[0]]  # noqa: E731
@@ -225,9 +241,11 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
         "backward, window too, float32": dict(dense=True, **single),
         "backward, float32": single,
         "backward, per query, float32": dict(query_group=1, **single),
+        "backward, causal window too": dict(dense=True, causal=True),
+        "backward, causal window too, 64 dims": dict(dense=True, causal=True, head_dim=64),
     }
     gradients = {name: partial(backward, **options) for name, options in backwards.items()}
-    return {"descriptors": descriptors, "window": window, **launches, **writes, **retrievals, **gradients}
+    return {"descriptors": descriptors, **windows, **launches, **writes, **retrievals, **gradients}
 
 
 def figures(capability: int, case: str, index: int) -> dict[str, Any]:

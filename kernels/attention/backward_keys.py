@@ -147,9 +147,8 @@ def backward_keys_kernel(
         weights = tl.math.exp2(scores - row_lse[None, :])
         if CAUSAL:
             shift = first.to(tl.int32) + keys - queries  # the last key that the first query sees
-            if shift < first_key + BLOCK_N - 1:
-                sees = (first_key + tl.arange(0, BLOCK_N))[:, None] <= (shift + tl.arange(0, BLOCK_M))[None, :]
-                weights = tl.where(sees, weights, 0.0)
+            sees = (tl.arange(0, BLOCK_N) - shift + first_key)[:, None] <= tl.arange(0, BLOCK_M)[None, :]
+            weights = tl.where(sees, weights, 0.0)
         if grad_v is not None:
             grad_value = matmul(cast(weights, grad.dtype), grad, grad_value)
         if grad_k is not None:
