@@ -111,13 +111,14 @@ def backward_keys_kernel(
         members = inverse.members + begin
     first_key = start + tl.program_id(0) % PARTS * BLOCK_N
     skipped = 0
-    if CAUSAL:
+    keys = frame_tokens
+    if seqused is not None:
         keys = count_valid_keys(seqused, batch, frame_tokens)
+    if CAUSAL:
         skipped = tl.minimum(tl.maximum(first_key + queries - keys, 0) // BLOCK_M, tl.cdiv(query_group, BLOCK_M))
     tiles = tl.cdiv(count * query_group, BLOCK_M) if PACKED else count * (tl.cdiv(query_group, BLOCK_M) - skipped)
     read = present
     if seqused is not None:
-        keys = count_valid_keys(seqused, batch, frame_tokens)
         tiles = tl.where(first_key < keys, tiles, 0)
         read = read & (tokens < keys)
     read = read & (tiles > 0)  # what nobody attended to is not read
@@ -154,7 +155,7 @@ def backward_keys_kernel(
         if grad_k is not None:
             grad_key = matmul(cast(weights * slopes, query.dtype), query, grad_key)
 
-    if seqused is not None:  # keys that are not valid counted as keys of zeros
+    if seqused is not None and not CAUSAL:  # Keys that are not valid counted as zeros. A causal mask hides them.
         grad_key = tl.where(read[:, None], grad_key, 0.0)
         grad_value = tl.where(read[:, None], grad_value, 0.0)
     mask = present[:, None] & (columns < HEAD_DIM)[None, :]
