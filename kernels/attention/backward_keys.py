@@ -156,8 +156,9 @@ def backward_keys_kernel(
             grad_key = matmul(cast(weights * slopes, query.dtype), query, grad_key)
 
     if seqused is not None and not CAUSAL:  # Keys that are not valid counted as zeros. A causal mask hides them.
-        grad_key = tl.where(read[:, None], grad_key, 0.0)
-        grad_value = tl.where(read[:, None], grad_value, 0.0)
+        valid = (first_key + tl.arange(0, BLOCK_N) < count_valid_keys(seqused, batch, frame_tokens))[:, None]
+        grad_key = tl.where(valid, grad_key, 0.0)
+        grad_value = tl.where(valid, grad_value, 0.0)
     mask = present[:, None] & (columns < HEAD_DIM)[None, :]
     if grad_k is not None:
         grad_rows = row_pointers(grad_k, batch, tokens, kv_head)
