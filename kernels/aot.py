@@ -63,7 +63,7 @@ def compile_launch(launch: Launch, capability: int) -> Machine:
     """Compile as the launch would on a device of this compute capability (80, 90, 100). It takes seconds."""
     source = launch_source(launch)
     target = GPUTarget("cuda", capability, 32)
-    compiled = triton.compile(source, target=target, options=dict(launch.options))
+    compiled = triton.compile(source, target=target, options=launch.compiler_options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         Path(file.name).write_bytes(compiled.asm["cubin"])
         usage = cuobjdump("--dump-resource-usage", file.name)

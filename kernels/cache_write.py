@@ -15,7 +15,7 @@ import triton.language as tl
 
 from memflow_ops.geometry import WriteTarget
 from memflow_ops.kernels.launch import Launch, run_all
-from memflow_ops.kernels.primitives import cast, strided
+from memflow_ops.kernels.primitives import cast, mask_if, strided
 
 TILE_TOKENS = 8
 """The most tokens that one program handles."""
@@ -180,7 +180,7 @@ def write_keys(
             k, batch, frame * tiling.frame_tokens + rows, rows < end, weight, rotation, eps, KV_HEADS, HEAD_DIM, COLUMNS
         )
         stored = cast(rotated, memory_k.pointer.dtype.element_ty)
-        store_heads(memory_k, batch, to + rows, (rows < end) & inside, stored, KV_HEADS, HEAD_DIM)
+        store_heads(memory_k, batch, to + rows, mask_if(inside, rows < end), stored, KV_HEADS, HEAD_DIM)
         if sums.rotated is not None:
             rotated_sum += tl.sum(stored.to(tl.float32), 0)
         if sums.plain is not None:
@@ -191,7 +191,7 @@ def write_keys(
         tl.store(sums.rotated + row * (KV_HEADS * HEAD_DIM) + columns, rotated_sum, mask=mask)
     if sums.plain is not None:
         row = (batch * sums.mean_frames + frame) * tiling.tiles + tile
-        mask = mask & (frame < sums.mean_frames)
+        mask = mask_if(frame < sums.mean_frames, mask)
         tl.store(sums.plain + row * (KV_HEADS * HEAD_DIM) + columns, plain_sum, mask=mask)
 
 
@@ -252,8 +252,8 @@ def write_projections_kernel(
                 rows = start + tl.arange(0, KV_ROWS)
                 offsets = token_offsets(frame * tiling.frame_tokens + rows, v.strides, columns, HEAD_DIM)
                 mask = (rows < end)[:, None] & (columns < KV_HEADS * HEAD_DIM)[None, :]
-                values = tl.load(v.pointer + batch * v.strides[0] + offsets, mask=mask & inside)
-                store_heads(memory_v, batch, to + rows, (rows < end) & inside, values, KV_HEADS, HEAD_DIM)
+                values = tl.load(v.pointer + batch * v.strides[0] + offsets, mask=mask_if(inside, mask))
+                store_heads(memory_v, batch, to + rows, mask_if(inside, rows < end), values, KV_HEADS, HEAD_DIM)
 
 
 @triton.jit
@@ -311,7 +311,7 @@ def means_of_sums_kernel(
             mean = mean_of_sums(frame_sums, block, block_size, columns, tiling, WIDTH, ROWS)
             row = batch * descriptor_strides[0] + (place.to(tl.int64) * blocks + block) * descriptor_strides[1]
             target = descriptors + row + heads_of_token(columns, descriptor_strides[2], HEAD_DIM)
-            tl.store(target, cast(mean, descriptors.dtype.element_ty), mask=(columns < WIDTH) & inside)
+            tl.store(target, cast(mean, descriptors.dtype.element_ty), mask=mask_if(inside, columns < WIDTH))
     else:
         if sums.plain is not None:
             frame = (index - described) // means_per_frame

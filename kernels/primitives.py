@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-# Triton's interpreter multiplies the raw bits of bfloat16, and truncates when it casts to it. `matmul` and `cast` below
-# correct both.
+# Triton's interpreter multiplies the raw bits of bfloat16, truncates when it casts to it, and makes an integer of a
+# condition that it spreads over a block. `matmul`, `cast` and `mask_if` below correct this.
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -56,6 +56,15 @@ def lse_pointers(lse, batch, head, rows):
 def load_rows(rows, row_mask, columns, HEAD_DIM: tl.constexpr):
     """The tile [ROWS, COLUMNS] of the rows at the pointers `rows`; masked or past HEAD_DIM it is 0 and not read."""
     return tl.load(rows[:, None] + columns[None, :], mask=row_mask[:, None] & (columns < HEAD_DIM)[None, :], other=0.0)
+
+
+@triton.jit
+def mask_if(condition, mask):
+    """The mask where the scalar condition holds, and otherwise none of it."""
+    mask = mask & condition
+    if INTERPRETED:
+        mask = mask != 0
+    return mask
 
 
 @triton.jit

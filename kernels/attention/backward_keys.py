@@ -22,7 +22,7 @@ from memflow_ops.kernels.attention.blocks import (
 from memflow_ops.kernels.attention.inverse import Inverse
 from memflow_ops.kernels.configs import backward_keys_config, capability_of
 from memflow_ops.kernels.launch import Launch
-from memflow_ops.kernels.primitives import LOG2_E, cast, load_rows, matmul, row_pointers, strided, strides_like
+from memflow_ops.kernels.primitives import LOG2_E, cast, load_rows, mask_if, matmul, row_pointers, strided, strides_like
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def backward_keys_kernel(
     if seqused is not None:
         tiles = tl.where(first_key < keys, tiles, 0)
         read = read & (tokens < keys)
-    read = read & (tiles > 0)  # what nobody attended to is not read
+    read = mask_if(tiles > 0, read)  # what nobody attended to is not read
     segment = segment_of_head(segment, batch, kv_head)
     key = load_rows(segment.k + tokens * segment.k_strides[1], read, columns, HEAD_DIM)  # [BLOCK_N, DIM]
     if grad_k is not None:

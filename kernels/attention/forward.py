@@ -32,6 +32,7 @@ from memflow_ops.kernels.primitives import (
     initial_state,
     load_rows,
     lse_pointers,
+    mask_if,
     matmul,
     online_softmax_update,
     row_pointers,
@@ -223,7 +224,7 @@ def attend_kernel(
     query_tile = ForwardRows(query, tl.maximum(tl.abs(softmax_scale), 1.2e-38) * LOG2_E)
     continues = row_mask
     if partial is not None:
-        continues = row_mask & (split == 0)  # only one program of the tile continues the other kernel's softmax
+        continues = mask_if(split == 0, row_mask)  # only one program of the tile continues the other kernel's softmax
     state = initial_state(resume, batch, rows, head, continues, HEAD_DIM, BLOCK_M, DIM)
 
     if memory.k is not None:
@@ -259,10 +260,10 @@ def attend_kernel(
 
     final = row_mask
     if partial is not None:
-        final = row_mask & (splits == 1)
+        final = mask_if(splits == 1, row_mask)
     normalised, row_lse = write_result(state, out, lse, batch, head, rows, final, HEAD_DIM, DIM)
     if partial is not None:
-        part = row_mask & (splits > 1)
+        part = mask_if(splits > 1, row_mask)
         partial_rows = (tl.program_id(0) - partial.whole_tiles).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
         partial_tile = partial.out + partial_rows[:, None] * HEAD_DIM + columns[None, :]
         tl.store(partial_tile, normalised, mask=part[:, None] & (columns < HEAD_DIM)[None, :])

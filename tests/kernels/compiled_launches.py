@@ -1,6 +1,7 @@
 """Launches for tests of the compiled kernels, to be compiled where Triton does not interpret (see conftest.py)."""
 
 import torch
+import triton
 
 from memflow_ops.bench import aot as table
 from memflow_ops.geometry import Geometry
@@ -18,6 +19,13 @@ def compiled(launches: list[Launch]) -> list[tuple[str, Machine]]:
 
 def shipped(case: str) -> list[tuple[str, Machine]]:
     return compiled(table.shipped()[case](90))
+
+
+def without_fusion_by_default(case: str) -> list[tuple[str, Machine]]:
+    """What the case becomes where the compiler fuses only what asks for it."""
+    with triton.knobs.language.scope():
+        triton.knobs.language.default_fp_fusion = False
+        return shipped(case)
 
 
 def attention(query_group: int) -> list[tuple[str, Machine]]:

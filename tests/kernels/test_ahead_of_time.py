@@ -89,6 +89,11 @@ def test_float32_stays_off_the_tensor_cores(compiled):
     assert all(machine.tensor_core_products == 0 for _, machine in compiled(compiled_launches.float32_per_query))
 
 
+def test_fusion_does_not_depend_on_the_default(compiled):
+    ((_, machine),) = compiled(compiled_launches.without_fusion_by_default, "cache write")
+    assert "fma.rn.f32" in machine.ptx and machine.opcodes["FFMA"]
+
+
 def test_sizes_of_one_become_constants(compiled):
     """The just-in-time compiler makes a constant of an integer that is 1, which is another kernel to it."""
     assert len(compiled(compiled_launches.sizes_of_one)) >= 6

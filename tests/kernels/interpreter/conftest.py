@@ -19,3 +19,17 @@ def poisoned_memory(monkeypatch):
         return tensor.fill_(torch.nan if tensor.is_floating_point() else -77)
 
     monkeypatch.setattr(torch, "empty", poisoned)
+
+
+@pytest.fixture(autouse=True)
+def masks_are_booleans(monkeypatch):
+    """A mask of integers is refused, as triton 3.9 does; 3.7 takes what is not 0 for true."""
+    builder = pytest.importorskip("triton.runtime.interpreter").InterpreterBuilder
+    for name, place in (("create_masked_load", 1), ("create_masked_store", 2)):
+        plain = getattr(builder, name)
+
+        def checked(self, *args, plain=plain, place=place):
+            assert args[place].data.dtype == bool, f"a mask of {args[place].data.dtype}"
+            return plain(self, *args)
+
+        monkeypatch.setattr(builder, name, checked)
