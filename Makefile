@@ -1,14 +1,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
-STAMP := .venv/.installed
 
-.PHONY: help demo test lint bench bench-compare where-memory-pays aot gpu-test gpu-warm gpu-bench train docs pictures clean
+# The versions that .venv gets: what is developed with, or constraints-lowest.txt, or constraints-highest.txt.
+CONSTRAINTS ?= constraints.txt
+STAMP := .venv/.installed-$(CONSTRAINTS)
+
+.PHONY: help demo test interpreter lint bench bench-compare where-memory-pays aot gpu-test gpu-warm gpu-bench train docs pictures clean
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
-$(STAMP): setup.py constraints.txt
+$(STAMP): setup.py $(CONSTRAINTS) constraints-tools.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	@rm -f .venv/.installed-*
 	@touch $@
 
 demo: $(STAMP)  ## stream the shipped story with memory; writes out/demo
@@ -17,6 +21,16 @@ demo: $(STAMP)  ## stream the shipped story with memory; writes out/demo
 # One thread per process (tests/conftest.py) and a process per core: two threads on tensors this small only wait.
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TEST_OPTIONS)
+
+# Tests of the kernels with a triton that is not the one of this torch: in the interpreter, which needs no GPU.
+OTHER_TRITON := .venv/triton-$(TRITON)
+
+$(OTHER_TRITON): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(TRITON)
+
+interpreter: $(OTHER_TRITON)  ## the tests of the kernels with another triton: make interpreter TRITON=3.9.0
+	PYTHONPATH=$(OTHER_TRITON) $(BIN)/python -m pytest --numprocesses auto --dist worksteal \
+		tests/kernels/interpreter tests/impl tests/ops $(TEST_OPTIONS)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .
@@ -63,7 +77,7 @@ gpu-bench:  ## attention, cache and streams against every alternative on a GPU, 
 DOCS := .venv/docs
 
 $(DOCS): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[docs]'
 	@touch $@
 
 docs: $(DOCS)  ## the pages of docs/ as a site in build/site; every link is checked

@@ -14,7 +14,7 @@ for link in ("kernels", "model", "bench"):
             f"links copy the folder there, or check out again with: git config core.symlinks true && git checkout ."
         )
 
-# Wan 2.1's text encoder and VAE; the oldest releases that the tests ran with (on Python 3.10) are the bounds.
+# Wan 2.1's text encoder and VAE; the oldest releases that the tests ran with (constraints-lowest.txt) are the bounds.
 wan = ["diffusers>=0.41", "transformers>=5.20", "accelerate", "ftfy", "sentencepiece"]
 
 setup(
@@ -62,8 +62,9 @@ setup(
         "memflow_ops.model": ["weights/*.safetensors", "weights/*.json", "stories/*.jsonl"],
     },
     install_requires=[
-        "torch>=2.11",
-        "triton>=3.6; platform_system == 'Linux'",
+        # Kernels and operators reach into both: the bounds are what was run (constraints-lowest.txt, -highest.txt).
+        "torch>=2.11,<2.15",
+        "triton>=3.6,<3.10; platform_system == 'Linux'",
         "numpy",
         "safetensors",
         "typer>=0.29",
