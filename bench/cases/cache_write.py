@@ -131,7 +131,7 @@ class ProjectionsWrite:
         return self._rotated(self._normalised(self.q, self.weight_q))
 
     def _normalised(self, x: Tensor, weight: Tensor) -> Tensor:
-        """In float32."""
+        """x after RMSNorm, in float32."""
         return F.rms_norm(x.flatten(2).float(), (self.size.dim,), weight.float(), _EPS).view(x.shape)
 
     def _rotated(self, x: Tensor) -> Tensor:

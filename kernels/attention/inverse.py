@@ -86,7 +86,7 @@ class Sort:
     """As many int32, a result: where the entries of each block begin in `ascending`."""
 
     def run(self) -> None:
-        """On the device of the tensors, without waiting."""
+        """The sort runs on the device of the tensors, and the host does not wait for it."""
         torch.sort(self.numbers, stable=True, out=(self.ascending, self.places))
         torch.searchsorted(self.ascending, self.blocks, out_int32=True, out=self.starts)
 

@@ -62,7 +62,7 @@ def demo(
 ) -> None:
     """Stream a story in which a character leaves and returns, and say whether it came back the same.
 
-    The story comes with the package and takes a minute or two on a laptop.
+    The story comes with the package and takes a minute or two on a CPU.
     It is streamed with memory and without, so that you see the difference.
 
     Example:
@@ -160,14 +160,14 @@ def train(
         typer.Option(
             help="The .safetensors file to write.",
             metavar="FILE",
-            show_default="the package's own weights; out/toy.safetensors with --seed or --steps",
+            show_default="the package's own weights; out/toy.safetensors with --seed or --training-steps",
         ),
     ] = None,
     seed: Annotated[
         int,
         typer.Option(help=f"The seed of everything random, below {HELD_OUT_SEED}.", min=0, metavar="N"),
     ] = 0,
-    steps: Annotated[
+    training_steps: Annotated[
         int, typer.Option(help="Training steps in all; fewer shorten every stage of the schedule.", min=1, metavar="N")
     ] = TOTAL_STEPS,
     threads: Annotated[int, typer.Option(help="CPU threads.", min=1, metavar="N")] = 2,
@@ -186,14 +186,14 @@ def train(
     Examples:
 
       memflow toy train
-      memflow toy train --steps 50 --out out/short.safetensors
+      memflow toy train --training-steps 50 --out out/short.safetensors
     """
     # Only the whole of their training replaces the weights that come with the package.
-    target = out or (Path("out") / TOY_WEIGHTS.name if typed(context) & {"seed", "steps"} else TOY_WEIGHTS)
+    target = out or (Path("out") / TOY_WEIGHTS.name if typed(context) & {"seed", "training_steps"} else TOY_WEIGHTS)
     with one_line_errors():
         check_target(target, ".safetensors")  # before the training, which takes long
         training.train(
-            target, seed=seed, steps=steps, threads=threads, device=str(pick_device(device)), restart=restart
+            target, seed=seed, steps=training_steps, threads=threads, device=str(pick_device(device)), restart=restart
         )
 
 
@@ -204,7 +204,7 @@ def evaluate(
         typer.Option(
             help="The .json file to write; a picture goes beside it.",
             metavar="FILE",
-            show_default="bench/results/toy-cpu.json, or out/evaluate.json with any other option",
+            show_default="bench/results/toy-cpu-seed-30000.json, or out/evaluate.json with any other option",
         ),
     ] = None,
     weights: ToyWeights = None,

@@ -43,7 +43,7 @@ class Adapter:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the weight that it changes."""
+        """The shape of the weight that it changes."""
         return (self.b.shape[0], *self.a.shape[1:])
 
     def change(self, dtype: torch.dtype) -> Tensor:

@@ -17,7 +17,7 @@ class StoryPlan(Protocol):
 
     @property
     def folder(self) -> Path:
-        """For its files."""
+        """The folder that its files go to."""
 
     @property
     def prompts_by_chunk(self) -> Sequence[str]:

@@ -11,8 +11,8 @@ from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
 TARGETS = {
     "whole": ((), TOY_WEIGHTS),
     "another seed": (("--seed", 1), Path("out/toy.safetensors")),
-    "shorter": (("--steps", 5), Path("out/toy.safetensors")),
-    "named": (("--steps", 5, "--out", "mine.safetensors"), Path("mine.safetensors")),
+    "shorter": (("--training-steps", 5), Path("out/toy.safetensors")),
+    "named": (("--training-steps", 5, "--out", "mine.safetensors"), Path("mine.safetensors")),
 }
 
 
@@ -22,7 +22,7 @@ def test_only_the_whole_training_replaces_the_shipped_weights(monkeypatch, optio
     monkeypatch.setattr(toy.training, "train", lambda out, **settings: asked.append((out, settings)))
     assert memflow("toy", "train", *options) == 0
     ((out, settings),) = asked
-    assert out == target and settings["steps"] == (5 if "--steps" in options else toy.training.TOTAL_STEPS)
+    assert out == target and settings["steps"] == (5 if "--training-steps" in options else toy.training.TOTAL_STEPS)
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_the_training(monkeypatch, capfd):

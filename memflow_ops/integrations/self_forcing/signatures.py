@@ -23,7 +23,7 @@ _REFUSED = {
 
 
 @dataclass(frozen=True)
-class Kind:
+class CallForm:
     """Self-attention modules that are called in the same way."""
 
     name: str
@@ -33,15 +33,15 @@ class Kind:
     """Whether the forward also returns where the cache ends, which the model stores after all layers."""
 
 
-KINDS = (
-    Kind("Self-Forcing", frozenset({"cache_start"})),
-    Kind("LongLive 1", frozenset({"cache_start", "sink_recache_after_switch"}), returns_end=True),
-    Kind("CausVid", frozenset({"current_end"})),
+CALL_FORMS = (
+    CallForm("Self-Forcing", frozenset({"cache_start"})),
+    CallForm("LongLive 1", frozenset({"cache_start", "sink_recache_after_switch"}), returns_end=True),
+    CallForm("CausVid", frozenset({"current_end"})),
 )
 
 
 class Signature:
-    """The parameters of a forward, and the kind of module that they tell."""
+    """The parameters of a forward, and the form of call that they tell."""
 
     def __init__(self, forward: Callable[..., Any]):
         parameters = inspect.signature(forward).parameters
@@ -53,18 +53,18 @@ class Signature:
         """Whether this is the forward of a self-attention with a cache, of whatever kind."""
         return {"kv_cache", "current_start"} <= set(self.names)
 
-    def kind(self) -> Kind:
+    def call_form(self) -> CallForm:
         """The kind of module; a ValueError for one that cannot be swapped, with the reason."""
         further = frozenset(self.names) - _SHARED
-        for kind in KINDS:
-            if further == kind.options:
-                return kind
+        for form in CALL_FORMS:
+            if further == form.options:
+                return form
         for options, what in _REFUSED.items():
             if options <= further:
                 raise ValueError(f"this is {what}. Nothing has been changed")
-        known = set().union(*(kind.options for kind in KINDS))
+        known = set().union(*(form.options for form in CALL_FORMS))
         unknown = sorted(further - known) or sorted(further) or ["none beside those that all kinds have"]
-        expected = "; ".join(f"{kind.name}: {', '.join(sorted(kind.options))}" for kind in KINDS)
+        expected = "; ".join(f"{form.name}: {', '.join(sorted(form.options))}" for form in CALL_FORMS)
         raise ValueError(
             f"the self-attention's forward takes options that are not known here: {', '.join(unknown)}. Known are the "
             f"forwards with these ({expected}). Nothing has been changed; `attend_with_cache` can be called from a "

@@ -77,7 +77,7 @@ class _Forward:
     def __init__(self, module: Any, signature: Signature, attention: CacheAttention, compare: bool):
         self.module, self.signature, self.attention = module, signature, attention
         self.original: Callable[..., Any] = module.forward
-        self.kind = signature.kind()
+        self.call_form = signature.call_form()
         self._to_compare = {"first chunk", "later chunk"} if compare else set()
 
     def __call__(self, *arguments: Any, **named: Any) -> Any:
@@ -88,7 +88,7 @@ class _Forward:
         if self._to_compare:
             self._compare(call)
         attended = self._attend(call, self.attention)
-        return (attended.out, (*attended.ends, None)) if self.kind.returns_end else attended.out
+        return (attended.out, (*attended.ends, None)) if self.call_form.returns_end else attended.out
 
     def _attend(self, call: dict[str, Any], attention: CacheAttention) -> Attended:
         """Our attention over the cache of a call."""
@@ -117,7 +117,7 @@ class _Forward:
             attention,
             frame_tokens=tokens,
             sink_frames=getattr(module, "sink_size", 0),
-            keep_sink=self.kind.returns_end and not call["sink_recache_after_switch"],
+            keep_sink=self.call_form.returns_end and not call["sink_recache_after_switch"],
         )
         return Attended(module.o(out.flatten(2)), call["kv_cache"]["k"][:, end - size : end], (start + size, end))
 
@@ -137,7 +137,7 @@ class _Forward:
         found = difference(theirs, ours)
         if found:
             raise ValueError(
-                f"{type(self.module).__module__}.{type(self.module).__qualname__} is called as {self.kind.name}'s "
+                f"{type(self.module).__module__}.{type(self.module).__qualname__} is called as {self.call_form.name}'s "
                 f"attention is, but computes something else: at token {call['current_start']}, {found}. Expected were "
                 "keys that are cached after RoPE at their absolute frames, and attention to the whole cache; LongLive "
                 "with use_infinite_attention caches them before RoPE, for one. The cache has not been changed; "
@@ -162,7 +162,7 @@ class _Forward:
         finally:
             if limit is not None:
                 self.module.max_attention_size = limit
-        if self.kind.returns_end:
+        if self.call_form.returns_end:
             out, (global_end, local_end, update) = result
             keys = None if update is None else update["new_k"]
         else:

@@ -13,7 +13,7 @@ from memflow_ops.environment import ROOT, environment
 from memflow_ops.files import sha256, write_atomically, write_picture
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming
-from memflow_ops.model.toy.evaluation.held_out import FRAMES_PER_PROMPT
+from memflow_ops.model.toy.evaluation.held_out import FRAMES_PER_PROMPT, JUDGED_SEED
 from memflow_ops.model.toy.schedule import HELD_OUT_SEED
 
 
@@ -99,5 +99,5 @@ def without_nan(x: object) -> object:
 
 
 def default_results() -> Path | None:
-    """bench/results/toy-cpu.json in a checkout; None where the package is installed elsewhere."""
-    return ROOT / "bench" / "results" / "toy-cpu.json" if (ROOT / "setup.py").is_file() else None
+    """The stored results of the default seed in a checkout; None where the package is installed elsewhere."""
+    return ROOT / "bench" / "results" / f"toy-cpu-seed-{JUDGED_SEED}.json" if (ROOT / "setup.py").is_file() else None

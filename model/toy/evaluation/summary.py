@@ -154,7 +154,7 @@ def summarise(
 
 
 def _pairs(returns: Sequence[_JudgedAppearance]) -> Proportion:
-    """Of the prompts that bring back two characters: both have their hue."""
+    """The share of the prompts that bring back two characters after which both have their hue."""
     hits: dict[tuple[int, int, int], list[bool]] = {}
     for it in returns:
         hits.setdefault((*it.story, it.appearance.prompt), []).append(it.same_hue)

@@ -24,7 +24,7 @@ def test_command_writes_weights_and_notes(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "STAGES", (SMALL,))
     out = tmp_path / "w.safetensors"
     with pytest.raises(SystemExit) as end:
-        main(["toy", "train", "--out", str(out), "--steps", "4", "--threads", str(torch.get_num_threads())])
+        main(["toy", "train", "--out", str(out), "--training-steps", "4", "--threads", str(torch.get_num_threads())])
     assert not end.value.code
     assert load_checkpoint(out).config == TOY_CONFIG
     notes = json.loads(out.with_suffix(".json").read_text())
