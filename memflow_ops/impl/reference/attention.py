@@ -39,7 +39,7 @@ def tiles(q: Tensor, k: Tensor | None, memory_k: Tensor | None, indices: Tensor,
     slots = slot_lists(geometry, batch, 0 if memory_k is None else geometry.stored_frames(memory_k))
     window = 0 if k is None else k.shape[1]
     used = [window] * batch if geometry.seqused_k is None else geometry.seqused_k.clamp(0, window).tolist()
-    rows = torch.arange(queries, device=q.device).unsqueeze(1)
+    rows = torch.arange(queries, dtype=torch.int64, device=q.device).unsqueeze(1)
     for b, h, g in itertools.product(*map(range, indices.shape[:3])):
         tokens: list[int] = []
         for index in indices[b, h, g].tolist():
@@ -66,7 +66,7 @@ def scores_of(queries: Tensor, keys: Tensor, tile: Tile, softmax_scale: float) -
     """Scaled scores [rows, keys], -inf for the keys of the window that a query does not see."""
     scores = queries @ keys.T * softmax_scale
     if tile.seen is not None:
-        place = torch.arange(len(keys), device=keys.device)
+        place = torch.arange(len(keys), dtype=torch.int64, device=keys.device)
         scores = torch.where((place < tile.window_keys) & (place >= tile.seen), -torch.inf, scores)
     return scores
 

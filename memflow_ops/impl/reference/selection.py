@@ -33,7 +33,7 @@ def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry
     selections = []
     groups = geometry.query_groups(queries)
     if memory_frames is None:
-        memory_frames = torch.full((batch,), len(slots[0]))
+        memory_frames = torch.full((batch,), len(slots[0]), dtype=torch.int64, device="cpu")
     valid = memory_frames.clamp(0, len(slots[0])).view(batch, -1).expand(batch, groups).tolist()
     for b in range(batch):
         places = [slot * blocks_per_frame + j for slot in slots[b] for j in range(blocks_per_frame)]

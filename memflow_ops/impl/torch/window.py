@@ -35,13 +35,17 @@ def window_parts(queries: int, keys: int, batch: int, geometry: Geometry, device
         for first in range(0, queries, step):
             rows = slice(first, min(first + step, queries))
             # Without causal mask a query sees as many keys as the last one.
-            before_last = torch.arange(rows.start + 1 - queries, rows.stop + 1 - queries, device=device).unsqueeze(1)
+            before_last = torch.arange(
+                rows.start + 1 - queries, rows.stop + 1 - queries, dtype=torch.int64, device=device
+            ).unsqueeze(1)
             seen = before_last + used if geometry.causal else torch.zeros_like(before_last) + used
             read, all_seen = keys, False
             if isinstance(used, int):
                 read = max(used - (queries - rows.stop if geometry.causal else 0), 0)
                 all_seen = not geometry.causal or read == 0
-            yield WindowPart(elements, rows, read, None if all_seen else torch.arange(read, device=device) >= seen)
+            yield WindowPart(
+                elements, rows, read, None if all_seen else torch.arange(read, dtype=torch.int64, device=device) >= seen
+            )
 
 
 def _valid_keys(keys: int, batch: int, geometry: Geometry) -> Iterator[tuple[slice, int | Tensor]]:
@@ -58,7 +62,7 @@ def without_invalid(k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor, T
     """k and v (B, Lk, Hkv, D), 0 where keys are not valid. The same tensors where the host knows what not to read."""
     if geometry.seqused_k is None or on_host(geometry.seqused_k):
         return k, v
-    invalid = torch.arange(k.shape[1], device=k.device) >= geometry.seqused_k.unsqueeze(1)
+    invalid = torch.arange(k.shape[1], dtype=torch.int64, device=k.device) >= geometry.seqused_k.unsqueeze(1)
     return tuple(x.masked_fill(invalid[..., None, None], 0.0) for x in (k, v))  # type: ignore[return-value]
 
 
