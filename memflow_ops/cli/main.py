@@ -38,8 +38,8 @@ def start(
 ) -> None:
     """Long memory for streaming video: generate a video from a story, chunk by chunk, and see what it remembered.
 
-    A good first command, which needs nothing but this package and a
-    minute or two on a CPU:
+    A good first command, which needs nothing but this package and less
+    than a minute on a CPU:
 
       memflow toy demo
     """

@@ -62,7 +62,7 @@ def demo(
 ) -> None:
     """Stream a story in which a character leaves and returns, and say whether it came back the same.
 
-    The story comes with the package and takes a minute or two on a CPU.
+    The story comes with the package and takes less than a minute on a CPU.
     It is streamed with memory and without, so that you see the difference.
 
     Example:
