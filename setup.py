@@ -29,6 +29,7 @@ setup(
     packages=[
         "memflow_ops",
         "memflow_ops.bench",
+        "memflow_ops.bench.aot",
         "memflow_ops.bench.cases",
         "memflow_ops.bench.harness",
         "memflow_ops.bench.report",

@@ -10,25 +10,16 @@ import tempfile
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
 
 from memflow_ops.kernels.launch import Launch
 
 # Shared memory that one program may have, in bytes, by compute capability.
 SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-
-POINTER_TYPES = {
-    torch.float32: "*fp32",
-    torch.bfloat16: "*bf16",
-    torch.float16: "*fp16",
-    torch.int32: "*i32",
-    torch.int64: "*i64",
-}
 
 
 @dataclass(frozen=True)
@@ -115,31 +106,13 @@ def cuobjdump(*arguments: str) -> str:
 
 
 def launch_source(launch: Launch) -> ASTSource:
-    """The kernel with the types, constants and divisibility that the just-in-time compiler would see."""
-    signature: dict[str, Any] = {}
-    constants: dict[tuple[int, ...], Any] = {}
-    attributes: dict[tuple[int, ...], list] = {}
+    """The kernel with the types, constants and divisibility that the just-in-time compiler sees in this launch.
 
-    def describe(value: Any, path: tuple[int, ...], constant: bool) -> Any:
-        if isinstance(value, tuple):
-            items = [describe(item, (*path, i), constant) for i, item in enumerate(value)]
-            return type(value)(*items) if hasattr(value, "_fields") else tuple(items)
-        if constant or value is None or (isinstance(value, int) and value == 1):
-            constants[path] = value
-            return "constexpr"
-        if isinstance(value, float):
-            return "fp32"
-        if isinstance(value, torch.Tensor):
-            attributes[path] = [["tt.divisibility", 16]]
-            return POINTER_TYPES[value.dtype]
-        if value % 16 == 0:
-            attributes[path] = [["tt.divisibility", 16]]
-        return "i32" if -(2**31) <= value < 2**31 else "i64"
-
-    for position, parameter in enumerate(launch.kernel.params):
-        value = launch.arguments[parameter.name]
-        if parameter.do_not_specialize and isinstance(value, int):
-            signature[parameter.name] = "i32"
-            continue
-        signature[parameter.name] = describe(value, (position,), parameter.is_constexpr)
-    return ASTSource(launch.kernel, signature, constants, attributes)
+    They come from that compiler itself, so that it finds in its cache what was compiled ahead of time. A tensor counts
+    as it lies: one on the "meta" device as aligned to 16 bytes, like all that torch allocates; a view may be less so.
+    """
+    kernel, backend = launch.kernel, make_backend(GPUTarget("cuda", 90, 32))  # they are the same for every capability
+    bind = create_function_from_signature(kernel.signature, kernel.params, backend)
+    bound, specialization, options = bind(**launch.arguments, **launch.compiler_options)
+    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
+    return ASTSource(kernel, signature, constants, attributes)

@@ -2,8 +2,11 @@
 
 import torch
 import triton
+from triton.runtime import driver
 
-from memflow_ops.bench import aot as table
+from memflow_ops.bench.aot import shipped as table
+from memflow_ops.bench.aot.jit import StandInDriver, jit_finds
+from memflow_ops.bench.aot.rows import CAPABILITIES
 from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.aot import Machine, compile_launch
 from memflow_ops.kernels.attention.plan import BlockSource, plan_attend, plan_select_and_attend
@@ -50,3 +53,37 @@ def sizes_of_one() -> list[tuple[str, Machine]]:
         bank = meta(1, length, 1, 16)
         launches += plan_select(bank, bank, 1, Geometry(1, 1, length, 1.0, memory_frames=meta(1).int()))[0]
     return compiled(launches)
+
+
+def compiled_anew() -> tuple[int, list[str]]:
+    """How many launches are shipped, and those whose ahead-of-time code the just-in-time compiler would not find."""
+    launches = [
+        (capability, case, launch)
+        for capability in CAPABILITIES
+        for case, plan in table.shipped().items()
+        for launch in plan(capability)
+    ]
+    return len(launches), [
+        f"sm_{capability}, {case}: {launch.kernel.fn.__name__}"
+        for capability, case, launch in launches
+        if not jit_finds(launch, capability)
+    ]
+
+
+def found_by_the_jit(compiled_tokens: int, tokens: int) -> list[bool]:
+    """Whether each compilation by a launch over `tokens` tokens found its code, when that for others was compiled."""
+
+    def means(length: int) -> Launch:
+        return plan_block_means(torch.empty(1, length, 1, 16), 64, length, torch.float32)[0]
+
+    compile_launch(means(compiled_tokens), 90)
+    launch, found = means(tokens), []
+    driver.set_active(StandInDriver(90))
+    triton.knobs.compilation.listener = lambda **told: found.append(told["cache_hit"])
+    try:
+        launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **launch.compiler_options)
+    finally:
+        triton.knobs.compilation.listener = None
+        driver.set_active(None)
+        launch.kernel.device_caches.pop(90)
+    return found

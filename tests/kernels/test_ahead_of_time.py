@@ -8,7 +8,8 @@ pytest.importorskip("triton")
 
 import compiled_launches
 
-from memflow_ops.bench import aot as table
+from memflow_ops.bench.aot import shipped as table
+from memflow_ops.bench.aot.gate import complaints
 from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, main_loop
 
 
@@ -99,6 +100,17 @@ def test_sizes_of_one_become_constants(compiled):
     assert len(compiled(compiled_launches.sizes_of_one)) >= 6
 
 
+def test_the_just_in_time_compiler_finds_every_shipped_launch(compiling):
+    count, anew = compiling(compiled_launches.compiled_anew)
+    assert count > 700 and anew == []
+
+
+def test_a_launch_takes_its_code_from_the_cache(compiling):
+    """Integers that 16 divides make other code than those that it does not."""
+    assert compiling(compiled_launches.found_by_the_jit, 1560, 1572) == [True]
+    assert compiling(compiled_launches.found_by_the_jit, 1560, 1600) == [False]
+
+
 def test_the_main_loop_is_the_one_with_the_products():
     product_loop = [(16, "FADD", ""), (32, "HGMMA", ""), (48, "BRA", " 0x10")]
     other_loop = [(64, "FADD", ""), (80, "FADD", ""), (96, "FADD", ""), (112, "BRA", " 0x40")]
@@ -113,7 +125,7 @@ def test_what_the_gate_objects_to():
     row = dict(registers=100, spills=0, shared_bytes=1000, HGMMA=8, loop_instructions=50)
     table_of = lambda **changed: {"sm_90": {"one launch: attend_kernel": {**row, **changed}}}  # noqa: E731
     stored = {"3.7.1": table_of()}
-    assert table.complaints("3.7.1", table_of(registers=110, loop_instructions=55), stored) == []
+    assert complaints("3.7.1", table_of(registers=110, loop_instructions=55), stored) == []
     for changed, words in (
         (dict(registers=111), "registers grew from 100 to 111"),
         (dict(loop_instructions=56), "loop_instructions grew from 50 to 56"),
@@ -121,6 +133,7 @@ def test_what_the_gate_objects_to():
         (dict(loop_spills=2), "2 spills in the main loop"),
         (dict(HGMMA=0), "no tensor-core products"),
         (dict(shared_bytes=2**20), "shared memory"),
+        (dict(jit_compiles_anew=True), "would not find"),
     ):
-        (line,) = table.complaints("3.7.1", table_of(**changed), stored)
+        (line,) = complaints("3.7.1", table_of(**changed), stored)
         assert words in line and "sm_90, one launch: attend_kernel" in line

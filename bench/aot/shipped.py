@@ -1,35 +1,11 @@
-"""`make aot`: compiles every shipped configuration for GPUs that need not be there, and lists what each kernel takes.
+"""The shipped configurations: what is compiled ahead of time, at the sizes of Wan 2.1 1.3B. Tensors are on "meta"."""
 
-    python -m memflow_ops.bench.aot [--renew] [--only "per query"] [--jobs 1] [--triton-36 .venv/triton-3.6.0]
-
-It compiles with this triton and, where that is installed in a folder of its own, with 3.6.0, and writes
-bench/results/aot.json. Compiled code stays in build/aot under a hash of its sources, so a run that was stopped goes on
-where it was. It fails where a configuration in a half precision has no tensor-core products on sm_90 or spills
-registers there, where a main loop has spills, where a program takes more shared memory than the device has, or where
-registers or the instructions of the main loop have grown by more than 10 % over the stored table (--renew stores it
-all the same).
-"""
-
-from __future__ import annotations
-
-import argparse
-import json
-import multiprocessing
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
-import triton
 
-from memflow_ops.bench.harness.results import write_json
 from memflow_ops.geometry import Geometry, WriteTarget
-from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, compile_launch, launch_source
 from memflow_ops.kernels.attention.backward import plan_attend_backward
 from memflow_ops.kernels.attention.plan import plan_attend, plan_select_and_attend
 from memflow_ops.kernels.cache_write import plan_write_projections
@@ -37,12 +13,7 @@ from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.retrieval.choose import plan_retrieve_frames
 from memflow_ops.kernels.selection.describe import plan_block_means
 
-RESULT = Path(__file__).resolve().parent / "results" / "aot.json"
-CAPABILITIES = (80, 90, 100)
-OPCODES = ("HMMA", "HGMMA", "UTCHMMA", "LDGSTS")
-ALLOWED_GROWTH = 1.1
-
-# Wan 2.1 1.3B at 480 x 832.
+# At 480 x 832.
 QUERIES, WINDOW, FRAME_TOKENS = 4680, 14040, 1560
 
 
@@ -246,118 +217,3 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
     }
     gradients = {name: partial(backward, **options) for name, options in backwards.items()}
     return {"descriptors": descriptors, **windows, **launches, **writes, **retrievals, **gradients}
-
-
-def figures(capability: int, case: str, index: int) -> dict[str, Any]:
-    """What one launch of a case takes, or the error of the compiler."""
-    try:
-        machine = compile_launch(shipped()[case](capability)[index], capability)
-    except RuntimeError as error:
-        return {"error": str(error).splitlines()[0]}
-    return {
-        "registers": machine.registers,
-        "spills": machine.spills,
-        "shared_bytes": machine.shared_bytes,
-        **{name: machine.opcodes[name] for name in OPCODES if machine.opcodes[name]},
-        "instructions": machine.opcodes.total(),
-        "loop_instructions": machine.loop_opcodes.total(),
-        "loop_spills": machine.loop_spills,
-    }
-
-
-def compile_all(jobs: int, only: str) -> dict[str, dict[str, dict[str, Any]]]:
-    """Architecture -> case and kernel -> figures, with this process's triton. Only rows with `only` in their name."""
-    # Cases share launches: each is compiled once, and its row has the name of the first case with it.
-    rows: dict[tuple[int, str], tuple[int, str, int]] = {}
-    known = set()
-    for capability in CAPABILITIES:
-        for case, launches in shipped().items():
-            for index, launch in enumerate(launches(capability)):
-                source = launch_source(launch)
-                key, name = (capability, source.hash(), str(launch.options)), f"{case}: {launch.kernel.fn.__name__}"
-                if key not in known and only in name:
-                    rows[capability, name] = (capability, case, index)
-                known.add(key)
-    result: dict[str, dict[str, dict[str, Any]]] = {f"sm_{capability}": {} for capability in CAPABILITIES}
-    with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-        done = pool.map(figures, *zip(*rows.values(), strict=True))
-        for (capability, name), row in zip(rows, done, strict=True):
-            result[f"sm_{capability}"][name] = row
-            print(f"triton {triton.__version__} sm_{capability} {name} {row}", file=sys.stderr, flush=True)
-    return result
-
-
-def complaints(version: str, result: dict, stored: dict) -> list[str]:
-    """The complaints of the gate about the table of one triton version, one line each. stored: the tables before."""
-    found = []
-    for architecture, rows in result.items():
-        capability = int(architecture.removeprefix("sm_"))
-        for name, row in rows.items():
-            where = f"triton {version}, {architecture}, {name}"
-            if "error" in row:
-                found.append(f"{where}: does not compile: {row['error']}")
-                continue
-            if row["shared_bytes"] > SHARED_MEMORY_LIMIT[capability]:
-                found.append(f"{where}: {row['shared_bytes']} bytes of shared memory")
-            if capability == 90 and "float32" not in name and row["spills"]:
-                found.append(f"{where}: {row['spills']} spills")
-            elif row.get("loop_spills"):
-                found.append(f"{where}: {row['loop_spills']} spills in the main loop")
-            multiplies = any(kernel in name for kernel in ("attend_kernel", "select_rows_kernel", "backward_"))
-            # Tiles of less than 64 rows are multiplied by HMMA, the product of sm_80.
-            products = sum(row.get(opcode, 0) for opcode in ("HMMA", "HGMMA"))
-            if capability == 90 and "float32" not in name and multiplies and not products:
-                found.append(f"{where}: no tensor-core products")
-            before = stored.get(version, {}).get(architecture, {}).get(name)
-            for what in ("registers", "loop_instructions"):
-                if before and what in before and row[what] > ALLOWED_GROWTH * before[what]:
-                    found.append(
-                        f"{where}: {what} grew from {before[what]} to {row[what]}; --renew stores the new table"
-                    )
-    return found
-
-
-def compile_elsewhere(folder: Path, options: list[str]) -> dict:
-    """compile_all with the triton in `folder`, in a separate process."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    command = [sys.executable, "-m", "memflow_ops.bench.aot", "--print", *options]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-    return json.loads(done.stdout)
-
-
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--renew", action="store_true", help="store the table even where it has grown")
-    parser.add_argument("--only", default="", help="compile only the rows with this in their name; the others stay")
-    parser.add_argument("--triton-36", type=Path, default=None, help="folder that holds triton 3.6.0")
-    parser.add_argument("--print", action="store_true", help="print the table of this triton and do no more")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilers at a time")
-    parser.add_argument("--cache", type=Path, default=Path("build/aot"), help="folder of what was compiled before")
-    arguments = parser.parse_args()
-    # Triton names its cache entries by hashes of the kernel and all that it calls, its arguments and the compiler.
-    os.environ["TRITON_CACHE_DIR"] = str(arguments.cache.resolve())
-    tables = {triton.__version__: compile_all(arguments.jobs, arguments.only)}
-    if arguments.print:
-        print(json.dumps(tables))
-        return 0
-    if arguments.triton_36 is not None and (arguments.triton_36 / "triton").is_dir():
-        options = ["--jobs", str(arguments.jobs), "--only", arguments.only, "--cache", str(arguments.cache)]
-        tables |= compile_elsewhere(arguments.triton_36, options)
-    else:
-        print(f"aot: skipped triton 3.6.0, which is not installed in {arguments.triton_36}", file=sys.stderr)
-    stored = json.loads(RESULT.read_text()) if RESULT.is_file() else {}
-    if arguments.only:  # the other rows stay
-        tables = {version: {sm: stored.get(version, {}).get(sm, {}) | rows for sm, rows in table.items()}
-                  for version, table in tables.items()}  # fmt: skip
-    found = [line for version, table in tables.items() for line in complaints(version, table, stored)]
-    print("\n".join(found) or f"aot: {sum(len(x) for t in tables.values() for x in t.values())} kernels pass")
-    grown = [line for line in found if "grew from" in line]
-    if len(found) > len(grown) or (grown and not arguments.renew):
-        return 1
-    write_json(RESULT, stored | tables)
-    print(f"written to {RESULT}")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
