@@ -11,7 +11,7 @@ model that calls an `Attend` can be given any kind of memory. `attend_to_memory`
     cache.commit()
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -103,9 +103,10 @@ def attend_to_memory(
         if keys_only and layer == layout.layers - 1:
             return q
         if active is None:
-            keys, values = cache.dense(layer) if selection is None else cache.window(layer)
-            return cast(Tensor, memory_attention(q, keys, values, impl=impl))
-        return _attend_to_both(q, cache.window(layer), memory, active, layout, impl)
+            keys, values, valid = cache.attended(layer, sparse=selection is not None)
+            return cast(Tensor, memory_attention(q, keys, values, seqused_k=valid, impl=impl))
+        *window, valid = cache.attended(layer, sparse=True)
+        return _attend_to_both(q, window, memory, active, layout, impl, valid)
 
     def attend_normalised(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(layer, q, k, v, None)
@@ -137,13 +138,14 @@ def attend_to_past(
 
 def _attend_to_both(
     q: Tensor,
-    window: tuple[Tensor, Tensor],
+    window: Sequence[Tensor],
     memory: Memory,
     selection: BlockSelection,
     layout: CacheLayout,
     impl: str,
+    valid: Tensor | None = None,
 ) -> Tensor:
-    """Attention to the window in full and to the selected blocks of the bank."""
+    """Attention to the window in full, or to its leading `valid` keys, and to the selected blocks of the bank."""
     attended = memory_attention(
         q,
         *window,
@@ -156,6 +158,7 @@ def _attend_to_both(
         query_group=selection.query_group,
         memory_frames=memory.frames,
         memory_slots=memory.slots,
+        seqused_k=valid,
         impl=impl,
     )
     return cast(Tensor, attended)

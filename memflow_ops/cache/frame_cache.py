@@ -173,7 +173,14 @@ class FrameCache(RingCache):
     def pass_shape(self, sparse: bool) -> tuple[object, ...]:
         self._check_open("pass_shape")
         beyond = (self.has_bank(),) if sparse else (self.visible_sink(), len(self.candidate_frames()[0]))
-        return (bool(self._to_recache), len(self._ring), *beyond)
+        return (*self._ring_shape(sparse), *beyond)
+
+    def _is_counted(self, sparse: bool) -> bool:
+        # The history lies behind the ring, so that without a full one the valid keys of `dense` have a gap.
+        return super()._is_counted(sparse) and (sparse or not self.candidate_frames()[0])
+
+    def _before_ring(self) -> range:
+        return range(self._ring_start - self.visible_sink(), self._ring_start)
 
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all that is remembered: visible sink frames, ring and candidates, (B, tokens, Hkv, D).
@@ -191,7 +198,7 @@ class FrameCache(RingCache):
         end_of_ring = self._ring_start + self.layout.window_frames
         # Nothing has ever been evicted, so the candidates, the oldest prototypes, lie in the leading slots.
         history = len(self.candidate_frames()[0])
-        start = self._ring_start - self.visible_sink()
+        start = self._before_ring().start
         if not history or filled == end_of_ring:
             return self._view(layer, start, filled + history)
         near, far = self._view(layer, start, filled), self._view(layer, end_of_ring, end_of_ring + history)

@@ -250,14 +250,16 @@ class ReleasedCache(RingCache):
 
     def pass_shape(self, sparse: bool) -> tuple[object, ...]:
         self._check_open("pass_shape")
-        return (bool(self._to_recache), len(self._ring), self._bank_fill, self._sink_fill(), self._in_sink)
+        return (*self._ring_shape(sparse), self._bank_fill, self._sink_fill(), self._in_sink)
+
+    def _before_ring(self) -> range:
+        return range(self.layout.bank_frames - self._bank_fill, self.layout.bank_frames + self._sink_fill())
 
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of bank, sink and window, (B, tokens, Hkv, D), as views, the current chunk included."""
         self._check_open("dense")
-        bank = self.layout.bank_frames
-        end = self._ring_start + len(self._ring) if self._ring else bank + self._sink_fill()
-        return self._view(layer, bank - self._bank_fill, end)
+        before = self._before_ring()
+        return self._view(layer, before.start, self._ring_start + len(self._ring) if self._ring else before.stop)
 
     # -------------------------------------------------------------------------------------------------------- the state
 

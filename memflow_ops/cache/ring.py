@@ -65,6 +65,11 @@ class RingCache(SavedByState, ABC):
         # this tensor, so it stays where it is and is overwritten.
         self._chunk_places = torch.zeros((layout.batch, layout.chunk_frames), dtype=torch.int32, device=self.device)
         self._pass_places = self._chunk_places  # or those of a longer pass, which re-caches the window at once
+        self.counts_keys = self.device.type == "cuda"
+        """Whether a tensor says how many keys are valid while the window is re-cached, see `attended`."""
+        # How many leading keys of a full ring, and of what lies before it and a full ring, are valid: (B,) int32 each.
+        # Kernels read these too.
+        self._valid_keys = torch.zeros((2, layout.batch), dtype=torch.int32, device=self.device).unbind()
         self._written: set[int] = set()  # layers
         # Keys and values of the open chunk as they were last written, of the layers where gradients flow into them.
         self._in_graph: dict[int, tuple[Tensor, Tensor]] = {}
@@ -120,6 +125,9 @@ class RingCache(SavedByState, ABC):
         )
         self._pass_places = self._chunk_places if len(places) == self.layout.chunk_frames else rows
         self._pass_places.copy_(rows)
+        if self.counts_keys:
+            for valid, before in zip(self._valid_keys, (0, len(self._before_ring())), strict=True):
+                valid.fill_((before + len(self._ring)) * self.layout.frame_tokens)
         self._open_places = places
         self._in_graph.clear()
         for marked in self._marks:
@@ -286,6 +294,20 @@ class RingCache(SavedByState, ABC):
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all that the cache remembers, (B, tokens, Hkv, D), the current chunk included."""
 
+    def attended(self, layer: int, sparse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What a pass attends to in full: keys and values of `window` where it is `sparse`, else of `dense`.
+
+        The third is None, or `seqused_k` for `memory_attention`, (B,) int32: how many leading keys are valid. The views
+        are then those of a full ring, and the rest of them must not be read. That is so while the window is re-cached,
+        where the cache `counts_keys`: passes over a ring that grows have one shape then, and one CUDA graph.
+        """
+        if layer in self._in_graph or not self._is_counted(sparse):
+            return *(self.window(layer) if sparse else self.dense(layer)), None
+        self._check_open("attended")
+        first = self._ring_start if sparse else self._before_ring().start
+        views = self._view(layer, first, self._ring_start + self.layout.window_frames)
+        return *views, self._valid_keys[0 if sparse else 1]
+
     def memory(self, layer: int) -> Memory:
         """The bank, sink included, for `memory_attention` beside the dense `window`.
 
@@ -369,6 +391,10 @@ class RingCache(SavedByState, ABC):
         """The absolute frames that the passes over an opening chunk, or over one to be re-cached, write."""
         return range(chunk * self.layout.chunk_frames, (chunk + 1) * self.layout.chunk_frames)
 
+    @abstractmethod
+    def _before_ring(self) -> range:
+        """The frame places that `dense` reads before those of the ring; next to it where the ring holds a frame."""
+
     def _places_of(self, frames: Sequence[int]) -> list[int]:
         """The frame place that each frame of the opening chunk is written to; -1 for none."""
         return [self._ring_place(frame) for frame in frames]
@@ -390,6 +416,14 @@ class RingCache(SavedByState, ABC):
         """Forgets the choice of `choose_bank`, which is valid for one chunk."""
 
     # ---------------------------------------------------------------------------------------------------------- details
+
+    def _is_counted(self, sparse: bool) -> bool:
+        """Whether a tensor says how full the ring is, so that it is no part of a pass's shape; see `attended`."""
+        return self.counts_keys and bool(self._to_recache) and len(self._ring) < self.layout.window_frames
+
+    def _ring_shape(self, sparse: bool) -> tuple[object, ...]:
+        """What a pass's shape has of the ring."""
+        return bool(self._to_recache), None if self._is_counted(sparse) else len(self._ring)
 
     def _ring_place(self, frame: int) -> int:
         """Gives a frame the place of the one that leaves the window."""

@@ -2,13 +2,13 @@
 
 A replay repeats the recorded kernels on the recorded memory and numbers. So whatever changes from chunk to chunk is
 read from tensors that are updated in place: noisy latents, time embedding, RoPE angles (`PassInputs`), text keys
-(`StreamText`), and the chunk's places in the ring with the slot table and lengths of the bank (the cache). What no
-tensor holds, such as how full the ring is, makes up the shape of a pass; see `RingCache.pass_shape`.
+(`StreamText`), and the chunk's places in the ring, how many keys are valid while it is re-cached, and the slot table
+and lengths of the bank (the cache). What no tensor holds makes up the shape of a pass; see `RingCache.pass_shape`.
 
 Few shapes recur, so there are few graphs. Once the local window is full, a chunk has two kinds of passes: noisy ones,
-and the clean one, which ends early. A prompt switch adds a clean pass over each past chunk in the window, with a graph
-for each. That makes 4 graphs for a window of 9 frames. Passes whose shape belongs to one chunk alone are not recorded:
-those while the window fills, and all of memory="full", whose history grows with every chunk.
+and the clean one, which ends early. A prompt switch adds a clean pass over each past chunk in the window; one graph
+serves them all. That makes 3 graphs for a window of any length. Passes whose shape belongs to one chunk alone are not
+recorded: those while the window fills, and all of memory="full", whose history grows with every chunk.
 """
 
 import warnings

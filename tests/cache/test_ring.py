@@ -7,7 +7,15 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._pytree import tree_leaves
 
-from memflow_ops.cache import CacheLayout, FrameCache, ReleasedCache, ReleasedLayout, RingCache
+from memflow_ops.cache import (
+    BlockSelection,
+    CacheLayout,
+    FrameCache,
+    ReleasedCache,
+    ReleasedLayout,
+    RingCache,
+    attend_to_memory,
+)
 from memflow_ops.rotary import rope_rotation
 
 SIZES = {"layers": 2, "batch": 2, "frame_tokens": 6, "kv_heads": 2, "head_dim": 4}
@@ -18,6 +26,12 @@ TEXT_KEYS = [torch.ones(2, 1, 2, 4)] * 2
 def frame_cache() -> FrameCache:
     return FrameCache(
         CacheLayout(**SIZES, window_frames=9, sink_frames=0, bank_frames=2, device_frames=8, block_size=4)
+    )
+
+
+def sink_cache() -> FrameCache:
+    return FrameCache(
+        CacheLayout(**SIZES, window_frames=9, sink_frames=4, bank_frames=0, device_frames=0, block_size=4)
     )
 
 
@@ -55,6 +69,54 @@ def assert_same_state(a: RingCache, b: RingCache) -> None:
             assert torch.equal(x.nan_to_num(), y.nan_to_num())
         else:
             assert x == y
+
+
+BLOCKS = BlockSelection(2, query_group=5)
+
+
+@pytest.mark.parametrize(
+    ("make", "selection"),
+    [(sink_cache, None), (sink_cache, BLOCKS), (frame_cache, BLOCKS), (released_cache, None), (released_cache, BLOCKS)],
+)
+def test_passes_over_a_ring_that_grows_again_have_one_shape_where_its_keys_are_counted(make, selection):
+    """On CUDA a tensor says how full the ring is. What has not been passed again is NaN here and never read."""
+    results, shapes, sparse = {}, {}, selection is not None
+    for counts in (False, True):
+        cache, results[counts], shapes[counts] = make(), [], set()
+        cache.counts_keys = counts
+        stream(cache, 5)
+        cache.update_bank(TEXT_KEYS)
+        generator = torch.Generator().manual_seed(7)
+        for _ in cache.restart_window():
+            frames = torch.arange(cache.begin_chunk(), cache.open_frames().stop)
+            places = cache._ring_start + len(cache.window_frames()), cache._ring_start + cache.layout.window_frames
+            for pool in cache._places[:2]:
+                pool[:, :, slice(*places)] = torch.nan
+            rotation = rope_rotation(4, frames, *map(torch.arange, GRID))
+            attend = attend_to_memory(cache, rotation, selection)
+            shapes[counts].add(cache.pass_shape(sparse))
+            for layer in range(2):
+                results[counts].append(attend(layer, *torch.randn(3, 2, 18, 2, 4, generator=generator)))
+                *seen, valid = cache.attended(layer, sparse)
+                assert (valid is not None) == counts
+                for got, want in zip(seen, cache.window(layer) if sparse else cache.dense(layer), strict=True):
+                    count = want.shape[1] if valid is None else int(valid[0])
+                    assert torch.equal(got[:, :count], want) and torch.isfinite(want).all()
+            cache.commit()
+        assert len(results[counts]) == 4
+    assert all(map(torch.equal, results[True], results[False]))
+    assert len(shapes[False]) == 2 and len(shapes[True]) == 1
+
+
+def test_where_the_history_lies_behind_the_ring_nothing_is_counted():
+    """The valid keys of `dense` are then no leading part of a view."""
+    cache = frame_cache()
+    cache.counts_keys = True
+    stream(cache, 5)
+    cache.restart_window()
+    cache.begin_chunk()
+    keys, _, valid = cache.attended(0, sparse=False)
+    assert valid is None and keys.shape[1] == (3 + len(cache.candidate_frames()[0])) * 6
 
 
 @pytest.mark.parametrize("kind", [CacheLayout, ReleasedLayout])

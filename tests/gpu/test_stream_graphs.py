@@ -14,12 +14,13 @@ from memflow_ops.model.streaming.streamer import Streamer
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 MODES = {
-    "none": ({"memory": "none"}, 4),
-    "sink": ({"memory": "sink"}, 4),
-    "memflow": ({"block_size": 4, "query_group": 6}, 4),
+    "none": ({"memory": "none"}, 3),
+    "sink": ({"memory": "sink"}, 3),
+    "memflow": ({"block_size": 4, "query_group": 6}, 3),
     "memflow-host": ({"window_frames": 6, "device_frames": 4, "host_frames": 6, "stochastic": True}, 3),
     "per-query": ({"query_group": 1, "recache": False}, 2),
-    "released-top": ({"memory": "released", "record_interval": 1, "top_frames": 2}, 4),
+    "released": ({"memory": "released", "record_interval": 1, "bank_schedule": "single-prompt"}, 3),
+    "released-top": ({"memory": "released", "record_interval": 1, "top_frames": 2}, 2),
 }
 
 

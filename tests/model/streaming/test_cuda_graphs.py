@@ -93,18 +93,20 @@ class TapeRecorder:
 def stream(model, settings, recorder=None, report=True) -> tuple[Streamer, list[Chunk]]:
     streamer = Streamer(model, 2, settings, seed=4, encode=encode, report=report)
     streamer.passes = Passes(streamer.cache, recorder, insist=True)
+    streamer.cache.counts_keys = recorder is not None  # as on CUDA, where passes are recorded
     return streamer, [streamer.next_chunk(prompts_of(index)) for index in range(CHUNKS)]
 
 
-# Graphs: noisy and clean, and a clean pass again of each chunk that a switch leaves in the window.
+# Graphs: noisy and clean, and one for the clean passes again of all chunks that a switch leaves in the window.
 MODES = {
-    "none": ({"memory": "none"}, 4),
-    "sink": ({"memory": "sink", "sink_frames": 4}, 4),
-    "memflow": ({"memory": "memflow", "query_group": None, "relevance": "softmax"}, 4),
+    "none": ({"memory": "none"}, 3),
+    "sink": ({"memory": "sink", "sink_frames": 4}, 3),
+    "memflow": ({"memory": "memflow", "query_group": None, "relevance": "softmax"}, 3),
+    "memflow-long": ({"memory": "memflow", "window_frames": 15, "query_group": 4}, 3),
     # Two chunks in the window; slots are used again, frames go to host memory and come back.
     "memflow-host": ({"window_frames": 6, "device_frames": 4, "host_frames": 6, "stochastic": True}, 3),
     "memflow-no-sink": ({"sink_frames": 0, "recache": False, "query_group": 1}, 2),
-    "released": ({"memory": "released", "record_interval": 1, "bank_schedule": "single-prompt"}, 4),
+    "released": ({"memory": "released", "record_interval": 1, "bank_schedule": "single-prompt"}, 3),
     # A switch re-caches the window in one pass, which is not recorded.
     "released-top": ({"memory": "released", "record_interval": 2, "top_frames": 2, "sink_frames": 4}, 2),
 }
