@@ -22,11 +22,12 @@ demo: $(STAMP)  ## stream the shipped story with memory; writes out/demo
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TEST_OPTIONS)
 
-# Tests of the kernels with a triton that is not the one of this torch: in the interpreter, which needs no GPU.
-OTHER_TRITON := .venv/triton-$(TRITON)
+# Other tritons than the one of this torch, each in a folder of its own.
+.venv/triton-%: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$*
 
-$(OTHER_TRITON): $(STAMP)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==$(TRITON)
+# The interpreter needs no GPU.
+OTHER_TRITON := .venv/triton-$(TRITON)
 
 interpreter: $(OTHER_TRITON)  ## the tests of the kernels with another triton: make interpreter TRITON=3.9.0
 	PYTHONPATH=$(OTHER_TRITON) $(BIN)/python -m pytest --numprocesses auto --dist worksteal \
@@ -51,13 +52,12 @@ bench-compare: $(STAMP)  ## the same, held against the stored results of this de
 where-memory-pays: $(STAMP)  ## the toy world's match rate against overhead, by bank and budget; writes bench/results
 	$(BIN)/python -m memflow_ops.bench.where_memory_pays $(PAYS_OPTIONS)
 
-TRITON_36 := .venv/triton-3.6.0
+# Without a network those that are not installed are left out.
+OTHER_TRITONS := .venv/triton-3.6.0 .venv/triton-3.9.0
 
-$(TRITON_36): $(STAMP)
-	-$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.6.0
-
-aot: $(STAMP) $(TRITON_36)  ## every kernel compiled for sm_80, sm_90, sm_100; checks and writes bench/results/aot.json
-	$(BIN)/python -m memflow_ops.bench.aot --triton-36 $(TRITON_36) $(AOT_OPTIONS)
+aot: $(STAMP)  ## every kernel compiled for sm_80 to sm_120, by three tritons; checks and writes bench/results/aot.json
+	-@$(MAKE) --no-print-directory --keep-going $(OTHER_TRITONS)
+	$(BIN)/python -m memflow_ops.bench.aot --triton $(OTHER_TRITONS) $(AOT_OPTIONS)
 
 # With this machine's own torch and triton and no network; OUT: the folder for <device>-<date>.json.
 OUT ?= bench/results

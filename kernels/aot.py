@@ -8,18 +8,21 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
+from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import create_function_from_signature
 
 from memflow_ops.kernels.launch import Launch
+from memflow_ops.kernels.sass import Instruction, instructions, main_loop, products, spills
 
 # Shared memory that one program may have, in bytes, by compute capability.
-SHARED_MEMORY_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SHARED_MEMORY_LIMIT = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,10 @@ class Machine:
     loop_opcodes: Counter[str]
     """Those of the main loop alone, see main_loop. Instructions that it usually jumps over count too."""
     ptx: str = field(repr=False)
+    code: list[Instruction] = field(repr=False)
+    remarks: tuple[str, ...]
+    """What ptxas has to say about products of warpgroups (sm_90), by its numbers: C7510 and C7515, they wait for one
+    another; C7517, it had to add a wait."""
 
     @property
     def spills(self) -> int:
@@ -51,58 +58,49 @@ class Machine:
 
 
 def compile_launch(launch: Launch, capability: int) -> Machine:
-    """Compile as the launch would on a device of this compute capability (80, 90, 100). It takes seconds."""
+    """Compile as the launch would on a device of this compute capability, a key of SHARED_MEMORY_LIMIT, in seconds.
+
+    What was read off the machine code is kept beside it, in triton's cache.
+    """
     source = launch_source(launch)
     target = GPUTarget("cuda", capability, 32)
     compiled = triton.compile(source, target=target, options=launch.compiler_options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        usage = cuobjdump("--dump-resource-usage", file.name)
-        assembly = cuobjdump("-sass", file.name)
+    usage = kept(compiled, "usage", lambda: disassemble(compiled, "--dump-resource-usage"))
+    code = instructions(kept(compiled, "sass", lambda: disassemble(compiled, "-sass")))
+    log = kept(compiled, "ptxas", lambda: ptxas_log(compiled)) if "wgmma" in compiled.asm["ptx"] else ""
     resources = {name: int(value) for name, value in re.findall(r"(REG|STACK):(\d+)", usage)}
-    # An instruction is /*address*/, a predicate (@!P0) in some, the opcode, its modifiers and operands.
-    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)([^;]*)", assembly, re.MULTILINE)
-    instructions = [(int(address, 16), opcode, rest) for address, opcode, rest in found]
     return Machine(
         registers=resources["REG"],
         stack_bytes=resources["STACK"],
         shared_bytes=compiled.metadata.shared,
-        opcodes=Counter(opcode for _, opcode, _ in instructions),
-        loop_opcodes=main_loop(instructions),
+        opcodes=Counter(instruction.opcode for instruction in code),
+        loop_opcodes=main_loop(code),
         ptx=compiled.asm["ptx"],
+        code=code,
+        remarks=tuple(sorted(set(re.findall(r"\((C75\d\d)\)", log)))),
     )
 
 
-def spills(opcodes: Counter[str]) -> int:
-    return opcodes["LDL"] + opcodes["STL"]
+def kept(compiled: CompiledKernel, name: str, make: Callable[[], str]) -> str:
+    """A text about a compiled kernel: the one beside it in the cache, or else what `make` returns, kept there."""
+    cache = get_cache_manager(compiled.hash)
+    return Path(cache.get_file(name) or cache.put(make(), name, binary=False)).read_text()
 
 
-def products(opcodes: Counter[str]) -> int:
-    return sum(opcodes[name] for name in ("HMMA", "HGMMA", "UTCHMMA"))
-
-
-def main_loop(instructions: list[tuple[int, str, str]]) -> Counter[str]:
-    """The opcodes of the main loop among instructions (address, opcode, operands).
-
-    A loop ends with a branch back to its start. The main loop is the innermost loop with the most matrix products; of
-    several with as many it is the shortest, because the others are for rare cases. Without products it is the longest
-    innermost loop.
-    """
-    loops = []
-    for address, opcode, rest in instructions:
-        target = re.search(r"0x([0-9a-f]+)", rest) if opcode == "BRA" else None
-        if target and int(target[1], 16) < address:
-            loops.append((int(target[1], 16), address))
-    innermost = [a for a in loops if not any(a != b and a[0] <= b[0] and b[1] <= a[1] for b in loops)]
-    bodies = [Counter(op for address, op, _ in instructions if start <= address <= end) for start, end in innermost]
-    sign = -1 if any(products(body) for body in bodies) else 1
-    return max(bodies, key=lambda body: (products(body), sign * body.total()), default=Counter())
-
-
-def cuobjdump(*arguments: str) -> str:
+def disassemble(compiled: CompiledKernel, option: str) -> str:
     """The output of NVIDIA's disassembler, which comes with triton."""
-    command = [triton.knobs.nvidia.cuobjdump.path, *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(compiled.asm["cubin"])
+        command = [triton.knobs.nvidia.cuobjdump.path, option, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def ptxas_log(compiled: CompiledKernel) -> str:
+    """What ptxas says about the kernel for sm_90; triton throws it away."""
+    with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+        Path(file.name).write_text(compiled.asm["ptx"])
+        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 
 def launch_source(launch: Launch) -> ASTSource:

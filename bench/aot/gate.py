@@ -4,6 +4,10 @@ from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT
 
 ALLOWED_GROWTH = 1.1
 
+# In backward_keys_kernel a product starts from what would be subtracted from it, which is written while another is in
+# flight: ptxas waits for that one first (C7517). Two products then do not overlap; registers would not hold both.
+WAITS_FOR_A_PRODUCT = "backward_keys_kernel"
+
 
 def complaints(version: str, result: dict, stored: dict) -> list[str]:
     """The complaints of the gate about the table of one triton version, one line each. stored: the tables before."""
@@ -26,10 +30,18 @@ def complaints(version: str, result: dict, stored: dict) -> list[str]:
             products = sum(row.get(opcode, 0) for opcode in ("HMMA", "HGMMA"))
             if capability == 90 and "float32" not in name and multiplies and not products:
                 found.append(f"{where}: no tensor-core products")
+            remarks = set(row.get("remarks", ()))
+            if WAITS_FOR_A_PRODUCT in name:
+                remarks.discard("C7517")
+            if remarks & {"C7510", "C7515"}:
+                found.append(f"{where}: ptxas makes products wait for one another ({', '.join(sorted(remarks))})")
+            elif remarks:
+                found.append(f"{where}: ptxas adds a wait between products ({', '.join(sorted(remarks))})")
+            found += [f"{where}: {hazard}" for hazard in row.get("hazards", ())]
             if row.get("jit_compiles_anew"):
                 found.append(f"{where}: the just-in-time compiler would not find what was compiled ahead of time")
             before = stored.get(version, {}).get(architecture, {}).get(name)
-            for what in ("registers", "loop_instructions"):
+            for what in ("registers", "loop_instructions", "barriers_outside"):
                 if before and what in before and row[what] > ALLOWED_GROWTH * before[what]:
                     found.append(
                         f"{where}: {what} grew from {before[what]} to {row[what]}; --renew stores the new table"

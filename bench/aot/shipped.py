@@ -13,6 +13,9 @@ from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.retrieval.choose import plan_retrieve_frames
 from memflow_ops.kernels.selection.describe import plan_block_means
 
+Plan = Callable[[int], list[Launch]]
+"""Plans the launches of a case for a compute capability."""
+
 # At 480 x 832.
 QUERIES, WINDOW, FRAME_TOKENS = 4680, 14040, 1560
 
@@ -37,6 +40,8 @@ def memory_attention(
     query_group: int = 128,
     top_k: int = 24,
     dense: bool = False,
+    window_tokens: int = WINDOW,
+    causal: bool = False,
     by_group: bool = False,
     multiprocessors: int = 0,
 ) -> list[Launch]:
@@ -46,13 +51,13 @@ def memory_attention(
     wave is split; 0: it is not.
     """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
-    k = cached(WINDOW, heads[1], head_dim, dtype) if dense else None
+    k = cached(window_tokens, heads[1], head_dim, dtype) if dense else None
     memory = cached(frames * FRAME_TOKENS, heads[1], head_dim, dtype)
     blocks = frames * -(-FRAME_TOKENS // block_size)
     descriptors = meta(1, blocks, heads[1], head_dim, dtype=dtype)
     counts = (1, -(-QUERIES // query_group)) if by_group else (1,)
     slots, valid = meta(1, frames, dtype=torch.int32), meta(*counts, dtype=torch.int32)
-    geometry = Geometry(block_size, FRAME_TOKENS, query_group, head_dim**-0.5, slots, valid)
+    geometry = Geometry(block_size, FRAME_TOKENS, query_group, head_dim**-0.5, slots, valid, causal=causal)
     resume = None if dense else (q, meta(1, heads[0], QUERIES, dtype=torch.float32))
     launches, *_ = plan_select_and_attend(
         q, k, k, memory, memory, descriptors, top_k, geometry, resume,
@@ -123,10 +128,20 @@ def backward(
     return [step for step in steps if isinstance(step, Launch)]
 
 
-def shipped() -> dict[str, Callable[[int], list[Launch]]]:
+REPRESENTATIVE = frozenset(
+    {
+        "window", "window, causal, used keys", "two launches", "two launches, last wave split", "two launches, float32",
+        "two launches, blocks of 16", "per query", "cache write, clean pass", "retrieval, coverage",
+        "backward, window too", "backward, per query", "backward, float32",
+    }
+)  # fmt: skip
+"""The cases that stand for all of them where not every one is compiled."""
+
+
+def shipped() -> dict[str, Plan]:
     """The name of each case, and a function that plans its launches for a compute capability."""
 
-    def case(**options) -> Callable[[int], list[Launch]]:
+    def case(**options) -> Plan:
         return lambda capability: memory_attention(capability, **options)
 
     split = dict(multiprocessors=132)  # of an H100: two programs for each of the last 48 tiles
@@ -168,7 +183,7 @@ def shipped() -> dict[str, Callable[[int], list[Launch]]]:
         "two launches, frames by group": dict(by_group=True),
         "per query, frames by group": dict(query_group=1, by_group=True),
     }
-    windows: dict[str, Callable[[int], list[Launch]]] = {
+    windows: dict[str, Plan] = {
         "window": window,
         "window, causal": partial(window, causal=True),
         "window, used keys": partial(window, used=True),

@@ -10,7 +10,9 @@ import compiled_launches
 
 from memflow_ops.bench.aot import shipped as table
 from memflow_ops.bench.aot.gate import complaints
-from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT, main_loop
+from memflow_ops.bench.aot.hazards import hazards
+from memflow_ops.kernels.aot import SHARED_MEMORY_LIMIT
+from memflow_ops.kernels.sass import Instruction, main_loop
 
 
 @pytest.fixture
@@ -42,6 +44,7 @@ def test_shipped_configurations(compiled, case, kernels):
     assert [name for name, _ in machines] == kernels
     for name, machine in machines:
         assert machine.spills == 0 and machine.stack_bytes == 0, name
+        assert machine.remarks == () and hazards(machine.code) == [], name
         if name in ("attend_kernel", "select_rows_kernel"):
             assert machine.opcodes["HGMMA"] >= 8, name
             assert 0 < machine.loop_opcodes["HGMMA"] <= machine.opcodes["HGMMA"], name
@@ -112,18 +115,21 @@ def test_a_launch_takes_its_code_from_the_cache(compiling):
 
 
 def test_the_main_loop_is_the_one_with_the_products():
-    product_loop = [(16, "FADD", ""), (32, "HGMMA", ""), (48, "BRA", " 0x10")]
-    other_loop = [(64, "FADD", ""), (80, "FADD", ""), (96, "FADD", ""), (112, "BRA", " 0x40")]
-    rare_loop = [(128, "HGMMA", ""), (144, "FSEL", ""), (160, "FSEL", ""), (176, "BRA", " 0x80")]
-    end = [(192, "BRA", " 0x0"), (208, "BRA", " 0x200")]
-    code = [(0, "MOV", ""), *product_loop, *other_loop, *rare_loop, *end]
-    assert main_loop(code) == Counter(FADD=1, HGMMA=1, BRA=1)
+    code = lambda *words: [Instruction(address, "", opcode, rest) for address, opcode, rest in words]  # noqa: E731
+    product_loop = code((16, "FADD", ""), (32, "HGMMA", ""), (48, "BRA", "0x10"))
+    other_loop = code((64, "FADD", ""), (80, "FADD", ""), (96, "FADD", ""), (112, "BRA", "0x40"))
+    rare_loop = code((128, "HGMMA", ""), (144, "FSEL", ""), (160, "FSEL", ""), (176, "BRA", "0x80"))
+    end = code((192, "BRA", "0x0"), (208, "BRA", "0x200"))
+    whole = [*code((0, "MOV", "")), *product_loop, *other_loop, *rare_loop, *end]
+    assert main_loop(whole) == Counter(FADD=1, HGMMA=1, BRA=1)
     assert main_loop([*other_loop, *end]) == Counter(FADD=3, BRA=1)
 
 
 def test_what_the_gate_objects_to():
-    row = dict(registers=100, spills=0, shared_bytes=1000, HGMMA=8, loop_instructions=50)
+    row = dict(registers=100, spills=0, shared_bytes=1000, HGMMA=8, loop_instructions=50, barriers_outside=20)
     table_of = lambda **changed: {"sm_90": {"one launch: attend_kernel": {**row, **changed}}}  # noqa: E731
+    keys = {"sm_90": {"backward: backward_keys_kernel": {**row, "remarks": ["C7517"]}}}
+    assert complaints("3.7.1", keys, {}) == []
     stored = {"3.7.1": table_of()}
     assert complaints("3.7.1", table_of(registers=110, loop_instructions=55), stored) == []
     for changed, words in (
@@ -134,6 +140,11 @@ def test_what_the_gate_objects_to():
         (dict(HGMMA=0), "no tensor-core products"),
         (dict(shared_bytes=2**20), "shared memory"),
         (dict(jit_compiles_anew=True), "would not find"),
+        (dict(barriers_outside=23), "barriers_outside grew from 20 to 23"),
+        (dict(remarks=["C7510"]), "products wait for one another (C7510)"),
+        (dict(remarks=["C7515", "C7517"]), "products wait for one another (C7515, C7517)"),
+        (dict(remarks=["C7517"]), "a wait between products (C7517)"),
+        (dict(hazards=["0x10 FMUL: touches an accumulator"]), "0x10 FMUL: touches an accumulator"),
     ):
         (line,) = complaints("3.7.1", table_of(**changed), stored)
         assert words in line and "sm_90, one launch: attend_kernel" in line
