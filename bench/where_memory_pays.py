@@ -11,7 +11,6 @@ after Ctrl-C the same command continues.
 from __future__ import annotations
 
 import argparse
-import io
 import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,8 +20,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.progress import Progress
 
@@ -31,7 +28,7 @@ from memflow_ops.bench.harness.results import load, write_json
 from memflow_ops.environment import environment
 from memflow_ops.files import check_target, locked, sha256, write_atomically
 from memflow_ops.model.checkpoints.native import load_checkpoint
-from memflow_ops.model.plot_style import INK, PALE
+from memflow_ops.model.plot_style import INK, PALE, new_figure, own_style, plain_panel, png
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
 from memflow_ops.model.toy.evaluation.evaluate import evaluate_kinds, time_kinds
@@ -180,10 +177,10 @@ def _setting(row: Mapping[str, Any]) -> Setting:
 # -------------------------------------------------------------------------------------------------------------- drawing
 
 
+@own_style()
 def draw(rows: Measured, timings: Measured) -> bytes:
     """The share of returns with the same hue, against the blocks activated and against the time; a PNG."""
-    figure = Figure(figsize=(12.5, 5), dpi=110, facecolor="white", layout="constrained")
-    canvas = FigureCanvasAgg(figure)
+    figure = new_figure(12.5, 5)
     count = max(row["hue"]["count"] for row in rows.values())
     title = (
         f"The toy world: returning characters with the hue of their first appearance, {count} returns a point, "
@@ -204,9 +201,7 @@ def draw(rows: Measured, timings: Measured) -> bytes:
     by_blocks.set_ylabel("same hue, %", fontsize=9)
     for panel in (by_blocks, by_time):
         _finish(panel)
-    target = io.BytesIO()
-    canvas.print_png(target)
-    return target.getvalue()
+    return png(figure)
 
 
 def _draw_bank(by_blocks: Any, by_time: Any, bank: int, rows: Measured, timings: Measured) -> None:
@@ -252,11 +247,8 @@ def _finish(panel: Any) -> None:
     if panel.get_legend_handles_labels()[0]:
         panel.legend(fontsize=8, frameon=False, loc="lower right")
     panel.set_ylim(0, 104)
-    panel.tick_params(length=0, colors=INK, labelsize=8)
-    panel.grid(color="#e4e8ec", linewidth=0.7)
-    panel.set_axisbelow(True)
-    for spine in panel.spines.values():
-        spine.set_visible(False)
+    panel.tick_params(labelsize=8)
+    plain_panel(panel)
 
 
 def _time_ratio(row: Mapping[str, Any], timings: Measured) -> float | None:

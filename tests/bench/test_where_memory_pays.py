@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+import matplotlib
 import pytest
 
 from memflow_ops.bench import where_memory_pays as pays
@@ -168,6 +169,16 @@ def test_what_nobody_could_judge_is_drawn_as_missing():
             rows[name] = {**rows[name], "hue": vars(judged(0.9).hue)}
         for times in ({}, timings):
             assert draw(rows, times).startswith(b"\x89PNG")
+
+
+def test_the_picture_does_not_follow_the_users_style():
+    settings = settings_of([1], [2, 4], 4)
+    rows = {setting.name: {**vars(setting), "hue": vars(judged(0.9).hue)} for setting in settings}
+    with matplotlib.rc_context():
+        matplotlib.rcdefaults()
+        plain = draw(rows, {})
+        matplotlib.rcParams |= {"text.usetex": True, "axes.facecolor": "black", "font.size": 40}
+        assert draw(rows, {}) == plain
 
 
 @pytest.mark.parametrize("options", [("--stories", "0"), ("--banks", "0"), ("--top-k", "2", "0"), ("--seed", "9999")])
