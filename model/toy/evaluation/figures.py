@@ -26,7 +26,8 @@ class Proportion:
         p = sum(hits) / n
         centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
-        return cls(round(p, 4), round(low, 4), round(high, 4), n)
+        # Rounding errors can leave the ends just outside of 0 and 1.
+        return cls(round(p, 4), max(0.0, round(low, 4)), min(1.0, round(high, 4)), n)
 
 
 @dataclass(frozen=True)

@@ -16,3 +16,10 @@ def test_intervals_are_wilson_s():
         pytest.approx(0.9785, abs=2e-4),
     )
     assert math.isnan(Proportion.of([]).value)
+
+
+@pytest.mark.parametrize("count", range(1, 60))
+def test_an_interval_ends_at_0_and_1_and_never_at_minus_0(count):
+    none, all_of_them = (Proportion.of([hit] * count) for hit in (False, True))
+    assert str(none.low) == "0.0" and none.high < 1
+    assert str(all_of_them.high) == "1.0" and all_of_them.low > 0
