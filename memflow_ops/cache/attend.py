@@ -11,9 +11,8 @@ model that calls an `Attend` can be given any kind of memory. `attend_to_memory`
     cache.commit()
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -102,11 +101,10 @@ def attend_to_memory(
             observe(layer, q, memory)
         if keys_only and layer == layout.layers - 1:
             return q
+        keys, values, valid = cache.attended(layer, sparse=selection is not None)
         if active is None:
-            keys, values, valid = cache.attended(layer, sparse=selection is not None)
-            return cast(Tensor, memory_attention(q, keys, values, seqused_k=valid, impl=impl))
-        *window, valid = cache.attended(layer, sparse=True)
-        return _attend_to_both(q, window, memory, active, layout, impl, valid)
+            return memory_attention(q, keys, values, seqused_k=valid, impl=impl)
+        return _attend_to_both(q, (keys, values), memory, active, layout, impl, valid)
 
     def attend_normalised(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(layer, q, k, v, None)
@@ -132,13 +130,13 @@ def attend_to_past(
     q, k = apply_rotation(q, *rotation), apply_rotation(k, *rotation)
     window = torch.cat([past.keys, k], 1), torch.cat([past.values, v], 1)
     if past.memory is None:
-        return cast(Tensor, memory_attention(q, *window, impl=impl))
+        return memory_attention(q, *window, impl=impl)
     return _attend_to_both(q, window, past.memory, selection, layout, impl)
 
 
 def _attend_to_both(
     q: Tensor,
-    window: Sequence[Tensor],
+    window: tuple[Tensor, Tensor],
     memory: Memory,
     selection: BlockSelection,
     layout: CacheLayout,
@@ -146,7 +144,7 @@ def _attend_to_both(
     valid: Tensor | None = None,
 ) -> Tensor:
     """Attention to the window in full, or to its leading `valid` keys, and to the selected blocks of the bank."""
-    attended = memory_attention(
+    return memory_attention(
         q,
         *window,
         memory.keys,
@@ -161,4 +159,3 @@ def _attend_to_both(
         seqused_k=valid,
         impl=impl,
     )
-    return cast(Tensor, attended)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
 
@@ -10,6 +10,71 @@ from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import checks, registration
 from memflow_ops.ops.forward_mode import refuse_tangents
 from memflow_ops.ops.registration import dispatch
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class Options(TypedDict, total=False):
+    """The options of `memory_attention` beside `return_lse`, as type checkers see them in its overloads."""
+
+    memory_descriptors: Tensor | None
+    top_k: int
+    block_size: int
+    frame_tokens: int | None
+    query_group: int | None
+    memory_frames: Tensor | None
+    memory_slots: Tensor | None
+    causal: bool
+    seqused_k: Tensor | None
+    softmax_scale: float | None
+    impl: str
+    dense_backend: str
+    dropout_p: float
+    window_size: tuple[int | None, int | None]
+    softcap: float
+    alibi_slopes: None
+    deterministic: bool
+    return_attn_probs: bool
+
+
+@overload
+def memory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_k: Tensor | None = None,
+    memory_v: Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[Options],
+) -> Tensor: ...
+
+
+@overload
+def memory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_k: Tensor | None = None,
+    memory_v: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[Options],
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def memory_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    memory_k: Tensor | None = None,
+    memory_v: Tensor | None = None,
+    *,
+    return_lse: bool,
+    **options: Unpack[Options],
+) -> Tensor | tuple[Tensor, Tensor]: ...
 
 
 def memory_attention(

@@ -1,5 +1,7 @@
 """memory_attention, attend_selected and merge_states against dense attention in float64."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import memflow_ops
+from memflow_ops.ops.attention import Options
 
 LOW = [torch.float32, torch.bfloat16, torch.float16]
 BOTH = pytest.mark.parametrize("impl", ["reference", "torch"])
@@ -298,3 +301,10 @@ def test_an_empty_bank_leaves_the_resumed_state(impl):
     for bank, table in ((nothing, None), (case.memory_k, slots)):
         ours = memflow_ops.attend_selected(case.q, bank, bank, indices, memory_slots=table, resume=state, **options)
         torch.testing.assert_close(ours, state)
+
+
+def test_type_checkers_know_every_option():
+    """The overloads, which say what `return_lse` makes of the result, have the options of the function itself."""
+    parameters = inspect.signature(memflow_ops.memory_attention).parameters.values()
+    options = {p.name: p.annotation for p in parameters if p.kind is p.KEYWORD_ONLY and p.name != "return_lse"}
+    assert {name: kind.__forward_arg__ for name, kind in Options.__annotations__.items()} == options

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,7 +106,7 @@ def attend_with_cache(
         impl=attention.impl,
     )
     described.move_indices(kv_cache, current_start + size, end)
-    return cast(Tensor, out).to(v.dtype), end
+    return out.to(v.dtype), end
 
 
 def _sink_and_window(pool: Tensor, sink: int, window: int, end: int) -> Tensor:
