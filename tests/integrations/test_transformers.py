@@ -3,9 +3,22 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM
+from transformers import (
+    BertConfig,
+    BertModel,
+    DynamicCache,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
-from memflow_ops.integrations.transformers import MemoryOptions, memory_attention_forward, set_memory
+from memflow_ops.integrations.transformers import (
+    MemoryOptions,
+    memory_attention_forward,
+    memory_mask,
+    set_memory,
+)
 
 SIZES = {"vocab_size": 50, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
          "max_position_embeddings": 64}  # fmt: skip
@@ -78,6 +91,86 @@ def test_a_token_attends_to_its_window_and_the_best_blocks(llama):
         seen = [*range(4 * best, 4 * best + 4), *range(12, 17)]
         expected = F.scaled_dot_product_attention(q[0, head], keys[seen], values[seen], scale=0.3)
         assert (out[0, 0, head] - expected[0]).abs().max() <= 1e-5
+
+
+def in_two_passes(model, name, tokens, first, **options):
+    """The logits of a prompt whose first tokens are passed before the others."""
+    if name == "memflow":
+        set_memory(model, **options)
+    else:
+        model.set_attn_implementation(name)
+    cache = DynamicCache(config=model.config)
+    parts = tokens[:, :first], tokens[:, first:]
+    with torch.no_grad():
+        return torch.cat([model(input_ids=x, past_key_values=cache, use_cache=True).logits for x in parts], 1)
+
+
+@pytest.mark.parametrize("first", [1, 7, 11])
+def test_a_causal_mask_is_not_written_out(llama, first, monkeypatch):
+    """Also where a prompt is passed in parts, whose mask is aligned to the last key."""
+    tokens = torch.randint(1, 50, (2, 12))
+    assert memory_mask(2, 5, 12, q_offset=7) is None and memory_mask(2, 12, 12) is None
+    assert memory_mask(2, 5, 12, q_offset=6).shape == (2, 1, 5, 12)
+    expected = in_two_passes(llama, "eager", tokens, first)
+    monkeypatch.setattr("memflow_ops.integrations.transformers.sdpa_mask", None)  # fails if called
+    assert (in_two_passes(llama, "memflow", tokens, first) - expected).abs().max() <= 1e-5
+
+
+def test_a_static_cache_is_masked(llama):
+    """It has room for keys that are not there yet."""
+    inputs = {"input_ids": torch.randint(1, 50, (1, 12)), "cache_implementation": "static", "disable_compile": True}
+    expected = generated(llama, "eager", inputs)
+    assert (generated(llama, "memflow", inputs, window=64) - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("first, window", [(1, 1), (7, 3), (11, 5)])
+def test_a_prompt_that_attends_to_all_blocks_is_dense(llama, first, window):
+    tokens, sparse = torch.randint(1, 50, (2, 23)), {"window": window, "block_size": 2, "sparse_prompts": True}
+    expected = in_two_passes(llama, "eager", tokens, first)
+    assert (in_two_passes(llama, "memflow", tokens, first, top_k=100, **sparse) - expected).abs().max() <= 1e-5
+    assert (in_two_passes(llama, "memflow", tokens, first, top_k=1, **sparse) - expected).abs().max() > 1e-3
+    dense = in_two_passes(llama, "memflow", tokens, first, window=window, top_k=1, block_size=2)
+    assert first == 1 or (dense - expected)[:, :first].abs().max() <= 1e-5, "without sparse_prompts they are dense"
+
+
+def test_a_piece_of_a_prompt_attends_to_its_window_and_the_best_blocks(llama):
+    module = llama.model.layers[0].self_attn
+    set_memory(llama, window=4, top_k=1, block_size=3, sparse_prompts=True, query_group=2)
+    q, k, v = torch.randn(1, 4, 6, 6), torch.randn(1, 2, 17, 6), torch.randn(1, 2, 17, 6)
+    out, _ = memory_attention_forward(module, q, k, v, None, scaling=0.3)
+    pieces = [(range(4), 8), (range(4, 6), 12)]  # queries 11 to 14 and 15 to 16 of 17, and the first key in full
+    for piece, past in pieces:
+        blocks = [range(start, min(start + 3, past)) for start in range(0, past, 3)]
+        for head in range(4):
+            keys, values = k[0, head // 2], v[0, head // 2]
+            for i in piece:
+                group = q[0, head, i - i % 2 : i - i % 2 + 2].mean(0)
+                best = max(blocks, key=lambda block: float(keys[block.start : block.stop].mean(0) @ group))
+                seen = [*best, *range(past, 11 + i + 1)]
+                expected = F.scaled_dot_product_attention(q[0, head, i : i + 1], keys[seen], values[seen], scale=0.3)
+                assert (out[0, i, head] - expected[0]).abs().max() <= 1e-5
+
+
+def test_padding_where_a_prompt_chooses_blocks_is_refused(llama):
+    set_memory(llama, window=4, sparse_prompts=True)
+    with pytest.raises(ValueError, match="cannot mask keys where it chooses blocks"):
+        llama(**padded(12, left=True))
+    llama.train()
+    llama.model.layers[0].self_attn.attention_dropout = 0.5
+    with pytest.raises(ValueError, match=r"no dropout where it chooses blocks, got 0\.5"):
+        llama(torch.randint(1, 50, (1, 12)))
+
+
+def test_a_model_trains_through_blocks_of_its_prompt(llama):
+    tokens = torch.randint(1, 50, (1, 20))
+    gradients = []
+    for options in ({}, {"window": 3, "top_k": 100, "block_size": 2, "sparse_prompts": True}):
+        set_memory(llama, **options)
+        llama.zero_grad()
+        llama(tokens, labels=tokens).loss.backward()
+        gradients.append([p.grad.clone() for p in llama.parameters()])
+    for dense, sparse in zip(*gradients, strict=True):
+        assert (dense - sparse).abs().max() <= 1e-5 * max(1.0, float(dense.abs().max()))
 
 
 def test_padding_where_blocks_are_chosen_is_refused(llama):
