@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt
 STAMP := .venv/.installed-$(CONSTRAINTS)
 
-.PHONY: help demo test interpreter lint bench bench-compare where-memory-pays aot gpu-test gpu-warm gpu-bench train docs pictures clean
+.PHONY: help demo test interpreter ptx lint bench bench-compare where-memory-pays aot gpu-test gpu-warm gpu-bench train docs pictures clean
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -32,6 +32,11 @@ OTHER_TRITON := .venv/triton-$(TRITON)
 interpreter: $(OTHER_TRITON)  ## the tests of the kernels with another triton: make interpreter TRITON=3.9.0
 	PYTHONPATH=$(OTHER_TRITON) $(BIN)/python -m pytest --numprocesses auto --dist worksteal \
 		tests/kernels/interpreter tests/impl tests/ops $(TEST_OPTIONS)
+
+# TRITON names another one here too. What is compiled stays under build/ptx. PTX_OPTIONS: --only TEXT, --jobs N, and others
+ptx: $(if $(TRITON),$(OTHER_TRITON),$(STAMP))  ## every compiled kernel run on a CPU, and barriers taken out: --only 'per query'
+	PYTHONPATH=.:tests/ops:$(if $(TRITON),$(OTHER_TRITON)) TRITON_CACHE_DIR=build/ptx/triton \
+		$(BIN)/python tests/ptx/run_all.py $(or $(PTX_OPTIONS),--mutations)
 
 lint: $(STAMP)  ## ruff and mypy
 	$(BIN)/ruff check .

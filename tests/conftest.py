@@ -32,7 +32,7 @@ settings.register_profile(
 )
 settings.load_profile("memflow")
 
-FROM_THE_GROUND_UP = ("kernels", "impl", "ops", "cache", "integrations", "model", "wan", "bench", "cli")
+FROM_THE_GROUND_UP = ("kernels", "ptx", "impl", "ops", "cache", "integrations", "model", "wan", "bench", "cli")
 
 
 def pytest_collection_modifyitems(items):

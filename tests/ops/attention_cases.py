@@ -106,11 +106,22 @@ def small_case(**options) -> Case:
     return Case(*tensors, {**defaults, "softmax_scale": None, **options})
 
 
+def seen_of_window(case: Case) -> Tensor:
+    """Which keys of the window each query sees, (B, Lq, Lk): the valid ones, with `causal` the first of them."""
+    batch, queries, window = case.q.shape[0], case.q.shape[1], case.k.shape[1]
+    used = case.options.get("seqused_k")
+    valid = torch.full((batch,), window) if used is None else used.long().clamp(0, window)
+    seen = valid.view(-1, 1).expand(-1, queries)
+    if case.options.get("causal"):
+        seen = (seen + torch.arange(1, queries + 1) - queries).clamp(max=valid.view(-1, 1))
+    return torch.arange(window) < seen.unsqueeze(-1)
+
+
 def visible(case: Case, indices: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
     """All keys and values (B, H, L, D) in a row, and how often each query attends to each of them (B, H, Lq, L)."""
     batch, queries, heads, _ = case.q.shape
     repeat = heads // case.k.shape[2]
-    keys, values, masks = [case.k], [case.v], [torch.ones(batch, heads, queries, case.k.shape[1], dtype=torch.int64)]
+    keys, values, masks = [case.k], [case.v], [seen_of_window(case).long().unsqueeze(1).expand(-1, heads, -1, -1)]
     if indices is not None:
         size, frame = case.options["block_size"], case.options["frame_tokens"]
         blocks, group = -(-frame // size), min(case.options["query_group"] or queries, queries)

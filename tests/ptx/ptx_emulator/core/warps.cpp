@@ -1,0 +1,249 @@
+// How programs and warps run: order, divergence, barriers, guards, and what is left at the end.
+#include <algorithm>
+#include "machine.h"
+
+namespace {
+using Operation = void (*)(const Step&);
+const Operation OPERATIONS[OPCODES] = {
+#define OP(name, operands) op::name,
+#include "opcodes.def"
+#undef OP
+};
+
+// Puts the paths that are furthest behind first, so that lanes meet again, and joins those that have met.
+void choose_path(std::vector<Path>& paths) {
+  std::sort(paths.begin(), paths.end(), [](const Path& a, const Path& b) { return a.pc < b.pc; });
+  for (size_t i = 0; i + 1 < paths.size();) {
+    if (paths[i].pc == paths[i + 1].pc) {
+      paths[i].lanes |= paths[i + 1].lanes;
+      paths.erase(paths.begin() + i + 1);
+    } else {
+      i++;
+    }
+  }
+}
+
+bool accesses_memory(s32 opcode) {
+  return opcode == OP_ld_global || opcode == OP_st_global || opcode == OP_ld_shared || opcode == OP_st_shared ||
+         opcode == OP_cp_async;
+}
+}  // namespace
+
+Machine::Machine(Job& given)
+    : job(given), warps(given.warps), shared(given.shared_bytes), shared_bytes(given.shared_bytes) {
+  locks.resize(job.shared_bytes / 16 + 1);
+  for (s32 i = 0; i < job.region_count; i++) global_pairs.emplace_back(job.regions[i].size / 2 + 1);
+  random_state = job.seed * 0x9E3779B97F4A7C15ull + 1;
+}
+
+u32 Machine::random() {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return u32(random_state >> 11);
+}
+
+// One finding for each kind and pair of instructions; others of it are counted.
+void Machine::find(Kind kind, s32 pc, s32 other_pc, s32 lane, u64 address, s32 in_region) {
+  auto key = std::make_pair(u64(kind) << 32 | u32(pc), other_pc);
+  auto known = seen.find(key);
+  if (known != seen.end()) {
+    job.findings[known->second].count++;
+  } else if (job.finding_count < job.finding_capacity) {
+    job.findings[job.finding_count] = {kind, pc, other_pc, s32(program), current, lane, in_region, address, 1};
+    seen[key] = job.finding_count++;
+  }
+}
+
+void Machine::start(const u32 place[3]) {
+  epoch = 1;
+  std::fill(shared.begin(), shared.end(), 0x7f);
+  std::fill(shared_bytes.begin(), shared_bytes.end(), SharedByte{});
+  std::fill(locks.begin(), locks.end(), 0);
+  for (s32 w = 0; w < job.warps; w++) {
+    Warp& warp = warps[w];
+    warp = Warp{};
+    s32 count32 = job.registers32 + job.constants32_count, count64 = job.registers64 + job.constants64_count;
+    s32 count_pred = job.predicates + job.constants_pred_count;
+    warp.r32.assign(size_t(count32) * 32, POISON);
+    warp.r64.assign(size_t(count64) * 32, u64(POISON) << 32 | POISON);
+    warp.pred.assign(count_pred, 0xaaaaaaaau);
+    warp.undefined32.assign(count32, ALL);
+    warp.undefined64.assign(count64, ALL);
+    warp.undefined_pred.assign(count_pred, ALL);
+    warp.write_clock.assign(count32, 0);
+    warp.accumulating.assign(count32, 0);
+    warp.multiplying.assign(count32, 0);
+    for (s32 i = 0; i < job.constants32_count; i++) {
+      std::fill_n(&warp.r32[size_t(job.registers32 + i) * 32], 32, job.constants32[i]);
+      warp.undefined32[job.registers32 + i] = 0;
+    }
+    for (s32 i = 0; i < job.constants64_count; i++) {
+      std::fill_n(&warp.r64[size_t(job.registers64 + i) * 32], 32, job.constants64[i]);
+      warp.undefined64[job.registers64 + i] = 0;
+    }
+    for (s32 i = 0; i < job.constants_pred_count; i++) {
+      warp.pred[job.predicates + i] = job.constants_pred[i] ? ALL : 0;
+      warp.undefined_pred[job.predicates + i] = 0;
+    }
+    const u32 special[10] = {u32(w) * 32, place[0], place[1], place[2], u32(job.grid[0]), u32(job.grid[1]),
+                             u32(job.grid[2]), 0, u32(w), u32(job.warps) * 32};
+    for (int i = 0; i < 10; i++) {
+      if (job.special[i] < 0) continue;
+      bool by_lane = i == 0 || i == 7;  // %tid.x and %laneid
+      u32* out = &warp.r32[size_t(job.special[i]) * 32];
+      for (u32 lane = 0; lane < 32; lane++) out[lane] = special[i] + (by_lane ? lane : 0);
+      warp.undefined32[job.special[i]] = 0;
+    }
+    warp.paths = {{0, ALL}};
+    warp.clock = 1;
+  }
+}
+
+void Machine::run_program(u32 number, const u32 place[3]) {
+  program = number;
+  start(place);
+  std::vector<s32> order(job.warps);
+  for (s32 i = 0; i < job.warps; i++) order[i] = job.warp_order == 1 ? job.warps - 1 - i : i;
+  for (;;) {
+    if (job.warp_order == 2)
+      for (s32 i = job.warps - 1; i > 0; i--) std::swap(order[i], order[random() % (i + 1)]);
+    bool ran = false;
+    for (s32 w : order) {
+      current = w;
+      if (warps[w].ended) continue;
+      ran = true;
+      run_warp(warps[w]);
+      if (stopped) return;
+    }
+    if (!ran) break;
+    bool any_waits = false, any_ended = false;
+    for (s32 w = 0; w < job.warps; w++) {
+      any_waits |= warps[w].waiting;
+      any_ended |= warps[w].ended;
+      if (warps[w].waiting) current = w;
+    }
+    if (any_waits && any_ended) find(missing_arrivals, warps[current].paths[0].pc - 1);
+    for (Warp& warp : warps) {
+      warp.waiting = false;
+      warp.syncs++;
+    }
+    epoch++;
+  }
+  end_program();
+}
+
+void Machine::end_program() {
+  for (current = 0; current < job.warps; current++) {
+    Warp& warp = warps[current];
+    bool copies = !warp.open_copies.empty();
+    for (auto& group : warp.copy_groups) copies |= !group.empty();
+    if (copies) find(cp_async_not_waited_for, job.code_length - 1);
+    if (warp.products_in_flight) find(wgmma_not_waited_for, job.code_length - 1);
+  }
+}
+
+// Registers of products in flight must be left alone, and wgmma must be told of ordinary writes to its registers.
+void Machine::track_registers(Warp& warp, const Instruction& instruction, s32 pc) {
+  warp.clock++;
+  const s32* used = job.operands + instruction.used;
+  if (instruction.opcode == OP_wgmma) return;
+  if (warp.products_in_flight)
+    for (s32 i = 0; i < instruction.used_count; i++) {
+      if (warp.accumulating[used[i]])
+        find(instruction.opcode == OP_mov_b32 ? wgmma_register_copied_in_flight : wgmma_register_in_flight, pc);
+      else if (i < instruction.written_count && warp.multiplying[used[i]])
+        find(wgmma_register_in_flight, pc);
+    }
+  for (s32 i = 0; i < instruction.written_count; i++) warp.write_clock[used[i]] = warp.clock;
+}
+
+void Machine::run_warp(Warp& warp) {
+  s32 pc = warp.paths[0].pc;
+  u32 active = warp.paths[0].lanes;
+  auto choose = [&] {
+    choose_path(warp.paths);
+    pc = warp.paths[0].pc;
+    active = warp.paths[0].lanes;
+  };
+  for (u64 count = 0; !stopped; count++) {
+    if (count > job.limit) {
+      find(too_many_instructions, pc);
+      stopped = true;
+      return;
+    }
+    if (warp.paths.size() > 1 && pc >= warp.paths[1].pc) {
+      warp.paths[0].pc = pc;
+      choose();
+    }
+    const Instruction& instruction = job.code[pc];
+    job.executed[pc]++;
+    u32 lanes = active;
+    if (instruction.guard >= 0) {
+      u32 guard = warp.pred[instruction.guard], undefined = warp.undefined_pred[instruction.guard] & active;
+      lanes &= instruction.guard_negated ? ~guard : guard;
+      if (undefined && instruction.opcode == OP_bra) find(undefined_branch, pc, -1, first_lane(undefined));
+      if (undefined && accesses_memory(instruction.opcode)) find(undefined_guard, pc, -1, first_lane(undefined));
+    }
+    if (job.capability >= 90) track_registers(warp, instruction, pc);
+    switch (instruction.opcode) {
+      case OP_bar_sync:
+        if (lanes != ALL) find(divergent_sync, pc);
+        warp.paths = {{pc + 1, ALL}};
+        warp.waiting = true;
+        return;
+      case OP_bra:
+        if (lanes == 0) break;
+        if (lanes == active) {
+          pc = s32(instruction.immediate);
+          if (warp.paths.size() > 1) {
+            warp.paths[0].pc = pc;
+            choose();
+          }
+        } else {
+          warp.paths[0] = {pc + 1, active & ~lanes};
+          warp.paths.push_back({s32(instruction.immediate), lanes});
+          choose();
+        }
+        continue;
+      case OP_ret:
+        if (lanes == 0) break;
+        if (lanes == active)
+          warp.paths.erase(warp.paths.begin());
+        else
+          warp.paths[0] = {pc + 1, active & ~lanes};
+        if (warp.paths.empty()) {
+          warp.ended = true;
+          return;
+        }
+        choose();
+        continue;
+      default:
+        OPERATIONS[instruction.opcode]({*this, warp, instruction, job.operands + instruction.first, pc, active, lanes});
+    }
+    pc++;
+  }
+}
+
+// Handled above; the table wants a function for each operation.
+void op::bra(const Step&) {}
+void op::ret(const Step&) {}
+void op::bar_sync(const Step&) {}
+void op::removed(const Step&) {}
+
+// Runs all programs of a launch. 1: stopped at the limit of instructions.
+extern "C" int run_job(Job* job) {
+  Machine machine(*job);
+  u64 x = job->grid[0], y = job->grid[1], total = x * y * job->grid[2];
+  for (u64 i = 0; i < total && !machine.stopped; i++) {
+    u64 number = job->program_order == 1 ? total - 1 - i : i;
+    const u32 place[3] = {u32(number % x), u32(number / x % y), u32(number / (x * y))};
+    machine.run_program(u32(number), place);
+  }
+  return machine.stopped;
+}
+
+extern "C" int size_of(int structure) {
+  const int sizes[] = {sizeof(Instruction), sizeof(Region), sizeof(Finding), sizeof(Job)};
+  return sizes[structure];
+}

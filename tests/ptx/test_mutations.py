@@ -1,0 +1,22 @@
+"""A barrier, wait or fence that is missing in a compiled kernel is found. All of them, one by one: `make ptx`."""
+
+import pytest
+
+pytest.importorskip("triton")
+
+import mutations
+
+COPIES = {"bar_sync", "cp_async_wait_group"}
+PRODUCTS = {"wgmma_fence", "wgmma_wait_group"}
+
+
+@pytest.mark.parametrize(("capability", "kinds"), [(80, COPIES), (90, COPIES | PRODUCTS)], ids=["sm_80", "sm_90"])
+def test_each_kind_is_missed(compiling, capability, kinds):
+    found = compiling(mutations.kinds_seen, "window", capability, "attend_kernel")
+    assert all("seen" in found[kind] for kind in kinds), found
+
+
+def test_fences_between_copies_and_products_are_missed(compiling):
+    """They stand twice: one before the loop, and one in it. Keys come by cp.async, so this is noted and no fault."""
+    found = compiling(mutations.without_all, "window", 90, "attend_kernel", "fence_proxy_async")
+    assert "wgmma_of_cp_async_without_proxy_fence" in found
