@@ -4,9 +4,6 @@ from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
 import pytest
-
-pytest.importorskip("triton")
-
 from ptx_emulator.build import BUILD, why_not
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,61 +53,70 @@ class Mutation:
         return replace(program, code=code)
 
 
-def mutations(case: str, capability: int) -> list[Mutation]:
-    """What can be taken out of the kernels of a case, as far as it was executed. The case must be right."""
-    error, emulator = ptx_cases.execute_case(case, capability)
-    assert not error and not emulator.faults, (error, emulator.faults)
-    executed: dict[tuple[str, int], np.ndarray] = {}
-    programs: dict[tuple[str, int], Program] = {}
-    for program, execution in emulator.executions:
-        key = program.name, len(program.code)
-        executed[key] = executed.get(key, 0) + execution.executed
-        programs[key] = program
-    kinds = {OPCODES[kind]: kind for kind in REMOVABLE}
-    return [
-        Mutation(*key, pc, kinds[opcode], program.text[pc])
-        for key, program in programs.items()
-        for pc, opcode in enumerate(program.code["opcode"].tolist())
-        if opcode in kinds and executed[key][pc]
-    ]
+@dataclass(frozen=True)
+class Subject:
+    """A case on one architecture, which is right when nothing is taken out."""
+
+    case: str
+    capability: int
+    mutations: list[Mutation]
+    """What can be taken out of its kernels, as far as it was executed."""
+    notes: set[str]
+    """Kinds of finding that it has anyway, none of them a fault."""
+
+    @classmethod
+    def of(cls, case: str, capability: int) -> Subject:
+        error, emulator = ptx_cases.execute_case(case, capability)
+        assert not error and not emulator.faults, (error, emulator.faults)
+        executed: dict[tuple[str, int], np.ndarray] = {}
+        programs: dict[tuple[str, int], Program] = {}
+        for program, execution in emulator.executions:
+            key = program.name, len(program.code)
+            executed[key] = executed.get(key, 0) + execution.executed
+            programs[key] = program
+        kinds = {OPCODES[kind]: kind for kind in REMOVABLE}
+        found = [
+            Mutation(*key, pc, kinds[opcode], program.text[pc])
+            for key, program in programs.items()
+            for pc, opcode in enumerate(program.code["opcode"].tolist())
+            if opcode in kinds and executed[key][pc]
+        ]
+        return cls(case, capability, found, {found.kind.name for found in emulator.found})
+
+    def verdict(self, mutation: Mutation) -> str:
+        """`seen` by a fault, `noted` by a new kind of finding that is none, `wrong` by the result, or `unseen`."""
+        error, emulator = ptx_cases.execute_case(self.case, self.capability, change=mutation.apply)
+        if emulator.faults:
+            return "seen"
+        if error:
+            return "wrong"
+        return "noted" if {found.kind.name for found in emulator.found} - self.notes else "unseen"
 
 
-def verdict(case: str, capability: int, mutation: Mutation) -> str:
-    """`seen` by a fault, `noted` by a new kind of finding that is none, `wrong` by the result alone, or `unseen`."""
-    error, emulator = ptx_cases.execute_case(case, capability, change=mutation.apply)
-    if emulator.faults:
-        return "seen"
-    if error:
-        return "wrong"
-    _, before = ptx_cases.execute_case(case, capability)
-    kinds = {found.kind for found in emulator.found} - {found.kind for found in before.found}
-    return "noted" if kinds else "unseen"
-
-
-def verdicts(case: str, capability: int) -> Iterator[tuple[Mutation, str]]:
+def verdicts(case: str, capability: int) -> list[tuple[Mutation, str]]:
     """Of all mutations of a case."""
-    for mutation in mutations(case, capability):
-        yield mutation, verdict(case, capability, mutation)
+    subject = Subject.of(case, capability)
+    return [(mutation, subject.verdict(mutation)) for mutation in subject.mutations]
 
 
 def kinds_seen(case: str, capability: int, kernel: str) -> dict[str, set[str]]:
     """By kind of instruction, the verdicts until one of them is seen."""
-    found: dict[str, set[str]] = {}
-    for mutation in mutations(case, capability):
+    subject, found = Subject.of(case, capability), {}
+    for mutation in subject.mutations:
         kind = found.setdefault(mutation.kind, set())
         if mutation.kernel == kernel and "seen" not in kind:
-            kind.add(verdict(case, capability, mutation))
+            kind.add(subject.verdict(mutation))
     return found
 
 
 def without_all(case: str, capability: int, kernel: str, kind: str) -> set[str]:
     """The kinds of finding where every instruction of a kind is taken out of a kernel."""
+    taken = [m for m in Subject.of(case, capability).mutations if (m.kernel, m.kind) == (kernel, kind)]
 
     def apply(program: Program) -> Program:
         for mutation in taken:
             program = mutation.apply(program)
         return program
 
-    taken = [m for m in mutations(case, capability) if (m.kernel, m.kind) == (kernel, kind)]
     _, emulator = ptx_cases.execute_case(case, capability, change=apply)
     return {found.kind.name for found in emulator.found}

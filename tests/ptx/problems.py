@@ -7,6 +7,7 @@ is NaN, in the bank and in the window.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
@@ -14,10 +15,12 @@ import torch
 from attention_cases import Case, assert_within_tolerance, dense_attention, visible
 from cache_write_cases import assert_written
 from cache_write_cases import make_case as write_case
+from ptx_emulator.runner import emulated
 from retrieval_cases import assert_retrieves
 from retrieval_cases import make_case as retrieval_case
 
 import memflow_ops as ops
+from memflow_ops.geometry import Geometry
 from memflow_ops.kernels import configs
 from memflow_ops.kernels.attention import plan
 from memflow_ops.kernels.selection import groups
@@ -99,8 +102,9 @@ def with_gradients(attend, given: Case, weights: tuple[torch.Tensor, torch.Tenso
     if weights is None:
         out, lse = attend(given)
         return {"out": out, "lse": lse}
-    given = Case(*given.tensors().values(), given.options)
-    leaves = given.requires_grad()
+    # Leaves in the same memory: a copy would be aligned again.
+    tensors = [None if x is None else x.detach().requires_grad_() for x in given.tensors().values()]
+    given, leaves = Case(*tensors, given.options), [x for x in tensors if x is not None]
     out, lse = attend(given)
     loss = (out * weights[0].to(out.dtype)).sum() + (lse.masked_fill(lse == -torch.inf, 0.0) * weights[1]).sum()
     found = torch.autograd.grad(loss, leaves, allow_unused=True)
@@ -180,6 +184,16 @@ def last_wave_split(dtype: torch.dtype, **options) -> None:
         patch.object(plan, "multiprocessors_of", lambda tensor: 20),
     ):
         attention(dtype, **options)
+
+
+def faults_of_a_key_too_many(capability: int) -> set[str]:
+    """The kinds of fault of a launch over a window with one key more than there are."""
+    q, k, v = (torch.randn(1, length, 1, 64).to(torch.bfloat16) for length in (64, 33, 33))
+    with emulated(capability) as emulator:
+        launches, *_ = plan.plan_attend(q, k, v, None, None, None, Geometry(1, 1, 64, 0.125))
+        for launch in launches:
+            emulator.run(replace(launch, arguments={**launch.arguments, "keys": 34}))
+    return {found.kind.name for found in emulator.faults}
 
 
 # Selection

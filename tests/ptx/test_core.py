@@ -15,8 +15,12 @@ pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "g++ is the
 THREADS = 64
 
 
-def run(body, buffers=(), *, threads=THREADS, grid=1, shared=512, capability=80, mode="plain", limit=100_000):
+def run(
+    body, buffers=(), *, threads=THREADS, grid=1, shared=512, capability=80, mode="plain", limit=100_000, gap=slice(0)
+):
     """The names of what is found. buffers: arrays and whether they have been written; %rd30 and on point to them.
+
+    gap: bytes of each that belong to no element.
 
     %r1 is the thread, %r2 and %rd1 four times that.
     """
@@ -47,6 +51,8 @@ def run(body, buffers=(), *, threads=THREADS, grid=1, shared=512, capability=80,
         Stretch(array.ctypes.data, np.ones(array.nbytes, np.uint8), np.full(array.nbytes, written, np.uint8), "x", None)
         for array, written in buffers
     ]
+    for stretch in memory:
+        stretch.allowed[gap] = 0
     pointers = np.frombuffer(np.array([x.base for x in memory] + [0], np.uint64).tobytes(), np.uint8).copy()
     done = execute(program, (grid, 1, 1), shared, pointers, memory, capability, MODES[mode], limit)
     return {found.kind.name for found in done.found}
@@ -98,6 +104,11 @@ def test_an_unknown_instruction_is_an_error_with_its_line():
 )
 def test_addresses(body, kinds):
     assert run(body, [(out(), 1)]) == kinds
+
+
+def test_gaps_between_elements():
+    body = "mov.u32 %r10, 1;" + STORE
+    assert run(body, [(out(), 0)], gap=slice(8, 12)) == {"between_elements"}
 
 
 def test_undefined_branches_and_memory():
