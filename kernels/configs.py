@@ -45,17 +45,14 @@ def span_config() -> tuple[dict[str, int], dict[str, int]]:
 
 
 def merge_config(candidates: int) -> tuple[dict[str, int], dict[str, int]] | None:
-    """CHUNKS and COLUMNS of the last round of a selection, and its launch options; None if there are too many."""
+    """COLUMNS of merge_kernel, which merges so many candidates of a group, and its launch options; None: too many.
+
+    A row that fits in one warp needs no barrier between the warps for each of its counts.
+    """
     if candidates > MERGE_LIMIT:
         return None
-    chunks = triton.next_power_of_2(triton.cdiv(max(candidates, 1), 32))
-    return dict(CHUNKS=chunks, COLUMNS=32), dict(num_warps=4, num_stages=2)
-
-
-ONE_LAUNCH_BYTES = 32 << 20
-"""Bytes of descriptors that all programs together may read where each selects for itself. Where it would be more, an
-earlier launch reads them once per 16 groups. This is an estimate (5 us of L2 traffic on sm_90, about the cost of two
-launches): no GPU has measured the crossover yet; `make gpu-bench` does."""
+    columns = max(triton.next_power_of_2(candidates), 32)
+    return dict(COLUMNS=columns), dict(num_warps=min(max(columns // 512, 1), 8), num_stages=1)
 
 
 def capability_of(tensor: torch.Tensor) -> int:

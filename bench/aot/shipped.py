@@ -7,11 +7,12 @@ import torch
 
 from memflow_ops.geometry import Geometry, WriteTarget
 from memflow_ops.kernels.attention.backward import plan_attend_backward
-from memflow_ops.kernels.attention.plan import plan_attend, plan_select_and_attend
+from memflow_ops.kernels.attention.plan import plan_attend
 from memflow_ops.kernels.cache_write import plan_write_projections
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.retrieval.choose import plan_retrieve_frames
 from memflow_ops.kernels.selection.describe import plan_block_means
+from memflow_ops.kernels.selection.groups import plan_select
 
 Plan = Callable[[int], list[Launch]]
 """Plans the launches of a case for a compute capability."""
@@ -59,11 +60,11 @@ def memory_attention(
     slots, valid = meta(1, frames, dtype=torch.int32), meta(*counts, dtype=torch.int32)
     geometry = Geometry(block_size, FRAME_TOKENS, query_group, head_dim**-0.5, slots, valid, causal=causal)
     resume = None if dense else (q, meta(1, heads[0], QUERIES, dtype=torch.float32))
-    launches, *_ = plan_select_and_attend(
-        q, k, k, memory, memory, descriptors, top_k, geometry, resume,
-        capability=capability, multiprocessors=multiprocessors,
-    )  # fmt: skip
-    return launches
+    selecting, indices = plan_select(q, descriptors, top_k, geometry)
+    attending, *_ = plan_attend(
+        q, k, k, memory, memory, indices, geometry, resume, capability=capability, multiprocessors=multiprocessors
+    )
+    return [*selecting, *attending]
 
 
 def window(capability: int, *, causal: bool = False, used: bool = False) -> list[Launch]:
@@ -147,40 +148,39 @@ def shipped() -> dict[str, Plan]:
     split = dict(multiprocessors=132)  # of an H100: two programs for each of the last 48 tiles
     half, single = dict(dtype=torch.float16), dict(dtype=torch.float32)
     sizes: dict[str, dict] = {
-        "one launch": dict(frames=4),
-        "one launch, window too": dict(frames=4, dense=True),
-        "two launches": dict(),
-        "two launches, 1000 frames": dict(frames=1000),
+        "bank": dict(),
+        "bank, window too": dict(dense=True),
+        "small bank": dict(frames=4),
+        "bank, 1000 frames": dict(frames=1000),
         "per query": dict(query_group=1),
         "per query, window too": dict(query_group=1, dense=True),
         "groups of 16": dict(query_group=16),
         "groups of 64": dict(query_group=64),
         "whole chunk": dict(query_group=QUERIES),
-        "two launches, float16": half,
+        "bank, float16": half,
         "per query, float16": dict(query_group=1, **half),
-        "one launch, 64 dims": dict(frames=4, head_dim=64),
+        "bank, 64 dims": dict(head_dim=64),
         "per query, 64 dims": dict(query_group=1, head_dim=64),
-        "one launch, 96 dims": dict(frames=4, head_dim=96),
+        "bank, 96 dims": dict(head_dim=96),
         "per query, 96 dims": dict(query_group=1, head_dim=96),
-        "two launches, 12 heads on 4": dict(heads=(12, 4)),
+        "bank, 12 heads on 4": dict(heads=(12, 4)),
         "per query, 12 heads on 1": dict(query_group=1, heads=(12, 1)),
-        "two launches, blocks of 16": dict(block_size=16),
-        "two launches, blocks of 32": dict(block_size=32),
-        "two launches, blocks of 128": dict(block_size=128),
+        "bank, blocks of 16": dict(block_size=16),
+        "bank, blocks of 32": dict(block_size=32),
+        "bank, blocks of 128": dict(block_size=128),
         "per query, blocks of 128": dict(query_group=1, block_size=128),
         "per query, top 100": dict(query_group=1, top_k=100),
-        "one launch, last wave split": dict(frames=4, **split),
-        "two launches, last wave split": split,
+        "bank, last wave split": split,
         "whole chunk, last wave split": dict(query_group=QUERIES, **split),
-        "two launches, float16, last wave split": half | split,
-        "one launch, 64 dims, last wave split": dict(frames=4, head_dim=64, **split),
-        "one launch, 96 dims, last wave split": dict(frames=4, head_dim=96, **split),
-        "two launches, 12 heads on 4, last wave split": dict(heads=(12, 4), **split),
-        "two launches, blocks of 16, last wave split": dict(block_size=16, top_k=96, **split),
-        "two launches, blocks of 128, last wave split": dict(block_size=128, **split),
-        "two launches, float32": single,
+        "bank, float16, last wave split": half | split,
+        "bank, 64 dims, last wave split": dict(head_dim=64, **split),
+        "bank, 96 dims, last wave split": dict(head_dim=96, **split),
+        "bank, 12 heads on 4, last wave split": dict(heads=(12, 4), **split),
+        "bank, blocks of 16, last wave split": dict(block_size=16, top_k=96, **split),
+        "bank, blocks of 128, last wave split": dict(block_size=128, **split),
+        "bank, float32": single,
         "per query, float32": dict(query_group=1, **single),
-        "two launches, frames by group": dict(by_group=True),
+        "bank, frames by group": dict(by_group=True),
         "per query, frames by group": dict(query_group=1, by_group=True),
     }
     windows: dict[str, Plan] = {

@@ -17,7 +17,6 @@ from memflow_ops.bench.cases.attention_inputs import (
 from memflow_ops.bench.harness.case import OURS, Built, Contender
 from memflow_ops.bench.sizes import TINY, Size
 from memflow_ops.environment import why_not_compile
-from memflow_ops.geometry import Geometry
 from memflow_ops.impl import dense
 
 # The longest history, in frames, that dense attention is measured over.
@@ -159,34 +158,4 @@ def short_window(size: Size, dtype: torch.dtype, device: torch.device, seed: int
             left_out[f"window by {name}"] = why
         else:
             contenders[f"window by {name}"] = ours(given, (k, v), dense_backend=name)
-    return Built(contenders, left_out)
-
-
-def launches(size: Size, dtype: torch.dtype, device: torch.device, seed: int, bank_frames: int) -> Built:
-    """Selection and attention to the bank in as many launches as configs.py decides, against two launches and one."""
-    # Triton need not be installed where no kernel is measured.
-    from memflow_ops.kernels.attention.plan import plan_select_and_attend
-    from memflow_ops.kernels.launch import run_all
-
-    given = AttentionInputs.make(size, bank_frames, dtype, device, seed, impl="triton")
-    keys_of = given.window_and_selection(given.no_window)
-    geometry = Geometry(size.block_size, size.frame_tokens, size.query_group, size.head_dim**-0.5)
-
-    def contender(count: int | None) -> Contender:
-        def call() -> Tensor:
-            planned, out, *_ = plan_select_and_attend(
-                given.q, None, None, *given.bank, given.descriptors, size.top_k, geometry, launches=count
-            )
-            run_all(planned)
-            return out
-
-        return attention_contender(given, call, given.selected_keys, keys_of, given.check_descriptors)
-
-    contenders, left_out = {OURS: contender(None), "two launches": contender(2)}, {}
-    one = contender(1)
-    try:
-        one.call()
-        contenders["one launch"] = one
-    except ValueError as error:
-        left_out["one launch"] = str(error)
     return Built(contenders, left_out)

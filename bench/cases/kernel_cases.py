@@ -14,7 +14,6 @@ from memflow_ops.bench.harness.case import Built, Case, build_of
 from memflow_ops.bench.sizes import Size
 
 # Crossovers are looked for at these sizes, as far as the size has room for them.
-_BANKS = (1, 2, 4, 8, 16, 32, 64)
 _WINDOW_KEYS = (128, 256, 512, 1024, 1560, 3120, 14040)
 # The bank of what is not about the bank, frames.
 _SHORT_WINDOW_BANK, _TILES_BANK = 8, 16
@@ -167,18 +166,7 @@ class KernelCases:
 
     def crossovers(self) -> list[Case]:
         few = min(_SHORT_WINDOW_BANK, self.size.bank_frames)
-        launches = [
-            self.case(
-                f"launches/bank-{frames}",
-                "two launches",
-                attention.launches,
-                settings={"bank_frames": frames},
-                bank_frames=frames,
-            )
-            for frames in _BANKS
-            if frames <= self.size.bank_frames
-        ]
-        windows = [
+        return [
             self.case(
                 f"short_window/keys-{keys}",
                 "the window through a dense backend",
@@ -190,7 +178,6 @@ class KernelCases:
             for keys in _WINDOW_KEYS
             if keys <= self.size.window_keys
         ]
-        return [*launches, *windows]
 
     def tiles(self) -> list[Case]:
         frames = min(_TILES_BANK, self.size.bank_frames)

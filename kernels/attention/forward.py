@@ -1,8 +1,7 @@
 """The kernel of the forward pass: a dense segment and selected blocks of a memory bank in one softmax.
 
-It can choose the blocks itself, in the last round of the selection (kernels/selection/groups.py) or in all of it where
-the bank is small. It can continue the softmax of another kernel over other keys (`resume`), and each row of queries can
-have blocks of its own. plan.py decides what a launch does.
+It can continue the softmax of another kernel over other keys (`resume`), and each row of queries can have blocks of its
+own. plan.py decides what a launch does.
 """
 
 from typing import Any, NamedTuple
@@ -27,7 +26,6 @@ from memflow_ops.kernels.primitives import (
     LN_2,
     LOG2_E,
     SoftmaxState,
-    Strided,
     cast,
     initial_state,
     load_rows,
@@ -37,28 +35,6 @@ from memflow_ops.kernels.primitives import (
     online_softmax_update,
     row_pointers,
 )
-from memflow_ops.kernels.selection.groups import select_one
-from memflow_ops.kernels.selection.scores import HeadDescriptors, count_valid_blocks
-
-
-class LastRound(NamedTuple):
-    """What attend_kernel needs to play the last round of a selection, as an argument.
-
-    LastRound() says that the selection is given.
-    """
-
-    descriptors: Strided | None = None
-    """(B, stored blocks, Hkv, D)"""
-    candidates: Any = None
-    """(B, H, G, C) int32, contiguous; None: all blocks of the bank."""
-    candidate_count: Any = None
-    """C"""
-    means: Strided | None = None
-    """The group means, Strided (B, G, H, D) float32; None: a tile is a whole group, whose mean the kernel computes."""
-    valid_frames: Any = None
-    """(B,) or (B, G) int32: how many leading frames of the bank are valid; None: all."""
-    valid_strides: Any = None
-    """See strides_of_counts."""
 
 
 class ForwardRows(NamedTuple):
@@ -102,49 +78,6 @@ def attend_tile(
 
 
 @triton.jit
-def play_last_round(
-    last_round,  # LastRound
-    list_pointer,  # to the group's indices, which are written
-    query_rows,  # [BLOCK_M] pointers
-    row_mask,
-    blocks,  # of the batch element
-    frames,  # of the bank
-    batch,
-    head,
-    kv_head,
-    group,
-    row_of_lists,  # of this batch element, head and group among (B, H, G)
-    entries,
-    HEAD_DIM: tl.constexpr,
-    DIM: tl.constexpr,
-    CHUNKS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    """Select the blocks of one group and write their indices."""
-    columns = tl.arange(0, DIM)
-    strides = last_round.descriptors.strides
-    pointer = last_round.descriptors.pointer + (batch * strides[0] + kv_head * strides[2])
-    descriptors = HeadDescriptors(pointer, strides[1], blocks.slots, blocks.stored_frames, blocks.per_frame)
-    if last_round.means is None:
-        group_rows = load_rows(query_rows, row_mask, columns, HEAD_DIM).to(tl.float32)  # [BLOCK_M, DIM]
-        count_rows = tl.sum(row_mask.to(tl.float32), 0)
-        # The division is correctly rounded: a product with the reciprocal would break ties between equal scores.
-        mean = tl.div_rn(tl.sum(group_rows, 0), tl.zeros([DIM], tl.float32) + count_rows)
-    else:
-        mean_row = row_pointers(last_round.means, batch, group.to(tl.int64), head)
-        mean = tl.load(mean_row + columns, mask=columns < HEAD_DIM, other=0.0)
-    candidates = last_round.candidates
-    if candidates is None:
-        count = count_valid_blocks(
-            last_round.valid_frames, last_round.valid_strides, batch, group, frames, blocks.per_frame
-        )
-    else:
-        candidates += row_of_lists * last_round.candidate_count
-        count = last_round.candidate_count
-    select_one(mean, descriptors, candidates, count, list_pointer, entries, HEAD_DIM, DIM, CHUNKS, COLUMNS)
-
-
-@triton.jit
 def write_result(state, out, lse, batch, head, rows, row_mask, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
     """Write out and lse of the rows where row_mask says so. Returns both. A row without any key: out 0, lse -inf."""
     columns = tl.arange(0, DIM)
@@ -168,9 +101,8 @@ def attend_kernel(
     seqused,  # (B,) int32, contiguous: how many leading keys of the window are valid; None: all
     memory,  # Segment (B, stored frames * frame_tokens, Hkv, D), or without keys: no bank
     frames,  # Frames of the bank, or None
-    indices,  # Strided (B, H, G, K) int32: read, and written first where there is a last round
+    indices,  # Strided (B, H, G, K) int32: the selection
     unions,  # Unions of the tiles, or None: the rows of a tile share a selection
-    last_round,  # LastRound
     resume,  # (out, lse) to continue, Strided (B, Lq, H, D) and (B, H, Lq) float32, or None: start afresh
     out,  # Strided (B, Lq, H, D)
     lse,  # Strided (B, H, Lq) float32, natural logarithm
@@ -188,8 +120,6 @@ def attend_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     DIM: tl.constexpr,  # HEAD_DIM rounded up to a power of two
-    CHUNKS: tl.constexpr,  # of candidates, see select_one
-    COLUMNS: tl.constexpr,
     SPLITS: tl.constexpr,  # programs per tile of the last wave
     CAUSAL: tl.constexpr,  # the window, see walk_window
 ):
@@ -209,15 +139,8 @@ def attend_kernel(
         memory = segment_of_head(memory, batch, kv_head)
         lists = list_pointers(indices, batch, head, group)
         blocks = blocks_of(frames, batch, BLOCK_SIZE)
-        if last_round.descriptors is not None:
-            row_of_lists = (batch * heads + head) * tl.cdiv(queries, query_group) + group
-            play_last_round(
-                last_round, lists, query_rows, row_mask, blocks, frames.count, batch, head, kv_head, group,
-                row_of_lists, entries, HEAD_DIM, DIM, CHUNKS, COLUMNS,
-            )  # fmt: skip
-            tl.debug_barrier()  # from here on this program reads the indices that other threads of it wrote
 
-    query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM], not held during the selection
+    query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM]
     # The softmax takes the maximum first, so its scale is above 0: the least for 0, and a sign goes to the query.
     if NEGATIVE_SCALE:
         query = cast(-query.to(tl.float32), query.dtype)  # the interpreter holds bfloat16 as bits

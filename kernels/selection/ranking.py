@@ -1,4 +1,4 @@
-"""Ranking in registers: scores as sortable integers, the k-th largest of a row, and writing the chosen columns."""
+"""Ranking in registers: scores as sortable integers, the k-th largest of a row, and places of the chosen columns."""
 
 import triton
 import triton.language as tl
@@ -64,13 +64,13 @@ def sums_before(counts):
 
 
 @triton.jit
-def write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken, names):
+def write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken):
     """Write the column, counted from `first`, of each key above kth [ROWS], and of the first `ties_wanted` equal to it.
 
     output_rows [ROWS]: pointers; taken [ROWS]: how many columns were written there before; keys [ROWS, COLUMNS], of
-    which 0 is never chosen; names: pointer to a table whose entry is written instead of the column, or None. Returns
-    how many ties are still wanted, and the new taken. Few keys of a tile are chosen: they are taken from bit sets, one
-    at a time for all rows together, which takes fewer instructions than a scan of the tile.
+    which 0 is never chosen. Returns how many ties are still wanted, and the new taken. Few keys of a tile are chosen:
+    they are taken from bit sets, one at a time for all rows together, which takes fewer instructions than a scan of
+    the tile.
     """
     valid = (keys > 0) & row_mask[:, None]
     ties = words_of(valid & (keys == kth[:, None]))  # [ROWS, WORDS]
@@ -89,8 +89,6 @@ def write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken, na
         take = (lowest > 0) & ((is_tie == 0) | (quota > 0))
         # A power of two as a float has the number of its bit as the exponent.
         column = columns[None, :] + (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-        if names is not None:
-            column = tl.load(names + column, mask=take, other=-1)
         tl.store(output_rows[:, None] + places, column, mask=take)
         places += take.to(tl.int32)
         quota -= (take & is_tie).to(tl.int32)
@@ -98,20 +96,28 @@ def write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken, na
 
 
 @triton.jit
-def write_top_k(output_rows, row_mask, first, keys, top_k, names):
-    """Write the columns of the top_k highest keys of each row [ROWS, COLUMNS], as write_chosen does, then -1."""
+def place_top_k(keys, top_k):
+    """Which of the keys [ROWS, COLUMNS] are among the top_k highest of their row, in order of their columns.
+
+    Of equal keys the first are taken, and a key of 0 never is. Returns whether a key is chosen, its place among the
+    chosen ones of its row, and how many these are [ROWS].
+    """
     kth = kth_key(keys, tl.zeros([keys.shape[0]], tl.int32) + top_k)
-    above = tl.sum((keys > kth[:, None]).to(tl.int32), 1)
-    _, taken = write_chosen(
-        output_rows, row_mask, first, keys, kth, top_k - above, tl.zeros([keys.shape[0]], tl.int32), names
-    )
-    fill_unused(output_rows, row_mask, taken, top_k)
+    above = keys > kth[:, None]
+    ties = (keys == kth[:, None]) & (keys > 0)
+    # One scan counts both up to and with each column, in the halves of an integer: a row has fewer than 2^15 columns.
+    counts = tl.cumsum(above.to(tl.int32) + (ties.to(tl.int32) << 16), 1)
+    ties_wanted = (top_k - tl.sum(above.to(tl.int32), 1))[:, None]
+    ties_so_far = counts >> 16
+    chosen = above | (ties & (ties_so_far <= ties_wanted))
+    places = (counts & 0xFFFF) + tl.minimum(ties_so_far, ties_wanted) - 1
+    return chosen, places, tl.sum(chosen.to(tl.int32), 1)
 
 
 @triton.jit
-def fill_unused(output_rows, row_mask, taken, top_k):
-    """Write -1 from place `taken` [ROWS] up to top_k."""
+def fill_unused(output_rows, row_mask, taken, top_k, value):
+    """Write the value from place `taken` [ROWS] up to top_k."""
     for first in range(0, top_k, 32):
         places = first + tl.arange(0, 32)[None, :]
         unused = row_mask[:, None] & (places >= taken[:, None]) & (places < top_k)
-        tl.store(output_rows[:, None] + places, tl.zeros_like(places) - 1, mask=unused)
+        tl.store(output_rows[:, None] + places, tl.zeros_like(places) + value, mask=unused)

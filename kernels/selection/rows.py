@@ -110,8 +110,8 @@ def select_rows_kernel(
         else:
             scores = tl.zeros([ROWS, COLUMNS], tl.float32)
         keys = tl.where(choosable(blocks, each, BY_GROUP), sortable_key(scores), 0).to(tl.uint32)
-        ties_wanted, taken = write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken, None)
-    fill_unused(output_rows, row_mask, taken, top_k)
+        ties_wanted, taken = write_chosen(output_rows, row_mask, first, keys, kth, ties_wanted, taken)
+    fill_unused(output_rows, row_mask, taken, top_k, -1)
 
 
 @triton.jit

@@ -11,10 +11,6 @@ Every implementation has the same functions, which take arguments that the publi
     retrieve_frames(text_keys, means, candidates, text_lengths, weights, count, score, redundancy, softmax_scale)
         -> indices, scores
 
-One that can select and attend in one launch also has
-
-    select_and_attend(q, k, v, memory_k, memory_v, descriptors, top_k, geometry, resume=None) -> out, lse, indices
-
 `k` and `v`, or `memory_k` and `memory_v`, are None where there is no dense segment or no bank; `resume` is the
 (out, lse) of attention over other keys. `rotation` is the cosines and sines (1 or B, F * T, D / 2); `norm` is the two
 weights, None where there is nothing to normalise, and epsilon. All else has the shapes of the public operators.

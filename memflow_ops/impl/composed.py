@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from types import ModuleType
-
 import torch
 from torch import Tensor
 
@@ -38,23 +36,6 @@ def memory_attention(
         return out, lse, indices
     if descriptors is None:
         descriptors = implementation.describe_blocks(memory_k, geometry.block_size, geometry.frame_tokens)
-    return select_and_attend(implementation, q, *segment, memory_k, memory_v, descriptors, top_k, geometry, resume)
-
-
-def select_and_attend(
-    implementation: ModuleType,
-    q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
-    memory_k: Tensor,
-    memory_v: Tensor,
-    descriptors: Tensor,
-    top_k: int,
-    geometry: Geometry,
-    resume: tuple[Tensor, Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Out, LSE and indices: the implementation's own `select_and_attend`, or else its two parts one after the other."""
-    if hasattr(implementation, "select_and_attend"):
-        return implementation.select_and_attend(q, k, v, memory_k, memory_v, descriptors, top_k, geometry, resume)
     indices = implementation.select_blocks(q, descriptors, top_k, geometry)
-    return (*implementation.attend(q, k, v, memory_k, memory_v, indices, geometry, resume), indices)
+    out, lse = implementation.attend(q, *segment, memory_k, memory_v, indices, geometry, resume)
+    return out, lse, indices

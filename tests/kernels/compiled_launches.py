@@ -9,7 +9,7 @@ from memflow_ops.bench.aot.jit import StandInDriver, jit_finds
 from memflow_ops.bench.aot.rows import CAPABILITIES
 from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.aot import Machine, compile_launch
-from memflow_ops.kernels.attention.plan import BlockSource, plan_attend, plan_select_and_attend
+from memflow_ops.kernels.attention.plan import plan_attend
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.selection.describe import plan_block_means
 from memflow_ops.kernels.selection.groups import plan_select
@@ -45,10 +45,9 @@ def sizes_of_one() -> list[tuple[str, Machine]]:
     q, indices = meta(1, 1, 1, 16), meta(1, 1, 1, 1, dtype=torch.int32)
     geometry, resume = Geometry(1, 1, 1, 0.25, memory_slots=meta(1, 1).int()), (q, meta(1, 1, 1).float())
     launches = [
-        *plan_attend(q, q, q, q, q, BlockSource(indices), geometry, resume)[0],
+        *plan_attend(q, q, q, q, q, indices, geometry, resume)[0],
         plan_block_means(q, 1, 1, q.dtype)[0],
     ]
-    launches += plan_select_and_attend(q, q, q, q, q, q, 1, geometry, resume)[0]
     for length in (1, 2):
         bank = meta(1, length, 1, 16)
         launches += plan_select(bank, bank, 1, Geometry(1, 1, length, 1.0, memory_frames=meta(1).int()))[0]

@@ -172,7 +172,6 @@ def with_candidates(dtype: torch.dtype, **options) -> None:
     with ExitStack() as stack:
         for module in (configs, groups):
             stack.enter_context(patch.object(module, "SPAN_BLOCKS", 32))
-        stack.enter_context(patch.object(plan, "ONE_LAUNCH_BYTES", 0, create=True))
         attention(dtype, **options)
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from memflow_ops.geometry import Geometry
 from memflow_ops.impl.reference import attention as reference_attention
 from memflow_ops.kernels import configs
-from memflow_ops.kernels.attention.plan import BlockSource, attend, plan_attend
+from memflow_ops.kernels.attention.plan import attend, plan_attend
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -262,8 +262,8 @@ splitting = pytest.mark.usefixtures("small_tiles_split_too")
 
 
 def planned(arguments, multiprocessors):
-    source, geometry = BlockSource(arguments["indices"]), geometry_of(arguments)
-    return plan_attend(*tensors_of(arguments), source, geometry, resume_of(arguments), multiprocessors=multiprocessors)
+    inputs = (*tensors_of(arguments), arguments["indices"], geometry_of(arguments), resume_of(arguments))
+    return plan_attend(*inputs, multiprocessors=multiprocessors)
 
 
 def run(launches):

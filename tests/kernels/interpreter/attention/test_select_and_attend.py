@@ -1,10 +1,8 @@
-"""Selection and attention together, in one launch and in several, against the reference in float64.
+"""Selection and the attention to what it chose, against the reference in float64.
 
-Queries and descriptors are integers, so that selections are equal, ties included; keys and values are not. What the
-reference does not select is NaN.
+Queries and descriptors are integers and the lengths of groups powers of two, so that means and scores are exact and
+selections are equal, ties included; keys and values are not integers. What the reference does not select is NaN.
 """
-
-from functools import partial
 
 import pytest
 import torch
@@ -14,12 +12,13 @@ from torch.library import opcheck
 
 import memflow_ops as ops
 from memflow_ops.geometry import Geometry
-from memflow_ops.impl import composed, reference
+from memflow_ops.impl import reference, triton
 from memflow_ops.impl.reference import attention
 from memflow_ops.kernels import configs
-from memflow_ops.kernels.attention.plan import attend, plan_select_and_attend, select_and_attend
+from memflow_ops.kernels.attention.plan import attend, plan_attend
 from memflow_ops.kernels.launch import run_all
 from memflow_ops.kernels.selection import groups
+from memflow_ops.kernels.selection.groups import plan_select
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -70,17 +69,26 @@ def geometry_of(arguments):
 
 def exact(arguments):
     """out, lse and indices of the reference."""
-    return call(partial(composed.select_and_attend, reference), arguments)
+    return call(reference, arguments)
 
 
-def call(run, arguments, **more):
-    names = ("q", "k", "v", "memory_k", "memory_v", "descriptors", "top_k")
+def call(implementation, arguments):
+    indices = select(implementation.select_blocks, arguments)
+    return (*over(indices, implementation.attend, arguments), indices)
+
+
+def select(run, arguments):
+    return run(arguments["q"], arguments["descriptors"], arguments["top_k"], geometry_of(arguments))
+
+
+def over(indices, run, arguments, **more):
     resume = None if arguments["resume_out"] is None else (arguments["resume_out"], arguments["resume_lse"])
-    return run(*(arguments[name] for name in names), geometry_of(arguments), resume, **more)
+    tensors = (arguments[name] for name in ("q", "k", "v", "memory_k", "memory_v"))
+    return run(*tensors, indices, geometry_of(arguments), resume, **more)
 
 
 def check(arguments, got=None):
-    out, lse, indices = call(select_and_attend, arguments) if got is None else got
+    out, lse, indices = call(triton, arguments) if got is None else got
     wide = {n: x.double() if torch.is_tensor(x) and x.is_floating_point() else x for n, x in arguments.items()}
     expected_out, expected_lse, expected_indices = exact(wide)
     assert torch.equal(indices, expected_indices)
@@ -95,7 +103,7 @@ def check(arguments, got=None):
     st.integers(1, 2),
     st.sampled_from([(1, 1), (4, 2), (3, 1)]),
     st.sampled_from([16, 24, 64]),
-    st.sampled_from([(1, 20), (2, 33), (32, 40), (64, 100), (200, 64)]),
+    st.sampled_from([(1, 20), (2, 33), (32, 40), (64, 96), (200, 64)]),
     st.sampled_from([(1, 20, 20), (3, 37, 16), (4, 10, 3), (20, 9, 4), (2, 7, 100)]),
     st.integers(1, 9),
     st.sampled_from([0, 33]),
@@ -113,24 +121,22 @@ def test_odd_shapes(dtype, batch, heads, head_dim, queries, bank, top_k, dense, 
     check(arguments)
 
 
-@pytest.mark.parametrize("launches", [1, 2])
+@pytest.mark.parametrize(("frames", "rounds"), [(4, []), (9, ["merge_kernel"])])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_one_launch_and_two_agree(dtype, launches):
+def test_a_bank_of_several_spans_takes_another_round(dtype, frames, rounds):
     torch.manual_seed(1)
-    group = 32 if dtype == torch.float32 else 64  # a tile
     arguments = arguments_of(
-        dtype, batch=2, heads=(2, 1), queries=(group, 80), bank=(9, 37, 8), top_k=7, dense=20, partly=True, slots=True
+        dtype, batch=2, heads=(2, 1), queries=(64, 80), bank=(frames, 37, 8), top_k=7, dense=20, partly=True, slots=True
     )
-    planned, *got = call(plan_select_and_attend, arguments, launches=launches)
-    names = [launch.kernel.fn.__name__ for launch in planned]
-    assert names == (["attend_kernel"] if launches == 1 else ["block_means_kernel", "span_kernel", "attend_kernel"])
-    run_all(planned)
-    check(arguments, got)
+    launches, indices = select(plan_select, arguments)
+    names = [launch.kernel.fn.__name__ for launch in launches]
+    assert names == ["block_means_kernel", "span_kernel", *rounds]
+    run_all(launches)
+    check(arguments, (*over(indices, attend, arguments), indices))
 
 
-@pytest.mark.parametrize("launches", [1, 2])
-def test_every_split_of_a_tile_selects_the_same_blocks(monkeypatch, launches):
-    """The programs of a tile each select, and write the same; ties and an empty bank are among them."""
+def test_every_split_of_a_tile_reads_the_same_selection(monkeypatch):
+    """Ties and an empty bank are among what was selected."""
     monkeypatch.setattr(configs, "SPLIT_ROWS", 64)
     monkeypatch.setattr(configs, "SPLIT_SAVES_KEYS", 1)
     torch.manual_seed(2)
@@ -139,10 +145,11 @@ def test_every_split_of_a_tile_selects_the_same_blocks(monkeypatch, launches):
         resume=True,
     )  # fmt: skip
     assert arguments["memory_frames"].clamp(min=0).tolist() == [0, 4]
-    planned, *got = call(plan_select_and_attend, arguments, launches=launches, multiprocessors=20)
+    indices = select(triton.select_blocks, arguments)
+    planned, *got = over(indices, plan_attend, arguments, multiprocessors=20)
     assert planned[-1].kernel.fn.__name__ == "merge_splits_kernel" and planned[-1].arguments["SPLITS"] == 3
     run_all(planned)
-    check(arguments, got)
+    check(arguments, (*got, indices))
 
 
 def test_a_tie_between_means_of_a_group_of_120():
@@ -156,16 +163,7 @@ def test_a_tie_between_means_of_a_group_of_120():
     arguments["descriptors"].zero_()[0, :, 0, :2] = torch.tensor([[0.0, 3.0], [1.0, 0.0]])
     for name in ("memory_k", "memory_v"):
         arguments[name] = torch.randn_like(arguments[name])
-    planned, _, _, indices = call(plan_select_and_attend, arguments, launches=1)
-    assert [launch.kernel.fn.__name__ for launch in planned] == ["attend_kernel"]
-    planned[0].run()
-    assert indices.flatten().tolist() == [0]
-
-
-def test_one_launch_is_refused_where_it_cannot_be():
-    arguments = arguments_of(torch.float32, queries=(64, 70))
-    with pytest.raises(ValueError, match="groups of 64"):  # two tiles of float32
-        call(plan_select_and_attend, arguments, launches=1)
+    assert select(triton.select_blocks, arguments).flatten().tolist() == [0]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
