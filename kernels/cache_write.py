@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 
 from memflow_ops.geometry import WriteTarget
+from memflow_ops.kernels.integers import cdiv, next_power_of_2
 from memflow_ops.kernels.launch import Launch, run_all
 from memflow_ops.kernels.primitives import cast, mask_if, strided
 
@@ -331,9 +332,9 @@ def tiling_of(target: WriteTarget) -> tuple[Tiling, int]:
     sizes = [(target.block_size, target.descriptors), (target.mean_size, target.means)]
     parts = [size for size, out in sizes if out is not None and size < target.frame_tokens]
     unit = math.gcd(*parts) or target.frame_tokens
-    tile = min(TILE_TOKENS, triton.next_power_of_2(unit))
-    tiles_per_unit = triton.cdiv(unit, tile)
-    tiles = triton.cdiv(target.frame_tokens, unit) * tiles_per_unit
+    tile = min(TILE_TOKENS, next_power_of_2(unit))
+    tiles_per_unit = cdiv(unit, tile)
+    tiles = cdiv(target.frame_tokens, unit) * tiles_per_unit
     return Tiling(target.frame_tokens, unit, tiles_per_unit, tiles), tile
 
 
@@ -352,7 +353,7 @@ def plan_write_projections(
         raise ValueError(f"the kernels take float16, bfloat16 and float32, got {q.dtype}: use impl='torch'")
     tiling, tile = tiling_of(target)
     frames = length // target.frame_tokens
-    columns = {n: max(triton.next_power_of_2(n * head_dim), 16) for n in (heads, kv_heads)}
+    columns = {n: max(next_power_of_2(n * head_dim), 16) for n in (heads, kv_heads)}
     rows = {n: max(1, min(tile, TILE_ELEMENTS // columns[n])) for n in columns}
     rotated_q = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device)
     mean_frames = 0 if target.means is None else target.means.shape[1]
@@ -403,7 +404,7 @@ def plan_means_of_sums(
     """The launch that makes descriptors and means from the sums. shape: key heads and head size."""
     descriptors, means = target.descriptors, target.means
     width = shape[0] * shape[1]
-    blocks = triton.cdiv(target.frame_tokens, target.block_size)
+    blocks = cdiv(target.frame_tokens, target.block_size)
     described = 0 if descriptors is None else destinations.frames * blocks
     means_per_frame = 1 if means is None else means.shape[2]
     arguments = dict(
@@ -424,7 +425,7 @@ def plan_means_of_sums(
         COLUMNS=128,
         ROWS=32,
     )
-    grid = (described + sums.mean_frames * means_per_frame, triton.cdiv(width, 128), batch)
+    grid = (described + sums.mean_frames * means_per_frame, cdiv(width, 128), batch)
     return Launch(means_of_sums_kernel, grid, arguments, dict(num_warps=4, num_stages=2))
 
 

@@ -5,9 +5,11 @@ gpu-bench` times them.
 """
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
-import triton
+
+from memflow_ops.kernels.integers import cdiv, next_power_of_2
 
 
 def select_rows_config(
@@ -18,10 +20,10 @@ def select_rows_config(
     A tile holds 8192 scores. It has more columns where k is large: the k-th of few class maxima is a poor bound.
     """
     tensor_cores = dtype != torch.float32
-    columns = min(max(triton.next_power_of_2(2 * top_k), 64), 512)
+    columns = min(max(next_power_of_2(2 * top_k), 64), 512)
     if tensor_cores:
-        rows = min(8192 // columns, max(triton.next_power_of_2(groups), 16))
-        dim_tile = max(triton.next_power_of_2(head_dim), 16)
+        rows = min(8192 // columns, max(next_power_of_2(groups), 16))
+        dim_tile = max(next_power_of_2(head_dim), 16)
     else:
         # 64 rows would become TF32 tensor-core products on sm_100, whatever the precision asked for.
         rows, dim_tile = min(8192 // columns, 32 if groups >= 1024 else 16), 16
@@ -51,16 +53,13 @@ def merge_config(candidates: int) -> tuple[dict[str, int], dict[str, int]] | Non
     """
     if candidates > MERGE_LIMIT:
         return None
-    columns = max(triton.next_power_of_2(candidates), 32)
+    columns = max(next_power_of_2(candidates), 32)
     return dict(COLUMNS=columns), dict(num_warps=min(max(columns // 512, 1), 8), num_stages=1)
 
 
 def capability_of(tensor: torch.Tensor) -> int:
     """The compute capability of the tensor's device: 90 for sm_90, also where there is no GPU to ask."""
-    if tensor.device.type != "cuda":
-        return 90
-    major, minor = torch.cuda.get_device_capability(tensor.device)
-    return 10 * major + minor
+    return _properties(tensor.device)[0] if tensor.is_cuda else 90
 
 
 # attend_kernel in half precisions, on tensor cores: BLOCK_M, BLOCK_N, num_warps, num_stages by the largest head size.
@@ -117,7 +116,7 @@ def attend_config(
     if by_row and capability >= 100 and head_dim > 64 and table is BACKWARD_QUERIES_TILES:
         block_n = min(block_n, 32)  # the cursors of the rows do not fit in registers beside 64 keys
     if not by_row:
-        block_m = min(block_m, max(triton.next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
+        block_m = min(block_m, max(next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
     if block_m <= 64 and dim <= 128 and dtype != torch.float32:
         # Two groups of four warps would split the keys of so few rows, and ptxas serialises their products (C7515).
         # Heads of 256 dimensions stay at 8 warps: 4 spill registers.
@@ -143,21 +142,26 @@ def splits_config(tiles: int, keys: int, block_m: int, multiprocessors: int) -> 
     """
     last = tiles % multiprocessors if multiprocessors else 0
     splits = min(multiprocessors // last, MAX_SPLITS) if last else 1
-    if block_m < SPLIT_ROWS or keys - triton.cdiv(keys, splits) < SPLIT_SAVES_KEYS:
+    if block_m < SPLIT_ROWS or keys - cdiv(keys, splits) < SPLIT_SAVES_KEYS:
         return tiles, 1
     return tiles - last, splits
 
 
 def multiprocessors_of(tensor: torch.Tensor) -> int:
     """The number of multiprocessors of the tensor's device; 0 where there is no GPU."""
-    if tensor.device.type != "cuda":
-        return 0
-    return torch.cuda.get_device_properties(tensor.device).multi_processor_count
+    return _properties(tensor.device)[1] if tensor.is_cuda else 0
+
+
+@cache
+def _properties(device: torch.device) -> tuple[int, int]:
+    """Compute capability and multiprocessors of a GPU, which every plan asks for."""
+    properties = torch.cuda.get_device_properties(device)
+    return 10 * properties.major + properties.minor, properties.multi_processor_count
 
 
 def dim_of(dtype: torch.dtype, head_dim: int) -> int:
     """The head size rounded up to a power of two, at least 16. ValueError: the kernels do not take it or the dtype."""
-    dim = max(triton.next_power_of_2(head_dim), 16)
+    dim = max(next_power_of_2(head_dim), 16)
     if dtype not in (torch.float16, torch.bfloat16, torch.float32) or dim > 256:
         raise ValueError(
             f"the kernels take float16, bfloat16 and float32 and head sizes up to 256, got {dtype} and {head_dim}: "
@@ -188,7 +192,7 @@ def backward_keys_config(
     block_m, block_n, warps, stages = tiles
     packed = False
     if block_size is not None:
-        block_n = min(block_n, max(triton.next_power_of_2(block_size), 16))
+        block_n = min(block_n, max(next_power_of_2(block_size), 16))
         # Pack groups where tiles of one group each would be more than a quarter empty.
-        packed = 4 * query_group < 3 * block_m * triton.cdiv(query_group, block_m)
+        packed = 4 * query_group < 3 * block_m * cdiv(query_group, block_m)
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim, PACKED=packed), dict(num_warps=warps, num_stages=stages)

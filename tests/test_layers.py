@@ -16,7 +16,7 @@ PARTS = ("kernels", "model", "bench", "memflow_ops")
 # From the ground up. A module belongs to the longest name here that it starts with.
 FLOORS = (
     ("geometry",),
-    ("kernels.launch", "kernels.primitives", "kernels.configs", "kernels.sass", "kernels.aot"),
+    ("kernels.integers", "kernels.launch", "kernels.primitives", "kernels.configs", "kernels.sass", "kernels.aot"),
     ("kernels.selection",),
     ("kernels",),
     ("rotary", "files", "allocator", "host_memory", "version"),

@@ -131,8 +131,8 @@ def backward(
 
 REPRESENTATIVE = frozenset(
     {
-        "window", "window, causal, used keys", "two launches", "two launches, last wave split", "two launches, float32",
-        "two launches, blocks of 16", "per query", "cache write, clean pass", "retrieval, coverage",
+        "window", "window, causal, used keys", "bank", "bank, last wave split", "bank, float32",
+        "bank, blocks of 16", "per query", "cache write, clean pass", "retrieval, coverage",
         "backward, window too", "backward, per query", "backward, float32",
     }
 )  # fmt: skip

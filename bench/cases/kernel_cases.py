@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from memflow_ops.bench.cases import attention, backward, cache_write, retrieval, selection, tuning
+from memflow_ops.bench.cases import attention, backward, cache_write, host, retrieval, selection, tuning
 from memflow_ops.bench.harness.case import Built, Case, build_of
 from memflow_ops.bench.sizes import Size
 
@@ -46,6 +46,7 @@ class KernelCases:
             *self.backward(),
             *self.crossovers(),
             *self.tiles(),
+            self.host(),
         ]
 
     def case(
@@ -193,3 +194,12 @@ class KernelCases:
             )
             for over in ("groups", "queries", "window")
         ]
+
+    def host(self) -> Case:
+        return self.case(
+            "host/memory_attention",
+            "a call of torch's attention to one key",
+            host.call,
+            settings={"bank_frames": self.size.bank_frames},
+            bank_frames=self.size.bank_frames,
+        )

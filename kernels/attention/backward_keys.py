@@ -21,6 +21,7 @@ from memflow_ops.kernels.attention.blocks import (
 )
 from memflow_ops.kernels.attention.inverse import Inverse
 from memflow_ops.kernels.configs import backward_keys_config, capability_of
+from memflow_ops.kernels.integers import cdiv
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.primitives import LOG2_E, cast, load_rows, mask_if, matmul, row_pointers, strided, strides_like
 
@@ -190,7 +191,7 @@ def plan_backward_keys(
     block_size = None if inverse is None else geometry.block_size
     tiles, options = backward_keys_config(capability or capability_of(q), q.dtype, head_dim, block_size, query_group)
     block_size = block_size or tiles["BLOCK_N"]
-    blocks = length // frame_tokens * triton.cdiv(frame_tokens, block_size)
+    blocks = length // frame_tokens * cdiv(frame_tokens, block_size)
     grad_k, grad_v = (
         torch.empty(x.shape, dtype=x.dtype, device=x.device) if want else None
         for x, want in zip((segment.k, segment.v), wanted, strict=True)
@@ -215,5 +216,5 @@ def plan_backward_keys(
         CAUSAL=geometry.causal and inverse is None,
         **tiles,
     )
-    parts = triton.cdiv(block_size, tiles["BLOCK_N"])
+    parts = cdiv(block_size, tiles["BLOCK_N"])
     return Launch(backward_keys_kernel, (blocks * parts, kv_heads, batch), arguments, options), grad_k, grad_v

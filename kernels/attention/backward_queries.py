@@ -25,6 +25,7 @@ from memflow_ops.kernels.attention.blocks import (
 )
 from memflow_ops.kernels.attention.split import rows_of_tile
 from memflow_ops.kernels.configs import BACKWARD_QUERIES_TILES, attend_config, capability_of
+from memflow_ops.kernels.integers import cdiv, next_power_of_2
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.primitives import (
     LOG2_E,
@@ -210,7 +211,7 @@ def plan_row_terms(
     """The launch that fills the terms (B, H, Lq) int64 of row_terms_kernel, and the terms."""
     batch, queries, heads, head_dim = out.shape
     terms = torch.empty((batch, heads, queries), dtype=torch.int64, device=out.device)
-    dim = triton.next_power_of_2(head_dim)
+    dim = next_power_of_2(head_dim)
     rows = max(4096 // dim, 1)
     arguments = dict(
         grad_out=strided(grad_out),
@@ -224,7 +225,7 @@ def plan_row_terms(
         ROWS=rows,
     )
     options = dict(num_warps=4, num_stages=2)
-    return Launch(row_terms_kernel, (triton.cdiv(queries, rows), heads, batch), arguments, options), terms
+    return Launch(row_terms_kernel, (cdiv(queries, rows), heads, batch), arguments, options), terms
 
 
 def plan_backward_queries(
@@ -277,7 +278,7 @@ def plan_backward_queries(
         CAUSAL=geometry.causal,
         **tiles,
     )
-    groups = 1 if by_row else triton.cdiv(queries, query_group)
-    tiles_of_group = triton.cdiv(queries if by_row else query_group, tiles["BLOCK_M"])
+    groups = 1 if by_row else cdiv(queries, query_group)
+    tiles_of_group = cdiv(queries if by_row else query_group, tiles["BLOCK_M"])
     launches.append(Launch(backward_queries_kernel, (groups * tiles_of_group, heads, batch), arguments, options))
     return launches, grad_q

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from memflow_ops.geometry import Geometry
+from memflow_ops.kernels.integers import cdiv
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.primitives import load_rows, stored_frame, strided
 
@@ -379,7 +380,7 @@ def walk_union(
 def plan_unions(indices: torch.Tensor, queries: int, query_group: int, blocks: int, rows: int) -> tuple[Launch, Unions]:
     """The launch that fills the unions of the lists (B, H, G, K) of each tile of `rows` queries, and the unions."""
     batch, heads, _, entries = indices.shape
-    tiles = triton.cdiv(queries, rows)
+    tiles = cdiv(queries, rows)
     unions = Unions(
         torch.empty((batch, heads, tiles, rows * entries), dtype=torch.int32, device=indices.device),
         torch.empty((batch, heads, tiles), dtype=torch.int32, device=indices.device),

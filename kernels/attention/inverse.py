@@ -13,6 +13,7 @@ import triton.language as tl
 
 from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.attention.blocks import frames_of
+from memflow_ops.kernels.integers import cdiv
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.primitives import stored_frame
 
@@ -121,7 +122,7 @@ def plan_inverse(
     size = 1024
     number = Launch(
         block_numbers_kernel,
-        (triton.cdiv(groups * entries, size), heads, batch),
+        (cdiv(groups * entries, size), heads, batch),
         dict(
             indices=indices,
             frames=frames,
@@ -136,7 +137,7 @@ def plan_inverse(
     sort = Sort(numbers, ascending, members, torch.arange(blocks + 1, dtype=torch.int32, device=indices.device), starts)
     member = Launch(
         members_kernel,
-        (triton.cdiv(count, size), 1, 1),
+        (cdiv(count, size), 1, 1),
         dict(
             members=members,
             count=count,

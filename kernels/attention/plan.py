@@ -1,7 +1,6 @@
 """Attention to a dense segment and to selected blocks of a memory bank: what is launched, and the entry point."""
 
 import torch
-import triton
 
 from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.attention.blocks import Segment, frames_of, plan_unions, segment_of, valid_keys_of
@@ -13,6 +12,7 @@ from memflow_ops.kernels.configs import (
     multiprocessors_of,
     splits_config,
 )
+from memflow_ops.kernels.integers import cdiv
 from memflow_ops.kernels.launch import Launch, run_all
 from memflow_ops.kernels.primitives import strided
 
@@ -54,8 +54,8 @@ def plan_attend(
     if by_row and indices is not None:
         launch, unions = plan_unions(indices, queries, query_group, blocks, tiles["BLOCK_M"])
         launches.append(launch)
-    groups = 1 if by_row else triton.cdiv(queries, query_group)
-    row_tiles = groups * triton.cdiv(queries if by_row else query_group, tiles["BLOCK_M"])
+    groups = 1 if by_row else cdiv(queries, query_group)
+    row_tiles = groups * cdiv(queries if by_row else query_group, tiles["BLOCK_M"])
     grid, partial, merge, splits = (row_tiles, heads, batch), None, None, 1
     if window.k is None and not by_row:
         multiprocessors = multiprocessors_of(q) if multiprocessors is None else multiprocessors

@@ -8,6 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
+from memflow_ops.kernels.integers import cdiv, next_power_of_2
 from memflow_ops.kernels.launch import Launch, run_all
 from memflow_ops.kernels.retrieval.relevance import (
     Allocate,
@@ -138,7 +139,7 @@ def plan_retrieve_frames(
     text_lengths = None if text_lengths is None else text_lengths.contiguous()
     new = Allocate(means.device)
     indices, taken = new(batch, count, dtype=torch.int32), new(batch, count)
-    common = dict(FRAMES=max(256, triton.next_power_of_2(frames)))
+    common = dict(FRAMES=max(256, next_power_of_2(frames)))
     right = dict(right=means, right_rows=rows, right_count=frames, right_weights=weights)
     # (layers, B, Lt, heads that share a key head, Hkv, D)
     grouped = text_keys.unflatten(3, (kv_heads, -1)).transpose(3, 4)
@@ -153,7 +154,7 @@ def plan_retrieve_frames(
         shared = Launch(word_shares_kernel, (words, batch, 1), arguments, dict(num_warps=4, num_stages=2))
         arguments = dict(
             shares=shares, lengths=text_lengths, indices=indices, taken=taken, words=words, count=count, frames=frames,
-            WORDS=max(1, 8192 // common["FRAMES"]), COUNT=max(16, triton.next_power_of_2(count)), **common,
+            WORDS=max(1, 8192 // common["FRAMES"]), COUNT=max(16, next_power_of_2(count)), **common,
         )  # fmt: skip
         take = Launch(take_coverage_kernel, (batch, 1, 1), arguments, dict(num_warps=max(8, warps), num_stages=2))
         return [launch, shared, take], indices, taken
@@ -172,7 +173,7 @@ def plan_retrieve_frames(
     arguments = dict(
         partials=partials, scores=scores, factor=factor, frames=frames, splits=partials.shape[0], COLUMNS=64
     )
-    grid = (triton.cdiv(frames, 64), batch, 1)
+    grid = (cdiv(frames, 64), batch, 1)
     launches.append(Launch(sum_scores_kernel, grid, arguments, dict(num_warps=2, num_stages=2)))
     products = None
     if redundancy is not None:

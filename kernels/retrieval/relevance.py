@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from memflow_ops.kernels.integers import cdiv, next_power_of_2
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.primitives import LOG2_E, load_rows, matmul
 from memflow_ops.kernels.selection.scores import score_tile
@@ -361,7 +362,7 @@ class Allocate:
 def plan_text_means(text: torch.Tensor, lengths: torch.Tensor | None, text_means: torch.Tensor) -> Launch:
     """The launch that fills text_means (layers, B, Hkv, D) from text (layers, B, Lt, H, D)."""
     layers, batch, kv_heads, head_dim = text_means.shape
-    columns = max(triton.next_power_of_2(head_dim), 16)
+    columns = max(next_power_of_2(head_dim), 16)
     arguments = dict(
         text=text, lengths=lengths, means=text_means, text_strides=text.stride()[:4], words=text.shape[2],
         GROUP=text.shape[3] // kv_heads, HEAD_DIM=head_dim, ROWS=8192 // columns, COLUMNS=columns,
@@ -372,7 +373,7 @@ def plan_text_means(text: torch.Tensor, lengths: torch.Tensor | None, text_means
 def _product_config(exact: bool, rows: int, head_dim: int) -> dict[str, int | bool]:
     """ROWS, COLUMNS, DIM_TILE and TENSOR_CORES. IEEE products of 64 rows of float32 would become TF32 on sm_100."""
     if exact:
-        dim = max(triton.next_power_of_2(head_dim), 16)
+        dim = max(next_power_of_2(head_dim), 16)
         return dict(ROWS=64 if rows > 16 else 16, COLUMNS=64, DIM_TILE=dim, TENSOR_CORES=True)
     return dict(ROWS=32 if rows > 16 else 16, COLUMNS=64, DIM_TILE=16, TENSOR_CORES=False)
 
@@ -403,9 +404,9 @@ def plan_products(
     right_parts = right.shape[3]
     exact = _exact_products(left, right) and left_parts == right_parts == 1
     config = _product_config(exact, left_count, head_dim)
-    tiles = triton.cdiv(left_count, config["ROWS"]) * triton.cdiv(right_count, config["COLUMNS"])
-    layers_per_split = triton.cdiv(layers, min(layers, max(1, PROGRAMS // (tiles * batch))))
-    splits = triton.cdiv(layers, layers_per_split)
+    tiles = cdiv(left_count, config["ROWS"]) * cdiv(right_count, config["COLUMNS"])
+    layers_per_split = cdiv(layers, min(layers, max(1, PROGRAMS // (tiles * batch))))
+    splits = cdiv(layers, layers_per_split)
     products = new(splits, batch, left_count, right_count)
     arguments = dict(
         left=left, right=right, left_rows=left_rows, right_rows=right_rows, left_lengths=left_lengths,
@@ -444,9 +445,9 @@ def plan_softmax(
         HEADS=heads, GROUP=heads // kv_heads, HEAD_DIM=head_dim, **config,
     )  # fmt: skip
     options = dict(num_warps=4, num_stages=2)
-    grid = (triton.cdiv(words, config["ROWS"]), layers * heads, batch)
+    grid = (cdiv(words, config["ROWS"]), layers * heads, batch)
     first = Launch(word_lse_kernel, grid, dict(**shared, COLUMNS=columns), options)
-    at_once = min(triton.next_power_of_2(parts), columns)
+    at_once = min(next_power_of_2(parts), columns)
     shared.update(mass=mass, FRAMES=columns // at_once, PARTS=at_once)
-    grid = (triton.cdiv(frames, columns // at_once), layers * heads, batch)
+    grid = (cdiv(frames, columns // at_once), layers * heads, batch)
     return [first, Launch(frame_mass_kernel, grid, shared, options)], mass

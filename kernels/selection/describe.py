@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
+from memflow_ops.kernels.integers import cdiv, next_power_of_2
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.primitives import cast, load_rows
 
@@ -47,9 +48,9 @@ def plan_block_means(
 ) -> tuple[Launch, torch.Tensor]:
     """The launch that fills the means (B, N, H, D) of `dtype`, and the means. See `describe_blocks`."""
     batch, length, heads, head_dim = tokens.shape
-    blocks = length // frame_tokens * triton.cdiv(frame_tokens, block_size) if frame_tokens else 0
+    blocks = length // frame_tokens * cdiv(frame_tokens, block_size) if frame_tokens else 0
     means = torch.empty((batch, blocks, heads, head_dim), dtype=dtype, device=tokens.device)
-    columns = triton.next_power_of_2(head_dim)
+    columns = next_power_of_2(head_dim)
     arguments = dict(
         tokens=tokens,
         means=means,
@@ -58,7 +59,7 @@ def plan_block_means(
         block_size=block_size,
         frame_tokens=frame_tokens,
         HEAD_DIM=head_dim,
-        ROWS=min(triton.next_power_of_2(block_size), 8192 // columns),
+        ROWS=min(next_power_of_2(block_size), 8192 // columns),
         COLUMNS=columns,
     )
     return Launch(block_means_kernel, (blocks, heads, batch), arguments, dict(num_warps=4, num_stages=2)), means

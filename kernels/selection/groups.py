@@ -13,6 +13,7 @@ import triton.language as tl
 
 from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.configs import SPAN_BLOCKS, merge_config, span_config
+from memflow_ops.kernels.integers import cdiv
 from memflow_ops.kernels.launch import Launch, run_all
 from memflow_ops.kernels.primitives import row_pointers, strided
 from memflow_ops.kernels.selection.describe import plan_block_means
@@ -114,7 +115,7 @@ def plan_select(
     mean_launch, means = plan_block_means(q, geometry.query_group, frame_tokens=length, dtype=torch.float32)
     groups, blocks = means.shape[1], bank.frames * bank.blocks_per_frame
     top_k = min(top_k, blocks)
-    spans = triton.cdiv(blocks, SPAN_BLOCKS)
+    spans = cdiv(blocks, SPAN_BLOCKS)
     merging = merge_config(spans * top_k)
     if spans > 1 and (2 * top_k > SPAN_BLOCKS or merging is None):
         launch, indices = plan_select_rows(means, bank, top_k)  # registers do not hold so many candidates
@@ -138,7 +139,7 @@ def plan_select(
         BY_GROUP=differs_by_group(geometry.memory_frames),
         **tiles,
     )
-    grid = (triton.cdiv(groups, tiles["ROWS"]) * spans if top_k else 0, heads, batch)
+    grid = (cdiv(groups, tiles["ROWS"]) * spans if top_k else 0, heads, batch)
     launches = [mean_launch, Launch(span_kernel, grid, arguments, options)]
     if spans > 1 and merging is not None:
         tiles, options = merging

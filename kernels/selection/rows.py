@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 
 from memflow_ops.kernels.configs import select_rows_config
+from memflow_ops.kernels.integers import cdiv
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.primitives import load_rows, row_pointers, strided
 from memflow_ops.kernels.selection.ranking import fill_unused, kth_key, score_of_key, sortable_key, write_chosen
@@ -182,5 +183,5 @@ def plan_select_rows(queries: torch.Tensor, bank: DescribedBank, top_k: int) -> 
         BY_GROUP=bank.valid_strides is not None and bank.valid_strides[1] is not None,
         **tiles,
     )
-    grid = (triton.cdiv(groups, tiles["ROWS"]) if top_k else 0, heads, batch)
+    grid = (cdiv(groups, tiles["ROWS"]) if top_k else 0, heads, batch)
     return Launch(select_rows_kernel, grid, arguments, options), indices

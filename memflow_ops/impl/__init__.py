@@ -35,6 +35,11 @@ def implementation_of(impl: str, device: torch.device) -> ModuleType:
     reason = why_no_triton(device) if impl == "triton" else ""
     if reason:
         raise ValueError(f"impl='triton' cannot run on tensors on {device}: {reason}; impl='torch' runs everywhere")
+    return _module(impl)
+
+
+@functools.cache
+def _module(impl: str) -> ModuleType:
     return importlib.import_module(f"memflow_ops.impl.{impl}")
 
 
@@ -43,10 +48,11 @@ def why_no_triton(device: torch.device) -> str:
     reason = why_not_import("triton")
     if reason:
         return f"triton is {NOT_INSTALLED} (pip install triton)" if reason == NOT_INSTALLED else reason
-    from triton import knobs
+    if device.type == "cpu":
+        from triton import knobs
 
-    if device.type == "cpu" and not knobs.runtime.interpret:
-        return "no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on a CPU, for tests"
+        if not knobs.runtime.interpret:
+            return "no CUDA device; TRITON_INTERPRET=1 runs the kernels slowly on a CPU, for tests"
     return ""
 
 
