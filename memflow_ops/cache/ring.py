@@ -21,8 +21,8 @@ from memflow_ops.cache.views import Memory, Past
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import registration
 from memflow_ops.ops.cache_write import QKNorm
-from memflow_ops.ops.forward_mode import refuse_tangents
 from memflow_ops.ops.registration.dispatch import needs_grad
+from memflow_ops.ops.transforms import refuse_transforms
 
 PassMarks = tuple[frozenset[int], ...]
 """The layers that the passes over an open chunk have dealt with so far, by what was done in them."""
@@ -149,7 +149,7 @@ class RingCache(SavedByState, ABC):
         what lies in the pools is written and read without a gradient.
         """
         self._check_open("write")
-        refuse_tangents("write", k, v)
+        refuse_transforms("write", k, v)
         k, v = as_autocast_does(k, v, to=self.layout.dtype)
         count = len(self._open_frames)
         self.layout.check_chunk_tensor("k", layer, k, self.device, count)

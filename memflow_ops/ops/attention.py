@@ -8,8 +8,8 @@ from torch import Tensor
 
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import checks, registration
-from memflow_ops.ops.forward_mode import refuse_tangents
 from memflow_ops.ops.registration import dispatch
+from memflow_ops.ops.transforms import refuse_transforms
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -175,7 +175,7 @@ def memory_attention(
         alibi_slopes=alibi_slopes,
         return_attn_probs=return_attn_probs,
     )
-    refuse_tangents("memory_attention", q, k, v, memory_k, memory_v)
+    refuse_transforms("memory_attention", q, k, v, memory_k, memory_v)
     q, k, v, memory_k, memory_v, memory_descriptors = as_autocast_does(q, k, v, memory_k, memory_v, memory_descriptors)
     checks.check_query(q)
     checks.check_pair("k", k, "v", v, q)
@@ -262,7 +262,7 @@ def attend_selected(
         if not isinstance(resume, (tuple, list)) or len(resume) != 2:
             raise TypeError(f"resume must be a pair (out, lse), got {type(resume).__name__}")
         resume_out, resume_lse = resume
-    refuse_tangents("attend_selected", q, k, v, resume_out, resume_lse)
+    refuse_transforms("attend_selected", q, k, v, resume_out, resume_lse)
     q, k, v, resume_out = as_autocast_does(q, k, v, resume_out)
     checks.check_query(q)
     checks.check_pair("k", k, "v", v, q)

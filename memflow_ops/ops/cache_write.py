@@ -9,8 +9,8 @@ from torch import Tensor
 
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import checks, registration
-from memflow_ops.ops.forward_mode import refuse_tangents
 from memflow_ops.ops.registration import dispatch
+from memflow_ops.ops.transforms import refuse_transforms
 
 
 class QKNorm(NamedTuple):
@@ -76,7 +76,7 @@ def write_projections(
         NotImplementedError: a gradient is needed, or an input has a tangent for a derivative in forward mode.
     """
     weight_q, weight_k, eps = norm or (None, None, 0.0)
-    refuse_tangents("write_projections", q, k, v, weight_q, weight_k, memory_k, memory_v)
+    refuse_transforms("write_projections", q, k, v, weight_q, weight_k, memory_k, memory_v)
     q, k, v = as_autocast_does(q, k, v, to=getattr(memory_k, "dtype", None))
     checks.check_query(q)
     pools = {"memory_k": memory_k, "memory_v": memory_v}

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from memflow_ops.ops import checks, registration
-from memflow_ops.ops.forward_mode import refuse_tangents
 from memflow_ops.ops.registration import dispatch
+from memflow_ops.ops.transforms import refuse_transforms
 
 SCORES = ("linear", "softmax")
 RETRIEVAL_SCORES = (*SCORES, "coverage")
@@ -117,7 +117,7 @@ def retrieve_frames(
         ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
         NotImplementedError: an input has a tangent, for a derivative in forward mode.
     """
-    refuse_tangents("retrieve_frames", text_keys, means)
+    refuse_transforms("retrieve_frames", text_keys, means)
     checks.check_tensor("text_keys", text_keys, "layers B Lt H D")
     checks.check_tensor("means", means, "layers B R n Hkv D")
     if 0 in text_keys.shape or 0 in means.shape:

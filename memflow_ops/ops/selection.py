@@ -6,8 +6,8 @@ from torch import Tensor
 
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import checks, registration
-from memflow_ops.ops.forward_mode import refuse_tangents
 from memflow_ops.ops.registration import dispatch
+from memflow_ops.ops.transforms import refuse_transforms
 
 
 def describe_blocks(k: Tensor, block_size: int, frame_tokens: int | None = None, *, impl: str = "auto") -> Tensor:
@@ -29,7 +29,7 @@ def describe_blocks(k: Tensor, block_size: int, frame_tokens: int | None = None,
         ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
         NotImplementedError: k has a tangent, for a derivative in forward mode.
     """
-    refuse_tangents("describe_blocks", k)
+    refuse_transforms("describe_blocks", k)
     checks.check_tensor("k", k, "B Lm Hkv D")
     block_size = checks.check_positive("block_size", block_size)
     frame = checks.frame_size(frame_tokens, k.shape[1], "k")

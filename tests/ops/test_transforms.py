@@ -1,4 +1,4 @@
-"""Forward-mode derivatives: an operator refuses tangents or is right, and other transformations go on working."""
+"""Derivatives in forward mode and under `torch.func`: refused or right; other transformations go on working."""
 
 import cache_write_cases
 import pytest
@@ -144,3 +144,29 @@ def test_reverse_mode_goes_on_working_at_a_dual_level():
     with forward.dual_level():
         (got,) = torch.autograd.grad(attention(leaf, *others).sin().sum(), leaf)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev", "grad of vmap", "vmap of grad"])
+@pytest.mark.parametrize("case", [*REFUSING.values()], ids=REFUSING)
+def test_gradients_under_torch_func_are_refused_with_a_sentence(case, transform):
+    make, *arguments = case
+    run, x = make(*arguments)
+    total = lambda x: run(x).sum()  # noqa: E731
+    asked = {
+        "grad": lambda: torch.func.grad(total)(x),
+        "vjp": lambda: torch.func.vjp(run, x),
+        "jacrev": lambda: torch.func.jacrev(run)(x),
+        "grad of vmap": lambda: torch.func.grad(lambda x: torch.func.vmap(total)(x).sum())(x[None]),
+        "vmap of grad": lambda: torch.func.vmap(torch.func.grad(total))(x[None]),
+    }[transform]
+    with pytest.raises(NotImplementedError, match=r"has no gradient under torch\.func .* use backward"):
+        asked()
+
+
+def test_under_torch_func_what_needs_no_gradient_runs():
+    q, k, v, *_ = inputs()
+    right = memflow_ops.memory_attention(q, k, v)
+    detached = lambda x: (memflow_ops.memory_attention(x.detach(), k, v) * x).sum()  # noqa: E731
+    torch.testing.assert_close(torch.func.grad(detached)(q), right)
+    weight = torch.func.grad(lambda w: (memflow_ops.memory_attention(q, k, v) * w).sum())(torch.ones_like(q))
+    torch.testing.assert_close(weight, right)
