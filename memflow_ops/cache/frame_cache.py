@@ -63,16 +63,14 @@ class FrameCache(RingCache):
         self._stories = [self._new_story(number) for number in range(layout.batch)]
         self._table = HistorySlotTable(layout, self.device, self._stories)
         self._batch_index = torch.arange(layout.batch, dtype=torch.int64, device=self.device)
-        self._remembered: set[int] = set()  # layers whose means have been taken
         self._described: set[int] = set()  # layers whose descriptors lie beside the ring's keys
         self._marks = (self._written, self._remembered, self._described)
 
     # ------------------------------------------------------------------------------------------------------ the chunk
 
     def _describe_written(self, layer: int, k: Tensor) -> None:
-        """Forgets descriptors and means, which are of an earlier pass; `commit` makes the descriptors that it keeps."""
+        """Forgets descriptors, which are of an earlier pass; `commit` makes those that it keeps."""
         self._described.discard(layer)
-        self._remembered.discard(layer)
 
     def remember(self, layer: int, k: Tensor) -> None:
         """Takes the means of the chunk's first frame, in the clean pass of a new chunk, after the layer's `write`.
@@ -141,18 +139,9 @@ class FrameCache(RingCache):
             self._remembered.add(layer)
             self._described.add(layer)
         else:
+            self._remembered.discard(layer)
             self._describe_written(layer, k)
         return rotated
-
-    def _check_clean_pass(self) -> None:
-        # The first chunks leave no prototype, but the sink keeps them for good, and the window for a while.
-        missing = set(range(self.layout.layers)) - self._remembered
-        if missing:
-            raise RuntimeError(
-                f"commit: the last pass over layers {sorted(missing)} was not the clean one, so later chunks would see "
-                f"noisy keys: pass the finished frames once more, at timestep 0, and say so by `remember` after each "
-                f"`write` (with `write_projections` and `attend_to_memory`: remember=True)"
-            )
 
     def _leaves_prototype(self, chunk: int) -> bool:
         """Whether the chunk's first frame goes to the history; a frame of the sink is not stored twice."""

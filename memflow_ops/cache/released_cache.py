@@ -63,7 +63,7 @@ class ReleasedCache(RingCache):
     """Sink, bank and ring of a batch of stories that advance chunk by chunk together.
 
     Per chunk: `update_bank`, `begin_chunk`, passes that write every layer and attend to `dense` (all of it) or to
-    `window` and a selection of `memory`, then `commit`; what the last pass has written stays. At a prompt switch
+    `window` and a selection of `memory`, then `commit`; what the last, clean pass has written stays. At a prompt switch
     `restart_window` may come between `update_bank` and `begin_chunk`. With the schedule "interactive", one pass over
     all `open_frames` follows, opened and committed like a chunk. `abort` undoes what was begun and not committed.
     Calls out of order raise a RuntimeError, bad tensors a ValueError or TypeError, before anything is changed.
@@ -151,8 +151,11 @@ class ReleasedCache(RingCache):
                 stories = [story for story, rewritten in enumerate(self._rewritten) if rewritten]
                 target[stories] = described[stories]
 
-    def _check_clean_pass(self) -> None:
-        """Nothing: every pass does all that a commit needs."""
+    def remember(self, layer: int, k: Tensor) -> None:
+        """As in every cache. Takes no means: the bank goes by rotated keys, which are in place."""
+        self._check_open("remember")
+        self.layout.check_chunk_tensor("k", layer, *as_autocast_does(k, to=self.layout.dtype), self.device)
+        self._remembered.add(layer)
 
     def _leave_behind(self, chunk: int) -> None:
         """Nothing: `update_bank` takes the chunk's first frame while it is still in the ring or in the sink."""
@@ -174,7 +177,7 @@ class ReleasedCache(RingCache):
     ) -> Tensor:
         """Rotates queries and keys, which must be normalised already, and writes the layer; returns the rotated q.
 
-        remember and impl change nothing here: there are no means to take and no fused operator to choose.
+        impl changes nothing here, because there is no fused operator to choose.
         """
         if norm is not None:
             raise NotImplementedError("write_projections: a ReleasedCache takes queries and keys that are normalised")
@@ -182,6 +185,8 @@ class ReleasedCache(RingCache):
         rotated_k = apply_rotation(k, *rotation)
         self.write(layer, rotated_k, v)
         self._keep_in_graph(layer, rotated_k, v, needs_grad(q, k, v))
+        if remember:
+            self.remember(layer, k)
         return apply_rotation(q, *rotation)
 
     # ------------------------------------------------------------------------------------------------------- the bank

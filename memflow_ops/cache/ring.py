@@ -67,13 +67,13 @@ class RingCache(SavedByState, ABC):
         self._pass_places = self._chunk_places  # or those of a longer pass, which re-caches the window at once
         self.counts_keys = self.device.type == "cuda"
         """Whether a tensor says how many keys are valid while the window is re-cached, see `attended`."""
-        # How many leading keys of a full ring, and of what lies before it and a full ring, are valid: (B,) int32 each.
-        # Kernels read these too.
+        # The valid keys of a full ring, and of one with what lies before it, (B,) int32 each. Kernels read these too.
         self._valid_keys = torch.zeros((2, layout.batch), dtype=torch.int32, device=self.device).unbind()
         self._written: set[int] = set()  # layers
         # Keys and values of the open chunk as they were last written, of the layers where gradients flow into them.
         self._in_graph: dict[int, tuple[Tensor, Tensor]] = {}
-        self._marks: tuple[set[int], ...] = (self._written,)
+        self._remembered: set[int] = set()  # layers whose last pass was the clean one
+        self._marks: tuple[set[int], ...] = (self._written, self._remembered)
         self._go_on_after(0, [])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RingCache":
@@ -157,9 +157,15 @@ class RingCache(SavedByState, ABC):
         for pool, new in zip(self._places, (k, v), strict=False):
             frames = new.detach().unflatten(1, (count, -1))
             registration.write_frames(pool[layer], self._pass_places, frames)
+        self._remembered.discard(layer)
         self._describe_written(layer, k)
         self._written.add(layer)
         self._keep_in_graph(layer, k, v, needs_grad(k, v))
+
+    @abstractmethod
+    def remember(self, layer: int, k: Tensor) -> None:
+        """Says that the layer's last `write` was of the clean pass over a new chunk, which `commit` insists on. k: the
+        layer's keys (B, chunk tokens, Hkv, D) *before* RoPE."""
 
     @abstractmethod
     def write_projections(
@@ -207,7 +213,14 @@ class RingCache(SavedByState, ABC):
             self._to_recache.pop(0)
             self._end_chunk()
             return
-        self._check_clean_pass()
+        # The first chunks leave nothing to remember, but sink and window keep their frames.
+        missing = set(range(self.layout.layers)) - self._remembered
+        if missing:
+            raise RuntimeError(
+                f"commit: the last pass over layers {sorted(missing)} was not the clean one, so later chunks would see "
+                f"noisy keys: pass the finished frames once more, at timestep 0, and say so by `remember` after each "
+                f"`write` (with `write_projections` and `attend_to_memory`: remember=True)"
+            )
         # From here on the chunk is finished; if the rest is interrupted, `abort` does it again.
         self._closing = self._committed
         self._committed += 1
@@ -297,9 +310,9 @@ class RingCache(SavedByState, ABC):
     def attended(self, layer: int, sparse: bool) -> tuple[Tensor, Tensor, Tensor | None]:
         """What a pass attends to in full: keys and values of `window` where it is `sparse`, else of `dense`.
 
-        The third is None, or `seqused_k` for `memory_attention`, (B,) int32: how many leading keys are valid. The views
-        are then those of a full ring, and the rest of them must not be read. That is so while the window is re-cached,
-        where the cache `counts_keys`: passes over a ring that grows have one shape then, and one CUDA graph.
+        The third is None, or `seqused_k` (B,) int32, how many leading keys are valid of views that are those of a full
+        ring. That is so while the window is re-cached, where the cache `counts_keys`: passes over a ring that grows
+        have one shape then, and one CUDA graph.
         """
         if layer in self._in_graph or not self._is_counted(sparse):
             return *(self.window(layer) if sparse else self.dense(layer)), None
@@ -402,10 +415,6 @@ class RingCache(SavedByState, ABC):
     @abstractmethod
     def _describe_written(self, layer: int, k: Tensor) -> None:
         """Keeps the layer's descriptors in step with keys k (B, chunk tokens, Hkv, D) that were just written."""
-
-    @abstractmethod
-    def _check_clean_pass(self) -> None:
-        """A RuntimeError unless the passes over a new chunk have left all that `commit` needs."""
 
     @abstractmethod
     def _leave_behind(self, chunk: int) -> None:

@@ -75,7 +75,8 @@ def replay(fixture: Fixture, mode: str) -> Iterator[ComparedCall]:
             if chunk and step == 0:
                 wrong += _advance_banks(fixture, call, banks, cache)
             activation = _Activation(cache, top_frames)
-            attend = attend_to_memory(cache, rotation, selection, observe=activation.observe)
+            last = step == len(fixture.timesteps) - 1
+            attend = attend_to_memory(cache, rotation, selection, remember=last, observe=activation.observe)
             y = model(x, torch.full((1, len(frames)), timestep, dtype=torch.float32, device="cpu"), text, attend)
             x = x - 0.25 * y
             wrong += activation.wrong(call, banks)

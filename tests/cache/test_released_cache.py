@@ -87,6 +87,8 @@ def numbers(layout: ReleasedLayout, frames: int | None = None) -> Tensor:
 def write(cache: ReleasedCache, kv: Tensor) -> None:
     for layer in range(LAYERS):
         cache.write(layer, kv[0, layer], kv[1, layer])
+        if len(cache.open_frames()) == cache.layout.chunk_frames:
+            cache.remember(layer, kv[0, layer])
 
 
 def multiset(keys: Tensor) -> Tensor:
@@ -306,6 +308,11 @@ def test_calls_out_of_order_and_bad_tensors_are_refused():
     with pytest.raises(ValueError, match=r"got \(2, 14, 2, 4\)"):
         cache.write(0, k[:, 1:], v)
     with pytest.raises(RuntimeError, match=r"layers \[0, 1\] have not been written"):
+        cache.commit()
+    for layer in range(LAYERS):
+        cache.remember(layer, k)
+        cache.write(layer, k, v)
+    with pytest.raises(RuntimeError, match=r"the last pass over layers \[0, 1\] was not the clean one"):
         cache.commit()
     write(cache, numbers(cache.layout))
     for call in (cache.begin_chunk, cache.restart_window, cache.state_dict):

@@ -62,8 +62,9 @@ def stream(make, policies: list[Policy], dtype: torch.dtype, device: str | None)
             random = generator if chunk % 2 else None
             for selection in (BlockSelection(2, query_group=5, random=random), None):
                 rotation = rope_rotation(8, *positions[chunk])
-                attend = attend_to_memory(cache, rotation, selection, remember=selection is not None)
-                if selection is not None or isinstance(cache, ReleasedCache):
+                attends = selection is not None or isinstance(cache, ReleasedCache)
+                attend = attend_to_memory(cache, rotation, selection, remember=attends)
+                if attends:
                     results += [attend(layer, *inputs[chunk, layer]) for layer in range(2)]
             cache.commit()
         other = make()
