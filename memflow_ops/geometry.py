@@ -35,6 +35,9 @@ class Geometry:
     """Whether a query sees only some of the valid keys of the window, as stated above."""
     seqused_k: Tensor | None = None
     """(B,) int32: how many of the leading keys of the window are valid, clamped to 0..Lk. None: all are."""
+    window_slots: Tensor | None = None
+    """(B, W) int32: k and v hold stored frames too, and frame j of the window is stored frame `window_slots[b, j]`,
+    clamped to those that there are. Lk is W * frame_tokens then. None: k and v are the window."""
 
     @property
     def sees_all(self) -> bool:
@@ -44,6 +47,10 @@ class Geometry:
     @property
     def blocks_per_frame(self) -> int:
         return -(-self.frame_tokens // self.block_size)
+
+    def window_keys(self, k: Tensor) -> int:
+        """Lk, the number of keys of the window whose keys k holds."""
+        return k.shape[1] if self.window_slots is None else self.window_slots.shape[1] * self.frame_tokens
 
     def stored_frames(self, memory: Tensor) -> int:
         """The number of frames that memory (B, Lm, Hkv, D) holds."""

@@ -67,11 +67,17 @@ def memory_attention(
     return [*selecting, *attending]
 
 
-def window(capability: int, *, causal: bool = False, used: bool = False) -> list[Launch]:
-    """Our own dense attention to the local window; with `used` the device says how many of its keys are valid."""
-    q, k = meta(1, QUERIES, 12, 128), cached(WINDOW, 12, 128)
-    seqused_k = meta(1, dtype=torch.int32) if used else None
-    geometry = Geometry(64, FRAME_TOKENS, query_group=128, softmax_scale=0.1, causal=causal, seqused_k=seqused_k)
+def window(capability: int, *, causal: bool = False, used: bool = False, paged: bool = False) -> list[Launch]:
+    """Our own dense attention to the local window; with `used` the device says how many of its keys are valid.
+
+    paged: the window is 9 of the 76 frames of a pool.
+    """
+    q, k = meta(1, QUERIES, 12, 128), cached(76 * FRAME_TOKENS if paged else WINDOW, 12, 128)
+    geometry = Geometry(
+        64, FRAME_TOKENS, query_group=128, softmax_scale=0.1, causal=causal,
+        seqused_k=meta(1, dtype=torch.int32) if used else None,
+        window_slots=meta(1, 9, dtype=torch.int32) if paged else None,
+    )  # fmt: skip
     launches, *_ = plan_attend(q, k, k, None, None, None, geometry, capability=capability)
     return launches
 
@@ -108,19 +114,22 @@ def backward(
     query_group: int = 128,
     dense: bool = False,
     causal: bool = False,
+    paged: bool = False,
 ) -> list[Launch]:
     """The backward pass of a layer's attention to the bank; with `dense` to the window too.
 
-    The gradients are those of the bank, or with `dense` of the window; `causal`: a part of this is seen and valid.
+    The gradients are those of the bank, or with `dense` of the window; `causal`: a part of this is seen and valid;
+    `paged`: as in `window`.
     """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
-    k = cached(WINDOW, heads[1], head_dim, dtype) if dense else None
+    k = cached(76 * FRAME_TOKENS if paged else WINDOW, heads[1], head_dim, dtype) if dense else None
     memory = cached(64 * FRAME_TOKENS, heads[1], head_dim, dtype)
     indices = meta(1, heads[0], -(-QUERIES // query_group), 24, dtype=torch.int32)
     lse = meta(1, heads[0], QUERIES, dtype=torch.float32)
     geometry = Geometry(
         block_size, FRAME_TOKENS, query_group, head_dim**-0.5, meta(1, 64, dtype=torch.int32), causal=causal,
         seqused_k=meta(1, dtype=torch.int32) if causal else None,
+        window_slots=meta(1, 9, dtype=torch.int32) if paged else None,
     )  # fmt: skip
     wanted = [True, dense, dense, not dense, not dense]
     steps, _ = plan_attend_backward(
@@ -188,6 +197,8 @@ def shipped() -> dict[str, Plan]:
         "window, causal": partial(window, causal=True),
         "window, used keys": partial(window, used=True),
         "window, causal, used keys": partial(window, causal=True, used=True),
+        "window, paged": partial(window, paged=True),
+        "window, paged, causal, used keys": partial(window, causal=True, used=True, paged=True),
     }
     launches = {name: case(**options) for name, options in sizes.items()}
     descriptors = lambda _: [plan_block_means(cached(3120, 12, 128), 64, FRAME_TOKENS, torch.bfloat16)[0]]  # noqa: E731
@@ -228,6 +239,7 @@ def shipped() -> dict[str, Plan]:
         "backward, float32": single,
         "backward, per query, float32": dict(query_group=1, **single),
         "backward, causal window too": dict(dense=True, causal=True),
+        "backward, paged window too": dict(dense=True, paged=True),
         "backward, causal window too, 64 dims": dict(dense=True, causal=True, head_dim=64),
     }
     gradients = {name: partial(backward, **options) for name, options in backwards.items()}

@@ -12,8 +12,9 @@ import torch
 from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.attention.backward_keys import plan_backward_keys
 from memflow_ops.kernels.attention.backward_queries import plan_backward_queries, plan_row_terms
-from memflow_ops.kernels.attention.blocks import Segment, segment_of
+from memflow_ops.kernels.attention.blocks import Segment, segment_of, window_of
 from memflow_ops.kernels.attention.inverse import Sort, plan_inverse
+from memflow_ops.kernels.attention.stored_gradient import plan_stored_gradient
 from memflow_ops.kernels.launch import Launch, run_all
 
 
@@ -38,7 +39,7 @@ def plan_attend_backward(
     See `attend_backward`. capability: of the device, 90 for sm_90 (None: that of q's device).
     """
     grad_out, indices = (x if x.stride(-1) == 1 else x.contiguous() for x in (grad_out, indices))
-    window = segment_of(k, v)
+    window = window_of(k, v, geometry)
     memory = segment_of(memory_k, memory_v) if indices.shape[-1] else Segment()
     launch, terms = plan_row_terms(grad_out, out, lse, grad_lse)
     steps: list[Launch | Sort] = [launch]
@@ -53,6 +54,12 @@ def plan_attend_backward(
             grad_out, terms, q, window, None, geometry, (wanted[1], wanted[2]), capability=capability
         )
         steps.append(launch)
+        if window.frames is not None:
+            for number in (1, 2):
+                of_window = gradients[number]
+                if of_window is not None:
+                    launch, gradients[number] = plan_stored_gradient(of_window, window.frames)
+                    steps.append(launch)
     if memory.k is not None and (wanted[3] or wanted[4]):
         inverting, inverse = plan_inverse(indices, memory.k, geometry)
         launch, *gradients[3:5] = plan_backward_keys(

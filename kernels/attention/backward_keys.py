@@ -17,6 +17,7 @@ from memflow_ops.kernels.attention.blocks import (
     count_valid_keys,
     locate_block,
     segment_of_head,
+    stored_tokens,
     valid_keys_of,
 )
 from memflow_ops.kernels.attention.inverse import Inverse
@@ -69,11 +70,11 @@ def query_places(
 def backward_keys_kernel(
     grad_out,  # Strided (B, Lq, H, D), strides None: those of q
     q,  # Strided (B, Lq, H, D)
-    segment,  # Segment (B, frames * frame_tokens, Hkv, D)
+    segment,  # Segment (B, frames * frame_tokens, Hkv, D); of a window in stored frames: (B, stored tokens, Hkv, D)
     inverse,  # Inverse, or None: the segment is the window
     seqused,  # (B,) int32, contiguous: how many leading keys of the window are valid; None: all
     terms,  # (B, H, Lq) int64 of row_terms_kernel
-    grad_k,  # Strided like k, or None: not wanted
+    grad_k,  # Strided (B, frames * frame_tokens, Hkv, D), or None: not wanted
     grad_v,
     queries,
     blocks,
@@ -124,9 +125,12 @@ def backward_keys_kernel(
         read = read & (tokens < keys)
     read = mask_if(tiles > 0, read)  # what nobody attended to is not read
     segment = segment_of_head(segment, batch, kv_head)
-    key = load_rows(segment.k + tokens * segment.k_strides[1], read, columns, HEAD_DIM)  # [BLOCK_N, DIM]
+    stored_rows = tokens
+    if segment.frames is not None:
+        stored_rows = stored_tokens(segment.frames, tokens, read)
+    key = load_rows(segment.k + stored_rows * segment.k_strides[1], read, columns, HEAD_DIM)  # [BLOCK_N, DIM]
     if grad_k is not None:
-        value = load_rows(segment.v + tokens * segment.v_strides[1], read, columns, HEAD_DIM)
+        value = load_rows(segment.v + stored_rows * segment.v_strides[1], read, columns, HEAD_DIM)
     first_head = kv_head * HEADS_PER_KV_HEAD if inverse is None else 0
     grad_key = tl.zeros([BLOCK_N, DIM], tl.float32)
     grad_value = tl.zeros([BLOCK_N, DIM], tl.float32)
@@ -183,17 +187,19 @@ def plan_backward_keys(
 ) -> tuple[Launch, torch.Tensor | None, torch.Tensor | None]:
     """The launch that fills the gradients of k and v of the segment, and these tensors, None where not wanted.
 
-    inverse: which groups selected which block; None: the segment is the window.
+    inverse: which groups selected which block; None: the segment is the window, whose gradients are (B, Lk, Hkv, D),
+    wherever its keys are stored.
     """
     batch, queries, heads, head_dim = q.shape
-    _, length, kv_heads, _ = segment.k.shape
+    kv_heads = segment.k.shape[2]
+    length = segment.k.shape[1] if inverse is not None else geometry.window_keys(segment.k)
     query_group, frame_tokens = (queries, length) if inverse is None else (geometry.query_group, geometry.frame_tokens)
     block_size = None if inverse is None else geometry.block_size
     tiles, options = backward_keys_config(capability or capability_of(q), q.dtype, head_dim, block_size, query_group)
     block_size = block_size or tiles["BLOCK_N"]
     blocks = length // frame_tokens * cdiv(frame_tokens, block_size)
     grad_k, grad_v = (
-        torch.empty(x.shape, dtype=x.dtype, device=x.device) if want else None
+        torch.empty((batch, length, kv_heads, head_dim), dtype=x.dtype, device=x.device) if want else None
         for x, want in zip((segment.k, segment.v), wanted, strict=True)
     )
     arguments = dict(

@@ -268,7 +268,7 @@ def plan_backward_queries(
         terms=terms,
         grad_q=strided(grad_q),
         queries=queries,
-        keys=0 if window.k is None else window.k.shape[1],
+        keys=0 if window.k is None else geometry.window_keys(window.k),
         query_group=query_group,
         entries=entries,
         softmax_scale=float(geometry.softmax_scale),

@@ -38,6 +38,9 @@ class Segment(NamedTuple):
     """(B, L, Hkv), in elements. The last dimension is contiguous."""
     v_strides: Any = None
     """None: those of k. One offset for both saves registers."""
+    frames: Any = None
+    """Frames of a window that lies among other frames; None: the keys follow one another. The bank's are an argument of
+    their own, because blocks are located by them."""
 
 
 def segment_of(k: torch.Tensor | None, v: torch.Tensor | None) -> Segment:
@@ -45,6 +48,14 @@ def segment_of(k: torch.Tensor | None, v: torch.Tensor | None) -> Segment:
     if k is None or v is None or not k.shape[1]:
         return Segment()
     return Segment(k, v, k.stride()[:3], strided(v, like=k).strides)
+
+
+def window_of(k: torch.Tensor | None, v: torch.Tensor | None, geometry: Geometry) -> Segment:
+    """As segment_of, for the keys and values of the window, which may lie among other frames."""
+    segment, slots = segment_of(k, v), geometry.window_slots
+    if segment.k is None or slots is None:
+        return segment
+    return segment._replace(frames=table_of(slots, geometry.stored_frames(segment.k), geometry.frame_tokens))
 
 
 def valid_keys_of(geometry: Geometry) -> torch.Tensor | None:
@@ -70,8 +81,15 @@ class Frames(NamedTuple):
 def frames_of(memory: torch.Tensor, geometry: Geometry) -> Frames:
     """The argument tuple for a memory (B, stored frames * frame_tokens, Hkv, D)."""
     stored, slots = geometry.stored_frames(memory), geometry.memory_slots
-    slot_stride = None if slots is None else slots.stride(0)
-    return Frames(slots, slot_stride, geometry.bank_frames(stored), stored, geometry.frame_tokens)
+    if slots is not None:
+        return table_of(slots, stored, geometry.frame_tokens)
+    return Frames(None, None, stored, stored, geometry.frame_tokens)
+
+
+def table_of(slots: torch.Tensor, stored: int, tokens: int) -> Frames:
+    """The argument tuple for a slot table (B, F) of any strides, into so many stored frames of so many tokens."""
+    slots = slots if slots.stride(1) == 1 else slots.contiguous()
+    return Frames(slots, slots.stride(0), slots.shape[1], stored, tokens)
 
 
 class Blocks(NamedTuple):
@@ -93,7 +111,19 @@ def segment_of_head(segment, batch, kv_head):
         v_strides = segment.k_strides
     k = segment.k + (batch * segment.k_strides[0] + kv_head * segment.k_strides[2])
     v = segment.v + (batch * v_strides[0] + kv_head * v_strides[2])
-    return Segment(k, v, segment.k_strides, v_strides)
+    frames = segment.frames
+    if frames is not None:
+        slots = frames.slots + batch * frames.slot_stride
+        frames = Frames(slots, frames.slot_stride, frames.count, frames.stored, frames.tokens)
+    return Segment(k, v, segment.k_strides, v_strides, frames)
+
+
+@triton.jit
+def stored_tokens(frames, token, present):
+    """Where tokens of the window lie among the stored ones, int64; frames: Frames of the batch element."""
+    frame = token // frames.tokens
+    slot = stored_frame(frames.slots, frame, present, frames.stored)
+    return slot.to(tl.int64) * frames.tokens + (token - frame * frames.tokens)
 
 
 @triton.jit
@@ -159,11 +189,20 @@ def walk_segment(
 
     seen [BLOCK_M]: how many leading keys of the segment each row sees, at most `end`; None: all rows see all.
     """
+    if segment.frames is not None:
+        coming = begin + tl.arange(0, BLOCK_N)
+        ahead = stored_tokens(segment.frames, coming, coming < end)
     for first in range(begin, end, BLOCK_N):
         lanes = tl.arange(0, BLOCK_N)
-        token = tl.zeros([], tl.int64) + first
+        if segment.frames is None:
+            token = tl.zeros([], tl.int64) + first
+        else:  # Tokens are located a step ahead, as in walk_list. A tile may cross into another frame.
+            token = ahead
+            coming = first + BLOCK_N + lanes
+            ahead = stored_tokens(segment.frames, coming, coming < end)
         present = first + lanes < end
-        key, value = load_keys(segment, token, lanes.to(tl.int64), present, columns, HEAD_DIM)
+        within = lanes.to(tl.int64) if segment.frames is None else 0
+        key, value = load_keys(segment, token, within, present, columns, HEAD_DIM)
         if seen is None:
             state = step(rows, state, key, value, present, first + BLOCK_N > end, None, False)
         else:

@@ -3,7 +3,7 @@
 import torch
 
 from memflow_ops.geometry import Geometry
-from memflow_ops.kernels.attention.blocks import Segment, frames_of, plan_unions, segment_of, valid_keys_of
+from memflow_ops.kernels.attention.blocks import Segment, frames_of, plan_unions, segment_of, valid_keys_of, window_of
 from memflow_ops.kernels.attention.forward import attend_kernel
 from memflow_ops.kernels.attention.split import plan_merge_splits
 from memflow_ops.kernels.configs import (
@@ -36,7 +36,7 @@ def plan_attend(
     is to fill (None: those of q's device; 0, and without a GPU: no tile is split).
     """
     batch, queries, heads, head_dim = q.shape
-    window, memory = segment_of(k, v), segment_of(memory_k, memory_v)
+    window, memory = window_of(k, v, geometry), segment_of(memory_k, memory_v)
     if memory.k is None or indices is None or not indices.shape[-1]:
         memory, frames, indices = Segment(), None, None
         entries = blocks = 0
@@ -77,7 +77,7 @@ def plan_attend(
         lse=strided(lse),
         partial=partial,
         queries=queries,
-        keys=0 if window.k is None else window.k.shape[1],
+        keys=0 if window.k is None else geometry.window_keys(window.k),
         query_group=query_group,
         entries=entries,
         heads=heads,

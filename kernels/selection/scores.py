@@ -35,6 +35,8 @@ def described_bank(
 ) -> DescribedBank:
     """The argument tuple of the descriptors (B, stored blocks, Hkv, D); the others as in `Geometry`."""
     stored_frames = descriptors.shape[1] // blocks_per_frame
+    if memory_slots is not None and memory_slots.stride(1) != 1:
+        memory_slots = memory_slots.contiguous()
     return DescribedBank(
         descriptors=strided(descriptors),
         slots=memory_slots,

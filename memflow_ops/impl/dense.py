@@ -111,6 +111,8 @@ def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry | 
         return ""
     if geometry is not None and geometry.seqused_k is not None:
         return "it takes no seqused_k, use own"
+    if geometry is not None and geometry.window_slots is not None:
+        return "it takes no window_slots, use own"
     if geometry is not None and geometry.causal:
         if backend == "cpu":
             return "it takes no causal mask, use own"

@@ -27,6 +27,7 @@ class Options(TypedDict, total=False):
     memory_slots: Tensor | None
     causal: bool
     seqused_k: Tensor | None
+    window_slots: Tensor | None
     softmax_scale: float | None
     impl: str
     dense_backend: str
@@ -93,6 +94,7 @@ def memory_attention(
     memory_slots: Tensor | None = None,
     causal: bool = False,
     seqused_k: Tensor | None = None,
+    window_slots: Tensor | None = None,
     softmax_scale: float | None = None,
     return_lse: bool = False,
     impl: str = "auto",
@@ -106,11 +108,11 @@ def memory_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attend to every key of a local window and to the most relevant blocks of a memory bank, under one softmax.
 
-    A query attends to all of `k` (see `causal` and `seqused_k`) and to the `top_k` blocks of the bank that
-    `select_blocks` gives its query group.
-    This is sparse memory activation (SMA) of MemFlow, arXiv 2512.14699, with blocks and query groups in the place of
-    frames and chunks. The function can replace `flash_attn_func(q, k, v, softmax_scale=..., causal=...)` where that is
-    called without dropout and window, also if the call says so itself.
+    A query attends to all of `k` (see `causal`, `seqused_k` and `window_slots`) and to the `top_k` blocks of the bank
+    that `select_blocks` gives its query group. This is sparse memory activation (SMA) of MemFlow, arXiv 2512.14699,
+    with blocks and query groups in the place of frames and chunks. The function can replace
+    `flash_attn_func(q, k, v, softmax_scale=..., causal=...)` where that is called without dropout and window, also if
+    the call says so itself.
 
     Blocks that are not selected are not read, so their values do not matter, NaN included. Gradients reach q, k, v,
     memory_k and memory_v (first derivatives only, in reverse mode). The selection has no gradient.
@@ -144,6 +146,11 @@ def memory_attention(
         seqused_k: how many of the leading keys of the window are valid, (B,) int32. None: all are. The others are not
             read. Values are clamped to their range on the device; the host never reads them on CUDA, so that one CUDA
             graph serves a window that fills.
+        window_slots: the slot table (B, W) int32 of the window, for keys in a pool of frames, or pages, of
+            `frame_tokens` tokens: k and v are (B, P * frame_tokens, Hkv, D), and frame j of the window is frame
+            `window_slots[b, j]` of them, so that Lk is W * frame_tokens. With `seqused_k` the last frame may hold
+            fewer. None: k and v are the window. Gradients have the shape of k; those of a frame that is there twice
+            add up. Values are clamped to their range on the device; the host never reads them on CUDA.
         softmax_scale: the factor of the scores. None: 1/sqrt(D).
         return_lse: whether to return the LSE too.
         impl: `reference` (the specification), `torch`, `triton` (D up to 256, not float64) or `auto`. `auto` is
@@ -153,8 +160,8 @@ def memory_attention(
             own, for float16 and bfloat16 on CUDA), `flash_attn` (the package, version 4, 3 or 2) or `cpu` (torch's
             flash attention for CPUs). `auto`: for `triton` the best backend of the device, but `own` for short windows
             and where no backend takes the dtype; for other implementations `own`. `cudnn`, `flash` and `flash_attn` can
-            be causal where q and k have the same length and heads; no backend takes `seqused_k`. The implementation
-            itself computes all gradients in every case. They are equal bit for bit in every run.
+            be causal where q and k have the same length and heads; none takes `seqused_k` or `window_slots`. The
+            implementation itself computes all gradients in every case. They are equal bit for bit in every run.
         dropout_p, window_size, softcap, alibi_slopes, return_attn_probs: arguments of `flash_attn_func`, accepted where
             they ask for nothing: 0.0, (-1, -1), 0.0, None, False.
         deterministic: an argument of `flash_attn_func`; every run is deterministic in any case.
@@ -193,6 +200,14 @@ def memory_attention(
     if seqused_k is not None:
         checks.check_integers("seqused_k", seqused_k, (q.shape[0],), q)
     frame = 1 if frame_tokens is None else checks.check_positive("frame_tokens", frame_tokens)
+    if window_slots is not None:
+        if frame_tokens is None:
+            raise ValueError("window_slots needs frame_tokens, the number of tokens of a frame of k, got None")
+        checks.check_slots(
+            window_slots, q, k.shape[1] // checks.frame_size(frame_tokens, k.shape[1], "k"), "window_slots", "k"
+        )
+        if window_slots.shape[1] == 0:
+            k, v, window_slots = k[:, :0], v[:, :0], None
     if memory_k is not None and memory_v is not None:
         checks.check_pair("memory_k", memory_k, "memory_v", memory_v, q)
         if memory_k.shape[2] != k.shape[2]:
@@ -214,7 +229,7 @@ def memory_attention(
     bank = (memory_k, memory_v, memory_descriptors, memory_frames, memory_slots)
     sizes = (top_k, block_size, frame, group, scale, causal)
     impl = dispatch.resolve(impl, q)
-    out, lse, _ = registration.memory_attention(q, k, v, *bank, seqused_k, *sizes, impl, dense_backend)
+    out, lse, _ = registration.memory_attention(q, k, v, *bank, seqused_k, window_slots, *sizes, impl, dense_backend)
     return (out, lse) if return_lse else out
 
 

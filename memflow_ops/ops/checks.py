@@ -172,11 +172,11 @@ def check_descriptors(name: str, descriptors: Tensor, memory_k: Tensor, frame: i
     check_shape(name, descriptors, (batch, tokens // frame * -(-frame // block_size), heads, size))
 
 
-def check_slots(memory_slots: Tensor, q: Tensor, frames: int) -> None:
-    """The slot table is (B, F) int32, and the memory holds frames that it can name."""
-    check_integers("memory_slots", memory_slots, (q.shape[0], -1), q)
-    if memory_slots.shape[1] and not frames:
-        raise ValueError(f"memory_slots names {memory_slots.shape[1]} frames, but the memory holds none")
+def check_slots(slots: Tensor, q: Tensor, frames: int, name: str = "memory_slots", of: str = "the memory") -> None:
+    """The slot table is (B, F) int32, and what it is of holds frames that it can name."""
+    check_integers(name, slots, (q.shape[0], -1), q)
+    if slots.shape[1] and not frames:
+        raise ValueError(f"{name} names {slots.shape[1]} frames, but {of} holds none")
 
 
 def check_neutral(**given: Any) -> None:

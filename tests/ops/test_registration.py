@@ -12,13 +12,14 @@ from memflow_ops.ops import registration
 
 def tensors(requires_grad: bool = True, dtype: torch.dtype = torch.float64):
     make = lambda *shape: torch.randn(*shape, dtype=dtype, requires_grad=requires_grad)  # noqa: E731
-    q, k, v = make(2, 7, 4, 8), make(2, 5, 2, 8), make(2, 5, 2, 8)
+    q, k, v = make(2, 7, 4, 8), make(2, 30, 2, 8), make(2, 30, 2, 8)
     return q, k, v, make(2, 20, 2, 8), make(2, 20, 2, 8)
 
 
 SLOTS = torch.tensor([[1, 0], [0, 1]], dtype=torch.int32)
 FRAMES = torch.tensor([1, 2], dtype=torch.int32)
-USED = torch.tensor([3, 5], dtype=torch.int32)
+USED = torch.tensor([13, 25], dtype=torch.int32)
+WINDOW = torch.tensor([[2, 0], [1, 1]], dtype=torch.int32)
 SIZES = (3, 4, 10, 3, 0.3)  # top_k, block_size, frame_tokens, query_group, softmax_scale
 
 
@@ -29,14 +30,15 @@ def attention_arguments(name: str, impl: str, requires_grad: bool):
     indices = memflow_ops.select_blocks(q, descriptors, 3, query_group=3, blocks_per_frame=3)
     out, lse = torch.randn_like(q), torch.randn(2, 4, 7, dtype=q.dtype, requires_grad=requires_grad)
     sizes = ([True, False, True, True, True], *SIZES[1:], True)
+    bank = (memory_k, memory_v, descriptors, FRAMES)
     above = (torch.randn_like(q.detach()), lse.detach())
     return {
         "describe_blocks": (memory_k, 4, 10, impl),
         "describe_blocks_backward": (descriptors, 4, 10),
         "select_blocks": (q.detach(), descriptors, FRAMES, SLOTS, 3, 3, 3, impl),
         "attend_selected": (q, memory_k, memory_v, indices, SLOTS, out, lse, *SIZES[1:], impl),
-        "memory_attention": (q, k, v, memory_k, memory_v, descriptors, FRAMES, SLOTS, USED, *SIZES, True, impl, "auto"),
-        "attend_backward": (*above, *tensors(False), indices, SLOTS, USED, out, lse.detach(), *sizes, impl),
+        "memory_attention": (q, k, v, *bank, SLOTS, USED, WINDOW, *SIZES, True, impl, "auto"),
+        "attend_backward": (*above, *tensors(False), indices, SLOTS, USED, WINDOW, out, lse.detach(), *sizes, impl),
         "merge_states": (out.requires_grad_(requires_grad), lse, torch.randn_like(out), torch.randn_like(lse)),
         "frame_relevance": (q, memory_k.unflatten(1, (4, 5)), FRAMES, torch.full((5,), 0.2), "softmax", 0.3),
     }[name]

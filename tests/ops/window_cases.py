@@ -98,3 +98,29 @@ def with_gradients(run, inputs: dict[str, Tensor], weights: tuple[Tensor, Tensor
     grads = torch.autograd.grad(loss, list(inputs.values()), allow_unused=True)
     pairs = zip(grads, inputs.values(), strict=True)
     return [out.detach(), lse.detach(), *(torch.zeros_like(x) if g is None else g for g, x in pairs)]
+
+
+def make_paged(queries: int, table: list[list[int]], used: tuple[int, ...] | None = None, *, page: int = 12, **options):
+    """As make_window, with k and v in a pool of 6 frames of `page` tokens, which `window_slots` finds; it may name a
+    frame twice. What is no valid key is NaN. Also returns a function: the window (B, Lk, Hkv, D) of a pool."""
+    slots = torch.tensor(table, dtype=torch.int32)
+    valid = (slots.shape[1] * page,) * len(table) if used is None else used
+    inputs, options = make_window(queries, 6 * page, (6 * page,) * len(table), **options)
+    options |= dict(window_slots=slots, frame_tokens=page)
+    if used is None:
+        del options["seqused_k"]
+    else:
+        options["seqused_k"] = torch.tensor(used, dtype=torch.int32)
+    tokens = (slots.clamp(0, 5).long() * page).unsqueeze(-1) + torch.arange(page)
+    for b, of_story in enumerate(tokens.flatten(1)):
+        read = torch.zeros(6 * page, dtype=torch.bool)
+        read[of_story[: max(valid[b], 0)]] = True
+        for name in ("k", "v"):
+            inputs[name][b, ~read] = torch.nan
+    return inputs, options, lambda pool: pool[torch.arange(len(table))[:, None], tokens.flatten(1)]
+
+
+def as_one(inputs: dict[str, Tensor], options: dict, window_of) -> tuple[dict[str, Tensor], dict]:
+    """The same window as tensors of its own."""
+    options = {name: value for name, value in options.items() if name != "window_slots"}
+    return inputs | {name: window_of(inputs[name]) for name in ("k", "v")}, options

@@ -23,8 +23,8 @@ class Tile(NamedTuple):
     kv_head: int
     tokens: list[int]
     """The tokens of memory_k and memory_v that the group has selected."""
-    window_keys: int
-    """The leading keys of the window that are valid."""
+    window: list[int]
+    """The tokens of k and v that are the valid keys of the window, in order."""
     seen: Tensor | None
     """[rows, 1]: how many of them each query sees; None: all."""
 
@@ -37,8 +37,13 @@ def tiles(q: Tensor, k: Tensor | None, memory_k: Tensor | None, indices: Tensor,
     heads_per_kv_head = heads // keys.shape[2]
     blocks, group = geometry.blocks_per_frame, geometry.query_group
     slots = slot_lists(geometry, batch, 0 if memory_k is None else geometry.stored_frames(memory_k))
-    window = 0 if k is None else k.shape[1]
+    window = 0 if k is None else geometry.window_keys(k)
     used = [window] * batch if geometry.seqused_k is None else geometry.seqused_k.clamp(0, window).tolist()
+    window_tokens = [list(range(window))] * batch
+    if geometry.window_slots is not None and k is not None:
+        stored = geometry.window_slots.clamp(0, geometry.stored_frames(k) - 1).tolist()
+        size = geometry.frame_tokens
+        window_tokens = [[token for slot in of for token in range(slot * size, (slot + 1) * size)] for of in stored]
     rows = torch.arange(queries, dtype=torch.int64, device=q.device).unsqueeze(1)
     for b, h, g in itertools.product(*map(range, indices.shape[:3])):
         tokens: list[int] = []
@@ -49,14 +54,14 @@ def tiles(q: Tensor, k: Tensor | None, memory_k: Tensor | None, indices: Tensor,
                 tokens += range(frame + start, frame + min(start + geometry.block_size, geometry.frame_tokens))
         place = slice(g * group, min((g + 1) * group, queries))
         seen = rows[place] + 1 + used[b] - queries if geometry.causal else None
-        yield Tile(b, place, h, h // heads_per_kv_head, tokens, used[b], seen)
+        yield Tile(b, place, h, h // heads_per_kv_head, tokens, window_tokens[b][: used[b]], seen)
 
 
 def gather(dense: Tensor | None, memory: Tensor | None, tile: Tile) -> Tensor:
     """The keys (or values) that a tile attends to: the valid ones of the window, then the selected ones of the bank."""
     parts = []
     if dense is not None:
-        parts.append(dense[tile.batch, : tile.window_keys, tile.kv_head])
+        parts.append(dense[tile.batch, tile.window, tile.kv_head])
     if memory is not None:
         parts.append(memory[tile.batch, tile.tokens, tile.kv_head])
     return torch.cat(parts)
@@ -67,7 +72,7 @@ def scores_of(queries: Tensor, keys: Tensor, tile: Tile, softmax_scale: float) -
     scores = queries @ keys.T * softmax_scale
     if tile.seen is not None:
         place = torch.arange(len(keys), dtype=torch.int64, device=keys.device)
-        scores = torch.where((place < tile.window_keys) & (place >= tile.seen), -torch.inf, scores)
+        scores = torch.where((place < len(tile.window)) & (place >= tile.seen), -torch.inf, scores)
     return scores
 
 
@@ -130,7 +135,7 @@ def attend_backward(
     inputs, scale = (q, k, v, memory_k, memory_v), geometry.softmax_scale
     grads = [widened(torch.zeros(() if x is None else x.shape, dtype=q.dtype, device=q.device)) for x in inputs]
     for tile in tiles(q, k, memory_k, indices, geometry):
-        b, rows, h, kv, tokens, dense, _ = tile
+        b, rows, h, kv, tokens, window, _ = tile
         keys, values = widened(gather(k, memory_k, tile)), widened(gather(v, memory_v, tile))
         queries, grad = widened(q[b, rows, h]), widened(grad_out[b, rows, h])
         delta = (grad * widened(out[b, rows, h])).sum(-1, keepdim=True)
@@ -141,13 +146,13 @@ def attend_backward(
         ds = p * (grad @ values.T - delta) * scale
         dk, dv = ds.T @ queries, p.T @ grad
         grads[0][b, rows, h] = ds @ keys
-        if k is not None:
-            grads[1][b, :dense, kv] += dk[:dense]
-            grads[2][b, :dense, kv] += dv[:dense]
-        if memory_k is not None:
-            index = torch.tensor(tokens, dtype=torch.int64, device=q.device)
-            grads[3][b, :, kv].index_add_(0, index, dk[dense:])
-            grads[4][b, :, kv].index_add_(0, index, dv[dense:])
+        dense = len(window)
+        parts = ((k, window, slice(0, dense), 1), (memory_k, tokens, slice(dense, None), 3))
+        for x, keys_of_part, of_part, number in parts:
+            if x is not None:
+                index = torch.tensor(keys_of_part, dtype=torch.int64, device=q.device)
+                grads[number][b, :, kv].index_add_(0, index, dk[of_part])
+                grads[number + 1][b, :, kv].index_add_(0, index, dv[of_part])
     return [
         grad.to(q.dtype) if want and x is not None else None
         for grad, x, want in zip(grads, inputs, wanted, strict=True)

@@ -21,7 +21,7 @@ from memflow_ops.impl.torch.gather import (
     tile_slices,
     tiles_of,
 )
-from memflow_ops.impl.torch.window import attend_window
+from memflow_ops.impl.torch.window import attend_window, window_of
 
 # Each thread gathers so many bytes of keys and values at a time: what its L2 cache holds.
 _GATHER_BYTES = 2 << 20
@@ -63,6 +63,7 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     scale = geometry.softmax_scale
+    k, v = (None if x is None else window_of(x, geometry) for x in (k, v))
     if k is not None and v is not None and k.shape[1] and geometry.sees_all:
         out, lse = attend_folded(_attention, q, k, v, scale)
     elif resume is not None:

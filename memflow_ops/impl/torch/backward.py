@@ -24,7 +24,7 @@ from memflow_ops.impl.torch.gather import (
     tile_slices,
     tiles_of,
 )
-from memflow_ops.impl.torch.window import window_parts, without_invalid
+from memflow_ops.impl.torch.window import gradient_of_stored, window_of, window_parts, without_invalid
 
 # The scores and the queries of one step: the scores stay in the cache of a core.
 _TILE_SCORES = 256 << 10
@@ -47,6 +47,8 @@ def attend_backward(
 ) -> list[Tensor | None]:
     batch, queries, heads, size = q.shape
     wide, scale = wide_dtype(q.dtype), geometry.softmax_scale
+    stored = (k, v)
+    k, v = (None if x is None else window_of(x, geometry) for x in stored)
     delta = (grad_out.to(wide) * out.to(wide)).sum(-1).transpose(1, 2)
     if grad_lse is not None:
         delta = delta - grad_lse
@@ -71,6 +73,9 @@ def attend_backward(
             dq = _blocks_backward(upstream, selected.of_groups(groups), scale, wanted[0], grads[3], grads[4])
             if grads[0] is not None and dq is not None:
                 grads[0][:, rows] += dq.view(batch, heads, -1, size).transpose(1, 2)
+    for i, x in enumerate(stored, start=1):
+        if x is not None:
+            grads[i] = gradient_of_stored(grads[i], x, geometry)
     return [None if x is None else x.to(q.dtype) for x in grads]
 
 

@@ -1,4 +1,4 @@
-"""Which keys of the window queries see, part by part, and attention to a window of which they do not see all."""
+"""Where the keys of the window lie, which of them queries see, and attention to a window of which they see a part."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from memflow_ops.geometry import Geometry
 from memflow_ops.impl.dense import attend_folded
+from memflow_ops.impl.precision import wide_dtype
 from memflow_ops.impl.torch.gather import on_host
 
 # Queries of a part that needs a mask: a part reads the keys that its last query sees.
@@ -56,6 +57,31 @@ def _valid_keys(keys: int, batch: int, geometry: Geometry) -> Iterator[tuple[sli
     used = geometry.seqused_k.clamp(0, keys)
     for b in range(batch):
         yield slice(b, b + 1), int(used[b]) if on_host(used) else used[b]
+
+
+def window_of(x: Tensor, geometry: Geometry) -> Tensor:
+    """The keys or values (B, Lk, Hkv, D) of the window: a copy where x holds stored frames, else x itself."""
+    if geometry.window_slots is None:
+        return x
+    each = torch.arange(x.shape[0], dtype=torch.int64, device=x.device).unsqueeze(1)
+    return x.unflatten(1, (-1, geometry.frame_tokens))[each, _stored_frames_of(x, geometry)].flatten(1, 2)
+
+
+def gradient_of_stored(grad: Tensor | None, x: Tensor, geometry: Geometry) -> Tensor | None:
+    """The gradient of x from that of `window_of(x, geometry)`: frames that are in the window twice add up."""
+    if grad is None or geometry.window_slots is None:
+        return grad
+    made = torch.zeros(x.shape, dtype=wide_dtype(x.dtype), device=x.device)
+    frames = made.unflatten(1, (-1, geometry.frame_tokens))  # a view, like those of its batch elements
+    for b, slots in enumerate(_stored_frames_of(x, geometry)):
+        frames[b].index_add_(0, slots, grad[b].to(made.dtype).unflatten(0, (-1, geometry.frame_tokens)))
+    return made
+
+
+def _stored_frames_of(x: Tensor, geometry: Geometry) -> Tensor:
+    """(B, W) int64: which frame of x each frame of the window is."""
+    assert geometry.window_slots is not None
+    return geometry.window_slots.clamp(0, geometry.stored_frames(x) - 1).long()
 
 
 def without_invalid(k: Tensor, v: Tensor, geometry: Geometry) -> tuple[Tensor, Tensor]:

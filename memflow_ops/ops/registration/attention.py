@@ -56,6 +56,7 @@ def memory_attention(
     memory_frames: Tensor | None,
     memory_slots: Tensor | None,
     seqused_k: Tensor | None,
+    window_slots: Tensor | None,
     top_k: int,
     block_size: int,
     frame_tokens: int,
@@ -67,7 +68,7 @@ def memory_attention(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, LSE and the selected indices (B, H, G, K), K = 0 without a bank."""
     sizes = (block_size, frame_tokens, query_group, softmax_scale)
-    geometry = Geometry(*sizes, memory_slots, memory_frames, causal, seqused_k)
+    geometry = Geometry(*sizes, memory_slots, memory_frames, causal, seqused_k, window_slots)
     with without_autocast(q):
         return composed.memory_attention(
             q, k, v, memory_k, memory_v, memory_descriptors, top_k, geometry, impl, dense_backend
@@ -76,7 +77,7 @@ def memory_attention(
 
 @memory_attention.register_fake
 def _(q, k, v, memory_k, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    memory_slots, _, top_k, block_size, frame_tokens, query_group = rest[3:9]
+    memory_slots, _, _, top_k, block_size, frame_tokens, query_group = rest[3:10]
     geometry = Geometry(block_size, frame_tokens, query_group, 1.0, memory_slots)
     blocks = 0 if memory_k is None else geometry.bank_blocks(geometry.stored_frames(memory_k))
     return (*empty_state(q), empty_indices(q, geometry.query_groups(q.shape[1]), min(top_k, blocks)))
@@ -94,6 +95,7 @@ def attend_backward(
     indices: Tensor,
     memory_slots: Tensor | None,
     seqused_k: Tensor | None,
+    window_slots: Tensor | None,
     out: Tensor,
     lse: Tensor,
     wanted: Sequence[bool],
@@ -109,7 +111,7 @@ def attend_backward(
     wanted: which of the five to make; the others come back without elements, and nothing is done for them.
     """
     sizes = (block_size, frame_tokens, query_group, softmax_scale)
-    geometry = Geometry(*sizes, memory_slots, causal=causal, seqused_k=seqused_k)
+    geometry = Geometry(*sizes, memory_slots, None, causal, seqused_k, window_slots)
     inputs = (q, k, v, memory_k, memory_v)
     with without_autocast(q):
         gradients = implementation_of(impl, q.device).attend_backward(
@@ -119,31 +121,31 @@ def attend_backward(
 
 
 @attend_backward.register_fake
-def _(grad_out, grad_lse, q, k, v, memory_k, memory_v, indices, memory_slots, seqused_k, out, lse, wanted, *sizes):
+def _(grad_out, grad_lse, q, k, v, memory_k, memory_v, indices, slots, used, window, out, lse, wanted, *sizes):
     inputs = zip((q, k, v, memory_k, memory_v), wanted, strict=True)
     return tuple(q.new_empty(x.shape if want and x is not None else 0) for x, want in inputs)
 
 
 def _gradients(grad_out: Tensor | None, grad_lse: Tensor | None, wanted: Sequence[bool], *saved: Any) -> list:
     """The gradients of `attend_backward`, None where not wanted. saved: its arguments from q on, without `wanted`."""
-    tensors, sizes = saved[:10], saved[10:]
+    tensors, sizes = saved[:11], saved[11:]
     grad_out = torch.zeros_like(saved[0]) if grad_out is None else grad_out
     found = attend_backward(grad_out, grad_lse, *tensors, list(wanted), *sizes)
     return [x if want else None for x, want in zip(found, wanted, strict=True)]
 
 
 def _setup_attention(ctx, inputs, output) -> None:
-    q, k, v, memory_k, memory_v, _, _, memory_slots, seqused_k, _, *sizes, _ = inputs
+    q, k, v, memory_k, memory_v, _, _, *tables, _, block_size, frame, group, scale, causal, impl, _ = inputs
     out, lse, indices = output
-    ctx.save_for_backward(q, k, v, memory_k, memory_v, indices, memory_slots, seqused_k, out, lse)
-    ctx.sizes = sizes
+    ctx.save_for_backward(q, k, v, memory_k, memory_v, indices, *tables, out, lse)
+    ctx.sizes = (block_size, frame, group, scale, causal, impl)
     ctx.mark_non_differentiable(indices)
     ctx.set_materialize_grads(False)
 
 
 def _attention_grad(ctx, grad_out, grad_lse, _):
     gradients = _gradients(grad_out, grad_lse, ctx.needs_input_grad[:5], *ctx.saved_tensors, *ctx.sizes)
-    return (*gradients, *(None,) * 12)
+    return (*gradients, *(None,) * 13)
 
 
 memory_attention.register_autograd(_attention_grad, setup_context=_setup_attention)
@@ -153,7 +155,7 @@ def _setup_selected(ctx, inputs, output) -> None:
     q, memory_k, memory_v, indices, memory_slots, resume_out, resume_lse, *sizes, impl = inputs
     out, lse = output
     bank = (memory_k, memory_v, indices, memory_slots)
-    ctx.save_for_backward(q, None, None, *bank, None, out, lse, resume_out, resume_lse)
+    ctx.save_for_backward(q, None, None, *bank, None, None, out, lse, resume_out, resume_lse)
     ctx.sizes = (*sizes, False, impl)
     ctx.set_materialize_grads(False)
 
