@@ -1,6 +1,7 @@
 """Diffusers' transformer with our processor streams what our own model does with the same weights and noise."""
 
 import copy
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -45,14 +46,19 @@ def theirs(transformer):
 
 
 @torch.no_grad()
-def test_streams_what_our_model_streams(theirs, pipeline):
-    ours = Streamer(read_pretrained(pipeline, text_len=TEXT_LEN).build(), 2, SETTINGS, [3, 8], encode=encode)
+@pytest.mark.parametrize("recache", [False, True])
+def test_streams_what_our_model_streams(theirs, pipeline, recache):
+    settings = replace(SETTINGS, recache=recache)
+    ours = Streamer(read_pretrained(pipeline, text_len=TEXT_LEN).build(), 2, settings, [3, 8], encode=encode)
     memory = attach_memory(theirs, height=HEIGHT, width=WIDTH, batch=2, **{n: getattr(SETTINGS, n) for n in SIZES})
     sampler = FlowMatchSampler(SETTINGS.steps, SETTINGS.shift)
-    remembered = False
+    remembered, before, switch, x = False, PROMPTS[0], {}, torch.empty(0)
     for index, prompts in enumerate(PROMPTS):
         expected, text = ours.next_chunk(prompts), encode(prompts)
-        retrieved = memory.begin_chunk(text)
+        if recache and prompts != before:
+            switch = {"recache": x, "switched": [old != new for old, new in zip(before, prompts, strict=True)]}
+        retrieved = memory.begin_chunk(text, **switch)
+        before, switch = prompts, {}
         assert retrieved.frames == expected.retrieved
         remembered |= any(retrieved.frames)
         seeds = [int(np.random.SeedSequence([seed, index]).generate_state(1, np.uint64)[0]) for seed in (3, 8)]

@@ -108,6 +108,32 @@ def test_chunks_come_one_by_one_for_several_stories(pipe):
     assert torch.equal(torch.cat([first, second], 1), whole)
 
 
+@pytest.mark.parametrize("guidance", [1.0, 4.0])
+def test_generate_passes_the_window_again_where_a_prompt_changes(pipe, guidance, monkeypatch):
+    sizes = {**SIZES, "window_frames": 9}
+    memory = attach_memory(pipe.transformer, **sizes, batch=4 if guidance > 1 else 2)
+    prompts = [("a ball", "a box")] * 3 + [("a star", "a box")] * 2
+    options = {**FEW, "guidance_scale": guidance, "output_type": "latent"}
+    asked, begin = [], memory.begin_chunk
+
+    def begin_chunk(text, **switch):
+        asked.append(switch)
+        return begin(text, **switch)
+
+    monkeypatch.setattr(memory, "begin_chunk", begin_chunk)
+    plain, got = (
+        memory.generate(pipe, prompts, generator=torch.Generator().manual_seed(0), recache=recache, **options)
+        for recache in (False, True)
+    )
+    assert asked[:8] == [{}] * 8 and asked[9] == {}
+    expected = torch.cat([got[:, :, 3:9]] * (2 if guidance > 1 else 1))
+    assert torch.equal(asked[8]["recache"], expected)
+    assert asked[8]["switched"] == [True, False, *[False] * (2 if guidance > 1 else 0)]
+    assert torch.equal(got[:, :, :9], plain[:, :, :9])
+    assert (got - plain)[0, :, 9:].abs().max() > 1e-4
+    assert (got - plain)[1].abs().max() <= 1e-5
+
+
 def test_a_chunk_that_fails_is_given_up(pipe):
     memory = attach_memory(pipe.transformer, **SIZES)
     chunks = memory.stream(pipe, PROMPTS, **FEW)

@@ -63,14 +63,27 @@ class WanMemory:
     # ------------------------------------------------------------------------------------------------------- the chunk
 
     @torch.no_grad()
-    def begin_chunk(self, text: Tensor, text_lengths: Sequence[int] | None = None) -> Retrieved:
+    def begin_chunk(
+        self,
+        text: Tensor,
+        text_lengths: Sequence[int] | None = None,
+        *,
+        recache: Tensor | None = None,
+        switched: Sequence[bool] | None = None,
+    ) -> Retrieved:
         """Opens the next chunk with the frames that its prompts retrieve, and returns those frames.
 
         text: embeddings (B, Lt, text_dim), as the transformer is given them.
         text_lengths: how many leading embeddings of each story are no padding; None: up to the last that is not zero.
+        recache: the clean latents (B, C, frames, height, width) of the newest finished frames, at least the
+            `recached_frames`, at a prompt switch: the window then forgets what it was written under, and the
+            transformer passes these frames again under `text`, oldest first, each chunk seeing those before it, sink
+            and bank. (The interactive programs of LongLive and MemFlow pass the whole window at once.)
+        switched: the stories whose prompt has changed, the only ones that are written again; None: all.
 
-        A chunk that no pass has written may be begun again. A RuntimeError where another is open or the memory has been
-        detached, a ValueError where the text does not fit.
+        A chunk that no pass has written may be begun again, also after a re-caching that has failed, which has to be
+        asked for again. A RuntimeError where another is open or the memory has been detached, a ValueError where text
+        or latents do not fit.
         """
         batch = self.layout.batch
         if not self._attached:
@@ -85,6 +98,8 @@ class WanMemory:
             raise ValueError(
                 f"text_lengths must be {batch} numbers from 0 to {text.shape[1]}, got {list(text_lengths)}"
             )
+        if recache is not None:
+            self._check_recache(recache, switched)
         self.abort()
         retrieved = Retrieved.nothing(batch)
         if self.policy is not None and self.layout.bank_frames and self.cache.candidate_frames()[0]:
@@ -95,6 +110,47 @@ class WanMemory:
                 lengths = torch.tensor(text_lengths, dtype=torch.int32, device=self.device)
             text_keys = self._text_keys(text.to(self.device))
             retrieved = self.cache.choose_bank(self.policy, text_keys, lengths).read()
+        if recache is not None:
+            self._recache(recache, text, switched)
+        self._open_chunk()
+        return retrieved
+
+    @property
+    def recached_frames(self) -> int:
+        """How many of the newest finished frames stay in the coming chunk's window, for `begin_chunk(recache=...)`."""
+        layout = self.layout
+        return min(self.cache.committed * layout.chunk_frames, layout.window_frames - layout.chunk_frames)
+
+    def _check_recache(self, latents: Tensor, switched: Sequence[bool] | None) -> None:
+        layout, config = self.layout, self.transformer.config
+        size = (self.grid[0] * config.patch_size[1], self.grid[1] * config.patch_size[2])
+        needed = self.recached_frames
+        shape = tuple(latents.shape)
+        if len(shape) != 5 or (shape[0], *shape[3:]) != (layout.batch, *size) or shape[2] < needed:
+            raise ValueError(
+                f"recache must be the latents of at least the newest {needed} finished frames, ({layout.batch}, "
+                f"channels, {needed}, {size[0]}, {size[1]}), got {shape}"
+            )
+        if switched is not None and len(switched) != layout.batch:
+            raise ValueError(f"switched must have {layout.batch} entries, one per story, got {len(switched)}")
+
+    def _recache(self, latents: Tensor, text: Tensor, switched: Sequence[bool] | None) -> None:
+        """Passes the frames that stay in the window again under a new prompt."""
+        needed = self.recached_frames
+        zeros = torch.zeros(self.layout.batch, dtype=torch.float32, device=self.device)
+        try:
+            self.cache.restart_window(switched)
+            for first in range(latents.shape[2] - needed, latents.shape[2], self.layout.chunk_frames):
+                self._open_chunk()
+                chunk = latents[:, :, first : first + self.layout.chunk_frames]
+                self.transformer(chunk, zeros, text, return_dict=False)
+                self.cache.commit()
+                self._close()
+        except BaseException:
+            self.abort()
+            raise
+
+    def _open_chunk(self) -> None:
         first = self.cache.begin_chunk()
         rotation = wan_rotation(self.layout.head_dim, self.layout.chunk_frames, self.grid, self.device, first)
         self._rotation_checked = False
@@ -102,7 +158,6 @@ class WanMemory:
         self._clean.clear()
         self.passes.current = Pass(self, rotation, clean=False)
         self._open = True
-        return retrieved
 
     @contextmanager
     def clean(self) -> Iterator[None]:
@@ -199,6 +254,8 @@ class WanMemory:
             scheduler is FlowMatchEulerDiscreteScheduler(shift=5, stochastic_sampling=True).
         guidance_scale, negative_prompt: above 1, classifier-free guidance, which needs a memory with
             batch = 2 * stories: the passes without the prompt remember for themselves.
+        recache: whether the window is passed again under the new prompt where a story's prompt changes, see
+            `begin_chunk`; for checkpoints that were tuned to it, such as LongLive's and MemFlow's. False.
         generator: draws the noise.
         max_sequence_length: tokens of a prompt; 512.
         output_type: "np" (B, frames, H, W, 3) from 0 to 1, "pt", "pil" or "latent", as in diffusers.

@@ -34,6 +34,7 @@ def stream(
     sigmas: Sequence[float] | None = None,
     guidance_scale: float = 1.0,
     negative_prompt: str = "",
+    recache: bool = False,
     generator: torch.Generator | None = None,
     max_sequence_length: int = 512,
     decode: bool = True,
@@ -76,12 +77,19 @@ def stream(
     def run() -> Iterator[Tensor]:
         memory.reset()
         decoder = ChunkDecoder(pipe.vae) if decode else None
-        before: list[str] = []
+        before, past = chunks[0], _Past(memory, guided)
+        with torch.no_grad():
+            text = encode(before)
         for chunk in chunks:
+            switch = {}
             if chunk != before:
+                if recache:
+                    switch = past.switch([old != new for old, new in zip(before, chunk, strict=True)])
                 with torch.no_grad():
                     text, before = encode(chunk), chunk
-            latents = _chunk_of_latents(memory, pipe, text, steps, guidance_scale, guided, generator)
+            latents = _chunk_of_latents(memory, pipe, text, switch, steps, guidance_scale, guided, generator)
+            if recache:
+                past.add(latents)
             yield latents if decoder is None else decoder.decode(latents)
         pipe.maybe_free_model_hooks()
 
@@ -112,17 +120,43 @@ def _check_pipeline(memory: Any, pipe: Any, decode: bool) -> None:
         )
 
 
+class _Past:
+    """The latents of the chunks that stay in the window, which a prompt switch passes again."""
+
+    def __init__(self, memory: Any, guided: bool):
+        self._memory, self._guided = memory, guided
+        self._chunks: list[Tensor] = []
+
+    def add(self, latents: Tensor) -> None:
+        self._chunks.append(latents)
+        layout = self._memory.layout
+        del self._chunks[: max(0, len(self._chunks) - (layout.window_frames // layout.chunk_frames - 1))]
+
+    def switch(self, switched: list[bool]) -> dict[str, Any]:
+        """What `begin_chunk` is told where the prompts of these stories have changed."""
+        if not self._chunks:
+            return {}
+        latents = torch.cat(self._chunks, 2).to(self._memory.transformer.patch_embedding.weight.dtype)
+        if self._guided:  # the passes without the prompt stay under the negative one
+            latents, switched = torch.cat([latents, latents]), [*switched, *[False] * len(switched)]
+        return {"recache": latents, "switched": switched}
+
+
 @torch.no_grad()
 def _chunk_of_latents(
     memory: Any,
     pipe: Any,
     text: Tensor,
+    switch: dict[str, Any],
     steps: dict[str, Any],
     guidance_scale: float,
     guided: bool,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Streams a chunk and commits it: latents (stories, C, F, h, w) in float32. A chunk that fails is given up."""
+    """Streams a chunk and commits it: latents (stories, C, F, h, w) in float32. A chunk that fails is given up.
+
+    switch: from `_Past.switch` where the prompts have changed.
+    """
     transformer, scheduler, layout = memory.transformer, pipe.scheduler, memory.layout
     dtype = transformer.patch_embedding.weight.dtype
     _, patch_height, patch_width = transformer.config.patch_size
@@ -147,7 +181,7 @@ def _chunk_of_latents(
         return without + guidance_scale * (with_prompt - without)
 
     try:
-        memory.begin_chunk(text)
+        memory.begin_chunk(text, **switch)
         scheduler.set_timesteps(**steps, device=memory.device)
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(0)
