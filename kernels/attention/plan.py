@@ -29,11 +29,12 @@ def plan_attend(
     *,
     capability: int | None = None,
     multiprocessors: int | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[list[Launch], torch.Tensor, torch.Tensor]:
     """The launches that fill out and lse, in order, and these two tensors. See `attend`.
 
     capability: of the device, 90 for sm_90 (None: that of q's device). multiprocessors: how many the last wave of tiles
-    is to fill (None: those of q's device; 0, and without a GPU: no tile is split).
+    is to fill (None: those of q's device; 0, and without a GPU: no tile is split). out_dtype: None: that of q.
     """
     batch, queries, heads, head_dim = q.shape
     window, memory = window_of(k, v, geometry), segment_of(memory_k, memory_v)
@@ -47,9 +48,19 @@ def plan_attend(
         entries, blocks = indices.shape[-1], geometry.bank_blocks(frames.stored)
         query_group = geometry.query_group
     kv_heads = next((part.k.shape[2] for part in (window, memory) if part.k is not None), heads)
-    out = torch.empty((batch, queries, heads, head_dim), dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     tiles, options, by_row = attend_config(capability or capability_of(q), q.dtype, head_dim, query_group, queries)
+    short_blocks = by_row and geometry.block_size < tiles["BLOCK_N"]
+    if window.k is not None and memory.k is not None and (short_blocks or window.k.shape[1] == 1):
+        # In one launch ptxas for sm_90 lets every product wait for the one before (C7515). The state between two
+        # launches is float32: rounded to a half precision it would break the tolerance.
+        first, *state = plan_attend(
+            q, None, None, memory_k, memory_v, indices, geometry, resume,
+            capability=capability, multiprocessors=multiprocessors, out_dtype=torch.float32,
+        )  # fmt: skip
+        then, out, lse = plan_attend(q, k, v, None, None, None, geometry, (state[0], state[1]), capability=capability)
+        return [*first, *then], out, lse
+    out = torch.empty((batch, queries, heads, head_dim), dtype=out_dtype or q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     launches, unions = [], None
     if by_row and indices is not None:
         launch, unions = plan_unions(indices, queries, query_group, blocks, tiles["BLOCK_M"])

@@ -1,5 +1,7 @@
 """Launches for tests of the compiled kernels, to be compiled where Triton does not interpret (see conftest.py)."""
 
+from dataclasses import replace
+
 import torch
 import triton
 from triton.runtime import driver
@@ -34,6 +36,22 @@ def without_fusion_by_default(case: str) -> list[tuple[str, Machine]]:
 def attention(query_group: int) -> list[tuple[str, Machine]]:
     """The attention kernel alone, after whatever selects for it."""
     return compiled(table.memory_attention(90, query_group=query_group)[-1:])
+
+
+def _window_and_blocks_of_16() -> list[Launch]:
+    q, k, indices = table.meta(1, 256, 2, 64), table.cached(640, 2, 64), table.meta(1, 2, 256, 8, dtype=torch.int32)
+    return plan_attend(q, k, k, k, k, indices, Geometry(16, 320, 1, 0.125), capability=90)[0]
+
+
+def window_and_blocks_of_16() -> list[tuple[str, Machine]]:
+    return compiled(_window_and_blocks_of_16())
+
+
+def window_and_blocks_of_16_together() -> list[tuple[str, Machine]]:
+    """Bank and window in one launch of the kernel, which plan_attend does not plan."""
+    *_, bank, window = _window_and_blocks_of_16()
+    both = {**bank.arguments, **{name: window.arguments[name] for name in ("window", "keys")}}
+    return compiled([replace(bank, arguments=both)])
 
 
 def float32_per_query() -> list[tuple[str, Machine]]:

@@ -114,6 +114,15 @@ def test_a_launch_takes_its_code_from_the_cache(compiling):
     assert compiling(compiled_launches.found_by_the_jit, 1560, 1600) == [False]
 
 
+def test_products_of_window_and_bank_do_not_wait_for_one_another(compiled):
+    """They do in one launch where blocks are shorter than a tile and each row has its own, so there are two."""
+    names, machines = zip(*compiled(compiled_launches.window_and_blocks_of_16), strict=True)
+    assert names == ("union_kernel", "attend_kernel", "attend_kernel")
+    assert all(machine.remarks == () for machine in machines)
+    ((_, together),) = compiled(compiled_launches.window_and_blocks_of_16_together)
+    assert "C7515" in together.remarks
+
+
 def test_the_main_loop_is_the_one_with_the_products():
     code = lambda *words: [Instruction(address, "", opcode, rest) for address, opcode, rest in words]  # noqa: E731
     product_loop = code((16, "FADD", ""), (32, "HGMMA", ""), (48, "BRA", "0x10"))
@@ -123,6 +132,10 @@ def test_the_main_loop_is_the_one_with_the_products():
     whole = [*code((0, "MOV", "")), *product_loop, *other_loop, *rare_loop, *end]
     assert main_loop(whole) == Counter(FADD=1, HGMMA=1, BRA=1)
     assert main_loop([*other_loop, *end]) == Counter(FADD=3, BRA=1)
+
+
+def test_the_representative_cases_are_shipped_ones():
+    assert table.shipped().keys() >= table.REPRESENTATIVE
 
 
 def test_what_the_gate_objects_to():

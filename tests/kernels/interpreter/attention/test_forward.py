@@ -156,6 +156,24 @@ def test_resume_continues_over_other_keys(dtype):
     check(whole, continued, extra_roundings=1)
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("group", "window", "launches"), [(4, 70, 2), (64, 1, 2), (64, 2, 1)])
+def test_a_window_beside_short_blocks_or_of_one_key_takes_a_launch_of_its_own(dtype, group, window, launches):
+    """The state between the two launches is float32: no rounding more than in one."""
+    torch.manual_seed(12)
+    arguments = case(dtype, queries=(group, 70), dense=window, bank=(2, 40, 8), slots=True, head_dim=40)
+    arguments |= dict(resume_out=torch.randn(1, 70, 2, 40), resume_lse=torch.randn(1, 2, 70))
+    steps, *got = plan_attend(
+        *tensors_of(arguments), arguments["indices"], geometry_of(arguments), resume_of(arguments), multiprocessors=0
+    )
+    attending = [step.arguments for step in steps if step.kernel.fn.__name__ == "attend_kernel"]
+    parts = [(x["memory"].k is not None, x["window"].k is not None) for x in attending]
+    assert parts == ([(True, False), (False, True)] if launches == 2 else [(True, True)])
+    assert attending[0]["out"].pointer.dtype == (torch.float32 if launches == 2 else dtype)
+    run(steps)
+    check(arguments, got)
+
+
 def test_resume_from_nothing_and_into_nothing():
     torch.manual_seed(2)
     arguments = case(torch.float32, batch=2)
