@@ -2,8 +2,9 @@
 
 The norm is over all heads of a token, so a program handles a few tokens of all heads: of q, of k, or of v. A mean is
 over more tokens than that: programs write down the sums of their keys, and a small second launch adds these up. The
-sums are an eighth of the size of the float32 keys, so this costs less than reading the keys again. The order of every
-addition is fixed.
+sums are an eighth of the size of the float32 keys, so this costs less than reading the keys again. For variances they
+also write down the squared distances of their keys to the mean of these, which the second launch combines with the
+distances between these means (Chan, Golub and LeVeque, 1979). The order of every addition is fixed.
 """
 
 import math
@@ -16,7 +17,7 @@ import triton.language as tl
 from memflow_ops.geometry import WriteTarget
 from memflow_ops.kernels.integers import cdiv, next_power_of_2
 from memflow_ops.kernels.launch import Launch, run_all
-from memflow_ops.kernels.primitives import cast, mask_if, strided
+from memflow_ops.kernels.primitives import cast, limited, mask_if, strided
 
 TILE_TOKENS = 8
 """The most tokens that one program handles."""
@@ -76,6 +77,8 @@ class Tiling(NamedTuple):
     tiles_per_unit: Any
     tiles: Any
     """Tiles of a frame."""
+    tile_tokens: Any
+    """The most tokens of a tile."""
 
 
 class Destinations(NamedTuple):
@@ -95,6 +98,9 @@ class Sums(NamedTuple):
 
     rotated: Any
     """(B, F, tiles, Hkv * D) float32, contiguous, of the stored keys; None: no descriptors are wanted."""
+    distances: Any
+    """Like rotated: the sums of the stored keys' squared distances to their mean in the tile; None: no variances are
+    wanted."""
     plain: Any
     """(B, M, tiles, Hkv * D) float32, contiguous, of the keys before rotation; None: no means are wanted."""
     mean_frames: Any
@@ -175,6 +181,10 @@ def write_keys(
     columns = tl.arange(0, COLUMNS)
     rotated_sum = tl.zeros([COLUMNS], tl.float32)
     plain_sum = tl.zeros([COLUMNS], tl.float32)
+    # Distances to the tile's first token, so that little cancels where keys lie far from 0.
+    origin = tl.zeros([COLUMNS], tl.float32)
+    distance_sum = tl.zeros([COLUMNS], tl.float32)
+    square_sum = tl.zeros([COLUMNS], tl.float32)
     for start in range(first, end, ROWS):
         rows = start + tl.arange(0, ROWS)
         plain, rotated = normalise_and_rotate(
@@ -184,12 +194,22 @@ def write_keys(
         store_heads(memory_k, batch, to + rows, mask_if(inside, rows < end), stored, KV_HEADS, HEAD_DIM)
         if sums.rotated is not None:
             rotated_sum += tl.sum(stored.to(tl.float32), 0)
+        if sums.distances is not None:
+            key = stored.to(tl.float32)
+            origin = tl.where(start == first, tl.sum(tl.where((rows == first)[:, None], key, 0.0), 0), origin)
+            distance = tl.where((rows < end)[:, None], key - origin[None, :], 0.0)
+            distance_sum += tl.sum(distance, 0)
+            square_sum += tl.sum(distance * distance, 0)
         if sums.plain is not None:
             plain_sum += tl.sum(plain, 0)
     mask = columns < KV_HEADS * HEAD_DIM
     if sums.rotated is not None:
         row = (batch * frames + frame) * tiling.tiles + tile
         tl.store(sums.rotated + row * (KV_HEADS * HEAD_DIM) + columns, rotated_sum, mask=mask)
+        if sums.distances is not None:
+            to_mean = square_sum - distance_sum * distance_sum / tl.maximum(end - first, 1).to(tl.float32)
+            to_mean = tl.where(to_mean < 0.0, 0.0, to_mean)
+            tl.store(sums.distances + row * (KV_HEADS * HEAD_DIM) + columns, to_mean, mask=mask)
     if sums.plain is not None:
         row = (batch * sums.mean_frames + frame) * tiling.tiles + tile
         mask = mask_if(frame < sums.mean_frames, mask)
@@ -279,13 +299,45 @@ def mean_of_sums(
     return tl.div_rn(total, tl.zeros([columns.shape[0]], tl.float32) + length.to(tl.float32))
 
 
-# FLOPs: one addition per element. Bytes: the sums once (from L2), each mean once.
+@triton.jit
+def variance_of_sums(
+    sums,  # pointer to the sums of a batch element and frame
+    distances,  # pointer to their tiles' squared distances
+    mean,  # [COLUMNS] of all of them
+    index,  # the number of the mean in its frame
+    size,  # tokens of a mean
+    columns,  # [COLUMNS]
+    tiling,  # Tiling
+    WIDTH: tl.constexpr,
+    ROWS: tl.constexpr,
+    LARGEST: tl.constexpr,
+):
+    """The variance [COLUMNS] of up to `size` tokens: the distances in their tiles, and those of the tiles' means."""
+    tiles_of_mean = tl.cdiv(size, tiling.unit_tokens) * tiling.tiles_per_unit
+    end = tl.minimum((index + 1) * tiles_of_mean, tiling.tiles)
+    total = tl.zeros([columns.shape[0]], tl.float32)
+    for start in range(index * tiles_of_mean, end, ROWS):
+        rows = start + tl.arange(0, ROWS)
+        unit = rows // tiling.tiles_per_unit
+        first = unit * tiling.unit_tokens + rows % tiling.tiles_per_unit * tiling.tile_tokens
+        last = tl.minimum(tl.minimum((unit + 1) * tiling.unit_tokens, first + tiling.tile_tokens), tiling.frame_tokens)
+        mask = ((rows < end) & (first < last))[:, None] & (columns < WIDTH)[None, :]
+        offsets = rows[:, None] * WIDTH + columns[None, :]
+        tokens = tl.maximum(last - first, 1).to(tl.float32)[:, None]
+        distance = tl.load(sums + offsets, mask=mask, other=0.0) / tokens - mean[None, :]
+        within = tl.load(distances + offsets, mask=mask, other=0.0)
+        total += tl.sum(tl.where(mask, within + tokens * distance * distance, 0.0), 0)
+    length = tl.minimum(size, tiling.frame_tokens - index * size)
+    return limited(total / length.to(tl.float32), LARGEST)
+
+
+# FLOPs: one addition per element. Bytes: the sums once (from L2; with variances three times as much), each mean once.
 @triton.jit
 def means_of_sums_kernel(
     sums,  # Sums
     destinations,  # Destinations
     tiling,  # Tiling
-    descriptors,  # (B, P * blocks, Hkv, D) or None
+    descriptors,  # (B, P * blocks, Hkv, D), (B, P * blocks, Hkv, 2 D) with variances, or None
     means,  # (B, M, n, Hkv, D) or None
     descriptor_strides,  # (B, block, Hkv), in elements
     mean_strides,  # (B, M, n, Hkv)
@@ -298,6 +350,7 @@ def means_of_sums_kernel(
     HEAD_DIM: tl.constexpr,
     COLUMNS: tl.constexpr,
     ROWS: tl.constexpr,
+    LARGEST: tl.constexpr,  # of the dtype of the descriptors: no variance is larger
 ):
     index = tl.program_id(0)
     columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -313,6 +366,13 @@ def means_of_sums_kernel(
             row = batch * descriptor_strides[0] + (place.to(tl.int64) * blocks + block) * descriptor_strides[1]
             target = descriptors + row + heads_of_token(columns, descriptor_strides[2], HEAD_DIM)
             tl.store(target, cast(mean, descriptors.dtype.element_ty), mask=mask_if(inside, columns < WIDTH))
+            if sums.distances is not None:
+                frame_distances = sums.distances + (batch * destinations.frames + frame) * tiling.tiles * WIDTH
+                variance = variance_of_sums(
+                    frame_sums, frame_distances, mean, block, block_size, columns, tiling, WIDTH, ROWS, LARGEST
+                )
+                variance = cast(variance, descriptors.dtype.element_ty)
+                tl.store(target + HEAD_DIM, variance, mask=mask_if(inside, columns < WIDTH))
     else:
         if sums.plain is not None:
             frame = (index - described) // means_per_frame
@@ -335,7 +395,7 @@ def tiling_of(target: WriteTarget) -> tuple[Tiling, int]:
     tile = min(TILE_TOKENS, next_power_of_2(unit))
     tiles_per_unit = cdiv(unit, tile)
     tiles = cdiv(target.frame_tokens, unit) * tiles_per_unit
-    return Tiling(target.frame_tokens, unit, tiles_per_unit, tiles), tile
+    return Tiling(target.frame_tokens, unit, tiles_per_unit, tiles, tile), tile
 
 
 def plan_write_projections(
@@ -357,14 +417,15 @@ def plan_write_projections(
     rows = {n: max(1, min(tile, TILE_ELEMENTS // columns[n])) for n in columns}
     rotated_q = torch.empty((batch, length, heads, head_dim), dtype=q.dtype, device=q.device)
     mean_frames = 0 if target.means is None else target.means.shape[1]
-    rotated_sums, plain_sums = (
+    rotated_sums, distances, plain_sums = (
         None if out is None else torch.empty((*shape, kv_heads * head_dim), dtype=torch.float32, device=q.device)
         for out, shape in (
             (target.descriptors, (batch, frames, tiling.tiles)),
+            (target.descriptors if target.moments == 2 else None, (batch, frames, tiling.tiles)),
             (target.means, (batch, mean_frames, tiling.tiles)),
         )
     )
-    sums = Sums(rotated_sums, plain_sums, mean_frames)
+    sums = Sums(rotated_sums, distances, plain_sums, mean_frames)
     pool_frames = target.memory_k.shape[1] // target.frame_tokens
     destinations = Destinations(target.places, target.places.stride(0), frames, pool_frames)
     cosines, sines = rotation
@@ -424,6 +485,7 @@ def plan_means_of_sums(
         HEAD_DIM=shape[1],
         COLUMNS=128,
         ROWS=32,
+        LARGEST=torch.finfo(target.memory_k.dtype).max,
     )
     grid = (described + sums.mean_frames * means_per_frame, cdiv(width, 128), batch)
     return Launch(means_of_sums_kernel, grid, arguments, dict(num_warps=4, num_stages=2))

@@ -78,6 +78,12 @@ def cast(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def limited(variance, LARGEST: tl.constexpr):
+    """The variance, at most LARGEST, so that half precisions can hold it; NaN stays."""
+    return tl.where(variance > LARGEST, LARGEST, variance)
+
+
+@triton.jit
 def matmul(a, b, accumulator):
     """accumulator + a @ b in float32: half precisions on the tensor cores, float32 as IEEE products (no TF32)."""
     if INTERPRETED:

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
+
+Score = Literal["mean", "moments"]
+"""What the blocks of a bank are ranked by: their mean key, or the mean and the variance of their keys."""
+
+SCORES: tuple[Score, ...] = get_args(Score)
+
+
+def descriptor_width(head_dim: int, score: Score) -> int:
+    """The numbers of a descriptor: the means of a block's keys, with "moments" followed by their variances."""
+    return 2 * head_dim if score == "moments" else head_dim
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,6 +50,14 @@ class Geometry:
     window_slots: Tensor | None = None
     """(B, W) int32: k and v hold stored frames too, and frame j of the window is stored frame `window_slots[b, j]`,
     clamped to those that there are. Lk is W * frame_tokens then. None: k and v are the window."""
+    score: Score = "mean"
+    """What blocks are ranked by."""
+
+    @property
+    def last_block_score(self) -> float:
+        """What the score "moments" of a frame's last block has less than that of a whole block: log of its share."""
+        last = self.frame_tokens - (self.blocks_per_frame - 1) * self.block_size
+        return math.log(last / self.block_size) if self.score == "moments" else 0.0
 
     @property
     def sees_all(self) -> bool:
@@ -85,10 +105,16 @@ class WriteTarget:
     frame_tokens: int
     """Tokens per frame."""
     descriptors: Tensor | None
-    """Written: (B, P * ceil(frame_tokens / block_size), Hkv, D), the means of the blocks of the stored keys."""
+    """Written: (B, P * ceil(frame_tokens / block_size), Hkv, D or 2 D), the descriptors of the stored keys' blocks:
+    means, or means and variances."""
     block_size: int
     """Tokens per block, at most `frame_tokens`."""
     means: Tensor | None
     """Written: (B, M, ceil(frame_tokens / mean_size), Hkv, D), means of the first M frames' keys before rotation."""
     mean_size: int
     """Tokens per mean, at most `frame_tokens`."""
+
+    @property
+    def moments(self) -> int:
+        """1 where descriptors are means, 2 where they are means and variances."""
+        return 1 if self.descriptors is None else self.descriptors.shape[-1] // self.memory_k.shape[-1]

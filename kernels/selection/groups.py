@@ -20,6 +20,7 @@ from memflow_ops.kernels.selection.describe import plan_block_means
 from memflow_ops.kernels.selection.ranking import fill_unused, place_top_k, sortable_key
 from memflow_ops.kernels.selection.rows import plan_select_rows
 from memflow_ops.kernels.selection.scores import (
+    add_length,
     choosable,
     described_bank,
     descriptor_pointers,
@@ -74,6 +75,7 @@ def span_kernel(
     valid = blocks < valid_blocks
     pointers = descriptor_pointers(descriptors, blocks, valid)
     scores = score_tile(None, mean_rows, row_mask, pointers, valid, ROWS, COLUMNS, HEAD_DIM, DIM_TILE)
+    scores = add_length(scores, descriptors, blocks[None, :])
     keys = tl.where(choosable(blocks, each, BY_GROUP), sortable_key(scores), 0).to(tl.uint32)
     chosen, places, taken = place_top_k(keys, top_k)
     offsets = (((batch * tl.num_programs(1) + head) * groups + rows) * spans + span) * top_k
@@ -107,12 +109,16 @@ def plan_select(
     q: torch.Tensor, descriptors: torch.Tensor, top_k: int, geometry: Geometry
 ) -> tuple[list[Launch], torch.Tensor]:
     """The launches that fill the indices, in order, and the indices. See `select_blocks`."""
-    bank = described_bank(descriptors, geometry.memory_frames, geometry.memory_slots, geometry.blocks_per_frame)
-    if geometry.query_group == 1:
+    bank = described_bank(descriptors, geometry)
+    if geometry.query_group == 1 and geometry.score == "mean":
         launch, indices = plan_select_rows(q, bank, top_k)
         return [launch], indices
-    batch, length, heads, head_dim = q.shape
-    mean_launch, means = plan_block_means(q, geometry.query_group, frame_tokens=length, dtype=torch.float32)
+    batch, _, heads, _ = q.shape
+    mean_launch, means = plan_features(q, geometry)
+    if geometry.query_group == 1:
+        # The squares of queries do not fit in their dtype, so that these rows are not for the tensor cores.
+        launch, indices = plan_select_rows(means, bank, top_k)
+        return [mean_launch, launch], indices
     groups, blocks = means.shape[1], bank.frames * bank.blocks_per_frame
     top_k = min(top_k, blocks)
     spans = cdiv(blocks, SPAN_BLOCKS)
@@ -135,7 +141,7 @@ def plan_select(
         top_k=top_k,
         spans=spans,
         HEADS_PER_KV_HEAD=heads // descriptors.shape[2],
-        HEAD_DIM=head_dim,
+        HEAD_DIM=means.shape[-1],
         BY_GROUP=differs_by_group(geometry.memory_frames),
         **tiles,
     )
@@ -155,13 +161,24 @@ def plan_select(
     return launches, indices
 
 
+def plan_features(q: torch.Tensor, geometry: Geometry) -> tuple[Launch, torch.Tensor]:
+    """The launch that fills what descriptors are multiplied with, and this: (B, G, H, D) float32, the group means.
+
+    With the score "moments" it is (B, G, H, 2 D): means times the scale s, means of squares times s^2 / 2.
+    """
+    scale, length = geometry.softmax_scale, q.shape[1]
+    if geometry.score == "mean":
+        return plan_block_means(q, geometry.query_group, length, torch.float32)
+    return plan_block_means(q, geometry.query_group, length, torch.float32, "square", (scale, scale**2 / 2))
+
+
 def select_blocks(q: torch.Tensor, descriptors: torch.Tensor, top_k: int, geometry: Geometry) -> torch.Tensor:
     """The `top_k` blocks of the bank with the highest scores, for every batch element, query head and query group.
 
-    q (B, Lq, H, D); descriptors (B, stored blocks, Hkv, D); last dimensions contiguous. Of the geometry the sizes, the
-    slot table and the number of valid frames count.
+    q (B, Lq, H, D); descriptors (B, stored blocks, Hkv, D), or 2 D for the score "moments"; last dimensions contiguous.
+    Of the geometry the sizes, the slot table and the number of valid frames count, and the scale for "moments".
     -> (B, H, G, K) int32, K = min(top_k, blocks of the bank): indices in bank order, ascending, then -1. The score is
-    the float32 mean of the group's queries times the descriptor, accumulated in float32. Equal scores go to the lower
+    the group's feature times the descriptor, accumulated in float32 (see `plan_features`). Equal scores go to the lower
     index, -0 equals +0, and NaN ranks below -inf. The host reads nothing back.
     """
     launches, indices = plan_select(q, descriptors, top_k, geometry)

@@ -23,6 +23,7 @@ from memflow_ops.kernels.primitives import load_rows, row_pointers, strided
 from memflow_ops.kernels.selection.ranking import fill_unused, kth_key, score_of_key, sortable_key, write_chosen
 from memflow_ops.kernels.selection.scores import (
     DescribedBank,
+    add_length,
     choosable,
     descriptor_pointers,
     descriptors_of_head,
@@ -48,7 +49,8 @@ def bank_pass(
         blocks = first + tl.arange(0, COLUMNS)
         valid = blocks < valid_blocks
         rows = descriptor_pointers(descriptors, blocks, valid)
-        scores = sign * score_tile(query, query_rows, row_mask, rows, valid, ROWS, COLUMNS, HEAD_DIM, DIM_TILE)
+        scores = score_tile(query, query_rows, row_mask, rows, valid, ROWS, COLUMNS, HEAD_DIM, DIM_TILE)
+        scores = sign * add_length(scores, descriptors, blocks[None, :])
         if BY_GROUP:
             scores = tl.where(choosable(blocks, each, BY_GROUP), scores, float("nan"))
         below = scores == scores if FIRST else scores < bound[:, None]
@@ -108,6 +110,7 @@ def select_rows_kernel(
         if ranked:
             pointers = descriptor_pointers(descriptors, blocks, valid)
             scores = score_tile(query, query_rows, row_mask, pointers, valid, ROWS, COLUMNS, HEAD_DIM, DIM_TILE)
+            scores = add_length(scores, descriptors, blocks[None, :])
         else:
             scores = tl.zeros([ROWS, COLUMNS], tl.float32)
         keys = tl.where(choosable(blocks, each, BY_GROUP), sortable_key(scores), 0).to(tl.uint32)

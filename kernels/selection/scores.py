@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.primitives import Strided, load_rows, matmul, stored_frame, strided
 
 
@@ -25,15 +26,14 @@ class DescribedBank(NamedTuple):
     frames: Any
     stored_frames: Any
     blocks_per_frame: Any
+    last_block: Any
+    """What is added to the scores of a frame's last block; None: nothing."""
 
 
-def described_bank(
-    descriptors: torch.Tensor,
-    memory_frames: torch.Tensor | None,
-    memory_slots: torch.Tensor | None,
-    blocks_per_frame: int,
-) -> DescribedBank:
-    """The argument tuple of the descriptors (B, stored blocks, Hkv, D); the others as in `Geometry`."""
+def described_bank(descriptors: torch.Tensor, geometry: Geometry) -> DescribedBank:
+    """The argument tuple of the descriptors (B, stored blocks, Hkv, D or 2 D); the others as in `Geometry`."""
+    blocks_per_frame, memory_slots = geometry.blocks_per_frame, geometry.memory_slots
+    memory_frames = geometry.memory_frames
     stored_frames = descriptors.shape[1] // blocks_per_frame
     if memory_slots is not None and memory_slots.stride(1) != 1:
         memory_slots = memory_slots.contiguous()
@@ -46,6 +46,7 @@ def described_bank(
         frames=stored_frames if memory_slots is None else memory_slots.shape[1],
         stored_frames=stored_frames,
         blocks_per_frame=blocks_per_frame,
+        last_block=geometry.last_block_score or None,
     )
 
 
@@ -71,6 +72,8 @@ class HeadDescriptors(NamedTuple):
     """Pointer to the slot table of the batch element, or None."""
     stored_frames: Any
     blocks_per_frame: Any
+    last_block: Any
+    """As in DescribedBank."""
 
 
 @triton.jit
@@ -81,7 +84,16 @@ def descriptors_of_head(bank, batch, kv_head):
     slots = bank.slots
     if slots is not None:
         slots += batch * bank.slot_stride
-    return HeadDescriptors(pointer, strides[1], slots, bank.stored_frames, bank.blocks_per_frame)
+    return HeadDescriptors(pointer, strides[1], slots, bank.stored_frames, bank.blocks_per_frame, bank.last_block)
+
+
+@triton.jit
+def add_length(scores, descriptors, blocks):
+    """The scores [..., COLUMNS] of blocks [COLUMNS] and what the number of their keys adds to them, if anything."""
+    if descriptors.last_block is not None:
+        last = (blocks + 1) % descriptors.blocks_per_frame == 0
+        scores += tl.where(last, descriptors.last_block, 0.0)
+    return scores
 
 
 @triton.jit

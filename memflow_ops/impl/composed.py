@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memflow_ops.geometry import Geometry
+from memflow_ops.geometry import Geometry, descriptor_width
 from memflow_ops.impl import dense, implementation_of
 
 
@@ -35,7 +35,8 @@ def memory_attention(
         out, lse = resume or implementation.attend(q, k, v, None, None, indices, geometry)
         return out, lse, indices
     if descriptors is None:
-        descriptors = implementation.describe_blocks(memory_k, geometry.block_size, geometry.frame_tokens)
+        moments = descriptor_width(memory_k.shape[-1], geometry.score) // memory_k.shape[-1]
+        descriptors = implementation.describe_blocks(memory_k, geometry.block_size, geometry.frame_tokens, moments)
     indices = implementation.select_blocks(q, descriptors, top_k, geometry)
     out, lse = implementation.attend(q, *segment, memory_k, memory_v, indices, geometry, resume)
     return out, lse, indices

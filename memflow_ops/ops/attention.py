@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
 
+from memflow_ops.geometry import Score
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import checks, registration
 from memflow_ops.ops.registration import dispatch
@@ -95,6 +96,7 @@ def memory_attention(
     causal: bool = False,
     seqused_k: Tensor | None = None,
     window_slots: Tensor | None = None,
+    score: Score = "mean",
     softmax_scale: float | None = None,
     return_lse: bool = False,
     impl: str = "auto",
@@ -126,8 +128,8 @@ def memory_attention(
         k, v: keys and values of the local window, (B, Lk, Hkv, D). H is a multiple of Hkv. Lk may be 0.
         memory_k, memory_v: keys and values of the bank, (B, Lm, Hkv, D), in whole frames of `frame_tokens`. There is no
             bank if they are None or Lm is 0.
-        memory_descriptors: what `describe_blocks(memory_k, block_size, frame_tokens)` gives, (B, N, Hkv, D). None: they
-            are computed here.
+        memory_descriptors: what `describe_blocks(memory_k, block_size, frame_tokens)` gives, (B, N, Hkv, D), or for the
+            score "moments" what it gives with `moments=2`, (B, N, Hkv, 2 D). None: they are computed here.
         top_k: the number of blocks that each query group attends to.
         block_size: tokens per block. A block never crosses a frame, so the last block of a frame may be shorter.
         frame_tokens: tokens per frame of the bank. None: the bank is one frame.
@@ -151,6 +153,9 @@ def memory_attention(
             `window_slots[b, j]` of them, so that Lk is W * frame_tokens. With `seqused_k` the last frame may hold
             fewer. None: k and v are the window. Gradients have the shape of k; those of a frame that is there twice
             add up. Values are clamped to their range on the device; the host never reads them on CUDA.
+        score: what blocks are ranked by: `mean`, the dot product of mean query and mean key, or `moments`, an estimate
+            of the weight of a block's keys in the softmax that their variance and number have a part in; see
+            `select_blocks`.
         softmax_scale: the factor of the scores. None: 1/sqrt(D).
         return_lse: whether to return the LSE too.
         impl: `reference` (the specification), `torch`, `triton` (D up to 256, not float64) or `auto`. `auto` is
@@ -192,6 +197,7 @@ def memory_attention(
     block_size = checks.check_positive("block_size", block_size)
     group = checks.group_size(query_group, q.shape[1])
     scale = checks.scale_of(softmax_scale, q)
+    checks.check_score(score)
     checks.check_impl(impl)
     checks.check_dense_backend(dense_backend)
     if memory_frames is not None:
@@ -218,7 +224,7 @@ def memory_attention(
         if memory_slots is not None:
             checks.check_slots(memory_slots, q, frames)
         if memory_descriptors is not None:
-            checks.check_descriptors("memory_descriptors", memory_descriptors, memory_k, frame, block_size)
+            checks.check_descriptors("memory_descriptors", memory_descriptors, memory_k, frame, block_size, (score,))
         if frames == 0 or (memory_slots is not None and memory_slots.shape[1] == 0):
             memory_k = memory_v = memory_descriptors = memory_slots = memory_frames = None
     else:
@@ -227,7 +233,7 @@ def memory_attention(
             if value is not None:
                 raise ValueError(f"{name} is given without memory_k and memory_v")
     bank = (memory_k, memory_v, memory_descriptors, memory_frames, memory_slots)
-    sizes = (top_k, block_size, frame, group, scale, causal)
+    sizes = (top_k, block_size, frame, group, scale, causal, score)
     impl = dispatch.resolve(impl, q)
     out, lse, _ = registration.memory_attention(q, k, v, *bank, seqused_k, window_slots, *sizes, impl, dense_backend)
     return (out, lse) if return_lse else out

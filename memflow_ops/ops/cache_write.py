@@ -7,6 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from memflow_ops.geometry import SCORES
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import checks, registration
 from memflow_ops.ops.registration import dispatch
@@ -59,7 +60,8 @@ def write_projections(
         frame_tokens: T.
         norm: weights and epsilon. None: q and k are normalised already.
         descriptors: (B, P * ceil(T / block_size), Hkv, D), which is written at the frames' places with what
-            `describe_blocks` gives for the keys as they are stored. None: no descriptors are wanted.
+            `describe_blocks` gives for the keys as they are stored; with a width of 2 D, what it gives with
+            `moments=2`. None: no descriptors are wanted.
         block_size: tokens per block.
         means: (B, M, n, Hkv, D), which is written for the first M of the F frames: the means of every `mean_size`
             tokens' keys before rotation, n = ceil(T / mean_size), computed in float32 and rounded once. Retrieval
@@ -102,7 +104,7 @@ def write_projections(
     block_size = min(checks.check_positive("block_size", block_size), frame)
     mean_size = frame if mean_size is None else min(checks.check_positive("mean_size", mean_size), frame)
     if descriptors is not None:
-        checks.check_descriptors("descriptors", descriptors, memory_k, frame, block_size)
+        checks.check_descriptors("descriptors", descriptors, memory_k, frame, block_size, SCORES)
     if means is not None:
         checks.check_tensor("means", means, "B M n Hkv D", like=q)
         if not 1 <= means.shape[1] <= frames:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memflow_ops.geometry import SCORES, Score, descriptor_width
 from memflow_ops.impl import dense
 from memflow_ops.impl.precision import wide_dtype
 from memflow_ops.ops.registration import dispatch
@@ -89,6 +90,50 @@ def check_flag(name: str, value: object) -> bool:
     return value
 
 
+def check_moments(moments: object) -> int:
+    """How many moments of a block's keys a descriptor has: 1, means, or 2, means and variances."""
+    moments = check_positive("moments", moments)
+    if moments > 2:
+        raise ValueError(f"moments must be 1 (means) or 2 (means and variances), got {moments}")
+    return moments
+
+
+def check_score(score: object) -> None:
+    if score not in SCORES:
+        raise ValueError(f"score must be one of {', '.join(SCORES)}, got {score!r}")
+
+
+def check_descriptor_heads(q: Tensor, descriptors: Tensor, score: Score) -> None:
+    """descriptors (B, N, Hkv, width) have the width that the score takes, and otherwise fit q (B, Lq, H, D)."""
+    width = descriptor_width(q.shape[-1], score)
+    if descriptors.shape[-1] != width:
+        raise ValueError(
+            f"descriptors for score={score!r} and queries of head size {q.shape[-1]} must have {width} numbers, got "
+            f"{descriptors.shape[-1]} (describe_blocks gives means alone, and with moments=2 means and variances)"
+        )
+    check_heads(q, descriptors[..., : q.shape[-1]], "descriptors")
+
+
+def sizes_of_blocks(
+    block_size: int | None, frame_tokens: int | None, blocks_per_frame: int | None, blocks: int
+) -> tuple[int, int]:
+    """Tokens per block and per frame of a bank of so many blocks; where tokens are not given, a block counts as one."""
+    if (block_size is None) != (frame_tokens is None):
+        raise ValueError(
+            f"block_size and frame_tokens are given together or not at all, got {block_size} and {frame_tokens}"
+        )
+    if block_size is None or frame_tokens is None:
+        return 1, max(blocks, 1) if blocks_per_frame is None else check_positive("blocks_per_frame", blocks_per_frame)
+    frame = check_positive("frame_tokens", frame_tokens)
+    size = min(check_positive("block_size", block_size), frame)
+    if blocks_per_frame not in (None, -(-frame // size)):
+        raise ValueError(
+            f"blocks_per_frame must be {-(-frame // size)}, as block_size={size} and frame_tokens={frame} say, or "
+            f"None, got {blocks_per_frame}"
+        )
+    return size, frame
+
+
 def check_heads(q: Tensor, k: Tensor, name: str) -> None:
     """k (B, ..., Hkv, D) has the batch and head size of q (B, Lq, H, D), and H is a multiple of Hkv."""
     if k.shape[0] != q.shape[0]:
@@ -165,11 +210,18 @@ def scale_of(softmax_scale: float | None, q: Tensor) -> float:
     return float(softmax_scale)
 
 
-def check_descriptors(name: str, descriptors: Tensor, memory_k: Tensor, frame: int, block_size: int) -> None:
-    """Descriptors (B, N, Hkv, D) are of the blocks of memory_k, of its dtype and on its device."""
+def check_descriptors(
+    name: str, descriptors: Tensor, memory_k: Tensor, frame: int, block_size: int, scores: tuple[Score, ...]
+) -> None:
+    """Descriptors (B, N, Hkv, width) are of the blocks of memory_k, of its dtype and on its device.
+
+    scores: of which one takes descriptors of their width.
+    """
     check_tensor(name, descriptors, "B N Hkv D", like=memory_k)
     batch, tokens, heads, size = memory_k.shape
-    check_shape(name, descriptors, (batch, tokens // frame * -(-frame // block_size), heads, size))
+    widths = {descriptor_width(size, score) for score in scores}
+    width = descriptors.shape[-1] if descriptors.shape[-1] in widths else min(widths)
+    check_shape(name, descriptors, (batch, tokens // frame * -(-frame // block_size), heads, width))
 
 
 def check_slots(slots: Tensor, q: Tensor, frames: int, name: str = "memory_slots", of: str = "the memory") -> None:

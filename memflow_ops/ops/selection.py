@@ -4,26 +4,32 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from memflow_ops.geometry import Score
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import checks, registration
 from memflow_ops.ops.registration import dispatch
 from memflow_ops.ops.transforms import refuse_transforms
 
 
-def describe_blocks(k: Tensor, block_size: int, frame_tokens: int | None = None, *, impl: str = "auto") -> Tensor:
-    """Describe every block of a memory bank by the mean of its keys.
+def describe_blocks(
+    k: Tensor, block_size: int, frame_tokens: int | None = None, *, moments: int = 1, impl: str = "auto"
+) -> Tensor:
+    """Describe every block of a memory bank by the mean of its keys, and on request by their variance.
 
-    The mean is accumulated in float32 (float64 for float64 keys) and rounded once. Differentiable in reverse mode.
+    Both are accumulated in float32 (float64 for float64 keys) and rounded once. A variance is the mean of the squared
+    differences to the mean, and at most the largest finite number of the dtype. Differentiable in reverse mode.
 
     Args:
         k: keys (B, Lm, Hkv, D) in whole frames of `frame_tokens`. The last dimension is contiguous; the other strides
             are free.
         block_size: tokens per block. A block never crosses a frame, so the last block of a frame may be shorter.
         frame_tokens: tokens per frame. None: k is one frame.
+        moments: 1 for means, which the score "mean" ranks by; 2 for means and variances, for the score "moments".
         impl: `reference`, `torch`, `triton` or `auto`, as in `memory_attention`.
 
     Returns:
-        The descriptors (B, N, Hkv, D) in the dtype of k, where N = frames * ceil(frame_tokens / block_size).
+        The descriptors (B, N, Hkv, moments * D) in the dtype of k, where N = frames * ceil(frame_tokens / block_size).
+        With two moments, D means are followed by D variances, so the first half is what one moment gives.
 
     Raises:
         ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
@@ -33,8 +39,9 @@ def describe_blocks(k: Tensor, block_size: int, frame_tokens: int | None = None,
     checks.check_tensor("k", k, "B Lm Hkv D")
     block_size = checks.check_positive("block_size", block_size)
     frame = checks.frame_size(frame_tokens, k.shape[1], "k")
+    moments = checks.check_moments(moments)
     checks.check_impl(impl)
-    return registration.describe_blocks(k, min(block_size, frame), frame, dispatch.resolve(impl, k))
+    return registration.describe_blocks(k, min(block_size, frame), frame, moments, dispatch.resolve(impl, k))
 
 
 def select_blocks(
@@ -46,6 +53,10 @@ def select_blocks(
     memory_frames: Tensor | None = None,
     memory_slots: Tensor | None = None,
     blocks_per_frame: int | None = None,
+    score: Score = "mean",
+    softmax_scale: float | None = None,
+    block_size: int | None = None,
+    frame_tokens: int | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Select the `top_k` most relevant blocks of a memory bank for every query group.
@@ -53,14 +64,18 @@ def select_blocks(
     This is the choice that sparse memory activation (SMA) of MemFlow, arXiv 2512.14699, makes, with blocks and query
     groups in the place of frames and chunks.
 
-    A group is described by the mean of its queries. The score of a block is the dot product of the group's and the
-    block's descriptor. Both are at least as exact as IEEE float32 (float64 for float64 inputs), whatever precision
-    torch is told to use for products. Equal scores go to the lower block, -0 equals +0, and NaN ranks last. Every batch
-    element and every query head selects for itself. Not differentiable.
+    With the score "mean" a group is described by the mean of its queries, and the score of a block is the dot product
+    of the group's and the block's descriptor. With "moments" the score of a block of n keys is an estimate of the
+    logarithm of all weight that its keys have in the softmax, log n + s q . mean + s^2 / 2 * sum(q^2 variance) with the
+    scale s, averaged over the queries q of the group; whatever is the same for all blocks is left out. Scores are at
+    least as exact as IEEE float32 (float64 for float64 inputs), whatever precision torch is told to use for products.
+    Equal scores go to the lower block, -0 equals +0, and NaN ranks last. Every batch element and every query head
+    selects for itself. Not differentiable.
 
     Args:
         q: queries (B, Lq, H, D).
-        descriptors: what `describe_blocks` gives, (B, N, Hkv, D). H is a multiple of Hkv.
+        descriptors: what `describe_blocks` gives, (B, N, Hkv, D), or for the score "moments" (B, N, Hkv, 2 D) with
+            variances. H is a multiple of Hkv.
         top_k: the number of blocks for each group. All blocks are selected if there are fewer.
         query_group: the number of consecutive queries that share a selection. 1: every query has its own. None: all
             queries share one.
@@ -69,7 +84,12 @@ def select_blocks(
             device; the host never reads them.
         memory_slots: the slot table (B, F) int32: frame j of the bank is frame `memory_slots[b, j]` of `descriptors`.
             None: it is frame j. Values are clamped to their range on the device; the host never reads them.
-        blocks_per_frame: the number of blocks of a frame. None: the bank is one frame.
+        blocks_per_frame: the number of blocks of a frame. None: the bank is one frame, or what block_size and
+            frame_tokens say.
+        score: what blocks are ranked by, `mean` or `moments`.
+        softmax_scale: the scale s of "moments". None: 1/sqrt(D). The order of "mean" does not depend on it.
+        block_size, frame_tokens: tokens per block and per frame, both or neither. "moments" needs them where the last
+            block of a frame is shorter than the others. None: all blocks have the same length.
         impl: `reference`, `torch`, `triton` or `auto`, as in `memory_attention`.
 
     Returns:
@@ -81,14 +101,14 @@ def select_blocks(
     """
     q, descriptors = as_autocast_does(q, descriptors)
     checks.check_query(q)
+    checks.check_score(score)
     checks.check_tensor("descriptors", descriptors, "B N Hkv D", like=q)
-    checks.check_heads(q, descriptors, "descriptors")
+    checks.check_descriptor_heads(q, descriptors, score)
     top_k = checks.check_positive("top_k", top_k)
     group = checks.group_size(query_group, q.shape[1])
-    if blocks_per_frame is None:
-        blocks = max(descriptors.shape[1], 1)
-    else:
-        blocks = checks.check_positive("blocks_per_frame", blocks_per_frame)
+    scale = checks.scale_of(softmax_scale, q)
+    size, frame = checks.sizes_of_blocks(block_size, frame_tokens, blocks_per_frame, descriptors.shape[1])
+    blocks = -(-frame // size)
     if descriptors.shape[1] % blocks:
         raise ValueError(f"descriptors must hold whole frames of {blocks} blocks, got {descriptors.shape[1]} blocks")
     checks.check_impl(impl)
@@ -96,6 +116,5 @@ def select_blocks(
         checks.check_slots(memory_slots, q, descriptors.shape[1] // blocks)
     if memory_frames is not None:
         checks.check_frame_counts(memory_frames, q, -(-q.shape[1] // group))
-    return registration.select_blocks(
-        q, descriptors, memory_frames, memory_slots, top_k, group, blocks, dispatch.resolve(impl, q)
-    )
+    sizes = (top_k, size, frame, group, scale, score)
+    return registration.select_blocks(q, descriptors, memory_frames, memory_slots, *sizes, dispatch.resolve(impl, q))

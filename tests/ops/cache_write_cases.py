@@ -28,6 +28,7 @@ class WriteCase:
     options: dict[str, int | None] = field(default_factory=dict)
     mean_frames: int = 0
     described: bool = True
+    moments: int = 1
 
     def to(self, dtype: torch.dtype) -> WriteCase:
         """The same numbers, rounded to `dtype`."""
@@ -46,11 +47,11 @@ class WriteCase:
         batch, _, heads, size = self.k.shape
         blocks = -(-self.frame_tokens // min(self.options.get("block_size", 64), self.frame_tokens))
         mean_size = min(self.options.get("mean_size") or self.frame_tokens, self.frame_tokens)
-        full = lambda *shape: self.q.new_full((batch, *shape, heads, size), UNTOUCHED)  # noqa: E731
+        full = lambda *shape, width=size: self.q.new_full((batch, *shape, heads, width), UNTOUCHED)  # noqa: E731
         return {
             "memory_k": full(self.pool_frames * self.frame_tokens),
             "memory_v": full(self.pool_frames * self.frame_tokens),
-            "descriptors": full(self.pool_frames * blocks) if self.described else None,
+            "descriptors": full(self.pool_frames * blocks, width=self.moments * size) if self.described else None,
             "means": full(self.mean_frames, -(-self.frame_tokens // mean_size)) * torch.nan
             if self.mean_frames
             else None,
@@ -120,6 +121,7 @@ def write_cases(draw) -> WriteCase:
         },
         mean_frames=draw(st.integers(0, frames)),
         described=draw(st.booleans()),
+        moments=draw(st.sampled_from([1, 2])),
     )
 
 
@@ -135,9 +137,10 @@ def assert_written(case: WriteCase, dtype: torch.dtype, impl: str) -> None:
             # Descriptors are of the keys as they are stored, in `dtype`; the float64 reference stores others.
             keys = got["memory_k"].double()
             size = min(case.options["block_size"], case.frame_tokens)
-            x = torch.where(
-                x == UNTOUCHED, UNTOUCHED, memflow_ops.describe_blocks(keys, size, case.frame_tokens, impl="reference")
+            described = memflow_ops.describe_blocks(
+                keys, size, case.frame_tokens, moments=case.moments, impl="reference"
             )
+            x = torch.where(x == UNTOUCHED, UNTOUCHED, described)
         untouched = x == UNTOUCHED
         assert torch.equal(mine == UNTOUCHED, untouched), f"{name}: wrote elsewhere, or not at all"
         # The limit is one rounding, and the error of float32 sums and cosines.

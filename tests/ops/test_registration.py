@@ -27,17 +27,18 @@ def attention_arguments(name: str, impl: str, requires_grad: bool):
     """The arguments of an operator of attention, selection or relevance, with everything optional given."""
     q, k, v, memory_k, memory_v = tensors(requires_grad)
     descriptors = memflow_ops.describe_blocks(memory_k.detach(), 4, 10)
+    described = memflow_ops.describe_blocks(memory_k.detach(), 4, 10, moments=2)
     indices = memflow_ops.select_blocks(q, descriptors, 3, query_group=3, blocks_per_frame=3)
     out, lse = torch.randn_like(q), torch.randn(2, 4, 7, dtype=q.dtype, requires_grad=requires_grad)
     sizes = ([True, False, True, True, True], *SIZES[1:], True)
-    bank = (memory_k, memory_v, descriptors, FRAMES)
+    bank = (memory_k, memory_v, described, FRAMES)
     above = (torch.randn_like(q.detach()), lse.detach())
     return {
-        "describe_blocks": (memory_k, 4, 10, impl),
-        "describe_blocks_backward": (descriptors, 4, 10),
-        "select_blocks": (q.detach(), descriptors, FRAMES, SLOTS, 3, 3, 3, impl),
+        "describe_blocks": (memory_k, 4, 10, 2, impl),
+        "describe_blocks_backward": (described, memory_k.detach(), 4, 10),
+        "select_blocks": (q.detach(), described, FRAMES, SLOTS, *SIZES, "moments", impl),
         "attend_selected": (q, memory_k, memory_v, indices, SLOTS, out, lse, *SIZES[1:], impl),
-        "memory_attention": (q, k, v, *bank, SLOTS, USED, WINDOW, *SIZES, True, impl, "auto"),
+        "memory_attention": (q, k, v, *bank, SLOTS, USED, WINDOW, *SIZES, True, "moments", impl, "auto"),
         "attend_backward": (*above, *tensors(False), indices, SLOTS, USED, WINDOW, out, lse.detach(), *sizes, impl),
         "merge_states": (out.requires_grad_(requires_grad), lse, torch.randn_like(out), torch.randn_like(lse)),
         "frame_relevance": (q, memory_k.unflatten(1, (4, 5)), FRAMES, torch.full((5,), 0.2), "softmax", 0.3),
@@ -70,7 +71,7 @@ def test_opcheck_of_write_frames():
 @pytest.mark.parametrize("optional", [True, False])
 def test_opcheck_of_write_projections(impl, optional):
     case = cache_write_cases.make_case(batch=2, options={"block_size": 5}, seed=3).to(torch.float32)
-    case.mean_frames, case.described = int(optional), optional
+    case.mean_frames, case.described, case.moments = int(optional), optional, 2
     out, weights = case.outputs(), case.norm[:2] if optional else (None, None)
     inputs = (case.q, case.k, case.v, *(x.flatten(2) for x in case.rotation))
     written = (out["memory_k"], out["memory_v"], case.places, *weights, out["descriptors"], out["means"])

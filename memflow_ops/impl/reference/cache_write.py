@@ -23,7 +23,7 @@ def write_projections(
         rotated = y with each pair turned by its angle
     for every frame:
         the frame's place in the pool = rotated keys, values
-        the place's descriptors       = means of the blocks of the rotated keys
+        the place's descriptors       = those of the blocks of the rotated keys
     for the first M frames:
         means = means of y of the keys
     returns the rotated q
@@ -45,7 +45,8 @@ def write_projections(
             stored = slice(place * frame_tokens, (place + 1) * frame_tokens)
             memory_k[b, stored], target.memory_v[b, stored] = rotated_k[b, source], v[b, source]
             if descriptors is not None:
-                described = describe_blocks(rotated_k[b : b + 1, source], target.block_size, frame_tokens)[0]
+                keys = rotated_k[b : b + 1, source]
+                described = describe_blocks(keys, target.block_size, frame_tokens, target.moments)[0]
                 descriptors[b, place * len(described) : (place + 1) * len(described)] = described
     return rotated(plain_q, *rotation).to(q.dtype).contiguous()
 

@@ -11,19 +11,29 @@ from memflow_ops.geometry import Geometry
 from memflow_ops.impl.precision import widened
 
 
-def describe_blocks(k: Tensor, block_size: int, frame_tokens: int) -> Tensor:
-    means = [
-        widened(k[:, start : min(start + block_size, frame + frame_tokens)]).mean(1)
-        for frame in range(0, k.shape[1], frame_tokens)
-        for start in range(frame, frame + frame_tokens, block_size)
-    ]
-    return torch.stack(means, 1).to(k.dtype) if means else k[:, :0].clone()
+def describe_blocks(k: Tensor, block_size: int, frame_tokens: int, moments: int = 1) -> Tensor:
+    """
+    for every block:
+        mean       = mean of its keys
+        variance   = mean of (key - mean)^2, at most the largest number of k's dtype
+        descriptor = mean, or with two moments [mean, variance]
+    """
+    largest = torch.finfo(k.dtype).max
+    described = [k.new_empty(k.shape[0], 0, k.shape[2], moments * k.shape[3])]
+    for frame in range(0, k.shape[1], frame_tokens):
+        for start in range(frame, frame + frame_tokens, block_size):
+            keys = widened(k[:, start : min(start + block_size, frame + frame_tokens)])
+            mean = keys.mean(1, keepdim=True)
+            variance = (keys - mean).square().mean(1, keepdim=True).clamp(max=largest)
+            described.append(torch.cat([mean, variance][:moments], -1).to(k.dtype))
+    return torch.cat(described, 1)
 
 
 def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry) -> Tensor:
     """
     for every batch element, query head and query group:
-        score of block j = mean of the group's queries . descriptor j
+        score of block j = feature of the group's queries . descriptor j
+                           (score "moments": + log(tokens of the block / tokens of a whole block))
         selected         = the top_k highest, equal scores to the lower block; in ascending order, then -1
     """
     batch, queries, heads, _ = q.shape
@@ -41,11 +51,25 @@ def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry
             kv_head = h // (heads // descriptors.shape[2])
             for g in range(groups):
                 candidates = widened(descriptors[b, places[: valid[b][g] * blocks_per_frame], kv_head])
-                group = widened(q[b, g * geometry.query_group : (g + 1) * geometry.query_group, h]).mean(0)
-                selected = sorted(best_first((candidates * group).sum(-1))[:top_k])
+                group = widened(q[b, g * geometry.query_group : (g + 1) * geometry.query_group, h])
+                scores = (candidates * feature(group, geometry)).sum(-1)
+                scores[blocks_per_frame - 1 :: blocks_per_frame] += geometry.last_block_score
+                selected = sorted(best_first(scores)[:top_k])
                 selections.append(selected + [-1] * (entries - len(selected)))
     shape = (batch, heads, groups, entries)
     return torch.tensor(selections, dtype=torch.int32, device=q.device).reshape(shape)
+
+
+def feature(group: Tensor, geometry: Geometry) -> Tensor:
+    """What the descriptors are multiplied with, of the queries [n, D] of a group.
+
+    For a query and the scale s, log sum exp(s q . k) over the n keys of a block is about
+    log n + s q . mean + s^2 / 2 sum(q^2 variance): exact for normally distributed keys whose channels do not correlate.
+    """
+    if geometry.score == "mean":
+        return group.mean(0)
+    scale = geometry.softmax_scale
+    return torch.cat([scale * group.mean(0), scale**2 / 2 * group.square().mean(0)])
 
 
 def best_first(scores: Tensor) -> list[int]:

@@ -55,7 +55,8 @@ def write_projections(
         target.means.copy_(describe_blocks(tokens, target.mean_size, frame_tokens).unflatten(1, (count, -1)))
     pools = [(target.memory_k, rotated_k), (target.memory_v, v)]
     if target.descriptors is not None:
-        pools.append((target.descriptors, describe_blocks(rotated_k, target.block_size, frame_tokens)))
+        described = describe_blocks(rotated_k, target.block_size, frame_tokens, target.moments)
+        pools.append((target.descriptors, described))
     pool_frames = target.memory_k.shape[1] // frame_tokens
     for pool, new in pools:
         frames = new.unflatten(1, (target.places.shape[1], -1))

@@ -10,25 +10,47 @@ from memflow_ops.impl.precision import wide_dtype
 from memflow_ops.impl.torch.gather import SCORE_ELEMENTS, on_host
 
 
-def describe_blocks(k: Tensor, block_size: int, frame_tokens: int) -> Tensor:
+def describe_blocks(k: Tensor, block_size: int, frame_tokens: int, moments: int = 1) -> Tensor:
     batch, tokens, heads, size = k.shape
     frames = k.unflatten(1, (-1, frame_tokens)) if tokens else k.view(batch, 0, frame_tokens, heads, size)
     whole = frame_tokens // block_size * block_size
     parts = []
     if whole:
-        parts.append(frames[:, :, :whole].unflatten(2, (-1, block_size)).mean(3, dtype=wide_dtype(k.dtype)))
+        parts.append(_described(frames[:, :, :whole].unflatten(2, (-1, block_size)), moments))
     if whole < frame_tokens:
-        parts.append(frames[:, :, whole:].mean(2, keepdim=True, dtype=wide_dtype(k.dtype)))
+        parts.append(_described(frames[:, :, None, whole:], moments))
     return torch.cat(parts, 2).flatten(1, 2).to(k.dtype)
 
 
-def describe_blocks_backward(grad: Tensor, block_size: int, frame_tokens: int) -> Tensor:
-    """The gradient (B, Lm, Hkv, D) of the keys, given grad (B, N, Hkv, D) of the means."""
+def _described(blocks: Tensor, moments: int) -> Tensor:
+    """The descriptors [B, F, n, Hkv, D or 2 D], not yet rounded, of blocks [B, F, n, tokens, Hkv, D]."""
+    mean = blocks.mean(3, dtype=wide_dtype(blocks.dtype))
+    if moments == 1:
+        return mean
+    # Two passes, because the mean of squares less the square of the mean cancels where keys lie far from 0.
+    variance = (blocks - mean.unsqueeze(3)).square_().mean(3)
+    return torch.cat([mean, variance.clamp_(max=torch.finfo(blocks.dtype).max)], -1)
+
+
+def describe_blocks_backward(grad: Tensor, k: Tensor | None, block_size: int, frame_tokens: int) -> Tensor:
+    """The gradient (B, Lm, Hkv, D) of the keys, given grad (B, N, Hkv, D or 2 D) of the descriptors.
+
+    k: the keys, where descriptors have variances; a variance that was limited is taken for one that was not.
+    """
     blocks = -(-frame_tokens // block_size)
     lengths = torch.full((blocks,), block_size, dtype=torch.int64, device=grad.device)
     lengths[-1] = frame_tokens - (blocks - 1) * block_size
-    shares = grad.unflatten(1, (-1, blocks)) / lengths.view(-1, 1, 1)
-    return shares.repeat_interleave(block_size, 2)[:, :, :frame_tokens].flatten(1, 2).to(grad.dtype)
+
+    def of_tokens(x: Tensor) -> Tensor:
+        """The number of its block [B, N, Hkv, D] for every token (B, Lm, Hkv, D)."""
+        return x.unflatten(1, (-1, blocks)).repeat_interleave(block_size, 2)[:, :, :frame_tokens].flatten(1, 2)
+
+    shares = (grad.unflatten(1, (-1, blocks)) / lengths.view(-1, 1, 1)).flatten(1, 2)
+    if k is None:
+        return of_tokens(shares).to(grad.dtype)
+    of_mean, of_variance = shares.to(wide_dtype(k.dtype)).chunk(2, -1)
+    means = describe_blocks(k.to(wide_dtype(k.dtype)), block_size, frame_tokens)
+    return (of_tokens(of_mean) + 2 * (k - of_tokens(means)) * of_tokens(of_variance)).to(grad.dtype)
 
 
 def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry) -> Tensor:
@@ -44,19 +66,21 @@ def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry
     # Selections must agree, whatever precision torch allows for float32 products (TF32, bfloat16). Asking for another
     # precision would change it for the whole process; float64 has no such setting, and is the more exact.
     table = descriptors.permute(0, 2, 3, 1).double()  # [B, Hkv, D, N]
-    means = (
-        _group_means(q, geometry.query_group).transpose(1, 2).unflatten(1, (table.shape[1], -1))
-    )  # [B, Hkv, rep, G, D]
-    repeats, groups = means.shape[2:4]
+    features = _features(q, geometry).transpose(1, 2).unflatten(1, (table.shape[1], -1))  # [B, Hkv, rep, G, D or 2 D]
+    repeats, groups = features.shape[2:4]
     if not entries:
         return q.new_empty((batch, heads, groups, 0), dtype=torch.int32)
     valid = _valid_blocks(geometry, blocks)
+    last_block = geometry.last_block_score
     found = []
     step = max(1, SCORE_ELEMENTS // (batch * heads * blocks))
     for first in range(0, groups, step):
-        part = means[:, :, :, first : first + step]
+        part = features[:, :, :, first : first + step]
         counts = valid if valid is None or valid.shape[3] == 1 else valid[:, :, :, first : first + step]
-        scores = (part.flatten(2, 3).double() @ table).to(wide).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
+        scores = part.flatten(2, 3).double() @ table
+        if last_block:
+            scores[..., blocks_per_frame - 1 :: blocks_per_frame] += last_block
+        scores = scores.to(wide).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
         order = _highest(scores, entries, counts).sort(-1).values
         if counts is not None:
             order.masked_fill_(order >= counts, -1)
@@ -70,6 +94,16 @@ def _valid_blocks(geometry: Geometry, blocks: int) -> Tensor | None:
     if memory_frames is None or (on_host(memory_frames) and int(memory_frames.min()) >= frames):
         return None
     return (memory_frames.clamp(0, frames) * geometry.blocks_per_frame).reshape(len(memory_frames), 1, 1, -1, 1)
+
+
+def _features(q: Tensor, geometry: Geometry) -> Tensor:
+    """What descriptors are multiplied with: (B, G, H, D) means of queries, or [mean, square] as for the reference."""
+    means = _group_means(q, geometry.query_group)
+    if geometry.score == "mean":
+        return means
+    scale = geometry.softmax_scale
+    squares = _group_means(q.to(wide_dtype(q.dtype)).square(), geometry.query_group)
+    return torch.cat([scale * means, scale**2 / 2 * squares], -1)
 
 
 def _group_means(q: Tensor, group: int) -> Tensor:

@@ -7,12 +7,12 @@ memflow_ops/ops/attention.py, whose functions have checked every argument before
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from memflow_ops.geometry import Geometry
+from memflow_ops.geometry import Geometry, Score
 from memflow_ops.impl import composed, implementation_of
 from memflow_ops.impl.precision import without_autocast
 from memflow_ops.impl.torch import merge
@@ -63,12 +63,14 @@ def memory_attention(
     query_group: int,
     softmax_scale: float,
     causal: bool,
+    score: str,
     impl: str,
     dense_backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Out, LSE and the selected indices (B, H, G, K), K = 0 without a bank."""
     sizes = (block_size, frame_tokens, query_group, softmax_scale)
-    geometry = Geometry(*sizes, memory_slots, memory_frames, causal, seqused_k, window_slots)
+    score_kind = cast(Score, score)
+    geometry = Geometry(*sizes, memory_slots, memory_frames, causal, seqused_k, window_slots, score_kind)
     with without_autocast(q):
         return composed.memory_attention(
             q, k, v, memory_k, memory_v, memory_descriptors, top_k, geometry, impl, dense_backend
@@ -135,7 +137,7 @@ def _gradients(grad_out: Tensor | None, grad_lse: Tensor | None, wanted: Sequenc
 
 
 def _setup_attention(ctx, inputs, output) -> None:
-    q, k, v, memory_k, memory_v, _, _, *tables, _, block_size, frame, group, scale, causal, impl, _ = inputs
+    q, k, v, memory_k, memory_v, _, _, *tables, _, block_size, frame, group, scale, causal, _, impl, _ = inputs
     out, lse, indices = output
     ctx.save_for_backward(q, k, v, memory_k, memory_v, indices, *tables, out, lse)
     ctx.sizes = (block_size, frame, group, scale, causal, impl)
@@ -145,7 +147,7 @@ def _setup_attention(ctx, inputs, output) -> None:
 
 def _attention_grad(ctx, grad_out, grad_lse, _):
     gradients = _gradients(grad_out, grad_lse, ctx.needs_input_grad[:5], *ctx.saved_tensors, *ctx.sizes)
-    return (*gradients, *(None,) * 13)
+    return (*gradients, *(None,) * 14)
 
 
 memory_attention.register_autograd(_attention_grad, setup_context=_setup_attention)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from moment_cases import MomentCase, assert_selected, moment_cases
 
 from memflow_ops.geometry import Geometry
 from memflow_ops.impl.reference import selection
@@ -67,6 +68,24 @@ def test_real_scores_agree_beyond_the_margin(dtype, group):
     clear = best[..., top_k - 1] - best[..., top_k] > noise
     assert clear.float().mean() > 0.9
     assert torch.equal(got[clear], expected[clear])
+
+
+@settings(max_examples=15)
+@given(moment_cases(head_dims=(16, 24)), st.sampled_from(DTYPES))
+def test_ranking_by_moments(case, dtype):
+    """Single queries, groups, several tiles, ragged frames, slot tables and any scale, through both kinds of kernel."""
+    low = case.to(dtype)
+    described = low.descriptors("torch")
+    assert_selected(low, described, low.select(described, "triton"))
+
+
+@pytest.mark.parametrize("group", [1, 5], ids="group{}".format)
+def test_ranking_by_moments_over_many_spans(group):
+    """More blocks than a program ranks in registers, so that groups play a last round; frames have a short block."""
+    torch.manual_seed(6)
+    case = MomentCase(torch.randn(1, 10, 2, 16), torch.randn(1, 60 * 18, 1, 16), 12, 4, 18, group, None)
+    described = case.descriptors("torch")
+    assert assert_selected(case, described, case.select(described, "triton")) > 10 // group
 
 
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # numpy's, in the interpreter
