@@ -157,5 +157,6 @@ def _attend_to_both(
         memory_frames=memory.frames,
         memory_slots=memory.slots,
         seqused_k=valid,
+        score=layout.score,
         impl=impl,
     )

@@ -350,7 +350,8 @@ class FrameCache(RingCache):
         if len(self._described) == layout.layers:
             blocks = descriptors[:, :, source].clone()
         else:
-            blocks = describe_blocks(keys[:, :, source].flatten(0, 1), layout.block_size, layout.frame_tokens)
+            sizes = (layout.block_size, layout.frame_tokens)
+            blocks = describe_blocks(keys[:, :, source].flatten(0, 1), *sizes, moments=layout.moments)
         descriptors[:, self._batch_index, target] = blocks.view(layout.layers, layout.batch, *blocks.shape[-3:])
 
     def _store_prototype(self, chunk: int) -> None:

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memflow_ops.geometry import Score, descriptor_width
 from memflow_ops.host_memory import free_host_bytes
+from memflow_ops.ops.checks import check_score
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class CacheLayout:
     block_size: tokens of a block, the unit of selection.
     relevance_block_size: tokens that share one mean for retrieval; None: the frame has one mean.
     dtype: of keys, values, descriptors and means.
+    score: what blocks are ranked by, see `select_blocks`; with "moments" descriptors are twice as wide.
 
     A TypeError or ValueError says which size is impossible.
     """
@@ -42,6 +45,7 @@ class CacheLayout:
     block_size: int = 64
     relevance_block_size: int | None = None
     dtype: torch.dtype = torch.float32
+    score: Score = "mean"
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -61,7 +65,7 @@ class CacheLayout:
     def _check_types(self) -> None:
         may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames")
         for name, value in list(vars(self).items()):
-            if name in ("dtype", "schedule") or (name == "relevance_block_size" and value is None):
+            if name in ("dtype", "schedule", "score") or (name == "relevance_block_size" and value is None):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
                 raise TypeError(f"{name} must be an int, got {value!r}")
@@ -70,6 +74,7 @@ class CacheLayout:
                 raise ValueError(f"{name} must be {'at least 0' if name in may_be_zero else 'positive'}, got {value}")
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r}")
+        check_score(self.score)
 
     def check_room(self, device: torch.device) -> None:
         """A ValueError unless the device can give what the cache allocates on it; on CUDA, unless it is that large."""
@@ -133,13 +138,23 @@ class CacheLayout:
         size = self.relevance_block_size or self.frame_tokens
         return tuple(min(size, self.frame_tokens - start) for start in range(0, self.frame_tokens, size))
 
+    @property
+    def moments(self) -> int:
+        """Of a block's keys in a descriptor, see `describe_blocks`."""
+        return self.descriptor_width // self.head_dim
+
+    @property
+    def descriptor_width(self) -> int:
+        """Numbers of a descriptor per head."""
+        return descriptor_width(self.head_dim, self.score)
+
     def _vector_bytes(self, vectors: int) -> int:
         return self.layers * self.batch * vectors * self.kv_heads * self.head_dim * self.dtype.itemsize
 
     @property
     def frame_bytes(self) -> int:
         """Bytes of one frame place: keys, values and descriptors of all layers and stories."""
-        return self._vector_bytes(2 * self.frame_tokens + self.blocks_per_frame)
+        return self._vector_bytes(2 * self.frame_tokens + self.moments * self.blocks_per_frame)
 
     @property
     def pool_bytes(self) -> int:

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.geometry import Score
 
 BankSchedule = Literal["interactive", "single-prompt"]
 """When a frame enters the bank. The authors have one program for each, and tune with one after the other.
@@ -19,6 +20,8 @@ their program for one prompt and in their first stage of training.
 class ReleasedLayout(CacheLayout):
     """Every size of a `ReleasedCache`. A block is a frame, and sink, bank and window are all that is kept.
 
+    Frames are ranked by their means, as its authors do it, for activation and in the bank.
+
     window_frames: the newest frames outside the sink, current chunk included; any number that holds a chunk.
     record_interval: how many chunks share a place of the bank before the next place is used.
     schedule: which chunks leave a frame to the bank, and how the window is re-cached; see `BankSchedule`.
@@ -31,6 +34,7 @@ class ReleasedLayout(CacheLayout):
     host_frames: int = field(default=0, init=False)
     block_size: int = field(default=1, init=False)
     relevance_block_size: int | None = field(default=None, init=False)
+    score: Score = field(default="mean", init=False)
     record_interval: int = 3
     schedule: BankSchedule = "interactive"
 

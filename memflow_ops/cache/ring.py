@@ -57,7 +57,7 @@ class RingCache(SavedByState, ABC):
         layout.check_room(self.device)
         self._keys, self._values = layout.allocate_tokens(self.device), layout.allocate_tokens(self.device)
         blocks = (layout.layers, layout.batch, layout.pool_frames * layout.blocks_per_frame)
-        vectors = (layout.kv_heads, layout.head_dim)
+        vectors = (layout.kv_heads, layout.descriptor_width)
         self._descriptors = torch.empty(*blocks, *vectors, dtype=layout.dtype, device=self.device)
         # The same memory with one index per frame place: (layers, B, P, tokens or blocks, Hkv, D).
         self._places = [t.unflatten(2, (layout.pool_frames, -1)) for t in (self._keys, self._values, self._descriptors)]

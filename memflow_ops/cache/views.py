@@ -11,7 +11,7 @@ class Memory(NamedTuple):
 
     keys: Tensor  # (B, P * T, Hkv, D), the whole pool
     values: Tensor  # (B, P * T, Hkv, D)
-    descriptors: Tensor  # (B, P * blocks_per_frame, Hkv, D)
+    descriptors: Tensor  # (B, P * blocks_per_frame, Hkv, D), or 2 D where blocks are ranked by their moments
     slots: Tensor  # (B, sink_frames + bank_frames) int32, the frame place of each bank frame
     frames: Tensor  # (B,) int32, how many bank frames are valid
 

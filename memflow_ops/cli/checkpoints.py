@@ -15,6 +15,7 @@ from memflow_ops.cli.generate import HEIGHT, WIDTH, any_prompt, described, load_
 from memflow_ops.cli.options import (
     MEMORY,
     BankScheduleName,
+    BlockScore,
     Checkpoint,
     Compile,
     CudaGraphs,
@@ -172,6 +173,7 @@ def verify(
     bank_frames: WanBankFrames = None,
     top_k: TopK = WAN_SETTINGS.top_k,
     query_group: QueryGroup = WAN_SETTINGS.query_group or 0,
+    score: BlockScore = WAN_SETTINGS.score,
     bank_schedule: BankScheduleName = None,
     history_frames: HistoryFrames = None,
     recache: Recache = WAN_SETTINGS.recache,
@@ -195,6 +197,7 @@ def verify(
         bank_frames=bank_frames,
         top_k=top_k,
         query_group=query_group,
+        score=score,
         steps=steps,
         recache=recache,
         height=height,

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from memflow_ops.cache.released_layout import BankSchedule
+from memflow_ops.geometry import Score
 from memflow_ops.model.pipeline.settings import RELEASED_BANK_FRAMES, WAN_SETTINGS
 from memflow_ops.model.streaming.settings import USED_BY
 
@@ -78,6 +79,15 @@ QueryGroup = Annotated[
         help="How many consecutive queries share one selection of blocks; 0 means all of the chunk.",
         min=0,
         metavar="N",
+        rich_help_panel=MEMORY,
+    ),
+]
+BlockScore = Annotated[
+    Score,
+    typer.Option(
+        "--score",
+        help="What memory blocks are ranked by: mean (of their keys) or moments (mean and variance).",
+        metavar="NAME",
         rich_help_panel=MEMORY,
     ),
 ]

@@ -16,6 +16,7 @@ from memflow_ops.cli.options import (
     MEMORY,
     MEMORY_HELP,
     BankFrames,
+    BlockScore,
     Device,
     FramesPerPrompt,
     Out,
@@ -99,6 +100,7 @@ def generate(
     bank_frames: BankFrames = TOY_SETTINGS.bank_frames,
     top_k: TopK = TOY_SETTINGS.top_k,
     query_group: QueryGroup = TOY_SETTINGS.query_group or 0,
+    score: BlockScore = TOY_SETTINGS.score,
     recache: Recache = TOY_SETTINGS.recache,
     baseline: Annotated[
         bool,
@@ -131,7 +133,13 @@ def generate(
     """
     given = typed(context) - (set() if baseline else {"baseline"})
     settings = as_settings(
-        memory=memory, bank_frames=bank_frames, top_k=top_k, query_group=query_group, steps=steps, recache=recache
+        memory=memory,
+        bank_frames=bank_frames,
+        top_k=top_k,
+        query_group=query_group,
+        score=score,
+        steps=steps,
+        recache=recache,
     )
     with one_line_errors():
         stories = read_stories(story, parse_prompt)

@@ -92,7 +92,8 @@ class Budget:
         """The budget as a table in text, one line per item."""
         layout = self.layout
         stories = f"{layout.batch} {'story' if layout.batch == 1 else 'stories'}"
-        vectors = f"(2 x {layout.frame_tokens} tokens + {layout.blocks_per_frame} blocks)"
+        moments = " x 2 moments" if layout.moments == 2 else ""
+        vectors = f"(2 x {layout.frame_tokens} tokens + {layout.blocks_per_frame} blocks{moments})"
         numbers = f"{vectors} x {layout.kv_heads} heads x {layout.head_dim} x {layout.dtype.itemsize} bytes"
         frame = Item("one frame", layout.frame_bytes, f"{layout.layers} layers x {stories} x {numbers}")
         rows = [frame, *self.device_items, Item("in all", self.device_bytes, f"of {size(self.free.bytes)} free")]

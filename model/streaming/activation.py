@@ -27,7 +27,8 @@ class Activation:
 
     def observe(self, layer: int, q: Tensor, memory: Memory) -> None:
         """An `Observer`: makes the layer's selection again and counts it."""
-        blocks = self.cache.layout.blocks_per_frame
+        layout = self.cache.layout
+        blocks = layout.blocks_per_frame
         chosen = select_blocks(
             q,
             memory.descriptors,
@@ -35,7 +36,9 @@ class Activation:
             query_group=self.selection.query_group,
             memory_frames=memory.frames,
             memory_slots=memory.slots,
-            blocks_per_frame=blocks,
+            block_size=layout.block_size,
+            frame_tokens=layout.frame_tokens,
+            score=layout.score,
             impl=self.impl,
         )
         frames = chosen.flatten(1).long() // blocks

@@ -8,6 +8,7 @@ import torch
 
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.released_layout import BankSchedule, ReleasedLayout
+from memflow_ops.geometry import Score
 from memflow_ops.model.streaming.sampler import FlowMatchSampler
 from memflow_ops.model.wan.transformer import CausalVideoModel
 
@@ -19,6 +20,7 @@ USED_BY: dict[str, tuple[MemoryMode, ...]] = {
     "bank_frames": ("memflow", "released"),
     "top_k": ("memflow",),
     "query_group": ("memflow",),
+    "score": ("memflow",),
     "bank_schedule": ("released",),
 }
 """The kinds of memory that use a setting, for settings that a command offers and not all kinds use."""
@@ -73,6 +75,9 @@ class StreamSettings:
     random, which is a control."""
     selection: SelectionKind = "top"
     """The blocks that activation takes: those with the best scores, or as many random ones, which is a control."""
+    score: Score = "mean"
+    """What activation ranks blocks by: their mean key, or the mean and the variance of their keys ("moments"), for
+    which the cache keeps a second number beside every mean; memflow only."""
     redundancy: float | None = None
     """Retrieval passes over frames whose mean key has a larger cosine than this with one already taken; None: it passes
     over none."""
@@ -104,6 +109,7 @@ class StreamSettings:
             ("relevance", RelevanceKind),
             ("selection", SelectionKind),
             ("bank_schedule", BankSchedule),
+            ("score", Score),
         )
         for name, kinds in ((name, get_args(kind)) for name, kind in choices):
             if getattr(self, name) not in kinds:
@@ -166,4 +172,5 @@ class StreamSettings:
         sizes = (config.num_layers, batch, tokens, config.num_heads, config.head_dim)
         if self.memory == "released":
             return self._released_layout(sizes, dtype)
-        return CacheLayout(*sizes, *self._cache_sizes(), block_size=self.block_size, dtype=dtype)
+        score: Score = self.score if self.memory == "memflow" else "mean"
+        return CacheLayout(*sizes, *self._cache_sizes(), block_size=self.block_size, dtype=dtype, score=score)

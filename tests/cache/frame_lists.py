@@ -87,8 +87,12 @@ def check_memory(cache: FrameCache, naive: Naive, first_in_window: int) -> None:
                 assert torch.equal(memory.values[story, tokens], known[1][layer])
                 blocks = layout.blocks_per_frame
                 got = memory.descriptors[story, place * blocks : (place + 1) * blocks]
-                want = [known[0][layer][start : start + BLOCK].mean(0) for start in range(0, TOKENS, BLOCK)]
-                torch.testing.assert_close(got, torch.stack(want), rtol=0, atol=1e-6)
+                keys = [known[0][layer][start : start + BLOCK] for start in range(0, TOKENS, BLOCK)]
+                want = torch.stack([of_block.mean(0) for of_block in keys])
+                if layout.score == "moments":
+                    variances = torch.stack([of_block.var(0, correction=0) for of_block in keys])
+                    want = torch.cat([want, variances], -1)
+                torch.testing.assert_close(got, want, rtol=0, atol=1e-6)
 
 
 def check_candidates(cache: FrameCache, naive: Naive) -> None:

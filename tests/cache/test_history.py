@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 import torch
 from frame_lists import BLOCK, TOKENS, Naive, add_chunk, layout_of, on_device, run_chunks, write
 
@@ -69,8 +70,9 @@ def test_stories_of_a_batch_are_remembered_as_if_alone():
     assert on_device(together)[0] != on_device(together)[1], "the stories did differ"
 
 
-def test_descriptors_are_those_of_describe_blocks_bit_for_bit_after_a_trip_to_host():
-    layout = layout_of(device_frames=4, host_frames=20, sink_frames=0)
+@pytest.mark.parametrize("score", ["mean", "moments"])
+def test_descriptors_are_those_of_describe_blocks_bit_for_bit_after_a_trip_to_host(score):
+    layout = layout_of(device_frames=4, host_frames=20, sink_frames=0, score=score)
     cache, naive = FrameCache(layout), Naive(layout)
     run_chunks(cache, naive, 12)
     assert 0 not in on_device(cache)[0]
@@ -79,5 +81,5 @@ def test_descriptors_are_those_of_describe_blocks_bit_for_bit_after_a_trip_to_ho
     memory = cache.memory(1)
     for j, frame in enumerate((0, 3)):
         place, blocks = int(memory.slots[0, j]), layout.blocks_per_frame
-        want = describe_blocks(naive.first[0][frame][0][1][None], BLOCK, TOKENS)
+        want = describe_blocks(naive.first[0][frame][0][1][None], BLOCK, TOKENS, moments=layout.moments)
         assert torch.equal(memory.descriptors[:, place * blocks : (place + 1) * blocks], want)

@@ -26,6 +26,7 @@ from memflow_ops.cache.released_layout import ReleasedLayout
         ({"device_frames": 3}, ValueError, "= 4 frames .*, got 3"),
         ({"device_frames": 0, "host_frames": 1}, ValueError, "host_frames=1 needs device_frames > 0"),
         ({"dtype": torch.int8}, TypeError, "floating-point torch.dtype, got torch.int8"),
+        ({"score": "max"}, ValueError, "score must be one of mean, moments, got 'max'"),
         ({"dtype": "float32"}, TypeError, "floating-point torch.dtype, got 'float32'"),
     ],
     ids=str,
@@ -53,8 +54,11 @@ def test_bytes_are_stated_before_and_match_what_is_allocated():
     assert large.pool_bytes == (3 + 6 + 64) * large.frame_bytes
     assert large.means_bytes == 144 * 30 * 12 * 128 * 2
     assert large.host_bytes == 81 * large.frame_bytes
+    wider = CacheLayout(30, 1, 1560, 12, 128, device_frames=64, dtype=torch.bfloat16, score="moments")
+    assert wider.frame_bytes - large.frame_bytes == 30 * 25 * 12 * 128 * 2
+    assert wider.frame_bytes / large.frame_bytes == pytest.approx(1.008, abs=0.001)
 
-    layout = layout_of(batch=2, device_frames=6, host_frames=5, relevance_block_size=2)
+    layout = layout_of(batch=2, device_frames=6, host_frames=5, relevance_block_size=2, score="moments")
     cache = FrameCache(layout)
     pool = cache._keys.nbytes + cache._values.nbytes + cache._descriptors.nbytes
     assert layout.pool_bytes == pool

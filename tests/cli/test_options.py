@@ -69,6 +69,7 @@ def test_options_that_would_change_nothing_are_refused(tmp_path, monkeypatch, ca
         ("bank_frames", (1, 2)),
         ("top_k", (1, 3)),
         ("query_group", (16, None)),
+        ("score", ("mean", "moments")),
         ("bank_schedule", ("interactive", "single-prompt")),
     ],
 )

@@ -16,7 +16,7 @@ from memflow_ops.model.streaming.streamer import Streamer
 HEIGHT, WIDTH, TEXT_LEN = 4, 6, 8
 SETTINGS = StreamSettings(
     height=HEIGHT, width=WIDTH, window_frames=6, sink_frames=3, bank_frames=2, device_frames=4, host_frames=9, top_k=3,
-    block_size=4, query_group=5, recache=False, steps=2, shift=5.0,
+    block_size=4, query_group=5, score="moments", recache=False, steps=2, shift=5.0,
 )  # fmt: skip
 SIZES = (
     "window_frames",
@@ -27,6 +27,7 @@ SIZES = (
     "top_k",
     "block_size",
     "query_group",
+    "score",
 )
 PROMPTS = [("a", "b"), ("c", "b"), ("c", "d"), ("a", "a"), ("b", "c"), ("a", "b"), ("d", "c")]
 

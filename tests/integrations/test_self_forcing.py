@@ -184,18 +184,19 @@ def test_all_blocks_are_their_full_attention(sink, capacity, window, dense_sink)
         assert (our_cache[name] - their_cache[name]).abs().max() <= 1e-5
 
 
-def test_old_frames_are_attended_to_by_blocks():
+@pytest.mark.parametrize("score", ["mean", "moments"])
+def test_old_frames_are_attended_to_by_blocks(score):
     """Compared with the operator called by hand, which computes the descriptors itself."""
     cache, past = new_cache(20), 11 * T
     for first in range(0, 15, 3):
         q, k, v = torch.randn(3, 1, 3 * T, HEADS, HEAD_DIM)
-        attention = CacheAttention(window_frames=4, top_k=2, block_size=4, query_group=6)
+        attention = CacheAttention(window_frames=4, top_k=2, block_size=4, query_group=6, score=score)
         out, end = attend_with_cache(q, k, v, cache, first * T, attention, frame_tokens=T)
     assert end == 15 * T
     keys, values = cache["k"][:, :end], cache["v"][:, :end]
     expected = memory_attention(
         q, keys[:, past:], values[:, past:], keys[:, :past], values[:, :past],
-        top_k=2, block_size=4, frame_tokens=T, query_group=6,
+        top_k=2, block_size=4, frame_tokens=T, query_group=6, score=score,
     )  # fmt: skip
     assert torch.equal(out, expected)
     full = memory_attention(q, keys, values)
@@ -205,7 +206,7 @@ def test_old_frames_are_attended_to_by_blocks():
 @pytest.mark.parametrize("block_size", [4, T], ids=["blocks", "a-frame-is-a-block"])
 def test_descriptors_move_with_the_keys_of_an_eviction(block_size):
     """A cache that has evicted frames attends as one whose descriptors are computed from the same keys again."""
-    attention = CacheAttention(window_frames=3, top_k=2, block_size=block_size, query_group=6)
+    attention = CacheAttention(window_frames=3, top_k=2, block_size=block_size, query_group=6, score="moments")
     cache = new_cache(9)
     for first in range(0, 18, 3):
         before = {name: tensor.clone() for name, tensor in cache.items() if isinstance(tensor, torch.Tensor)}

@@ -9,6 +9,7 @@ import torch
 from memflow_ops.cache.attend import BlockSelection
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Policy, Relevance
+from memflow_ops.geometry import Score
 from memflow_ops.impl import implementation_of
 from memflow_ops.integrations.diffusers.checks import check_attention, check_structure, device_of, uncompiled
 from memflow_ops.integrations.diffusers.memory import WanMemory
@@ -31,6 +32,7 @@ def attach_memory(
     top_k: int = 24,
     block_size: int = 64,
     query_group: int | None = 128,
+    score: Score = "mean",
     policy: Policy | None = None,
     dtype: torch.dtype | None = None,
     impl: str = "auto",
@@ -41,7 +43,8 @@ def attach_memory(
         it will run with.
     height, width: rows and columns of the latents.
     batch: stories that advance together.
-    chunk_frames, window_frames, sink_frames, bank_frames, device_frames, host_frames, block_size: of `CacheLayout`.
+    chunk_frames, window_frames, sink_frames, bank_frames, device_frames, host_frames, block_size, score: of
+        `CacheLayout`.
     top_k, query_group: blocks that each query group attends to, see `BlockSelection`.
     policy: chooses the bank; None: `Relevance(bank_frames)`.
     dtype: of the cache, and so of attention; None: that of autocast where it is on, else that of the weights.
@@ -95,6 +98,7 @@ def attach_memory(
         host_frames,
         block_size=block_size,
         dtype=dtype or _attention_dtype(transformer, device),
+        score=score,
     )
     if policy is None and bank_frames:
         policy = Relevance(bank_frames)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from memflow_ops.geometry import Score
 from memflow_ops.integrations.self_forcing.comparison import Attended, copy_cache, difference
 from memflow_ops.integrations.self_forcing.signatures import Signature
 from memflow_ops.integrations.self_forcing.their_cache import CacheAttention, DescribedCache, attend_with_cache
@@ -26,6 +27,7 @@ def swap_attention(
     block_size: int = 64,
     query_group: int | None = 128,
     dense_sink: bool = True,
+    score: Score = "mean",
     impl: str = "auto",
     compare: bool = True,
 ) -> int:
@@ -50,7 +52,7 @@ def swap_attention(
         )
     if any(_ORIGINAL in vars(module) for module, _ in modules):
         raise ValueError("attention has been swapped already; restore_attention(model) first")
-    attention = CacheAttention(window_frames, top_k, block_size, query_group, dense_sink, impl)
+    attention = CacheAttention(window_frames, top_k, block_size, query_group, dense_sink, score, impl)
     forwards = [_Forward(module, signature, attention, compare) for module, signature in modules]
     for forward in forwards:
         vars(forward.module)[_ORIGINAL] = forward.original

@@ -18,7 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memflow_ops.geometry import Score, descriptor_width
 from memflow_ops.ops.attention import memory_attention
+from memflow_ops.ops.checks import check_score
 from memflow_ops.ops.selection import describe_blocks
 
 _OWN_ENTRY = "memflow"
@@ -41,10 +43,13 @@ class CacheAttention:
     dense_sink: bool = True
     """Whether the sink is attended to in full, as the checkpoints that have one were tuned. False: its blocks are
     chosen among like those of other old frames."""
+    score: Score = "mean"
+    """What blocks are ranked by: their mean key, or the mean and the variance of their keys ("moments")."""
     impl: str = "auto"
     """Implementation of `memory_attention`."""
 
     def __post_init__(self) -> None:
+        check_score(self.score)
         for name in ("window_frames", "top_k", "block_size", "query_group"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -83,7 +88,7 @@ def attend_with_cache(
         raise ValueError(
             f"a chunk is whole frames of {frame_tokens} tokens, got {size} tokens from position {current_start} on"
         )
-    described = DescribedCache.of(kv_cache, attention.block_size, frame_tokens)
+    described = DescribedCache.of(kv_cache, attention.block_size, frame_tokens, attention.score)
     start, end, new = described.make_room(current_start, size, sink)
     written = max(start, sink) if keep_sink and new <= 0 and current_start > 0 else start
     keys[:, written:end] = k[:, written - start :]
@@ -103,6 +108,7 @@ def attend_with_cache(
         block_size=described.block_size,
         frame_tokens=frame_tokens,
         query_group=attention.query_group,
+        score=attention.score,
         impl=attention.impl,
     )
     described.move_indices(kv_cache, current_start + size, end)
@@ -119,12 +125,15 @@ def _sink_and_window(pool: Tensor, sink: int, window: int, end: int) -> Tensor:
 class DescribedCache:
     """A cache of theirs with what we keep beside it: block descriptors of its keys, and how we left its indices."""
 
-    def __init__(self, keys: Tensor, values: Tensor, block_size: int, frame_tokens: int):
-        self.keys, self.values = keys, values
+    def __init__(self, keys: Tensor, values: Tensor, block_size: int, frame_tokens: int, score: Score):
+        self.keys, self.values, self.score = keys, values, score
         self.block_size, self.frame_tokens = min(block_size, frame_tokens), frame_tokens
         self.blocks_per_frame = -(-frame_tokens // self.block_size)
         frames = keys.shape[1] // frame_tokens
-        self.descriptors = keys.new_zeros(keys.shape[0], frames * self.blocks_per_frame, *keys.shape[2:])
+        batch, _, heads, size = keys.shape
+        width = descriptor_width(size, score)
+        self.moments = width // size
+        self.descriptors = keys.new_zeros(batch, frames * self.blocks_per_frame, heads, width)
         self.ends = 0, 0
         """Where the cache ends: in the whole video, and in the cache."""
         self.evicts = True
@@ -137,11 +146,11 @@ class DescribedCache:
         return {name: value for name, value in kv_cache.items() if name != _OWN_ENTRY}
 
     @classmethod
-    def of(cls, kv_cache: MutableMapping[str, Any], block_size: int, frame_tokens: int) -> DescribedCache:
+    def of(cls, kv_cache: MutableMapping[str, Any], block_size: int, frame_tokens: int, score: Score) -> DescribedCache:
         """Our entry in the cache, brought up to date where somebody else has written to the cache since."""
         own, keys = kv_cache.get(_OWN_ENTRY), kv_cache["k"]
-        sizes = (min(block_size, frame_tokens), frame_tokens)
-        if own is None or own.keys is not keys or (own.block_size, own.frame_tokens) != sizes:
+        sizes = (min(block_size, frame_tokens), frame_tokens, score)
+        if own is None or own.keys is not keys or (own.block_size, own.frame_tokens, own.score) != sizes:
             own = kv_cache[_OWN_ENTRY] = cls(keys, kv_cache["v"], *sizes)
         own.evicts = all(name in kv_cache for name in _INDICES)
         if not _unchanged(own._left, _state(kv_cache)):
@@ -203,7 +212,8 @@ class DescribedCache:
         if first < last:
             keys = self.keys[:, first * self.frame_tokens : last * self.frame_tokens]
             places = slice(first * self.blocks_per_frame, last * self.blocks_per_frame)
-            self.descriptors[:, places] = describe_blocks(keys, self.block_size, self.frame_tokens)
+            sizes = (self.block_size, self.frame_tokens)
+            self.descriptors[:, places] = describe_blocks(keys, *sizes, moments=self.moments)
 
     def move_indices(self, kv_cache: MutableMapping[str, Any], global_end: int, local_end: int) -> None:
         """Writes their indices, which are tensors in some projects, integers in others, and missing in CausVid."""

@@ -55,6 +55,7 @@ MODES = {
     "memflow": {"memory": "memflow"},
     "host": {"device_frames": 4, "host_frames": 2, "relevance": "random", "bank_frames": 2},
     "stochastic": {"stochastic": True, "recache": False},
+    "moments": {"score": "moments", "top_k": 2},
     "random-blocks": {"selection": "random", "relevance": "coverage", "top_k": 2},
     "released": {
         "memory": "released",
