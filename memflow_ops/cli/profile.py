@@ -46,6 +46,7 @@ from memflow_ops.model.selection_profile import profile as library
 from memflow_ops.model.selection_profile import timing
 from memflow_ops.model.selection_profile.figures import ChoiceFigures, Sampling, SelectionProfile
 from memflow_ops.model.selection_profile.profile import check_profile, first_full_chunk
+from memflow_ops.model.selection_profile.rankings import compare_rankings, ranking_table
 from memflow_ops.model.selection_profile.report import (
     GOALS,
     cheapest,
@@ -363,6 +364,7 @@ def _profile(profiled: ProfiledStream, out: Path, sampling: Sampling) -> None:
         )
         lost = write_picture(out.with_suffix(".png"), lambda: _draw(measured, title, settings))
     typer.echo(profile_table(rows, measured.frame_tokens))
+    typer.echo(_rankings(measured, settings))
     typer.echo(_conclusion(measured, rows))
     typer.echo(f"written to {out}" + ("" if lost else f" and {out.with_suffix('.png').name}"))
     if lost and not interrupted:
@@ -414,6 +416,16 @@ def _measure(
         fail("interrupted before the first chunk was measured; nothing was written", code=130)
     write(measured)
     return measured, interrupted
+
+
+def _rankings(measured: SelectionProfile, settings: StreamSettings) -> str:
+    """How blocks are best ranked, at the measured block size and query group that are next to those of the stream."""
+    size, group = settings.block_size, settings.query_group
+    selected = [choice for choice in measured.compared if choice.blocks == "moments"]
+    nearest = min(selected, key=lambda choice: (abs(choice.block_size - size), choice.query_group != group))
+    table = ranking_table(compare_rankings(measured, nearest.block_size, nearest.query_group))
+    what = describe_choice(nearest._replace(blocks="top"), measured.frame_tokens)
+    return f"\nShares of the bank's mass, and errors of the output, in % ({what}):\n{table}\n"
 
 
 def _conclusion(measured: SelectionProfile, rows: Sequence[ChoiceFigures]) -> str:

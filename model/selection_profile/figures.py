@@ -81,6 +81,8 @@ class SelectionProfile:
     chunks: list[int] = field(default_factory=list)
     """the chunks whose calls were measured"""
     sums: dict[Choice, ChoiceSums] = field(default_factory=dict)
+    by_chunk: list[dict[Choice, ChoiceSums]] = field(default_factory=list)
+    """the sums of every measured chunk"""
     shares: dict[Choice, list[Tensor]] = field(default_factory=dict)
     """for every call the share of the bank's mass that was captured, (budgets, heads)"""
     seconds: dict[TimedSetting, list[float]] = field(default_factory=dict)
@@ -95,13 +97,16 @@ class SelectionProfile:
     def add(self, chunk: int, found: Sequence[dict[Choice, ChoiceSums]]) -> None:
         """Adds the measured calls of one chunk."""
         self.chunks.append(chunk)
+        of_chunk: dict[Choice, ChoiceSums] = {}
         for call in found:
             self.calls += 1
             some = next(iter(call.values()))
             self.queries += some.queries * len(some.bank)
             for choice, new in call.items():
                 self.shares.setdefault(choice, []).append(_share(new.captured, new.bank))
+                of_chunk[choice] = _added(of_chunk.get(choice), new)
                 self.sums[choice] = _added(self.sums.get(choice), new)
+        self.by_chunk.append(of_chunk)
 
     def figures(self) -> list[ChoiceFigures]:
         """The figures of every choice at every budget, choice by choice, from the smallest budget on."""
@@ -131,8 +136,8 @@ class SelectionProfile:
 
     def _times(self, choice: Choice, top_k: int) -> Sequence[float | None]:
         """Seconds and the three ratios to the window alone; four times None where this setting was not timed."""
-        taken = self.seconds.get((choice.block_size, choice.query_group, top_k), [])
-        if choice.blocks != "top" or not taken:
+        taken = self.seconds.get((choice, top_k), [])
+        if not taken:
             return [None] * 4
         ratios = sorted(ours / alone for ours, alone in zip(taken, self.seconds[WINDOW_ALONE], strict=True))
         return [statistics.median(taken), *(ratios[round(q * (len(ratios) - 1))] for q in (0.5, 0.2, 0.8))]

@@ -11,15 +11,18 @@ group, captures more. (The oracle's output error is not the least possible one; 
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from memflow_ops import describe_blocks
+from memflow_ops.geometry import Score
 
-Ranking = Literal["top", "oracle", "random"]
+Ranking = Literal["top", "moments", "oracle", "random"]
+SCORE_OF: dict[Ranking, Score] = {"top": "mean", "moments": "moments"}
+"""The rankings that `select_blocks` makes, and the scores that they go by."""
 ELEMENTS = 1 << 25
 """Numbers in the largest intermediate result: 128 MiB in float32. A few of that size are held at a time."""
 
@@ -28,7 +31,8 @@ class Choice(NamedTuple):
     """A way to choose blocks of the bank, for any budget."""
 
     blocks: Ranking
-    """those of the highest score, as `select_blocks`; those of the most true mass; or random ones for every query"""
+    """those of the highest score by means or by moments, as `select_blocks`; those of the most true mass; or random
+    ones for every query"""
     block_size: int
     query_group: int | None
     """consecutive queries that share a selection; None: the whole chunk"""
@@ -104,8 +108,8 @@ def choices_to_compare(
     shared = [(size, group) for size in block_sizes for group in query_groups] + [(frame_tokens, None)]
     found = {Choice("random", size, 1) for size, _ in shared}
     for size, group in shared:
-        found |= {Choice("top", size, group), Choice("oracle", size, group)}
-    order = ("top", "oracle", "random")
+        found |= {Choice(blocks, size, group) for blocks in get_args(Ranking) if blocks != "random"}
+    order = get_args(Ranking)
     return sorted(found, key=lambda c: (c.block_size, c.query_group or math.inf, order.index(c.blocks)))
 
 
@@ -188,15 +192,25 @@ def _ranked(
     if choice.blocks == "oracle":
         scores = masses.new_zeros(masses.shape[0], len(present), masses.shape[2]).index_add_(1, member, masses)
     else:
-        descriptors = describe_blocks(
-            call.bank_k.flatten(1, 2).transpose(0, 1)[None], choice.block_size, call.frame_tokens
-        )
-        means = [_wide(call.q[:, group * g : group * (g + 1)]).mean(1) for g in present.tolist()] if group > 1 else []
-        queries = torch.stack(means, 1) if means else _wide(call.q[:, present])
-        scores = queries @ _wide(descriptors[0]).permute(1, 2, 0)
+        scores = _scores(call, choice, [_wide(call.q[:, group * g : group * (g + 1)]) for g in present.tolist()])
     order = scores.nan_to_num(nan=-torch.inf).sort(dim=-1, descending=True, stable=True).indices
     places = torch.arange(order.shape[-1], device=order.device, dtype=torch.long).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places), member
+
+
+def _scores(call: SampledCall, choice: Choice, groups: list[Tensor]) -> Tensor:
+    """The scores [H, G, N] by which groups of queries [H, n, D] rank the blocks, as in `select_blocks`."""
+    moments = 2 if choice.blocks == "moments" else 1
+    keys = call.bank_k.flatten(1, 2).transpose(0, 1)[None]
+    descriptors = describe_blocks(keys, choice.block_size, call.frame_tokens, moments=moments)
+    table = _wide(descriptors[0]).permute(1, 2, 0)
+    means = torch.stack([group.mean(1) for group in groups], 1)
+    if moments == 1:
+        return means @ table
+    scale = call.q.shape[-1] ** -0.5
+    squares = torch.stack([group.square().mean(1) for group in groups], 1)
+    lengths = _blocks(torch.ones_like(call.bank_k[:1, :, :, 0]), choice.block_size).sum(-1)
+    return torch.cat([scale * means, scale**2 / 2 * squares], -1) @ table + _wide(lengths).log()
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:

@@ -1,12 +1,14 @@
 """A selection profile as a table, as JSON and in words."""
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 from memflow_ops.model.selection_profile.figures import ChoiceFigures, Sampling, SelectionProfile
-from memflow_ops.model.selection_profile.quality import Choice
+from memflow_ops.model.selection_profile.quality import SCORE_OF, Choice
+from memflow_ops.model.selection_profile.rankings import compare_rankings
 
 GOALS: dict[str, Callable[[ChoiceFigures], bool]] = {
     "80 % of the mass": lambda figures: figures.captured >= 0.8,
@@ -30,7 +32,7 @@ def smallest_enough(
 
 def cheapest(figures: Sequence[ChoiceFigures], goal: Callable[[ChoiceFigures], bool]) -> ChoiceFigures:
     """The setting that reaches a goal in the least time; where nothing was timed, the one with the fewest keys."""
-    reached = [smallest_enough(figures, choice, goal) for choice in choices_of(figures) if choice.blocks == "top"]
+    reached = [smallest_enough(figures, choice, goal) for choice in choices_of(figures) if choice.blocks in SCORE_OF]
     return min(reached, key=lambda one: (one.ratio or 0.0, one.keys))
 
 
@@ -41,8 +43,9 @@ def describe_choice(choice: Choice, frame_tokens: int) -> str:
     if blocks == "random":
         return f"{what}, at random"
     who = {1: "per query", None: "per chunk"}.get(group, f"per {group} queries")
-    released = ", as released" if size == frame_tokens and group is None else ""
-    return f"{what}, {who}{released}" + (", oracle" if blocks == "oracle" else "")
+    released = ", as released" if size == frame_tokens and group is None and blocks != "moments" else ""
+    ranking = {"oracle": ", oracle", "moments": ", by moments"}.get(blocks, "")
+    return f"{what}, {who}{released}{ranking}"
 
 
 def profile_table(figures: Sequence[ChoiceFigures], frame_tokens: int) -> str:
@@ -66,6 +69,9 @@ def profile_table(figures: Sequence[ChoiceFigures], frame_tokens: int) -> str:
 
 def profile_json(measured: SelectionProfile, about: dict[str, Any], sampling: Sampling, *, interrupted: bool) -> str:
     """The profile as JSON, its numbers rounded to six digits. about: what the results say of the stream."""
+    settings = {(choice.block_size, choice.query_group) for choice in measured.sums if choice.blocks in SCORE_OF}
+    order = sorted(settings, key=lambda setting: (setting[0], setting[1] or math.inf))
+    compared = [row for setting in order for row in compare_rankings(measured, *setting)]
     results = {
         **about,
         "sampling": asdict(sampling),
@@ -76,10 +82,13 @@ def profile_json(measured: SelectionProfile, about: dict[str, Any], sampling: Sa
         "calls_measured": measured.calls,
         "queries_times_heads_measured": measured.queries,
         "bank_mass": _rounded(measured.bank_mass),
-        "rows": [{name: _rounded(x) for name, x in asdict(one).items()} for one in measured.figures()],
+        "rankings": [_rounded(asdict(row)) for row in compared],
+        "rows": [_rounded(asdict(one)) for one in measured.figures()],
     }
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
 
 
 def _rounded(x: Any) -> Any:
+    if isinstance(x, dict):
+        return {name: _rounded(value) for name, value in x.items()}
     return float(f"{x:.6g}") if isinstance(x, float) else x

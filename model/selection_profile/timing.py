@@ -9,11 +9,11 @@ from torch import Tensor
 
 from memflow_ops import describe_blocks, memory_attention
 from memflow_ops.cache.views import Memory
-from memflow_ops.model.selection_profile.quality import Choice, budgets
+from memflow_ops.model.selection_profile.quality import SCORE_OF, Choice, budgets
 
-TimedSetting = tuple[int, int | None, int]
-"""block_size, query_group and top_k of a timed call."""
-WINDOW_ALONE: TimedSetting = (0, None, 0)
+TimedSetting = tuple[Choice | None, int]
+"""The choice of blocks and top_k of a timed call."""
+WINDOW_ALONE: TimedSetting = (None, 0)
 """The call without memory, to which all others are compared."""
 CALLS = 3
 """Calls in a row of which a round takes the quickest."""
@@ -38,11 +38,12 @@ def time_choices(
     calls: dict[TimedSetting, Callable[[], object]] = {WINDOW_ALONE: lambda: memory_attention(q, *window)}
     frames = memory.slots.shape[1]
     for size in sorted({choice.block_size for choice in compared}):
-        descriptors = describe_blocks(memory.keys, size, frame_tokens)
-        for group in {c.query_group: None for c in compared if c.block_size == size and c.blocks == "top"}:
-            for top_k in budgets(frames * -(-frame_tokens // size))[1:]:
-                setting = size, group, top_k
-                calls[setting] = _call(q, window, memory, descriptors, frame_tokens, setting)
+        described = describe_blocks(memory.keys, size, frame_tokens, moments=2)
+        for choice in compared:
+            if choice.block_size == size and choice.blocks in SCORE_OF:
+                descriptors = described if choice.blocks == "moments" else described[..., : q.shape[-1]].contiguous()
+                for top_k in budgets(frames * -(-frame_tokens // size))[1:]:
+                    calls[choice, top_k] = _call(q, window, memory, descriptors, frame_tokens, choice, top_k)
     taken: dict[TimedSetting, list[float]] = {setting: [] for setting in calls}
     order, draw = list(calls), random.Random(0)
     for number in range(rounds + 1):
@@ -60,9 +61,9 @@ def _call(
     memory: Memory,
     descriptors: Tensor,
     frame_tokens: int,
-    setting: TimedSetting,
+    choice: Choice,
+    top_k: int,
 ) -> Callable[[], object]:
-    block_size, query_group, top_k = setting
     return lambda: memory_attention(
         q,
         *window,
@@ -70,9 +71,10 @@ def _call(
         memory.values,
         memory_descriptors=descriptors,
         top_k=top_k,
-        block_size=block_size,
+        block_size=choice.block_size,
         frame_tokens=frame_tokens,
-        query_group=query_group,
+        query_group=choice.query_group,
+        score=SCORE_OF[choice.blocks],
         memory_frames=memory.frames,
         memory_slots=memory.slots,
     )

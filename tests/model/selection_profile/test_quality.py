@@ -78,24 +78,26 @@ sizes = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.parametrize("ranking, score, moments", [("top", "mean", 1), ("moments", "moments", 2)])
 @given(sizes=sizes, block=st.integers(1, 7), group=st.one_of(st.none(), st.integers(1, 5)))
-def test_what_is_measured_is_what_the_op_does(sizes, block, group):
-    """Whole numbers, so that scores tie; every budget against the op, its reference in float64."""
-    call = random_call(**sizes, whole=True)
+def test_what_is_measured_is_what_the_op_does(ranking, score, moments, sizes, block, group):
+    """Every budget against the op, its reference in float64; means of whole numbers, so that their scores tie."""
+    call = random_call(**sizes, whole=ranking == "top")
     block = min(block, sizes["tokens"])
-    (measured,) = measure_call(call, [Choice("top", block, group)]).values()
+    (measured,) = measure_call(call, [Choice(ranking, block, group)]).values()
     q, k, v, bank_k, bank_v = (as_op(x) for x in (call.q, call.k, call.v, call.bank_k, call.bank_v))
     options = {"block_size": block, "frame_tokens": sizes["tokens"], "query_group": group, "impl": "reference"}
+    options["score"] = score
     out = {n: memory_attention(q, k, v, bank_k, bank_v, top_k=n, **options) for n in measured.budgets[1:]}
     dense = out[measured.budgets[-1]]
     p = torch.softmax(q[0].transpose(0, 1) @ torch.cat([k, bank_k], 1)[0].permute(1, 2, 0) / 2, -1)
     masses = p[..., sizes["window"] :].unflatten(-1, (sizes["frames"], -1)).split(block, -1)
     table = torch.stack([part.sum(-1) for part in masses], -1).flatten(2)  # [H, n, N]
-    descriptors = describe_blocks(bank_k, block, sizes["tokens"])
+    descriptors = describe_blocks(bank_k, block, sizes["tokens"], moments=moments)
     for i, top_k in enumerate(measured.budgets[1:], 1):
         error = (out[top_k] - dense).square().sum((0, 1, 3))
         torch.testing.assert_close(measured.error[i], error, rtol=1e-9, atol=1e-12)
-        chosen = select_blocks(q, descriptors, top_k, query_group=group, impl="reference")[0].long()  # [H, G, K]
+        chosen = select_blocks(q, descriptors, top_k, **options)[0].long()  # [H, G, K]
         per_query = chosen.repeat_interleave(group or sizes["queries"], 1)[:, : sizes["queries"]]
         captured = table.gather(2, per_query).sum((1, 2))
         torch.testing.assert_close(measured.captured[i], captured, rtol=1e-9, atol=1e-12)
@@ -173,11 +175,12 @@ def test_budgets_run_from_nothing_to_all():
 
 def test_what_is_compared():
     found = choices_to_compare([4, 8], [1, None], 8)
-    assert len(set(found)) == len(found) == 2 * (4 + 1)
+    assert len(set(found)) == len(found) == 2 + 4 * 3
     assert Choice("top", 8, None) in found, "frames by their means for the whole chunk"
-    assert choices_to_compare([4], [2], 8)[-3:] == [
+    assert choices_to_compare([4], [2], 8)[-4:] == [
         Choice("random", 8, 1),
         Choice("top", 8, None),
+        Choice("moments", 8, None),
         Choice("oracle", 8, None),
     ]
 
