@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from memflow_ops.geometry import Geometry, WriteTarget
+from memflow_ops.geometry import Geometry, Score, WriteTarget, descriptor_width
 from memflow_ops.kernels.attention.backward import plan_attend_backward
 from memflow_ops.kernels.attention.plan import plan_attend
 from memflow_ops.kernels.cache_write import plan_write_projections
@@ -44,6 +44,7 @@ def memory_attention(
     window_tokens: int = WINDOW,
     causal: bool = False,
     by_group: bool = False,
+    score: Score = "mean",
     multiprocessors: int = 0,
 ) -> list[Launch]:
     """The launches of a layer's attention to the bank, which resume; with `dense` to the window too, starting afresh.
@@ -55,10 +56,11 @@ def memory_attention(
     k = cached(window_tokens, heads[1], head_dim, dtype) if dense else None
     memory = cached(frames * FRAME_TOKENS, heads[1], head_dim, dtype)
     blocks = frames * -(-FRAME_TOKENS // block_size)
-    descriptors = meta(1, blocks, heads[1], head_dim, dtype=dtype)
+    descriptors = meta(1, blocks, heads[1], descriptor_width(head_dim, score), dtype=dtype)
     counts = (1, -(-QUERIES // query_group)) if by_group else (1,)
     slots, valid = meta(1, frames, dtype=torch.int32), meta(*counts, dtype=torch.int32)
-    geometry = Geometry(block_size, FRAME_TOKENS, query_group, head_dim**-0.5, slots, valid, causal=causal)
+    sizes = (block_size, FRAME_TOKENS, query_group, head_dim**-0.5)
+    geometry = Geometry(*sizes, slots, valid, causal=causal, score=score)
     resume = None if dense else (q, meta(1, heads[0], QUERIES, dtype=torch.float32))
     selecting, indices = plan_select(q, descriptors, top_k, geometry)
     attending, *_ = plan_attend(
@@ -82,11 +84,14 @@ def window(capability: int, *, causal: bool = False, used: bool = False, paged: 
     return launches
 
 
-def cache_write(heads: int = 12, dtype: torch.dtype = torch.bfloat16, clean: bool = True) -> list[Launch]:
-    """A layer's cache write, with descriptors and frame means in the clean pass."""
+def cache_write(
+    heads: int = 12, dtype: torch.dtype = torch.bfloat16, clean: bool = True, moments: int = 1
+) -> list[Launch]:
+    """A layer's cache write, with descriptors (of so many moments) and frame means in the clean pass."""
     q, angles = meta(1, QUERIES, heads, 128, dtype=dtype), meta(1, QUERIES, 64, dtype=torch.float32)
     pool, weight = cached(76 * FRAME_TOKENS, heads, 128, dtype), meta(heads * 128, dtype=dtype)
-    descriptors, means = (meta(1, *n, heads, 128, dtype=dtype) if clean else None for n in ((76 * 25,), (1, 1)))
+    descriptors = meta(1, 76 * 25, heads, moments * 128, dtype=dtype) if clean else None
+    means = meta(1, 1, 1, heads, 128, dtype=dtype) if clean else None
     places = meta(1, 3, dtype=torch.int32)
     target = WriteTarget(pool, pool, places, FRAME_TOKENS, descriptors, 64, means, FRAME_TOKENS)
     launches, _ = plan_write_projections(q, q, q, (angles, angles), (weight, weight, 1e-6), target)
@@ -191,6 +196,8 @@ def shipped() -> dict[str, Plan]:
         "per query, float32": dict(query_group=1, **single),
         "bank, frames by group": dict(by_group=True),
         "per query, frames by group": dict(query_group=1, by_group=True),
+        "two launches, moments": dict(score="moments"),
+        "per query, moments": dict(query_group=1, score="moments"),
     }
     windows: dict[str, Plan] = {
         "window": window,
@@ -201,9 +208,12 @@ def shipped() -> dict[str, Plan]:
         "window, paged, causal, used keys": partial(window, causal=True, used=True, paged=True),
     }
     launches = {name: case(**options) for name, options in sizes.items()}
-    descriptors = lambda _: [plan_block_means(cached(3120, 12, 128), 64, FRAME_TOKENS, torch.bfloat16)[0]]  # noqa: E731
+    prototypes = (cached(3120, 12, 128), 64, FRAME_TOKENS, torch.bfloat16)
+    descriptors = lambda _: [plan_block_means(*prototypes)[0]]  # noqa: E731
+    variances = lambda _: [plan_block_means(*prototypes, "variance")[0]]  # noqa: E731
     writes = {
         "cache write, clean pass": lambda _: cache_write(),
+        "cache write, clean pass, moments": lambda _: cache_write(moments=2),
         "cache write": lambda _: cache_write(clean=False),
         "cache write, 40 heads": lambda _: cache_write(heads=40),
         "cache write, float32": lambda _: cache_write(dtype=torch.float32),
@@ -243,4 +253,5 @@ def shipped() -> dict[str, Plan]:
         "backward, causal window too, 64 dims": dict(dense=True, causal=True, head_dim=64),
     }
     gradients = {name: partial(backward, **options) for name, options in backwards.items()}
-    return {"descriptors": descriptors, **windows, **launches, **writes, **retrievals, **gradients}
+    described = {"descriptors": descriptors, "descriptors, moments": variances}
+    return {**described, **windows, **launches, **writes, **retrievals, **gradients}
