@@ -34,6 +34,7 @@ from memflow_ops.cli.options import (
     ToyWeights,
     Width,
     as_settings,
+    named,
     typed,
 )
 from memflow_ops.environment import environment, pick_device
@@ -283,6 +284,10 @@ def toy_profile_selection(
         int,
         typer.Option(help="How many held-out stories are streamed.", min=1, metavar="N", rich_help_panel=VIDEO),
     ] = 2,
+    story_seed: Annotated[
+        int,
+        typer.Option(help="The seed of the held-out stories.", min=HELD_OUT_SEED, metavar="N", rich_help_panel=VIDEO),
+    ] = HELD_OUT_SEED,
     frames_per_prompt: FramesPerPrompt = held_out.FRAMES_PER_PROMPT,
     steps: Steps = TOY_SETTINGS.steps,
     bank_frames: BankFrames = TOY_SETTINGS.bank_frames,
@@ -302,12 +307,13 @@ def toy_profile_selection(
     sampling = Sampling(chunks, calls, heads, queries, rounds, seed)
     with one_line_errors():
         _check_targets(out)
-        if story and "stories" in typed(context):
-            raise ValueError("--stories would change nothing: the story is that of the file")
+        unused = [name for name in ("stories", "story_seed") if story and name in typed(context)]
+        if unused:
+            raise ValueError(f"{named(unused)} would change nothing: the story is that of the file")
         if story:
             told = read_stories(story, parse_prompt)[:1]
         else:
-            told = held_out.make_stories(stories, HELD_OUT_SEED)[STORY_LENGTH]
+            told = held_out.make_stories(stories, story_seed)[STORY_LENGTH]
         spoken = chunk_prompts(told, frames_per_prompt, TOY_SETTINGS.chunk_frames)
         room = max(TOY_SETTINGS.device_frames, len(spoken), bank_frames + TOY_SETTINGS.window_frames)
         settings = replace(TOY_SETTINGS, bank_frames=bank_frames, top_k=top_k, steps=steps, device_frames=room)

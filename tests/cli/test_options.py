@@ -49,6 +49,10 @@ UNUSED = {
     "bench": (("bench", "--stored", "--rounds", 3), "--rounds would change nothing with --stored"),
     "bench, empty": (("bench", "--stored", "--case", ""), "--case would change nothing with --stored"),
     "profile": (("toy", "profile-selection", DEMO_STORY, "--stories", 3), "--stories would change nothing"),
+    "profile, seed": (
+        ("toy", "profile-selection", DEMO_STORY, "--story-seed", 10**4),
+        "--story-seed would change nothing",
+    ),
     "profile, default": (("toy", "profile-selection", DEMO_STORY, "--stories", 2), "--stories would change nothing"),
 }
 
