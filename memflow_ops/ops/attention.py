@@ -29,6 +29,7 @@ class Options(TypedDict, total=False):
     causal: bool
     seqused_k: Tensor | None
     window_slots: Tensor | None
+    score: Score
     softmax_scale: float | None
     impl: str
     dense_backend: str
