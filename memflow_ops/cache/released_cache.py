@@ -154,7 +154,8 @@ class ReleasedCache(RingCache):
     def remember(self, layer: int, k: Tensor) -> None:
         """As in every cache. Takes no means: the bank goes by rotated keys, which are in place."""
         self._check_open("remember")
-        self.layout.check_chunk_tensor("k", layer, *as_autocast_does(k, to=self.layout.dtype), self.device)
+        (k,) = as_autocast_does(k, to=self.layout.dtype)
+        self.layout.check_chunk_tensor("k", layer, k, self.device)
         self._remembered.add(layer)
 
     def _leave_behind(self, chunk: int) -> None:
