@@ -24,6 +24,7 @@ from memflow_ops.bench.harness.correctness import (
 from memflow_ops.bench.sizes import Size
 from memflow_ops.cache.attend import Attend, AttendProjections
 from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.model.streaming.settings import ReselectKind
 from memflow_ops.rotary import rope_rotation
 
 
@@ -37,6 +38,8 @@ class MemoryVariant:
     top_k: int | None = None
     per_chunk: bool = False
     """Whether all queries of a head share one selection."""
+    reselect: ReselectKind = "step"
+    """As StreamSettings.reselect."""
 
     def of(self, size: Size) -> Size:
         """The size with this variant's budget."""
@@ -46,7 +49,10 @@ class MemoryVariant:
     def settings(self, size: Size) -> dict[str, object]:
         """The settings as a row of results states them; without a bank to choose from there is no budget."""
         own = self.of(size)
-        budget = {"bank_frames": self.bank_frames, "top_k": own.top_k, "query_group": own.query_group}
+        budget: dict[str, object] = {"bank_frames": self.bank_frames, "top_k": own.top_k}
+        budget |= {"query_group": own.query_group}
+        if self.reselect != "step":
+            budget |= {"reselect": self.reselect}
         return {"memory": self.memory, **(budget if self.memory == "memflow" else dict.fromkeys(budget))}
 
 
@@ -97,8 +103,11 @@ class CheckedCache:
         past = self.cache.visible_sink() + len(self.cache.candidate_frames()[0])
         return size.window_keys + past * size.frame_tokens
 
-    def keys_of(self, layer: int, q: Tensor) -> KeysOf:
-        """What a layer's rotated queries attend to by the definition of the kind of memory."""
+    def keys_of(self, layer: int, q: Tensor, reused: Tensor | None = None) -> KeysOf:
+        """What a layer's rotated queries attend to by the definition of the kind of memory.
+
+        reused: (layers, B, H, G, K), the blocks that an earlier pass has chosen; None: this pass chooses.
+        """
         if self.variant.memory != "memflow":
             keys, values = self.cache.dense(layer)
             expected = self.attended_keys
@@ -119,11 +128,14 @@ class CheckedCache:
             memory_slots=memory.slots,
             blocks_per_frame=size.blocks_per_frame,
         )
+        if reused is not None:
+            indices = reused[layer]
 
         def keys_of(head: int, group: int) -> tuple[Tensor, Tensor]:
             tile, chosen = q[0, queries_of(size, group), head], indices[0, head, group]
             where = f"layer {layer}, selection, head {head}, group {group}"
-            check_selection(tile, descriptors[:, head], chosen, size.top_k, where)
+            if reused is None:
+                check_selection(tile, descriptors[:, head], chosen, size.top_k, where)
             tokens = selected_tokens(size, chosen, slots)
             pairs = zip(window, (memory.keys, memory.values), strict=True)
             k, v = (torch.cat([ring[0, :, head], pool[0, tokens, head]]) for ring, pool in pairs)
@@ -131,10 +143,10 @@ class CheckedCache:
 
         return keys_of
 
-    def checked(self, attend: Attend, rotation: tuple[Tensor, Tensor]) -> Attend:
+    def checked(self, attend: Attend, rotation: tuple[Tensor, Tensor], reused: Tensor | None = None) -> Attend:
         """The same `attend`, checked in the first and the last layer: the keys and values that it writes, its results.
 
-        rotation: that of the open chunk.
+        rotation: that of the open chunk. reused: of `keys_of`.
         """
         projections = cast(AttendProjections, attend).projections
 
@@ -144,7 +156,7 @@ class CheckedCache:
                 weight_q, weight_k, eps = norm or (None, None, 0.0)
                 self._check_written(layer, exact_projection(k, rotation, weight_k, eps), v)
                 rotated = exact_projection(q, rotation, weight_q, eps).to(q.dtype)
-                check_attention(self.size, rotated, out, self.keys_of(layer, rotated))
+                check_attention(self.size, rotated, out, self.keys_of(layer, rotated, reused))
             return out
 
         return AttendProjections(attend_and_check)
@@ -165,7 +177,7 @@ class CheckedCache:
         """
         size, cache, layout = self.size, self.cache, self.cache.layout
         prototypes = cache.committed - -(-layout.sink_frames // layout.chunk_frames)
-        history = layout.sink_frames + layout.window_frames  # The slots from here on are filled one after the other.
+        history = layout.history_start  # The slots from here on are filled one after the other.
         parts = {"the sink": (0, layout.sink_frames), "prototypes": (history, min(prototypes, layout.device_frames))}
         for layer in sorted({0, layout.layers - 1}):
             memory = cache.memory(layer)

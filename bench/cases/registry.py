@@ -26,6 +26,10 @@ BOTH, CPU, CUDA = ("cpu", "cuda"), ("cpu",), ("cuda",)
 
 VARIANTS = {OURS: MemoryVariant("memflow"), "none": MemoryVariant("none"), "sink": MemoryVariant("sink")}
 PER_CHUNK = {"memflow, one selection per chunk": MemoryVariant("memflow", per_chunk=True)}
+KEPT = {
+    "memflow, chosen once": MemoryVariant("memflow", reselect="chunk"),
+    "memflow, one selection per chunk, chosen once": MemoryVariant("memflow", per_chunk=True, reselect="chunk"),
+}
 
 
 # -------------------------------------------------------------------------------------------- ops, layers and streams
@@ -102,10 +106,11 @@ def long_case(size: Size, dtype: str, frames: int, device: str) -> Case:
 
 def registry() -> list[Case]:
     """All cases, those of the stream first and our kernels alone last."""
-    some = {**VARIANTS, **PER_CHUNK, "full": MemoryVariant("full")}
+    some = {**VARIANTS, **PER_CHUNK, **KEPT, "full": MemoryVariant("full")}
     budgets = {
         **VARIANTS,
         **PER_CHUNK,
+        **KEPT,
         "memflow, the whole history as bank": MemoryVariant("memflow", 240),
         "memflow, 24 blocks": MemoryVariant("memflow", top_k=24),
     }

@@ -14,6 +14,7 @@ from memflow_ops.bench.harness.case import Built, Contender
 from memflow_ops.bench.sizes import Size
 from memflow_ops.cache.attend import Attend, BlockSelection, attend_to_memory
 from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.model.streaming.factory import make_chosen
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Streamer
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
@@ -57,6 +58,7 @@ def stream_settings(size: Size, variant: MemoryVariant, prototypes: int) -> Stre
         top_k=size.top_k,
         block_size=size.block_size,
         query_group=size.query_group,
+        reselect=variant.reselect,
         steps=size.steps,
         shift=5.0,
         stochastic=True,
@@ -92,7 +94,8 @@ def layer(size: Size, dtype: torch.dtype, device: torch.device, seed: int, varia
 
     def contender(variant: MemoryVariant) -> Contender:
         own = variant.of(size)
-        cache = FrameCache(stream_settings(own, variant, chunks).cache_layout(model, 1), device)
+        settings = stream_settings(own, variant, chunks)
+        cache = FrameCache(settings.cache_layout(model, 1), device)
         past = CheckedCache(cache, own, variant)
         past.fill(chunks)
         if variant.memory == "memflow":
@@ -100,7 +103,7 @@ def layer(size: Size, dtype: torch.dtype, device: torch.device, seed: int, varia
         cache.begin_chunk()
         rotation = past.rotation(chunks)
         selection = BlockSelection(own.top_k, own.query_group) if variant.memory == "memflow" else None
-        attend = attend_to_memory(cache, rotation, selection)
+        attend = attend_to_memory(cache, rotation, selection, chosen=make_chosen(settings, cache.layout, device))
 
         def call(how: Attend = attend) -> Tensor:
             return cast(Tensor, model.blocks[0](x, time, text, 0, how))
@@ -146,6 +149,7 @@ class ChunkOfStream:
 
     def __init__(self, model: CausalVideoModel, size: Size, variant: MemoryVariant, history: int, rounds: int):
         self.model, self.settings, self.history = model, variant.settings(size), history
+        self.reselects_once = variant.reselect == "chunk"
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
         grows = variant.memory == "full"
@@ -186,7 +190,9 @@ class ChunkOfStream:
             checked.append(x)
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 return arguments  # A recording cannot be looked into; the pass before it was checked.
-            return (x, t, text, past.checked(attend, rotation), *rest)
+            chosen = self.streamer.chosen if self.reselects_once and len(checked) > 1 else None
+            reused = None if chosen is None else chosen.indices.clone()  # as they are before the pass
+            return (x, t, text, past.checked(attend, rotation, reused), *rest)
 
         handle = self.model.register_forward_pre_hook(hook)
         try:

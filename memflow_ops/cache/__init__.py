@@ -6,6 +6,7 @@ chooses the bank of a chunk, and `attend_to_memory` makes the `Attend` that a mo
 """
 
 from memflow_ops.cache.attend import Attend, AttendProjections, BlockSelection, attend_to_memory
+from memflow_ops.cache.chosen import ChosenBlocks
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Coverage, DeviceChoice, DevicePolicy, Policy, Random, Relevance, Retrieved
@@ -21,6 +22,7 @@ __all__ = [
     "BlockSelection",
     "CacheLayout",
     "Candidates",
+    "ChosenBlocks",
     "Coverage",
     "DeviceChoice",
     "DevicePolicy",

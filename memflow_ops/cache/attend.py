@@ -17,11 +17,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from memflow_ops.cache.chosen import ChosenBlocks
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.ring import RingCache
 from memflow_ops.cache.views import Memory, Past
-from memflow_ops.ops.attention import memory_attention
+from memflow_ops.ops import registration
+from memflow_ops.ops.attention import attend_selected, memory_attention
 from memflow_ops.ops.cache_write import QKNorm
+from memflow_ops.ops.selection import select_blocks
 from memflow_ops.rotary import apply_rotation
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -71,6 +74,8 @@ def attend_to_memory(
     remember: bool = False,
     keys_only: bool = False,
     observe: Observer | None = None,
+    chosen: ChosenBlocks | None = None,
+    reuse: bool = False,
     impl: str = "auto",
 ) -> Attend:
     """An `Attend` for one pass over the open chunk of a cache; it overwrites what an earlier pass has written.
@@ -82,17 +87,26 @@ def attend_to_memory(
     keys_only: the last layer writes and does not attend, for a pass that is only made for its keys and values. Its
         result is then the rotated q.
     observe: sees what each layer chooses from, where there is a choice.
+    chosen: takes what the pass chooses, made with the same layout and selection; None: nothing is kept.
+    reuse: the pass attends to what `chosen` holds and chooses nothing. A RuntimeError in a layer where no pass over the
+        open chunk has chosen.
     impl: of `memory_attention`.
 
     Returns an `AttendProjections` where the cache can write from projections.
     """
     active = selection if selection is not None and cache.has_bank() else None
     layout = cache.layout
+    if reuse and chosen is None:
+        raise ValueError("attend_to_memory: reuse=True needs the choices of an earlier pass, see chosen")
+    if chosen is not None and selection is not None:
+        made_for = (chosen.layout, chosen.top_k, chosen.query_group)
+        if made_for != (layout, selection.top_k, selection.query_group):
+            raise ValueError("attend_to_memory: chosen was made for another layout, top_k or query_group")
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None) -> Tensor:
         q = cache.write_projections(layer, q, k, v, rotation, norm, remember=remember, impl=impl)
         memory = cache.memory(layer)
-        if active is not None and active.random is not None:
+        if active is not None and active.random is not None and not reuse:
             # Of descriptors without meaning, every subset of the blocks is as likely as any other.
             shape, random = memory.descriptors.shape, active.random
             meaningless = torch.randn(shape, generator=random, dtype=torch.float32, device=random.device)
@@ -104,6 +118,8 @@ def attend_to_memory(
         keys, values, valid = cache.attended(layer, sparse=selection is not None)
         if active is None:
             return memory_attention(q, keys, values, seqused_k=valid, impl=impl)
+        if chosen is not None:
+            return _attend_to_chosen(chosen, reuse, layer, q, (keys, values), valid, cache, memory, active, impl)
         return _attend_to_both(q, (keys, values), memory, active, layout, impl, valid)
 
     def attend_normalised(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -132,6 +148,60 @@ def attend_to_past(
     if past.memory is None:
         return memory_attention(q, *window, impl=impl)
     return _attend_to_both(q, window, past.memory, selection, layout, impl)
+
+
+def _attend_to_chosen(
+    chosen: ChosenBlocks,
+    reuse: bool,
+    layer: int,
+    q: Tensor,
+    window: tuple[Tensor, Tensor],
+    valid: Tensor | None,
+    cache: RingCache,
+    memory: Memory,
+    selection: BlockSelection,
+    impl: str,
+) -> Tensor:
+    """As `_attend_to_both`, with the blocks that an earlier pass over the chunk has chosen, or that this one keeps."""
+    layout, copied = cache.layout, chosen.copied_tokens
+    if not reuse:
+        indices = select_blocks(
+            q,
+            memory.descriptors,
+            selection.top_k,
+            query_group=selection.query_group,
+            memory_frames=memory.frames,
+            memory_slots=memory.slots,
+            block_size=layout.block_size,
+            frame_tokens=layout.frame_tokens,
+            score=layout.score,
+            impl=impl,
+        )
+        chosen.take(layer, indices, memory, cache.copies(layer, copied))
+        cache.chosen.add(layer)
+    elif layer not in cache.chosen:
+        raise RuntimeError(
+            f"attend_to_memory: layer {layer} has chosen no blocks for the open chunk that could be reused"
+        )
+    if copied and not cache.recaches and not torch.is_grad_enabled():
+        keys_values = cache.window_with_copies(layer, copied)
+        return registration.attend_with_copies(q, *keys_values, chosen.hidden[layer], layout.head_dim**-0.5)
+    # A backward pass must find the choice as it was.
+    indices = chosen.indices[layer].clone() if torch.is_grad_enabled() else chosen.indices[layer]
+    state = memory_attention(q, *window, seqused_k=valid, return_lse=True, impl=impl)
+    out, _ = attend_selected(
+        q,
+        memory.keys,
+        memory.values,
+        indices,
+        block_size=layout.block_size,
+        frame_tokens=layout.frame_tokens,
+        query_group=selection.query_group,
+        memory_slots=memory.slots,
+        resume=state,
+        impl=impl,
+    )
+    return out
 
 
 def _attend_to_both(

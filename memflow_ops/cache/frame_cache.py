@@ -2,11 +2,12 @@
 
 One preallocated pool per tensor holds, for every layer and story of the batch, P frame places in this order:
 
-    [ sink frames | ring of the local window | history slots ]
+    [ sink frames | places for copies | ring of the local window | history slots ]
 
 Keys have no order, so attention reads the ring as it lies, and "sink + window" or "sink + window + history" are views
-as well. The passes over a chunk overwrite its place in the ring. Its first frame, the prototype, is copied to a history
-slot once, after the clean pass. Retrieval only changes numbers in a slot table, which `memory_attention` follows.
+as well; for these there are no places for copies, which serve the blocks that a chunk has chosen (`ChosenBlocks`). The
+passes over a chunk overwrite its place in the ring. Its first frame, the prototype, is copied to a history slot once,
+after the clean pass. Retrieval only changes numbers in a slot table, which `memory_attention` follows.
 
 A frame leaves the ring before it may be retrieved or seen as sink, so that none is attended to twice. Prototypes that
 the device has no slot for move to host memory (pinned on CUDA), the least recently retrieved first, and come back when
@@ -54,7 +55,7 @@ class FrameCache(RingCache):
     _table: HistorySlotTable
 
     def __init__(self, layout: CacheLayout, device: torch.device | str = "cpu"):
-        super().__init__(layout, device, ring_start=layout.sink_frames)
+        super().__init__(layout, device)
         means, rows = len(layout.relevance_lengths), layout.device_frames + layout.host_frames
         sizes = (layout.layers, layout.batch)
         vectors = (layout.kv_heads, layout.head_dim)
@@ -64,7 +65,7 @@ class FrameCache(RingCache):
         self._table = HistorySlotTable(layout, self.device, self._stories)
         self._batch_index = torch.arange(layout.batch, dtype=torch.int64, device=self.device)
         self._described: set[int] = set()  # layers whose descriptors lie beside the ring's keys
-        self._marks = (self._written, self._remembered, self._described)
+        self._marks = (self._written, self.chosen, self._remembered, self._described)
 
     # ------------------------------------------------------------------------------------------------------ the chunk
 
@@ -166,16 +167,17 @@ class FrameCache(RingCache):
 
     def _is_counted(self, sparse: bool) -> bool:
         # The history lies behind the ring, so that without a full one the valid keys of `dense` have a gap.
-        return super()._is_counted(sparse) and (sparse or not self.candidate_frames()[0])
+        return super()._is_counted(sparse) and (sparse or not (self.candidate_frames()[0] or self.layout.copied_frames))
 
     def _before_ring(self) -> range:
-        return range(self._ring_start - self.visible_sink(), self._ring_start)
+        return range(self.layout.sink_frames - self.visible_sink(), self.layout.sink_frames)
 
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all that is remembered: visible sink frames, ring and candidates, (B, tokens, Hkv, D).
 
-        A view, except while the window is being re-cached: the ring is then not full and the history not next to it. A
-        RuntimeError says when a prototype has already had to leave the device.
+        A view, except where places for copies lie between sink and ring, and while the window is being re-cached, when
+        the ring is not full and the history not next to it. A RuntimeError says when a prototype has already had to
+        leave the device.
         """
         self._check_open("dense")
         if any(story.evicted for story in self._stories):
@@ -183,15 +185,20 @@ class FrameCache(RingCache):
                 f"the history has outgrown device_frames={self.layout.device_frames}, so it can no longer be attended "
                 "to in full; raise device_frames or use memory='memflow'"
             )
-        filled = self._ring_start + len(self._ring)
-        end_of_ring = self._ring_start + self.layout.window_frames
         # Nothing has ever been evicted, so the candidates, the oldest prototypes, lie in the leading slots.
-        history = len(self.candidate_frames()[0])
-        start = self._before_ring().start
-        if not history or filled == end_of_ring:
-            return self._view(layer, start, filled + history)
-        near, far = self._view(layer, start, filled), self._view(layer, end_of_ring, end_of_ring + history)
-        return torch.cat([near[0], far[0]], dim=1), torch.cat([near[1], far[1]], dim=1)
+        before = self._before_ring()
+        spans: list[tuple[int, int]] = []
+        for start, count in (
+            (before.start, len(before)),
+            (self._ring_start, len(self._ring)),
+            (self.layout.history_start, len(self.candidate_frames()[0])),
+        ):
+            if spans and spans[-1][1] == start:
+                spans[-1] = spans[-1][0], start + count
+            elif count:
+                spans.append((start, start + count))
+        keys, values = zip(*(self._view(layer, *span) for span in spans), strict=True)
+        return (keys[0], values[0]) if len(spans) == 1 else (torch.cat(keys, 1), torch.cat(values, 1))
 
     # --------------------------------------------------------------------------------------------------------- the bank
 
@@ -301,7 +308,8 @@ class FrameCache(RingCache):
             "committed": self._committed,
             "ever_evicted": any(story.evicted for story in self._stories),
             "ring": [frame // layout.chunk_frames for frame in self._ring[:: layout.chunk_frames]],  # chunk numbers
-            "places": places,
+            # Counted without the places for copies, so that a cache that has some goes on where another was.
+            "places": [place - layout.copied_frames * (place >= layout.sink_frames) for place in places],
             "pools": save_places(self._places, places),
             "rows": rows,
             "means": save_places([self._means], rows),
@@ -311,13 +319,15 @@ class FrameCache(RingCache):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_layout(self.layout, state.get("layout"))
-        check_places("pools", self._places, state["places"], state["pools"])
+        sink, copied = self.layout.sink_frames, self.layout.copied_frames
+        places = [place + copied * (place >= sink) for place in state["places"]]
+        check_places("pools", self._places, places, state["pools"])
         check_places("means", [self._means], state["rows"], state["means"])
         stories = [self._new_story(number) for number in range(self.layout.batch)]
         for story, history, host in zip(stories, state["history"], state["host"], strict=True):
             story.load(history, host)
             story.evicted = state["ever_evicted"]
-        load_places(self._places, state["places"], state["pools"])
+        load_places(self._places, places, state["pools"])
         load_places([self._means], state["rows"], state["means"])
         self._table.forget_unread()
         self._stories[:] = stories  # in place, because the slot table follows this list

@@ -78,7 +78,7 @@ class Story:
 
     def place(self, slot: int) -> int:
         """The frame place of a history slot."""
-        return self.layout.sink_frames + self.layout.window_frames + slot
+        return self.layout.history_start + slot
 
     def place_of(self, prototype: Prototype) -> int:
         """The frame place of a prototype that is on the device."""

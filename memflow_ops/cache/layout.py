@@ -27,6 +27,8 @@ class CacheLayout:
     relevance_block_size: tokens that share one mean for retrieval; None: the frame has one mean.
     dtype: of keys, values, descriptors and means.
     score: what blocks are ranked by, see `select_blocks`; with "moments" descriptors are twice as wide.
+    copied_frames: frame places right before the local window, for copies of the blocks that a chunk attends to; see
+        `ChosenBlocks`. They are no part of a saved state.
 
     A TypeError or ValueError says which size is impossible.
     """
@@ -46,6 +48,7 @@ class CacheLayout:
     relevance_block_size: int | None = None
     dtype: torch.dtype = torch.float32
     score: Score = "mean"
+    copied_frames: int = 0
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -63,7 +66,7 @@ class CacheLayout:
             raise ValueError(f"host_frames={self.host_frames} needs device_frames > 0 to bring frames back to, got 0")
 
     def _check_types(self) -> None:
-        may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames")
+        may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames", "copied_frames")
         for name, value in list(vars(self).items()):
             if name in ("dtype", "schedule", "score") or (name == "relevance_block_size" and value is None):
                 continue
@@ -124,9 +127,19 @@ class CacheLayout:
         return self.chunk_frames * self.frame_tokens
 
     @property
+    def ring_start(self) -> int:
+        """The frame place at which the ring of the local window begins."""
+        return self.sink_frames + self.copied_frames
+
+    @property
+    def history_start(self) -> int:
+        """The frame place of the first history slot."""
+        return self.ring_start + self.window_frames
+
+    @property
     def pool_frames(self) -> int:
         """P, the frame places of the pool."""
-        return self.sink_frames + self.window_frames + self.device_frames
+        return self.history_start + self.device_frames
 
     @property
     def blocks_per_frame(self) -> int:

@@ -73,7 +73,7 @@ class ReleasedCache(RingCache):
     layout: ReleasedLayout
 
     def __init__(self, layout: ReleasedLayout, device: torch.device | str = "cpu"):
-        super().__init__(layout, device, ring_start=layout.bank_frames + layout.sink_frames)
+        super().__init__(layout, device)
         self._table = SlotTable(layout, self.device)
         places = (layout.layers, layout.batch, layout.bank_frames)
         self._bank_ids = torch.full(places, -1, dtype=torch.long, device=self.device)

@@ -35,6 +35,7 @@ class ReleasedLayout(CacheLayout):
     block_size: int = field(default=1, init=False)
     relevance_block_size: int | None = field(default=None, init=False)
     score: Score = field(default="mean", init=False)
+    copied_frames: int = field(default=0, init=False)
     record_interval: int = 3
     schedule: BankSchedule = "interactive"
 
@@ -49,8 +50,12 @@ class ReleasedLayout(CacheLayout):
             )
 
     @property
+    def ring_start(self) -> int:
+        return self.bank_frames + self.sink_frames
+
+    @property
     def pool_frames(self) -> int:
-        return self.bank_frames + self.sink_frames + self.window_frames
+        return self.ring_start + self.window_frames
 
     @property
     def recached_frames(self) -> int:

@@ -51,9 +51,8 @@ class RingCache(SavedByState, ABC):
     _table: SlotTable
     """The bank as kernels read it; a subclass makes it."""
 
-    def __init__(self, layout: CacheLayout, device: torch.device | str, ring_start: int):
-        """ring_start: the frame place at which the ring begins."""
-        self.layout, self.device, self._ring_start = layout, torch.device(device), ring_start
+    def __init__(self, layout: CacheLayout, device: torch.device | str):
+        self.layout, self.device, self._ring_start = layout, torch.device(device), layout.ring_start
         layout.check_room(self.device)
         self._keys, self._values = layout.allocate_tokens(self.device), layout.allocate_tokens(self.device)
         blocks = (layout.layers, layout.batch, layout.pool_frames * layout.blocks_per_frame)
@@ -73,7 +72,9 @@ class RingCache(SavedByState, ABC):
         # Keys and values of the open chunk as they were last written, of the layers where gradients flow into them.
         self._in_graph: dict[int, tuple[Tensor, Tensor]] = {}
         self._remembered: set[int] = set()  # layers whose last pass was the clean one
-        self._marks: tuple[set[int], ...] = (self._written, self._remembered)
+        self.chosen: set[int] = set()
+        """The layers that have chosen blocks of the bank since the chunk was opened; `attend_to_memory` notes them."""
+        self._marks: tuple[set[int], ...] = (self._written, self._remembered, self.chosen)
         self._go_on_after(0, [])
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "RingCache":
@@ -303,6 +304,23 @@ class RingCache(SavedByState, ABC):
         self._check_open("window")
         return self._view(layer, self._ring_start, self._ring_start + len(self._ring))
 
+    @property
+    def recaches(self) -> bool:
+        """Whether the open chunk is one of those that are passed again after a prompt switch."""
+        return bool(self._to_recache)
+
+    def copies(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """The last so many tokens of the places for copies, as keys and values (B, tokens, Hkv, D) to be written."""
+        start = self._ring_start * self.layout.frame_tokens
+        return self._keys[layer, :, start - tokens : start], self._values[layer, :, start - tokens : start]
+
+    def window_with_copies(self, layer: int, tokens: int) -> tuple[Tensor, Tensor]:
+        """`copies` with `window` behind them, keys and values (B, tokens + window tokens so far, Hkv, D), as views."""
+        self._check_open("window_with_copies")
+        start, size = self._ring_start * self.layout.frame_tokens, self.layout.frame_tokens
+        part = slice(start - tokens, start + len(self._ring) * size)
+        return self._keys[layer, :, part], self._values[layer, :, part]
+
     @abstractmethod
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all that the cache remembers, (B, tokens, Hkv, D), the current chunk included."""
@@ -406,7 +424,7 @@ class RingCache(SavedByState, ABC):
 
     @abstractmethod
     def _before_ring(self) -> range:
-        """The frame places that `dense` reads before those of the ring; next to it where the ring holds a frame."""
+        """The frame places that `dense` reads before those of the ring; next to it where keys are counted."""
 
     def _places_of(self, frames: Sequence[int]) -> list[int]:
         """The frame place that each frame of the opening chunk is written to; -1 for none."""

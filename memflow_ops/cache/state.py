@@ -28,8 +28,9 @@ class SavedByState:
 
 
 def save_layout(layout: CacheLayout) -> dict[str, Any]:
-    """All sizes by name; the dtype as text, because `torch.load(weights_only=True)` must take it."""
-    return {**asdict(layout), "dtype": str(layout.dtype)}
+    """All sizes of what is saved by name; the dtype as text, because `torch.load(weights_only=True)` must take it."""
+    sizes = {name: size for name, size in asdict(layout).items() if name != "copied_frames"}
+    return {**sizes, "dtype": str(layout.dtype)}
 
 
 def check_layout(layout: CacheLayout, saved: object) -> None:

@@ -14,7 +14,8 @@ import typer
 from memflow_ops.cache.released_layout import BankSchedule
 from memflow_ops.geometry import Score
 from memflow_ops.model.pipeline.settings import RELEASED_BANK_FRAMES, WAN_SETTINGS
-from memflow_ops.model.streaming.settings import USED_BY
+from memflow_ops.model.streaming.settings import USED_BY, ReselectKind
+from memflow_ops.token_order import TokenOrderName
 
 VIDEO = "Video"
 MEMORY = "Memory"
@@ -87,6 +88,23 @@ BlockScore = Annotated[
     typer.Option(
         "--score",
         help="What memory blocks are ranked by: mean (of their keys) or moments (mean and variance).",
+        metavar="NAME",
+        rich_help_panel=MEMORY,
+    ),
+]
+Reselect = Annotated[
+    ReselectKind,
+    typer.Option(
+        help="Which passes over a chunk choose blocks: step (all of them) or chunk (the first, and the last one, which "
+        "writes the keys).",
+        metavar="NAME",
+        rich_help_panel=MEMORY,
+    ),
+]
+TokenOrder = Annotated[
+    TokenOrderName,
+    typer.Option(
+        help="How the tokens of a frame lie, and so what a block covers: raster (rows) or strips (compact patches).",
         metavar="NAME",
         rich_help_panel=MEMORY,
     ),

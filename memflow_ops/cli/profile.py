@@ -372,6 +372,12 @@ def _profile(profiled: ProfiledStream, out: Path, sampling: Sampling) -> None:
     typer.echo(profile_table(rows, measured.frame_tokens))
     typer.echo(_rankings(measured, settings))
     typer.echo(_conclusion(measured, rows))
+    if measured.strips is not None:
+        in_strips = measured.strips.figures()
+        typer.echo("\nThe same with --token-order strips:")
+        typer.echo(profile_table(in_strips, measured.frame_tokens))
+        typer.echo(_conclusion(measured.strips, in_strips))
+        typer.echo("")
     typer.echo(f"written to {out}" + ("" if lost else f" and {out.with_suffix('.png').name}"))
     if lost and not interrupted:
         fail(lost, code=1)

@@ -68,7 +68,10 @@ class Budget:
         layout = self.layout
         frame, window, sink = layout.frame_bytes, layout.window_frames, layout.sink_frames
         items = [Item(f"local window, {window} frames", window * frame), Item(f"sink, {sink} frames", sink * frame)]
-        past = layout.pool_frames - window - sink
+        if layout.copied_frames:
+            name = f"copies of the chosen blocks, {layout.copied_frames} frames"
+            items.append(Item(name, layout.copied_frames * frame))
+        past = layout.pool_frames - window - sink - layout.copied_frames
         if layout.device_frames:
             name = f"history, {past} frames, {layout.bank_frames} of them as the bank"
         else:

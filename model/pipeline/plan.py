@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from memflow_ops.cache.chosen import choice_bytes
 from memflow_ops.cache.released_layout import BankSchedule
 from memflow_ops.environment import why_not_compile
 from memflow_ops.model.checkpoints.containers import count_numbers
@@ -167,6 +168,9 @@ def stream_budget(
     tokens = model.tokens(settings.height, settings.width)
     records = options.cuda_graphs is not False and not why_not_record(free.device, settings)
     items = model_items(config, settings, pretrained.parameters, batch, tokens, dtype, pools=2 if records else 1)
+    if settings.memory == "memflow" and settings.reselect == "chunk":
+        layout = settings.cache_layout(model, batch, free.device)
+        items.append(Item("choices that are kept", choice_bytes(layout, settings.top_k, settings.query_group)))
     if sources.vae is not None:
         folder, vae = find_vae(sources.vae)
         channels, scale = vae.get("z_dim", 16), vae.get("scale_factor_spatial", 8)
@@ -181,5 +185,5 @@ def stream_budget(
         raise ValueError(f"the text encoder needs {size(text)} on {free.device}, where {size(free.bytes)} are free")
     prototypes = settings.prototypes(chunks)
     return fit_history(
-        settings, lambda s: s.cache_layout(model, batch), prototypes, items, free, options.history_frames
+        settings, lambda s: s.cache_layout(model, batch, free.device), prototypes, items, free, options.history_frames
     )

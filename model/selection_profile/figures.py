@@ -87,6 +87,8 @@ class SelectionProfile:
     """for every call the share of the bank's mass that was captured, (budgets, heads)"""
     seconds: dict[TimedSetting, list[float]] = field(default_factory=dict)
     """seconds of every round"""
+    strips: "SelectionProfile | None" = None
+    """the same calls with the tokens of a frame in strips, `token_order="strips"`"""
 
     @property
     def bank_mass(self) -> float:

@@ -2,7 +2,8 @@
 
 Calls of attention (a layer in a pass) are drawn at random from chunks drawn at random. In each of them a few heads and
 queries are compared with what they would see with the whole bank; `quality` has the measures. The stream itself goes on
-as its settings say. The time that each setting of `memory_attention` takes is measured on the same tensors.
+as its settings say. What blocks would keep if the tokens of a frame lay in strips is measured on the same calls, and
+the time that each setting of `memory_attention` takes on the same tensors.
 """
 
 import math
@@ -29,6 +30,7 @@ from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Streamer
 from memflow_ops.model.streaming.text import TextEncoder
 from memflow_ops.model.wan.transformer import CausalVideoModel
+from memflow_ops.token_order import TokenOrder, token_order
 
 
 def first_full_chunk(settings: StreamSettings) -> int:
@@ -47,6 +49,8 @@ def check_profile(
     """The choices to compare. Raises a ValueError for what cannot be measured in a stream of `chunks` chunks."""
     if settings.memory != "memflow":
         raise ValueError(f"only memory='memflow' selects blocks of a bank, got {settings.memory!r}")
+    if settings.token_order != "raster":
+        raise ValueError(f"a stream in raster order is profiled, and strips beside it, got {settings.token_order!r}")
     if not settings.sink_frames + settings.bank_frames:
         raise ValueError("without sink and bank there is nothing to select from")
     if chunks <= first_full_chunk(settings):
@@ -81,12 +85,16 @@ def profile_selection(
     draw = random.Random(sampling.seed)
     eligible = range(first_full_chunk(settings), len(prompts_by_chunk))
     measured_chunks = sorted(draw.sample(eligible, min(sampling.chunks, len(eligible))))
-    watcher = _Watcher(compared, sampling, draw)
+    order = token_order("strips", *model.grid(settings.height, settings.width), model.patch_embedding.weight.device)
+    assert order is not None
+    watcher = _Watcher(compared, sampling, draw, order)
     streamer = Streamer(
         model, len(prompts_by_chunk[0]), settings, sampling.seed, encode=encode, observe=watcher.observe
     )
     watcher.cache = streamer.cache
-    profile = SelectionProfile(settings.sink_frames + settings.bank_frames, tokens, compared)
+    frames = settings.sink_frames + settings.bank_frames
+    in_strips = SelectionProfile(frames, tokens, compared)
+    profile = SelectionProfile(frames, tokens, compared, strips=in_strips)
     layers = model.config.num_layers
     # The clean pass ends before the attention of its last layer.
     calls = [(step, layer) for step in range(settings.steps + 1) for layer in range(layers)][:-1]
@@ -96,9 +104,10 @@ def profile_selection(
         with interrupts.allowed() if interrupts else nullcontext():
             streamer.next_chunk(prompts_by_chunk[index])
         if index == measured_chunks[0]:
-            profile.seconds = watcher.seconds
+            profile.seconds = in_strips.seconds = watcher.seconds  # which blocks are chosen changes no time
         if wanted:
             profile.add(index, watcher.found)
+            in_strips.add(index, watcher.found_in_strips)
         if report is not None:
             report(index + 1, measured_chunks[-1] + 1)
         if wanted:
@@ -111,15 +120,20 @@ class _Watcher:
     cache: RingCache
     """the stream's cache, set before the first chunk"""
 
-    def __init__(self, compared: list[Choice], sampling: Sampling, draw: random.Random):
-        self.compared, self.sampling, self.draw = compared, sampling, draw
+    def __init__(self, compared: list[Choice], sampling: Sampling, draw: random.Random, order: TokenOrder):
+        """order: strips."""
+        self.compared, self.sampling, self.draw, self.order = compared, sampling, draw, order
         self.generator = torch.Generator(device="cpu").manual_seed(sampling.seed)
+        # Of their own, so that what is drawn in raster order does not depend on what is measured beside it.
+        self.draw_in_strips = random.Random(sampling.seed)
+        self.generator_in_strips = torch.Generator(device="cpu").manual_seed(sampling.seed)
         self.start([], 0)
 
     def start(self, wanted: Sequence[tuple[int, int]], rounds: int) -> None:
         """Begins a chunk. wanted: its calls to measure, as pass and layer. rounds: of timing, in the first of them."""
         self.wanted, self.rounds = set(wanted), rounds
         self.found: list[dict[Choice, ChoiceSums]] = []
+        self.found_in_strips: list[dict[Choice, ChoiceSums]] = []
         self.seconds: dict[TimedSetting, list[float]] = {}
         self.step = -1
 
@@ -129,7 +143,9 @@ class _Watcher:
         if (self.step, layer) not in self.wanted:
             return
         window = self.cache.window(layer)
-        self.found.append(measure_call(self._sampled(q, window, memory), self.compared, self.generator))
+        call = self._sampled(q, window, memory)
+        self.found.append(measure_call(call, self.compared, self.generator))
+        self.found_in_strips.append(measure_call(self._in_strips(call), self.compared, self.generator_in_strips))
         if self.rounds and not self.seconds:
             self.seconds = time_choices(q, window, memory, self.cache.layout.frame_tokens, self.compared, self.rounds)
 
@@ -146,16 +162,22 @@ class _Watcher:
             return pool[story].unflatten(0, (-1, tokens))[slots][:, :, kv_heads].permute(2, 0, 1, 3).contiguous()
 
         k, v = (x[story][:, kv_heads].transpose(0, 1) for x in window)
-        own, measured = q[story][:, heads].transpose(0, 1), self._drawn_queries(q.shape[1]).to(q.device)
+        own, measured = q[story][:, heads].transpose(0, 1), self._drawn_queries(q.shape[1], self.draw).to(q.device)
         return SampledCall(own, measured, k, v, of_bank(memory.keys), of_bank(memory.values))
 
-    def _drawn_queries(self, queries: int) -> Tensor:
+    def _in_strips(self, call: SampledCall) -> SampledCall:
+        """The call as it would be with tokens in strips, and with queries drawn for it: other ones make a group."""
+        measured = self._drawn_queries(call.q.shape[1], self.draw_in_strips).to(call.q.device)
+        bank = (x[:, :, self.order.places] for x in (call.bank_k, call.bank_v))
+        return SampledCall(self.order.apply(call.q), measured, call.k, call.v, *bank)
+
+    def _drawn_queries(self, queries: int, draw: random.Random) -> Tensor:
         """Indices of queries in whole groups, so that all queries of a group judge what the group chooses."""
         unit = math.lcm(*(choice.query_group for choice in self.compared if choice.query_group is not None))
         if self.sampling.queries >= queries or unit >= queries:
             return torch.arange(queries, dtype=torch.long, device="cpu")
         units = -(-queries // unit)
-        drawn = sorted(self.draw.sample(range(units), max(1, min(units, self.sampling.queries // unit))))
+        drawn = sorted(draw.sample(range(units), max(1, min(units, self.sampling.queries // unit))))
         return torch.cat(
             [torch.arange(i * unit, min((i + 1) * unit, queries), dtype=torch.long, device="cpu") for i in drawn]
         )

@@ -83,9 +83,15 @@ def profile_json(measured: SelectionProfile, about: dict[str, Any], sampling: Sa
         "queries_times_heads_measured": measured.queries,
         "bank_mass": _rounded(measured.bank_mass),
         "rankings": [_rounded(asdict(row)) for row in compared],
-        "rows": [_rounded(asdict(one)) for one in measured.figures()],
+        "rows": _rows(measured),
     }
+    if measured.strips is not None:
+        results["rows_in_strips"] = _rows(measured.strips)
     return json.dumps(results, indent=1, allow_nan=False) + "\n"
+
+
+def _rows(measured: SelectionProfile) -> list[dict[str, Any]]:
+    return [_rounded(asdict(one)) for one in measured.figures()]
 
 
 def _rounded(x: Any) -> Any:

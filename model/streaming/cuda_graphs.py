@@ -6,9 +6,11 @@ read from tensors that are updated in place: noisy latents, time embedding, RoPE
 and lengths of the bank (the cache). What no tensor holds makes up the shape of a pass; see `RingCache.pass_shape`.
 
 Few shapes recur, so there are few graphs. Once the local window is full, a chunk has two kinds of passes: noisy ones,
-and the clean one, which ends early. A prompt switch adds a clean pass over each past chunk in the window; one graph
-serves them all. That makes 3 graphs for a window of any length. Passes whose shape belongs to one chunk alone are not
-recorded: those while the window fills, and all of memory="full", whose history grows with every chunk.
+and the clean one, which ends early. With reselect="chunk" the first noisy pass writes the blocks that it chooses to a
+tensor that the others read, so it has a graph of its own. A prompt switch adds a clean pass over each past chunk in the
+window; one graph serves them all. That makes 3 graphs for a window of any length, or 4. Passes whose shape belongs to
+one chunk alone are not recorded: those while the window fills, and all of memory="full", whose history grows with every
+chunk.
 """
 
 import warnings

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from memflow_ops.cache.attend import BlockSelection
+from memflow_ops.cache.chosen import ChosenBlocks
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Coverage, Policy, Random, Relevance
@@ -46,6 +47,13 @@ def make_selection(settings: StreamSettings, random: torch.Generator) -> BlockSe
     if settings.memory == "released" and settings.top_frames:
         return BlockSelection(settings.top_frames, query_group=None)
     return None
+
+
+def make_chosen(settings: StreamSettings, layout: CacheLayout, device: torch.device) -> ChosenBlocks | None:
+    """What keeps the blocks that passes choose; None where nothing reads them after the choice."""
+    if settings.memory != "memflow" or not (settings.reselect == "chunk" or layout.copied_frames):
+        return None
+    return ChosenBlocks(layout, settings.top_k, settings.query_group, device)
 
 
 def make_recorder(

@@ -6,6 +6,7 @@ from torch import Tensor
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig, TimeEmbedding
 from memflow_ops.rotary import rope_rotation
+from memflow_ops.token_order import token_order
 
 
 def pixel_coordinates(frames: int, height: int, width: int) -> Tensor:
@@ -37,7 +38,8 @@ class PassInputs:
 
     latents: (B, C, frames, H, W) float32, at their current noise level.
     time: the embedding of that noise level's timestep, shared by all stories and frames.
-    rotation: of `rope_rotation`, for the frames' tokens.
+    order: of the tokens of a frame, see `token_order`.
+    rotation: of `rope_rotation`, for the frames' tokens in that order.
     condition: see `find_condition`.
     """
 
@@ -46,6 +48,7 @@ class PassInputs:
         config, device = model.config, model.patch_embedding.weight.device
         self.model, self.device, self.frames = model, device, frames or settings.chunk_frames
         self.grid = model.grid(settings.height, settings.width)
+        self.order = token_order(settings.token_order, *self.grid, device)
         condition = find_condition(config, settings, self.frames)
         self.condition = None if condition is None else condition.to(device)
         shape = (batch, config.out_dim, self.frames, settings.height, settings.width)
@@ -62,7 +65,7 @@ class PassInputs:
         rows, columns = (torch.arange(n, device=self.device, dtype=torch.long) for n in self.grid)
         angles = rope_rotation(self.model.config.head_dim, frames, rows, columns)
         for kept, new in zip(self.rotation, angles, strict=True):
-            kept.copy_(new)
+            kept.copy_(new if self.order is None else self.order.apply(new))
 
     def set_latents(self, x: Tensor, timestep: float) -> None:
         """Takes over x (B, C, frames, H, W) and its timestep, 0 to 1000."""

@@ -1,26 +1,31 @@
 """The settings of a stream, and the size of the cache that follows from them."""
 
 import numbers
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Literal, get_args
 
 import torch
 
+from memflow_ops.cache.chosen import frames_for_copies
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.released_layout import BankSchedule, ReleasedLayout
 from memflow_ops.geometry import Score
 from memflow_ops.model.streaming.sampler import FlowMatchSampler
 from memflow_ops.model.wan.transformer import CausalVideoModel
+from memflow_ops.token_order import TokenOrderName
 
 MemoryMode = Literal["none", "sink", "memflow", "full", "released"]
 RelevanceKind = Literal["linear", "softmax", "coverage", "random"]
 SelectionKind = Literal["top", "random"]
+ReselectKind = Literal["step", "chunk"]
 
 USED_BY: dict[str, tuple[MemoryMode, ...]] = {
     "bank_frames": ("memflow", "released"),
     "top_k": ("memflow",),
     "query_group": ("memflow",),
     "score": ("memflow",),
+    "reselect": ("memflow",),
+    "token_order": ("memflow",),
     "bank_schedule": ("released",),
 }
 """The kinds of memory that use a setting, for settings that a command offers and not all kinds use."""
@@ -78,6 +83,12 @@ class StreamSettings:
     score: Score = "mean"
     """What activation ranks blocks by: their mean key, or the mean and the variance of their keys ("moments"), for
     which the cache keeps a second number beside every mean; memflow only."""
+    reselect: ReselectKind = "step"
+    """Which passes over a chunk choose blocks: all of them ("step"), or the clean one and the first noisy one, whose
+    choice the other noisy ones attend to ("chunk"); memflow only."""
+    token_order: TokenOrderName = "raster"
+    """How the tokens of a frame lie: row by row, or in strips, so that a block is a compact part of the frame; see
+    `strip_order`. Without a selection of blocks it changes results by rounding alone."""
     redundancy: float | None = None
     """Retrieval passes over frames whose mean key has a larger cosine than this with one already taken; None: it passes
     over none."""
@@ -108,6 +119,8 @@ class StreamSettings:
             ("memory", MemoryMode),
             ("relevance", RelevanceKind),
             ("selection", SelectionKind),
+            ("reselect", ReselectKind),
+            ("token_order", TokenOrderName),
             ("bank_schedule", BankSchedule),
             ("score", Score),
         )
@@ -165,12 +178,20 @@ class StreamSettings:
         """How many prototypes so many chunks leave behind; a frame of the sink is not stored twice."""
         return sum(chunk * self.chunk_frames >= self.sink_frames for chunk in range(chunks))
 
-    def cache_layout(self, model: CausalVideoModel, batch: int) -> CacheLayout:
-        """The layout of the cache that a stream of `batch` stories allocates; it states the size in bytes."""
+    def cache_layout(self, model: CausalVideoModel, batch: int, device: torch.device | None = None) -> CacheLayout:
+        """The layout of the cache that a stream of `batch` stories allocates; it states the size in bytes.
+
+        device: where the stream will run; None: where the model is.
+        """
         config, dtype = model.config, model.patch_embedding.weight.dtype
+        device = device or model.patch_embedding.weight.device
         tokens = model.tokens(self.height, self.width)
         sizes = (config.num_layers, batch, tokens, config.num_heads, config.head_dim)
         if self.memory == "released":
             return self._released_layout(sizes, dtype)
         score: Score = self.score if self.memory == "memflow" else "mean"
-        return CacheLayout(*sizes, *self._cache_sizes(), block_size=self.block_size, dtype=dtype, score=score)
+        layout = CacheLayout(*sizes, *self._cache_sizes(), block_size=self.block_size, dtype=dtype, score=score)
+        # On a CPU one selection for the whole chunk is attended to as one run of keys with the window.
+        if self.memory != "memflow" or self.impl not in ("auto", "torch") or device.type != "cpu":
+            return layout
+        return replace(layout, copied_frames=frames_for_copies(layout, self.top_k, self.query_group))

@@ -34,7 +34,7 @@ from memflow_ops.cache.state import SavedByState
 from memflow_ops.cache.views import Memory
 from memflow_ops.model.streaming.activation import Activation
 from memflow_ops.model.streaming.cuda_graphs import OnePass, Passes
-from memflow_ops.model.streaming.factory import make_cache, make_policy, make_recorder, make_selection
+from memflow_ops.model.streaming.factory import make_cache, make_chosen, make_policy, make_recorder, make_selection
 from memflow_ops.model.streaming.inputs import PassInputs
 from memflow_ops.model.streaming.sampler import FlowMatchSampler
 from memflow_ops.model.streaming.settings import StreamSettings
@@ -155,6 +155,7 @@ class Streamer(SavedByState):
             raise ValueError(f"seed must be a number >= 0 or {batch} of them, one per story, got {seed}")
         self.device = model.patch_embedding.weight.device
         self.cache = make_cache(settings.cache_layout(model, batch), self.device)
+        self.chosen = make_chosen(settings, self.cache.layout, self.device)
         recorder = make_recorder(settings, self.device, cuda_graphs, observed=observe is not None)
         self.passes = Passes(self.cache, recorder, insist=bool(cuda_graphs))
         self.sampler = FlowMatchSampler(settings.steps, settings.shift, settings.stochastic, model.config.prediction)
@@ -265,18 +266,23 @@ class Streamer(SavedByState):
     def _sample(self) -> Tensor:
         """From noise to the chunk's clean latents (B, C, F, H, W) float32, in `steps` passes."""
         x, *fresh = self._noise()
+        keeps = self.chosen is not None and self.settings.reselect == "chunk"
         for i, sigma in enumerate(self.sampler.sigmas[:-1]):
-            y = self._denoise(x, 1000 * sigma)
+            y = self._denoise(x, 1000 * sigma, reuse=keeps and i > 0)
             x0 = self.sampler.denoised(x, y.float(), sigma)
             x = self.sampler.step(x, x0, i, fresh[i] if i < len(fresh) else None)
         return x
 
-    def _denoise(self, x: Tensor, timestep: float) -> Tensor:
-        """A noisy pass over x (B, C, F, H, W): the model's output, like x."""
-        inputs, attend = self.inputs, self._attend()
+    def _denoise(self, x: Tensor, timestep: float, reuse: bool) -> Tensor:
+        """A noisy pass over x (B, C, F, H, W): the model's output, like x. reuse: it attends to the blocks that an
+        earlier one has chosen."""
+        inputs, attend = self.inputs, self._attend(reuse=reuse)
         inputs.set_latents(x, timestep)
         y = self._run(
-            "noisy", lambda: self.model(inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition)
+            "noisy, with blocks chosen before" if reuse else "noisy",
+            lambda: self.model(
+                inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition, inputs.order
+            ),
         )
         assert y is not None
         return y
@@ -291,7 +297,9 @@ class Streamer(SavedByState):
         attend = self._attend(keys_only=True, remember=remember)
 
         def one_pass() -> None:
-            self.model.forward_keys(inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition)
+            self.model.forward_keys(
+                inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition, inputs.order
+            )
 
         self._run("clean", one_pass)
 
@@ -304,12 +312,14 @@ class Streamer(SavedByState):
         attend = attend_to_memory(
             self.cache, inputs.rotation, self._selection(), keys_only=True, impl=self.settings.impl
         )
-        self.model.forward_keys(inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition)
+        self.model.forward_keys(
+            inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition, inputs.order
+        )
 
     def _run(self, kind: str, one_pass: OnePass) -> Tensor | None:
         return self.passes.run((kind, *self.cache.pass_shape(self._selection() is not None)), one_pass)
 
-    def _attend(self, keys_only: bool = False, remember: bool = False) -> Attend:
+    def _attend(self, keys_only: bool = False, remember: bool = False, reuse: bool = False) -> Attend:
         """How the open chunk sees the past."""
         counted = self.activation.observe if self.activation and remember else None
         observe = _in_turn(counted, self.observe if remember or not keys_only else None)
@@ -320,6 +330,8 @@ class Streamer(SavedByState):
             remember=remember,
             keys_only=keys_only,
             observe=observe,
+            chosen=self.chosen,
+            reuse=reuse,
             impl=self.settings.impl,
         )
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from memflow_ops.cache.attend import Attend, AttendProjections
 from memflow_ops.ops.cache_write import QKNorm
 from memflow_ops.rotary import apply_rotation, rope_rotation
+from memflow_ops.token_order import TokenOrder
 
 TextKeysValues = list[tuple[Tensor, Tensor]]
 """Per layer the keys (after norm_k) and values of the text cross-attention, each (B, text_len, heads, head_dim)."""
@@ -287,6 +288,7 @@ class CausalVideoModel(nn.Module):
         text: TextKeysValues,
         attend: Attend,
         condition: Tensor | None = None,
+        order: TokenOrder | None = None,
     ) -> Tensor:
         """One pass over a chunk; the output is like x.
 
@@ -294,9 +296,11 @@ class CausalVideoModel(nn.Module):
         t: timesteps (B, F) from 0 (clean) to 1000, or what `encode_time` makes of them.
         text: of `encode_text`.
         condition: (B, in_dim - out_dim, F, H, W), given if and only if in_dim > out_dim.
+        order: in which `attend` sees the tokens of a frame; None: row by row. Rotations must be in the same order.
         """
-        hidden, embedding, grid = self._through(x, t, text, attend, condition, len(self.blocks))
-        return self._unpatched(self.head(hidden, embedding.embedding), x.shape[2], grid)
+        hidden, embedding, grid = self._through(x, t, text, attend, condition, order, len(self.blocks))
+        patches = self.head(hidden, embedding.embedding)
+        return self._unpatched(patches if order is None else order.undo(patches), x.shape[2], grid)
 
     def forward_keys(
         self,
@@ -305,11 +309,12 @@ class CausalVideoModel(nn.Module):
         text: TextKeysValues,
         attend: Attend,
         condition: Tensor | None = None,
+        order: TokenOrder | None = None,
     ) -> None:
         """A pass that only writes keys and values: as `forward`, but it ends when those of the last layer have been
         handed to `attend`, whose result for that layer is not used."""
         last = len(self.blocks) - 1
-        hidden, embedding, _ = self._through(x, t, text, attend, condition, last)
+        hidden, embedding, _ = self._through(x, t, text, attend, condition, order, last)
         cast(Block, self.blocks[last]).attend(hidden, embedding.modulation, last, attend)
 
     def _through(
@@ -319,30 +324,35 @@ class CausalVideoModel(nn.Module):
         text: TextKeysValues,
         attend: Attend,
         condition: Tensor | None,
+        order: TokenOrder | None,
         blocks: int,
     ) -> tuple[Tensor, TimeEmbedding, tuple[int, int]]:
         """Runs the first so many blocks. Returns the tokens (B, F * T, dim), their time embedding and their grid."""
-        hidden, grid = self._hidden(x, condition)
+        hidden, grid = self._hidden(x, condition, order)
         embedding = t if isinstance(t, TimeEmbedding) else self.encode_time(t)
         for layer in range(blocks):
             hidden = self.blocks[layer](hidden, embedding.modulation, text[layer], layer, attend)
         return hidden, embedding, grid
 
-    def _hidden(self, x: Tensor, condition: Tensor | None) -> tuple[Tensor, tuple[int, int]]:
+    def _hidden(
+        self, x: Tensor, condition: Tensor | None, order: TokenOrder | None = None
+    ) -> tuple[Tensor, tuple[int, int]]:
         """The chunk's tokens (B, F * T, dim), which include the condition, and their grid."""
         if condition is not None:
             x = torch.cat([x, condition.to(x.dtype).expand(len(x), *condition.shape[1:])], dim=1)
         if x.shape[1] != self.config.in_dim:
             raise ValueError(f"the model takes {self.config.in_dim} channels, condition included, got {x.shape[1]}")
         grid = self.grid(*x.shape[3:])
-        return self._patches(x, grid), grid
+        return self._patches(x, grid, order), grid
 
-    def _patches(self, x: Tensor, grid: tuple[int, int]) -> Tensor:
+    def _patches(self, x: Tensor, grid: tuple[int, int], order: TokenOrder | None) -> Tensor:
         """Embeds the patches of x (B, in_dim, F, H, W) as tokens (B, F * T, dim). Patches do not overlap, so that the
         convolution is one matrix product."""
         _, patch_height, patch_width = self.config.patch_size
         x = x.unflatten(4, (grid[1], patch_width)).unflatten(3, (grid[0], patch_height))  # (B, C, F, h, p, w, q)
         x = x.permute(0, 2, 3, 5, 1, 4, 6).flatten(4).flatten(1, 3)  # (B, F * T, C * p * q)
+        if order is not None:
+            x = order.apply(x)
         weight = self.patch_embedding.weight
         return F.linear(x.to(weight.dtype), weight.flatten(1), self.patch_embedding.bias)
 

@@ -20,10 +20,12 @@ from memflow_ops.bench.cases import (
 from memflow_ops.bench.cases.attention_inputs import AttentionInputs, attention_contender
 from memflow_ops.bench.harness import ceilings, contest, correctness
 from memflow_ops.bench.sizes import TINY
+from memflow_ops.cache import attend as attend_module
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.geometry import Geometry
 from memflow_ops.impl import torch as torch_impl
 from memflow_ops.impl.torch import cache_write as torch_write
+from memflow_ops.impl.torch import copies
 
 CPU = torch.device("cpu")
 
@@ -91,6 +93,23 @@ def other_blocks_inside(patch: pytest.MonkeyPatch) -> None:
 
 def a_block_twice(patch: pytest.MonkeyPatch) -> None:
     changed(torch_impl, "select_blocks", lambda indices: indices[..., [0, *range(indices.shape[-1] - 1)]])(patch)
+
+
+def wrong_copies(patch: pytest.MonkeyPatch) -> None:
+    """A value beside the window is not that of the bank."""
+    copy = copies.copy_selected
+
+    def wrong(memory_k, memory_v, indices, geometry, target_k, target_v, hidden):
+        copy(memory_k, memory_v, indices, geometry, target_k, target_v, hidden)
+        target_v[:, ::8] *= 1.1
+
+    patch.setattr(copies, "copy_selected", wrong)
+
+
+def chosen_anew(patch: pytest.MonkeyPatch) -> None:
+    """Every pass chooses, whatever it is told to reuse."""
+    attend = attend_module._attend_to_chosen
+    patch.setattr(attend_module, "_attend_to_chosen", lambda chosen, reuse, *rest: attend(chosen, False, *rest))
 
 
 def zeroed(descriptors: torch.Tensor) -> torch.Tensor:
@@ -246,6 +265,8 @@ BROKEN = {
         changed(torch_write, "describe_blocks", zeroed),
         "descriptors of prototypes",
     ),
+    "stream-copies": ("stream/chunk", wrong_copies, "one selection per chunk: head 0, group 0: error"),
+    "stream-kept": ("stream/chunk", chosen_anew, "chosen once: head .* group .*: error"),
     "stream-values": ("stream/chunk", written(turned_values), "layer 0: the window does not hold the chunk's values"),
 }
 

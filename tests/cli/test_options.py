@@ -74,13 +74,15 @@ def test_options_that_would_change_nothing_are_refused(tmp_path, monkeypatch, ca
         ("top_k", (1, 3)),
         ("query_group", (16, None)),
         ("score", ("mean", "moments")),
+        ("reselect", ("step", "chunk")),
         ("bank_schedule", ("interactive", "single-prompt")),
     ],
 )
 def test_who_uses_an_option(memory, option, values, weights):
     """The table by which commands refuse them says what changes the frames, and what takes memory."""
     model = load_checkpoint(weights)
-    changed = [replace(TOY_SETTINGS, memory=memory, steps=1, **{option: value}) for value in values]
+    steps = 2 if option == "reselect" else 1
+    changed = [replace(TOY_SETTINGS, memory=memory, steps=steps, **{option: value}) for value in values]
     frames = [
         [c.frames for c in stream(model, [("a ball at night",)] * 5, settings, encode=embed_prompts)]
         for settings in changed

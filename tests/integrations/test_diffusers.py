@@ -28,6 +28,8 @@ SIZES = (
     "block_size",
     "query_group",
     "score",
+    "reselect",
+    "token_order",
 )
 PROMPTS = [("a", "b"), ("c", "b"), ("c", "d"), ("a", "a"), ("b", "c"), ("a", "b"), ("d", "c")]
 
@@ -48,10 +50,12 @@ def theirs(transformer):
 
 @torch.no_grad()
 @pytest.mark.parametrize("recache", [False, True])
-def test_streams_what_our_model_streams(theirs, pipeline, recache):
-    settings = replace(SETTINGS, recache=recache)
+@pytest.mark.parametrize("changes", [{}, {"reselect": "chunk", "token_order": "strips"}], ids=["plain", "kept-strips"])
+def test_streams_what_our_model_streams(theirs, pipeline, recache, changes):
+    settings = replace(SETTINGS, recache=recache, **changes)
     ours = Streamer(read_pretrained(pipeline, text_len=TEXT_LEN).build(), 2, settings, [3, 8], encode=encode)
-    memory = attach_memory(theirs, height=HEIGHT, width=WIDTH, batch=2, **{n: getattr(SETTINGS, n) for n in SIZES})
+    sizes = {name: getattr(settings, name) for name in SIZES}
+    memory = attach_memory(theirs, height=HEIGHT, width=WIDTH, batch=2, **sizes)
     sampler = FlowMatchSampler(SETTINGS.steps, SETTINGS.shift)
     remembered, before, switch, x = False, PROMPTS[0], {}, torch.empty(0)
     for index, prompts in enumerate(PROMPTS):

@@ -126,6 +126,12 @@ def test_a_stream_goes_on_from_a_saved_state_and_starts_anew_after_reset(model, 
     turned = attach_memory(model, **{**SIZES, "height": WIDTH, "width": HEIGHT})
     with pytest.raises(ValueError, match="frames of"):
         turned.load_state_dict(state)
+    strips = attach_memory(model, **SIZES, token_order="strips")
+    with pytest.raises(ValueError, match="with token_order='raster', here 'strips'"):
+        strips.load_state_dict(state)
+    for name in ("reselect", "token_order"):
+        with pytest.raises(ValueError, match=f"{name} must be .*, got 'never'"):
+            attach_memory(model, **SIZES, **{name: "never"})
     other.begin_chunk(TEXT)
     for call in (lambda: other.load_state_dict(state), other.state_dict):
         with pytest.raises(RuntimeError, match="chunk is open"):

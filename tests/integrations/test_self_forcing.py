@@ -12,6 +12,7 @@ from memflow_ops import memory_attention
 from memflow_ops.integrations.self_forcing import CacheAttention, attend_with_cache, restore_attention, swap_attention
 from memflow_ops.model.wan.transformer import RMSNorm
 from memflow_ops.rotary import apply_rotation, rope_rotation
+from memflow_ops.token_order import strip_order
 
 ROWS, COLUMNS, HEADS, HEAD_DIM = 2, 5, 2, 12
 T, DIM = ROWS * COLUMNS, HEADS * HEAD_DIM
@@ -182,6 +183,30 @@ def test_all_blocks_are_their_full_attention(sink, capacity, window, dense_sink)
             assert torch.equal(our_cache[name], their_cache[name])
     for name in ("k", "v"):
         assert (our_cache[name] - their_cache[name]).abs().max() <= 1e-5
+
+
+def test_tokens_may_lie_in_strips():
+    """Full attention is the same, their own forward finds nothing to complain of, and blocks are others."""
+    theirs, ours, model = both(sink_size=1)
+    swap_attention(model, window_frames=3, top_k=1000, block_size=4, query_group=7, token_order="strips")
+    their_cache, our_cache = new_cache(9, 2), new_cache(9, 2)
+    for first in (0, 0, 3, 3, 6, 9, 9, 12):
+        x = torch.randn(2, 3 * T, DIM)
+        expected = call(theirs, x, their_cache, first)
+        assert (call(ours, x, our_cache, first) - expected).abs().max() <= 1e-5
+    in_strips = their_cache["k"].unflatten(1, (-1, T))[:, :, strip_order(ROWS, COLUMNS)].flatten(1, 2)
+    assert (our_cache["k"] - in_strips).abs().max() <= 1e-5 and not torch.equal(our_cache["k"], their_cache["k"])
+    restore_attention(model)
+    caches = [{name: x.clone() for name, x in their_cache.items() if isinstance(x, torch.Tensor)} for _ in range(2)]
+    caches[1] |= {name: our_cache[name].clone() for name in ("k", "v")}
+    outs = []
+    for order, cache in zip(("raster", "strips"), caches, strict=True):
+        swap_attention(model, window_frames=3, top_k=1, block_size=4, token_order=order)
+        outs.append(call(ours, x, cache, 12))
+        restore_attention(model)
+    assert (outs[0] - outs[1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="token_order must be raster or strips"):
+        swap_attention(model, token_order="hilbert")
 
 
 @pytest.mark.parametrize("score", ["mean", "moments"])

@@ -62,6 +62,15 @@ def test_opcheck_of_what_all_implementations_share(name):
     assert succeeds(name, attention_arguments(name, "torch", name != "describe_blocks_backward"))
 
 
+def test_opcheck_of_copies_beside_the_window():
+    q, _, _, memory_k, memory_v = tensors(False, torch.float32)
+    indices = torch.tensor([0, 2, 5, -1], dtype=torch.int32).view(1, 2, 1, 2).expand(2, 2, 1, 2).contiguous()
+    target_k, target_v, hidden = torch.randn(2, 8, 2, 8), torch.randn(2, 8, 2, 8), torch.zeros(2, 2, 8).bool()
+    assert succeeds("copy_selected", (memory_k, memory_v, indices, SLOTS, target_k, target_v, hidden, 4, 10))
+    keys, values = torch.randn(2, 13, 2, 8), torch.randn(2, 13, 2, 8)
+    assert succeeds("attend_with_copies", (q[:, :, :2], keys, values, hidden, 0.3))
+
+
 def test_opcheck_of_write_frames():
     places = torch.tensor([[3, 1], [-1, 0]], dtype=torch.int32)
     assert succeeds("write_frames", (torch.randn(2, 5, 10, 2, 8), places, torch.randn(2, 2, 10, 2, 8)))
@@ -93,7 +102,7 @@ def test_every_operator_is_named_here():
     """A new operator needs an opcheck: add it above, and here."""
     checked = {"describe_blocks", "describe_blocks_backward", "select_blocks", "attend_selected", "memory_attention",
                "attend_backward", "merge_states", "frame_relevance", "write_frames", "write_projections",
-               "retrieve_frames"}  # fmt: skip
+               "retrieve_frames", "copy_selected", "attend_with_copies"}  # fmt: skip
     schemas = torch._C._jit_get_all_schemas()
     registered = {s.name.split("::")[1] for s in schemas if s.name.startswith("memflow_ops::")}
     # An integration has an operator of its own, which reads a memory by its number and is tested with that memory.

@@ -18,6 +18,7 @@ from memflow_ops.impl.torch.gather import (
     SCORE_ELEMENTS,
     SelectedBlocks,
     groups_of_one_size,
+    on_host,
     tile_slices,
     tiles_of,
 )
@@ -67,12 +68,12 @@ def attend(
     if k is not None and v is not None and k.shape[1] and geometry.sees_all:
         out, lse = attend_folded(_attention, q, k, v, scale)
     elif resume is not None:
-        # The out of a state without keys is ignored, NaN included.
-        state_lse = resume[1].transpose(1, 2).unsqueeze(-1)
-        out = (
-            resume[0].masked_fill(state_lse == -torch.inf, 0.0).masked_fill_(state_lse.isnan(), torch.nan).contiguous()
-        )
         lse = resume[1].clone(memory_format=torch.contiguous_format)
+        out = resume[0].clone(memory_format=torch.contiguous_format)
+        if not (on_host(lse) and bool(lse.isfinite().all())):
+            # The out of a state without keys is ignored, NaN included.
+            state_lse = lse.transpose(1, 2).unsqueeze(-1)
+            out.masked_fill_(state_lse == -torch.inf, 0.0).masked_fill_(state_lse.isnan(), torch.nan)
     else:
         out = q.new_zeros(q.shape)
         lse = q.new_full((batch, heads, queries), -torch.inf, dtype=wide_dtype(q.dtype))

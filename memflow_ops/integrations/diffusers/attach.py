@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from memflow_ops.cache.attend import BlockSelection
+from memflow_ops.cache.chosen import ChosenBlocks
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Policy, Relevance
 from memflow_ops.geometry import Score
@@ -15,6 +16,8 @@ from memflow_ops.integrations.diffusers.checks import check_attention, check_str
 from memflow_ops.integrations.diffusers.memory import WanMemory
 from memflow_ops.integrations.diffusers.processor import WanMemoryProcessor
 from memflow_ops.ops.checks import check_impl, check_positive
+from memflow_ops.token_order import TokenOrderName
+from memflow_ops.token_order import token_order as make_token_order
 
 
 def attach_memory(
@@ -33,6 +36,8 @@ def attach_memory(
     block_size: int = 64,
     query_group: int | None = 128,
     score: Score = "mean",
+    reselect: str = "step",
+    token_order: TokenOrderName = "raster",
     policy: Policy | None = None,
     dtype: torch.dtype | None = None,
     impl: str = "auto",
@@ -46,6 +51,10 @@ def attach_memory(
     chunk_frames, window_frames, sink_frames, bank_frames, device_frames, host_frames, block_size, score: of
         `CacheLayout`.
     top_k, query_group: blocks that each query group attends to, see `BlockSelection`.
+    reselect: which passes over a chunk choose blocks: all ("step"), or the first one and those in `WanMemory.clean`,
+        and the others attend to what the first chose ("chunk"). A pass that needs gradients always chooses for itself.
+    token_order: how the tokens of a frame lie in memory, and so what a block covers: row by row ("raster"), or as
+        compact patches ("strips", see `strip_order`). The model's own order stays as it is.
     policy: chooses the bank; None: `Relevance(bank_frames)`.
     dtype: of the cache, and so of attention; None: that of autocast where it is on, else that of the weights.
     impl: implementation of the operators: auto, reference, torch or triton.
@@ -84,6 +93,9 @@ def attach_memory(
     check_positive("top_k", top_k)
     if query_group is not None:
         check_positive("query_group", query_group)
+    if reselect not in ("step", "chunk"):
+        raise ValueError(f"reselect must be step or chunk, got {reselect!r}")
+    order = make_token_order(token_order, *grid, device)
     layout = CacheLayout(
         len(transformer.blocks),
         batch,
@@ -103,7 +115,9 @@ def attach_memory(
     if policy is None and bank_frames:
         policy = Relevance(bank_frames)
     check_attention(transformer, (height, width), grid, chunk_frames, device)
-    memory = WanMemory(transformer, layout, grid, BlockSelection(top_k, query_group), policy, impl, device)
+    selection = BlockSelection(top_k, query_group)
+    chosen = ChosenBlocks(layout, top_k, query_group, device) if reselect == "chunk" else None
+    memory = WanMemory(transformer, layout, grid, selection, policy, impl, device, chosen, order)
     for before in earlier:
         before.detach()
     for layer, block in enumerate(transformer.blocks):

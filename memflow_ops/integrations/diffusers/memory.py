@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from memflow_ops.cache.attend import BlockSelection
+from memflow_ops.cache.chosen import ChosenBlocks
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Policy, Retrieved
@@ -17,6 +18,7 @@ from memflow_ops.integrations.diffusers import pixels
 from memflow_ops.integrations.diffusers.checks import check_rotation, wan_rotation
 from memflow_ops.integrations.diffusers.operator import NO_COMPILED_GRADIENTS, register
 from memflow_ops.integrations.diffusers.passes import Pass, Passes
+from memflow_ops.token_order import TokenOrder
 
 
 class WanMemory:
@@ -35,9 +37,12 @@ class WanMemory:
         policy: Policy | None,
         impl: str,
         device: torch.device,
+        chosen: ChosenBlocks | None = None,
+        order: TokenOrder | None = None,
     ):
         self.transformer, self.layout, self.grid, self.policy = transformer, layout, grid, policy
         self.selection, self.impl, self.device = selection, impl, device
+        self.chosen, self.order = chosen, order
         self.cache = FrameCache(layout, device)
         self.passes = Passes()
         self.number = torch.tensor(register(self), dtype=torch.int64, device="cpu")
@@ -46,6 +51,7 @@ class WanMemory:
         self._attached = True
         self._written: set[int] = set()  # layers of the open chunk
         self._clean: set[int] = set()  # layers that a clean pass has written last
+        self._chosen_by_noisy: set[int] = set()  # layers whose blocks a noisy pass over the open chunk has chosen last
         self._rotation_checked = False  # whether the model's RoPE has been compared with ours in this chunk
         self._empty = self.cache.state_dict()
         self._hook = transformer.register_forward_pre_hook(self._check_pass, with_kwargs=True)
@@ -153,9 +159,12 @@ class WanMemory:
     def _open_chunk(self) -> None:
         first = self.cache.begin_chunk()
         rotation = wan_rotation(self.layout.head_dim, self.layout.chunk_frames, self.grid, self.device, first)
+        if self.order is not None:
+            rotation = self.order.apply(rotation[0]), self.order.apply(rotation[1])
         self._rotation_checked = False
         self._written.clear()
         self._clean.clear()
+        self._chosen_by_noisy.clear()
         self.passes.current = Pass(self, rotation, clean=False)
         self._open = True
 
@@ -218,7 +227,7 @@ class WanMemory:
 
     def state_dict(self) -> dict[str, Any]:
         """All that later chunks will see, in host memory, as `torch.save` takes it. Only between chunks."""
-        return {"grid": list(self.grid), "cache": self.cache.state_dict()}
+        return {"grid": list(self.grid), "token_order": self.token_order, "cache": self.cache.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Goes on where a memory of the same sizes was when it made `state`.
@@ -230,6 +239,9 @@ class WanMemory:
         grid = state.get("grid") if isinstance(state, Mapping) else None
         if grid != list(self.grid):
             raise ValueError(f"the state is that of a memory for frames of {grid} tokens, here {list(self.grid)}")
+        order = state.get("token_order", "raster")
+        if order != self.token_order:
+            raise ValueError(f"the state is that of a memory with token_order={order!r}, here {self.token_order!r}")
         self.cache.load_state_dict(state["cache"])
 
     # -------------------------------------------------------------------------------------------------- from a pipeline
@@ -268,6 +280,21 @@ class WanMemory:
         return (pixels.as_output(pipe, chunk, output_type) for chunk in chunks)
 
     # ----------------------------------------------------------------------------------------------- what passes call
+
+    @property
+    def token_order(self) -> str:
+        return "raster" if self.order is None else "strips"
+
+    def reuses_choice(self, layer: int, clean: bool) -> bool:
+        """Whether a pass without gradients attends, in a layer, to the blocks that an earlier noisy one has chosen."""
+        return self.chosen is not None and not clean and layer in self._chosen_by_noisy
+
+    def mark_chosen(self, layer: int, clean: bool) -> None:
+        """Notes that a pass without gradients has attended in a layer, and so chosen its blocks or reused a choice."""
+        if clean:
+            self._chosen_by_noisy.discard(layer)
+        else:
+            self._chosen_by_noisy.add(layer)
 
     def mark_written(self, layer: int, clean: bool) -> None:
         """Notes that a pass has written a layer of the open chunk."""

@@ -52,9 +52,16 @@ class Pass:
             return attend_to_past(self._copies[layer], q, k, v, *sizes)
         if not (self._hidden_from_autograd or needs_grad(q, k, v)):
             attend = attend_to_memory(
-                memory.cache, self.rotation, memory.selection, remember=self.clean, impl=memory.impl
+                memory.cache,
+                self.rotation,
+                memory.selection,
+                remember=self.clean,
+                chosen=memory.chosen,
+                reuse=memory.reuses_choice(layer, self.clean),
+                impl=memory.impl,
             )
             out = attend(layer, q, k, v)
+            memory.mark_chosen(layer, self.clean)
         else:
             with torch.no_grad():
                 memory.cache.write_projections(layer, q, k, v, self.rotation, remember=self.clean, impl=memory.impl)

@@ -41,10 +41,13 @@ class WanMemoryProcessor:
                 f"memory is for self-attention without a mask or further options; got {', '.join(options) or 'a mask'}"
             )
         memory.check_tokens(hidden_states, rotary_emb)
+        if memory.order is not None:
+            hidden_states = memory.order.apply(hidden_states)
         projected = projections(attn, hidden_states)
         q, k, v = (x.to(memory.layout.dtype) for x in projected)
         if this_pass is None:
             out = attend_in_memory(q, k, v, self.number, self.layer_number)
         else:
             out = this_pass.attend(self.layer, q, k, v)
-        return attn.to_out[1](attn.to_out[0](out.to(projected[2].dtype).flatten(2)))
+        out = attn.to_out[1](attn.to_out[0](out.to(projected[2].dtype).flatten(2)))
+        return out if memory.order is None else memory.order.undo(out)

@@ -14,6 +14,8 @@ from memflow_ops.integrations.self_forcing.comparison import Attended, copy_cach
 from memflow_ops.integrations.self_forcing.signatures import Signature
 from memflow_ops.integrations.self_forcing.their_cache import CacheAttention, DescribedCache, attend_with_cache
 from memflow_ops.rotary import apply_rotation, rope_rotation
+from memflow_ops.token_order import TokenOrderName
+from memflow_ops.token_order import token_order as make_token_order
 
 _ORIGINAL = "_memflow_original_forward"
 _PARTS = ("q", "k", "v", "o", "norm_q", "norm_k", "num_heads")
@@ -28,6 +30,7 @@ def swap_attention(
     query_group: int | None = 128,
     dense_sink: bool = True,
     score: Score = "mean",
+    token_order: TokenOrderName = "raster",
     impl: str = "auto",
     compare: bool = True,
 ) -> int:
@@ -52,7 +55,7 @@ def swap_attention(
         )
     if any(_ORIGINAL in vars(module) for module, _ in modules):
         raise ValueError("attention has been swapped already; restore_attention(model) first")
-    attention = CacheAttention(window_frames, top_k, block_size, query_group, dense_sink, score, impl)
+    attention = CacheAttention(window_frames, top_k, block_size, query_group, dense_sink, score, impl, token_order)
     forwards = [_Forward(module, signature, attention, compare) for module, signature in modules]
     for forward in forwards:
         vars(forward.module)[_ORIGINAL] = forward.original
@@ -97,9 +100,12 @@ class _Forward:
         module, x, start = self.module, call["x"], int(call["current_start"])
         frames, rows, columns = (int(n) for n in call["grid_sizes"][0])
         tokens, size = rows * columns, x.shape[1]
+        order = make_token_order(attention.token_order, rows, columns, x.device)
         stated = call.get("current_end", start + size)
         if int(stated) != start + size:
             raise ValueError(f"current_end must be current_start + {size} tokens = {start + size}, got {stated}")
+        if order is not None:
+            x = order.apply(x)
         heads = (module.num_heads, -1)
         v = module.v(x).unflatten(2, heads)
         q, k = (
@@ -110,6 +116,8 @@ class _Forward:
         ranges = ((first, first + frames), (0, rows), (0, columns))
         places = (torch.arange(*ends, dtype=torch.int64, device=x.device) for ends in ranges)
         rotation = rope_rotation(q.shape[-1], *places)
+        if order is not None:
+            rotation = order.apply(rotation[0]), order.apply(rotation[1])
         out, end = attend_with_cache(
             apply_rotation(q, *rotation).to(v.dtype),
             apply_rotation(k, *rotation).to(v.dtype),
@@ -121,7 +129,10 @@ class _Forward:
             sink_frames=getattr(module, "sink_size", 0),
             keep_sink=self.call_form.returns_end and not call["sink_recache_after_switch"],
         )
-        return Attended(module.o(out.flatten(2)), call["kv_cache"]["k"][:, end - size : end], (start + size, end))
+        out, keys = module.o(out.flatten(2)), call["kv_cache"]["k"][:, end - size : end]
+        if order is not None:
+            out, keys = order.undo(out), order.undo(keys)
+        return Attended(out, keys, (start + size, end))
 
     # ------------------------------------------------------------------------------------------------- the comparison
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import MutableMapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from memflow_ops.geometry import Score, descriptor_width
 from memflow_ops.ops.attention import memory_attention
 from memflow_ops.ops.checks import check_score
 from memflow_ops.ops.selection import describe_blocks
+from memflow_ops.token_order import TokenOrderName
 
 _OWN_ENTRY = "memflow"
 """The key of our entry in their cache."""
@@ -47,6 +48,8 @@ class CacheAttention:
     """What blocks are ranked by: their mean key, or the mean and the variance of their keys ("moments")."""
     impl: str = "auto"
     """Implementation of `memory_attention`."""
+    token_order: TokenOrderName = "raster"
+    """How the tokens of a frame lie in the cache, and so what a block covers; see `strip_order`."""
 
     def __post_init__(self) -> None:
         check_score(self.score)
@@ -54,6 +57,8 @@ class CacheAttention:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be positive, got {value}")
+        if self.token_order not in get_args(TokenOrderName):
+            raise ValueError(f"token_order must be raster or strips, got {self.token_order!r}")
 
 
 def attend_with_cache(

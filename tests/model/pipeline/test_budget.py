@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from memflow_ops.cache.chosen import ChosenBlocks, choice_bytes
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.model.pipeline.budget import FreeMemory, Item, fit_history, size
 from memflow_ops.model.streaming.settings import StreamSettings
@@ -12,7 +13,9 @@ from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
 CONFIG = ModelConfig(dim=24, ffn_dim=40, num_heads=2, num_layers=3, in_dim=4, out_dim=4, text_dim=8, text_len=6)
 MODEL = CausalVideoModel(CONFIG).bfloat16()
-SETTINGS = StreamSettings(height=8, width=12, window_frames=9, bank_frames=5, device_frames=64, block_size=10)
+SETTINGS = StreamSettings(
+    height=8, width=12, window_frames=9, bank_frames=5, device_frames=64, block_size=10, query_group=16
+)
 FRAME = 3 * (2 * 24 + 3) * 2 * 12 * 2  # layers x (keys and values of 24 tokens, 3 blocks) x heads x head_dim x bytes
 MEAN = 3 * 2 * 12 * 2
 OTHER = 1000
@@ -51,6 +54,19 @@ def test_short_stories_take_no_more_than_they_leave_behind():
     budget = plan(10**9, prototypes=3)
     assert (budget.settings.bank_frames, budget.settings.device_frames) == (3, 5)
     assert plan(10**9, prototypes=0, bank_frames=60).settings.bank_frames == 1
+
+
+def test_copies_of_the_chosen_blocks_are_counted_where_one_selection_serves_the_chunk():
+    copies = 2  # of 4 blocks of 10 tokens, in frames of 24
+    budget = plan(enough(40 + copies, 40), query_group=None, top_k=4)
+    assert budget.layout.copied_frames == copies and budget.settings.device_frames == 40
+    assert Item("copies of the chosen blocks, 2 frames", copies * FRAME) in budget.cache_items
+    assert budget.device_bytes == enough(40 + copies, 40)
+    assert plan(10**9, query_group=128, top_k=4).layout.copied_frames == copies, "a chunk of 72 queries is one group"
+    assert plan(enough(40, 40), query_group=71, top_k=4).layout.copied_frames == 0
+    kept = ChosenBlocks(budget.layout, 4, None)
+    assert kept.indices.nbytes == choice_bytes(budget.layout, 4, None)
+    assert kept.copied_tokens == 40
 
 
 def test_lines_add_up():

@@ -89,6 +89,24 @@ def test_watching_changes_nothing_and_sees_every_call(model, spoken):
     assert seen[-1][1:] == (torch.Size([2, 48, 4, 8]), 5)
 
 
+def test_both_orders_of_tokens_are_measured_on_the_same_calls(model, spoken):
+    """Where all queries are measured, they differ in the blocks alone: whole frames keep the same."""
+    whole = last(model, spoken, SETTINGS, sampling=Sampling(chunks=2, calls=3, heads=2, queries=48, rounds=0))
+    strips = whole.strips
+    assert (strips.calls, strips.queries, strips.chunks) == (whole.calls, whole.queries, whole.chunks)
+    assert strips.bank_mass == pytest.approx(whole.bank_mass, abs=1e-6)
+    differ = 0
+    for raster, other in zip(whole.figures(), strips.figures(), strict=True):
+        assert (raster.choice, raster.top_k, raster.share) == (other.choice, other.top_k, other.share)
+        if raster.share in (0, 1) or (raster.block_size == 16 and raster.query_group is None):
+            assert other.captured == pytest.approx(raster.captured, abs=1e-5)
+        elif raster.blocks == "oracle":
+            differ += abs(other.captured - raster.captured) > 1e-4
+    assert differ
+    with pytest.raises(ValueError, match="a stream in raster order is profiled, and strips beside it, got 'strips'"):
+        check_profile(replace(SETTINGS, token_order="strips"), 10, 16, [4], [1])
+
+
 def test_a_profile_is_of_so_many_chunks_calls_heads_and_queries(model, spoken):
     sampling = Sampling(chunks=3, calls=4, heads=2, queries=12, rounds=2)
     steps = []

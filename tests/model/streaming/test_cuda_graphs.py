@@ -103,6 +103,9 @@ MODES = {
     "sink": ({"memory": "sink", "sink_frames": 4}, 3),
     "memflow": ({"memory": "memflow", "query_group": None, "relevance": "softmax"}, 3),
     "memflow-long": ({"memory": "memflow", "window_frames": 15, "query_group": 4}, 3),
+    # The first noisy pass chooses, the second reuses its choice: a graph of each, with copies and without.
+    "memflow-kept": ({"reselect": "chunk"}, 4),
+    "memflow-kept-copies": ({"reselect": "chunk", "query_group": None}, 4),
     # Two chunks in the window; slots are used again, frames go to host memory and come back.
     "memflow-host": ({"window_frames": 6, "device_frames": 4, "host_frames": 6, "stochastic": True}, 3),
     "memflow-no-sink": ({"sink_frames": 0, "recache": False, "query_group": 1}, 2),
@@ -137,12 +140,14 @@ def inputs_of(streamer: Streamer) -> list[Tensor]:
 
 @pytest.mark.parametrize("memory", ["memflow", "released"])
 def test_what_a_pass_reads_stays_where_it_is(memory):
-    streamer = Streamer(model_of(), 2, settings_of(memory=memory), seed=4, encode=encode)
+    streamer = Streamer(model_of(), 2, settings_of(memory=memory, reselect="chunk"), seed=4, encode=encode)
 
     def static() -> list[tuple[int, torch.Size]]:
         cache = streamer.cache
         streamer.cache.begin_chunk()
         tensors = [*inputs_of(streamer), cache._chunk_places, *cache.memory(1)]
+        if streamer.chosen is not None:
+            tensors += [streamer.chosen.indices, streamer.chosen.hidden]
         cache.abort()
         return [(tensor.data_ptr(), tensor.shape) for tensor in tensors]
 
@@ -157,10 +162,10 @@ def test_what_a_pass_reads_stays_where_it_is(memory):
 def test_only_the_memory_of_the_stream_is_read():
     """Every tensor that a recording takes from outside is one that lives as long as the stream."""
     recorder = TapeRecorder()
-    streamer, _ = stream(model_of(), settings_of(), recorder)
+    streamer, _ = stream(model_of(), settings_of(reselect="chunk"), recorder)
     cache, lasting = streamer.cache, set()
     own = [*streamer.model.parameters(), *inputs_of(streamer)]
-    own += [x for of in (cache, cache._table, streamer.activation) for x in vars(of).values()]
+    own += [x for of in (cache, cache._table, streamer.activation, streamer.chosen) for x in vars(of).values()]
     for tensor in tree_leaves(own):
         if isinstance(tensor, Tensor):
             lasting.add(tensor.untyped_storage().data_ptr())

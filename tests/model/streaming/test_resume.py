@@ -56,6 +56,8 @@ MODES = {
     "host": {"device_frames": 4, "host_frames": 2, "relevance": "random", "bank_frames": 2},
     "stochastic": {"stochastic": True, "recache": False},
     "moments": {"score": "moments", "top_k": 2},
+    "kept": {"reselect": "chunk", "top_k": 2},
+    "kept-copies": {"reselect": "chunk", "top_k": 2, "query_group": None},
     "random-blocks": {"selection": "random", "relevance": "coverage", "top_k": 2},
     "released": {
         "memory": "released",

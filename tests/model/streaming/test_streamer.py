@@ -18,6 +18,7 @@ from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Chunk, Streamer, stream
 from memflow_ops.model.toy.language import TEXT_DIM, embed_prompts
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
+from memflow_ops.ops import registration
 
 SIZE = 16  # pixels; patches of 4 make 16 tokens per frame
 EVERYTHING = 10_000
@@ -138,6 +139,9 @@ MODES = {
     "host": {"memory": "memflow", "top_k": EVERYTHING, "device_frames": 4, "host_frames": 30, "relevance": "random"},
     "window-is-chunk": {"memory": "full", "window_frames": 3},
     "chunk-1": {"memory": "full", "chunk_frames": 1, "window_frames": 4, "sink_frames": 2},
+    "kept": {"memory": "memflow", "top_k": EVERYTHING, "reselect": "chunk"},
+    "one-selection": {"memory": "memflow", "top_k": EVERYTHING, "query_group": None},
+    "one-selection-kept": {"memory": "memflow", "top_k": EVERYTHING, "query_group": None, "reselect": "chunk"},
     "fewer-groups": {"memory": "memflow", "top_k": EVERYTHING, "query_group": 7, "bank_frames": 1, "sink_frames": 0},
 }
 
@@ -367,6 +371,47 @@ def test_activation_counts_the_blocks_of_the_clean_pass(model, monkeypatch):
             assert chunk.activation[story] == pytest.approx(shares)
         assert not seen or len(seen) == 2  # once per layer, in the clean pass alone
         seen.clear()
+
+
+@pytest.mark.parametrize("query_group", [5, None])
+@pytest.mark.parametrize("reselect", ["step", "chunk"])
+def test_how_often_a_chunk_chooses(model, monkeypatch, reselect, query_group):
+    """With "chunk" only in the first of three noisy passes and in the clean one, which leaves out the last layer."""
+    settings = settings_of(reselect=reselect, query_group=query_group, steps=3, recache=False)
+    streamer = Streamer(model, 2, settings, encode=embed_prompts, report=False)
+    chosen: list[Tensor] = []
+    select = registration.select_blocks
+    registered = registration.memory_attention
+
+    def spy(*arguments):
+        chosen.append(select(*arguments))
+        return chosen[-1]
+
+    def composed(q, k, v, memory_k, *rest):
+        out = registered(q, k, v, memory_k, *rest)
+        if memory_k is not None:
+            chosen.append(out[2])
+        return out
+
+    monkeypatch.setattr(registration, "select_blocks", spy)
+    monkeypatch.setattr(registration, "memory_attention", composed)
+    for index in range(5):
+        chosen.clear()
+        streamer.next_chunk([STORY[index % 4], OTHER[index % 4]])
+        if index > 2:
+            assert len(chosen) == {"step": 4 * 2 - 1, "chunk": 2 * 2 - 1}[reselect]
+    if reselect == "chunk":  # what is kept is of the clean pass, but for the last layer, which did not choose in it
+        assert torch.equal(streamer.chosen.indices[0], chosen[-1])
+        assert torch.equal(streamer.chosen.indices[1], chosen[1])
+
+
+def test_a_choice_that_is_kept_is_that_of_the_first_pass(model):
+    prompts = chunk_prompts([STORY], 9)
+    steps, chunks = (frames_of(run(model, prompts, reselect=reselect, top_k=2)) for reselect in ("step", "chunk"))
+    assert torch.equal(steps[:, :, :6], chunks[:, :, :6]), "nothing to choose from yet"
+    assert not torch.equal(steps, chunks)
+    once = (frames_of(run(model, prompts, reselect=reselect, top_k=2, steps=1)) for reselect in ("step", "chunk"))
+    torch.testing.assert_close(*once, rtol=0, atol=1e-4)
 
 
 def allocated_bytes(streamer: Streamer, prompt: str) -> int:
