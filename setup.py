@@ -77,7 +77,7 @@ setup(
         "flash": ["flash-attn"],
         "wan": wan,
         "docs": ["mkdocs-material"],
-        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft", *wan],
+        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft>=0.21.2", *wan],
     },
     entry_points={"console_scripts": ["memflow = memflow_ops.cli:main"]},
     classifiers=[

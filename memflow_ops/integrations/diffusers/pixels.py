@@ -81,7 +81,7 @@ def stream(
         with torch.no_grad():
             text = encode(before)
         for chunk in chunks:
-            switch = {}
+            switch: dict[str, Any] = {}
             if chunk != before:
                 if recache:
                     switch = past.switch([old != new for old, new in zip(before, chunk, strict=True)])
