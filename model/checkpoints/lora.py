@@ -1,5 +1,7 @@
 """LoRA files: each layer W that they name becomes W + scale B A, once, in its weights.
 
+With magnitudes m (DoRA, arXiv 2402.09353) it becomes m (W + scale B A) / |W + scale B A|, by rows.
+
 Read are the forms of peft and diffusers (`lora_A`, `lora_B`) and those that programs around Wan write (`lora_down`,
 `lora_up`, `.alpha`, and the whole differences `.diff`, `.diff_b` and `.diff_m` of weights, biases and modulations).
 """
@@ -25,17 +27,21 @@ from memflow_ops.ops.checks import FLOATS
 
 _HALF = re.compile(r"(.+)\.lora(?:_([AB])|[._](down|up))(?:\.(\w+))?\.(weight|bias)")
 """Groups: the module; A or B, or down or up; the adapter's name, which only peft's own state dict has; what it is."""
+_MAGNITUDE = re.compile(r"(.+)\.lora_magnitude_vector(?:\.(?!weight$)(\w+))?(?:\.weight)?")
+"""Groups: the module; the adapter's name."""
 _DIFFERENCE = re.compile(r"(.+)\.(diff|diff_b|diff_m)")
 _DIFFERENCES = {"diff": "weight", "diff_b": "bias", "diff_m": "modulation"}
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """The change of the weight of one layer, linear or a convolution: scale * b @ a."""
+    """The change of the weight of one layer, linear or a convolution: scale * b @ a is added to it."""
 
     a: Tensor  # (rank, in), a convolution's (rank, in, its kernel)
     b: Tensor  # (out, rank), a convolution's (out, rank, 1, 1, 1)
     scale: float
+    magnitude: Tensor | None = None
+    """The norms that the rows of the sum are given, of `out` entries (DoRA). None: they are what they are."""
 
     @property
     def rank(self) -> int:
@@ -46,8 +52,14 @@ class Adapter:
         """The shape of the weight that it changes."""
         return (self.b.shape[0], *self.a.shape[1:])
 
-    def change(self, dtype: torch.dtype) -> Tensor:
-        return self.scale * (self.b.flatten(1).to(dtype) @ self.a.flatten(1).to(dtype)).view(self.shape)
+    def added_to(self, weight: Tensor) -> Tensor:
+        """The weight with the change, in the dtype of the weight."""
+        a, b = self.a.flatten(1).to(weight.dtype), self.b.flatten(1).to(weight.dtype)
+        total = weight + self.scale * (b @ a).view(self.shape)
+        if self.magnitude is None:
+            return total
+        rows = total.flatten(1)
+        return (rows * (self.magnitude.flatten().to(weight.dtype) / rows.norm(dim=1))[:, None]).view(self.shape)
 
 
 @dataclass(frozen=True)
@@ -71,6 +83,8 @@ class Lora:
             f"{len(self.adapters)} layers, rank {', '.join(map(str, ranks))}, scale "
             f"{some([f'{scale:g}' for scale in scales]).replace(';', ',')} (alpha {self.alpha_from})"
         )
+        if any(adapter.magnitude is not None for adapter in self.adapters.values()):
+            words += ", with magnitudes (DoRA)"
         if self.differences:
             words += f", and {len(self.differences)} whole differences"
         if self.unused_patterns:
@@ -83,7 +97,8 @@ def split_lora(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[s
     weights, adapters = {}, {}
     has_lora = any(_HALF.fullmatch(name) for name in tensors)
     for name, tensor in tensors.items():
-        if _HALF.fullmatch(name) or (has_lora and (_DIFFERENCE.fullmatch(name) or name.endswith(".alpha"))):
+        beside = has_lora and (_DIFFERENCE.fullmatch(name) or name.endswith(".alpha"))
+        if beside or _HALF.fullmatch(name) or _MAGNITUDE.fullmatch(name):
             adapters[name] = tensor
         else:
             weights[name.replace(".base_layer.", ".")] = tensor
@@ -98,7 +113,7 @@ class _Parts:
     """The tensors of a LoRA, sorted: module of the file -> what the file has for it."""
 
     halves: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """By "A weight", "B weight" and "B bias"."""
+    """By "A weight", "B weight", "B bias" and "magnitude"."""
     names: dict[str, dict[str, str]] = field(default_factory=dict)
     """What the file calls the halves."""
     alphas: dict[str, float] = field(default_factory=dict)
@@ -139,7 +154,7 @@ def parse_lora(tensors: Mapping[str, Tensor], config: LoraConfig, source: str, a
             raise ValueError(f"{source}: the alpha of {module} must be a finite number, got {value} ({origin})")
         origins.add(origin)
         scale = value / (math.sqrt(a.shape[0]) if config.rank_stabilised else a.shape[0])
-        adapters[names[module]] = Adapter(a, b, scale)
+        adapters[names[module]] = Adapter(a, b, scale, halves.get("magnitude"))
         if "B bias" in halves:
             differences[f"{names[module]}.bias"] = halves["B bias"].double() * scale
     for module, found in parts.differences.items():
@@ -187,6 +202,10 @@ def _sort(tensors: Mapping[str, Tensor], source: str) -> _Parts:
             kept[f"{which} {half[5]}"] = tensor
             parts.names.setdefault(half[1], {})[f"{which} {half[5]}"] = name
             adapter_names.add(half[4])
+        elif magnitude := _MAGNITUDE.fullmatch(name):
+            parts.halves.setdefault(magnitude[1], {})["magnitude"] = tensor
+            parts.names.setdefault(magnitude[1], {})["magnitude"] = name
+            adapter_names.add(magnitude[2])
         elif difference := _DIFFERENCE.fullmatch(name):
             parts.differences.setdefault(difference[1], {})[_DIFFERENCES[difference[2]]] = tensor
         elif name.endswith(".alpha") and tensor.numel() == 1 and tensor.dtype not in (torch.bool, torch.complex64):
@@ -215,6 +234,8 @@ def _problems(parts: _Parts, config: LoraConfig) -> list[str]:
         if "A weight" in halves and "B weight" in halves:
             problems += _bad_pair(module, halves, config)
     for module, found in parts.differences.items():
+        if "weight" in found and "magnitude" in parts.halves.get(module, {}):
+            problems.append(f"{module} has a magnitude and a whole difference, and which comes first is not known")
         problems += _bad_numbers({f"{module}: the difference of {what}": tensor for what, tensor in found.items()})
     return problems
 
@@ -222,7 +243,12 @@ def _problems(parts: _Parts, config: LoraConfig) -> list[str]:
 def _other_half(names: Mapping[str, str]) -> str:
     """What the file would call the half of a module that it lacks."""
     name = next((name for what, name in names.items() if what != "B bias"), next(iter(names.values())))
-    for a, b in (("lora_A", "lora_B"), ("lora_down", "lora_up"), ("lora.down", "lora.up")):
+    for a, b in (
+        ("lora_A", "lora_B"),
+        ("lora_down", "lora_up"),
+        ("lora.down", "lora.up"),
+        ("lora_magnitude_vector", "lora_A.weight"),
+    ):
         if a in name or b in name:
             return name.replace(a, b) if a in name else name.replace(b, a)
     return name
@@ -248,6 +274,15 @@ def _bad_pair(module: str, halves: Mapping[str, Tensor], config: LoraConfig) -> 
         problems.append(f"{module} has rank 0: its file is incomplete, as when shards of a training were not gathered")
     elif rank is not None and rank != shapes[0][0]:
         problems.append(f"{module} has rank {shapes[0][0]}, by its config {rank}")
+    if "magnitude" in halves:
+        if halves["magnitude"].numel() != shapes[1][0]:
+            problems.append(f"{module}: {tuple(halves['magnitude'].shape)} are no magnitudes of {shapes[1][0]} rows")
+        if "B bias" in halves:
+            problems.append(f"{module} has magnitudes and a bias in lora_B, which peft does not train together")
+        if config.has_magnitudes is False:
+            problems.append(f"{module} has magnitudes, by its config (use_dora) none")
+    elif config.has_magnitudes:
+        problems.append(f"missing {module}.lora_magnitude_vector (use_dora in its config)")
     if "A bias" in halves:
         problems.append(f"unexpected {module}.lora_A.bias")
     if "B bias" in halves and config.biased is False:
@@ -282,7 +317,7 @@ def merge_lora(weights: dict[str, Tensor], lora: Lora, source: str) -> None:
         dtype = torch.promote_types(weight.dtype, torch.float32)
         total = weight.to(dtype)
         if adapter := lora.adapters.get(name.removesuffix(".weight")) if name in shapes else None:
-            total = total + adapter.change(dtype)
+            total = adapter.added_to(total)
         if name in lora.differences:
             total = total + lora.differences[name].to(dtype)
         merged = total.to(weight.dtype)

@@ -17,6 +17,7 @@ _READ = frozenset(
         "rank_pattern",
         "alpha_pattern",
         "use_rslora",
+        "use_dora",
         "lora_bias",
         "bias",
         "peft_type",
@@ -65,6 +66,8 @@ class LoraConfig:
     """Whether the scale is alpha / sqrt(rank) (rsLoRA) instead of alpha / rank."""
     biased: bool | None = None
     """Whether B has a bias, which is added to the layer's."""
+    has_magnitudes: bool | None = None
+    """Whether the sum's rows are given norms that were trained (DoRA)."""
     target_modules: Sequence[str] | str | None = None
     exclude_modules: Sequence[str] | str | None = None
     layers: Collection[int] | None = None
@@ -73,7 +76,7 @@ class LoraConfig:
     @classmethod
     def from_json(cls, said: Mapping[str, Any], source: str) -> "LoraConfig":
         """Reads the content of an adapter_config.json. A ValueError if its form is wrong, or for a variant of LoRA
-        other than W + scale B A on the very W that the checkpoint holds."""
+        other than W + scale B A, or DoRA, on the very W that the checkpoint holds."""
         if not isinstance(said, Mapping):
             raise ValueError(f"{source} must hold a JSON object, got {type(said).__name__}")
         _check_variant(said, source)
@@ -86,7 +89,7 @@ class LoraConfig:
         for name, value in numbers.items():
             if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
                 raise ValueError(f"{source}: {name} must be a number, got {value!r}")
-        for name in ("use_rslora", "lora_bias"):
+        for name in ("use_rslora", "use_dora", "lora_bias"):
             if not isinstance(said.get(name), (bool, type(None))):
                 raise ValueError(f"{source}: {name} must be true or false, got {said[name]!r}")
         return cls(
@@ -96,6 +99,7 @@ class LoraConfig:
             said.get("rank_pattern") or {},
             bool(said.get("use_rslora")),
             said.get("lora_bias"),
+            said.get("use_dora"),
             _modules(said, "target_modules", source),
             _modules(said, "exclude_modules", source),
             _layers(said, source),
@@ -128,15 +132,15 @@ class LoraConfig:
 
 
 def _check_variant(said: Mapping[str, Any], source: str) -> None:
-    """A ValueError unless the config describes a plain LoRA."""
+    """A ValueError unless the config describes a plain LoRA, or one with magnitudes."""
     kind = said.get("peft_type") or "LORA"
     if str(kind).upper() != "LORA":
         raise ValueError(f"{source}: peft_type is {kind!r}; only 'LORA' can be merged")
     for name, value in said.items():
         if value and name not in _READ and name not in _OF_TRAINING:
             raise ValueError(
-                f"{source}: {name} is set ({_short(value)}), which merging does not support; only plain LoRA is. Merge "
-                f"it with the program that trained it, and convert the result"
+                f"{source}: {name} is set ({_short(value)}), which merging does not support; plain LoRA and DoRA are. "
+                f"Merge it with the program that trained it, and convert the result"
             )
     if (said.get("bias") or "none") != "none":
         raise ValueError(f"{source}: the LoRA trains biases (bias={said['bias']!r}); only bias='none' is supported")

@@ -207,10 +207,60 @@ def test_adapters_beside_the_base_are_merged(tmp_path, weights, base, start):
     check(read_pretrained(base, lora=lora, **SAID), merged(weights, made, 2))
 
 
+@pytest.mark.parametrize("saved", ["as peft saves it", "peft's own state dict"])
+@pytest.mark.parametrize("changes", [{}, {"use_rslora": True}], ids=["", "rsLoRA"])
+def test_dora_is_merged_as_peft_merges_it(tmp_path, weights, base, saved, changes):
+    """Linear layers and a convolution."""
+    peft = pytest.importorskip("peft")
+    model = CausalVideoModel(CONFIG)
+    model.load_state_dict(weights)
+    targets = ["self_attn.q", "ffn.0", "patch_embedding"]
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=targets, use_dora=True, **changes)
+    trained = peft.get_peft_model(model, config)
+    with torch.no_grad():
+        for name, parameter in trained.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.rand_like(parameter) + 0.5)
+    trained.save_pretrained(tmp_path / "lora")
+    if saved != "as peft saves it":
+        state = {name: x for name, x in trained.state_dict().items() if "lora_" in name}
+        save_file(state, tmp_path / "lora" / "adapter_model.safetensors")
+    pretrained = read_pretrained(base, lora=tmp_path / "lora", **SAID)
+    expected = trained.merge_and_unload().state_dict()
+    assert "with magnitudes (DoRA)" in pretrained.lora
+    for name, tensor in pretrained.weights.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-5)
+    assert (pretrained.weights[f"{Q0}.weight"] - weights[f"{Q0}.weight"]).abs().max() > 0.1
+
+
+MAGNITUDE = {f"base_model.model.{Q0}.lora_magnitude_vector": torch.ones(24)}
+
+
+@pytest.mark.parametrize(
+    "tensors, said, message",
+    [
+        ({}, {"use_dora": True}, r"missing \S+q.lora_magnitude_vector \(use_dora in its config\)"),
+        (MAGNITUDE, {"use_dora": False}, r"q has magnitudes, by its config \(use_dora\) none"),
+        (MAGNITUDE, {"use_dora": "yes"}, "use_dora must be true or false, got 'yes'"),
+        ({**MAGNITUDE, f"base_model.model.{Q0}.lora_B.bias": torch.ones(24)}, {}, "magnitudes and a bias in lora_B"),
+        ({**MAGNITUDE, f"base_model.model.{Q0}.diff": torch.ones(24, 24)}, {}, "a magnitude and a whole difference"),
+        (
+            {f"base_model.model.{Q1}.lora_magnitude_vector": torch.ones(24)},
+            {},
+            r"missing \S+1.self_attn.q.lora_A",
+        ),
+    ],
+    ids=["none", "not meant", "no flag", "bias", "difference", "alone"],
+)
+def test_magnitudes_that_do_not_fit_are_refused(tmp_path, weights, base, tensors, said, message):
+    lora = lora_folder(tmp_path / "lora", in_peft(pairs(weights, (Q0,))) | tensors, r=3, **said)
+    with pytest.raises(ValueError, match=message):
+        read_pretrained(base, lora=lora, **SAID)
+
+
 @pytest.mark.parametrize(
     "said",
     [
-        {"use_dora": True},
         {"fan_in_fan_out": True},
         {"modules_to_save": ["head"]},
         {"layer_replication": [[0, 1], [0, 2]]},

@@ -322,7 +322,9 @@ BAD_LORAS = {
         f"{Q}.lora_A.weight": torch.zeros(3, 25),
     }), r"blocks.0.self_attn.q has a weight \(24, 24\), the LoRA's is \(24, 25\)"),
     "ranks differ": (lambda lora: lora.update({f"{Q}.lora_A.weight": torch.zeros(2, 24)}), r"lora_A \(2, 24\)"),
-    "DoRA": (lambda lora: lora.update({f"{Q}.lora_magnitude_vector": torch.zeros(24)}), "lora_magnitude_vector"),
+    "a magnitude too few": (
+        lambda lora: lora.update({f"{Q}.lora_magnitude_vector": torch.zeros(23)}), "are no magnitudes of 24 rows"
+    ),
     "nothing of the kind": (lambda lora: [lora.clear(), lora.update(x=torch.zeros(1))], "no LoRA"),
     "two adapters": (lambda lora: lora.update({f"{Q}.lora_A.b.weight": torch.zeros(3, 24)}), "several adapters"),
 }  # fmt: skip
