@@ -89,6 +89,7 @@ def test_a_graph_of_the_write_follows_the_places():
         torch.testing.assert_close(q.cpu().float(), expected["q"], rtol=1e-2, atol=1e-2)
 
 
+@pytest.mark.alone
 def test_the_write_beyond_two_to_the_31_elements():
     frames = 1400
     if torch.cuda.mem_get_info()[0] < 14 << 30:

@@ -84,7 +84,7 @@ def test_real_scores_agree_beyond_the_margin(dtype, group):
     ours = ops.select_blocks(q, descriptors, 24, query_group=group, blocks_per_frame=25, impl="triton")
     means = q.double().unflatten(1, (-1, group)).mean(2)
     keys = descriptors.double()
-    best = torch.einsum("bghd,bnhd->bhgn", means, keys).sort(-1, descending=True, stable=True)
+    best = torch.einsum("bghd,bnhd->bhgn", means, keys).sort(dim=-1, descending=True, stable=True)
     noise = 2.0**-18 * torch.einsum("bghd,bnhd->bhgn", means.abs(), keys.abs()).amax(-1)
     clear = best.values[..., 23] - best.values[..., 24] > noise
     assert clear.double().mean() > 0.9
@@ -99,7 +99,8 @@ def wan_layer(frames: int = 8):
 
 
 @pytest.mark.parametrize("frames", [3, 40])
-@pytest.mark.parametrize("backend", ["auto", "own"])
+# `auto` takes cuDNN for so long a window, and cuDNN inside a graph may end the process.
+@pytest.mark.parametrize("backend", [pytest.param("auto", marks=pytest.mark.alone), "own"])
 @pytest.mark.parametrize("group", [1, 128, None], ids="group{}".format)
 def test_no_host_sync_and_a_graph_that_follows_the_bank(group, backend, frames):
     q, k, v, memory_k, memory_v = wan_layer(frames)
@@ -209,6 +210,7 @@ def test_dense_backends_agree_with_our_own(backend, head_dim, heads):
     torch.testing.assert_close(theirs[1], ours[1], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.alone
 def test_beyond_two_to_the_31_elements():
     """A bank of 1200 frames: its last blocks lie more than 2^31 elements from its first."""
     frames = 1200
@@ -236,7 +238,7 @@ def test_registered_rightly_and_compiled_whole(group):
     descriptors = ops.describe_blocks(memory_k, 64, 150)
     valid = torch.tensor([2], dtype=torch.int32, device="cuda")
     slots, sizes = torch.tensor([[1, 0]], dtype=torch.int32, device="cuda"), (2, 64, 150, group, 0.1, False)
-    arguments = (q, k, k, memory_k, memory_v, descriptors, valid, slots, None, slots, *sizes, "triton", "auto")
+    arguments = (q, k, k, memory_k, memory_v, descriptors, valid, slots, None, slots, *sizes, "mean", "triton", "auto")
     result = opcheck(torch.ops.memflow_ops.memory_attention.default, arguments)
     assert set(result.values()) == {"SUCCESS"}
 
@@ -262,6 +264,8 @@ SMALL_CASE = """
 """
 
 
+@pytest.mark.alone
+@pytest.mark.report_only
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer(tool):
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("/usr/local/cuda/bin/compute-sanitizer")
