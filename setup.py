@@ -33,6 +33,7 @@ setup(
         "memflow_ops.bench.cases",
         "memflow_ops.bench.harness",
         "memflow_ops.bench.report",
+        "memflow_ops.bench.stand_in",
         "memflow_ops.cache",
         "memflow_ops.cli",
         "memflow_ops.impl",
