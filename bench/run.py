@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -78,13 +78,13 @@ class Session:
             self.ceilings[product] = product_ceiling(self.device, case.dtype)
         return Contest(case, self.device)
 
-    def rows(self, contest: Contest) -> list[dict[str, Any]]:
-        """The rows of results of what has been timed."""
-        return contest.rows(self.ceilings, self.about)
+    def rows(self, contest: Contest, more: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
+        """The rows of results of what has been timed. more: what else they say, such as the clock."""
+        return contest.rows(self.ceilings, {**self.about, **(more or {})})
 
-    def finish(self, contest: Contest) -> list[dict[str, Any]]:
-        """Keep a case's rows in the device's file, and return them."""
-        rows = self.rows(contest)
+    def finish(self, contest: Contest, more: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
+        """Keep a case's rows in the device's file, and return them. more: as for `rows`."""
+        rows = self.rows(contest, more)
         keep(self.target, rows, self.ceilings, self.about)
         return rows
 
