@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt
 STAMP := .venv/.installed-$(CONSTRAINTS)
 
-.PHONY: help demo test interpreter ptx lint bench bench-compare where-memory-pays aot gpu-test gpu-warm gpu-bench train docs pictures clean
+.PHONY: help demo test interpreter ptx lint bench bench-compare where-memory-pays aot gpu-preflight gpu-test gpu-warm gpu-bench train docs pictures clean
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -64,20 +64,24 @@ aot: $(STAMP)  ## every kernel compiled for sm_80 to sm_120, by three tritons; c
 	-@$(MAKE) --no-print-directory --keep-going $(OTHER_TRITONS)
 	$(BIN)/python -m memflow_ops.bench.aot --triton $(OTHER_TRITONS) $(AOT_OPTIONS)
 
-# With this machine's own torch and triton and no network; OUT: the folder for <device>-<date>.json.
+gpu-preflight: $(STAMP)  ## without a GPU: every kernel that gpu-test and gpu-bench will launch, compiled
+	$(BIN)/python -m memflow_ops.bench.preflight $(PREFLIGHT_OPTIONS)
+
+# On a machine with a GPU: with its own torch and triton and no network. docs/first-gpu-run.md says what each tells.
+# OUT: the folder of the results. PART: one part of the benchmarks, see bench/parts.py.
 OUT ?= bench/results
-PYTEST := -m pytest -o addopts= -q --strict-markers --import-mode=importlib -p no:cacheprovider
+ON_GPU := TRITON_CACHE_DIR=$(CURDIR)/build/gpu/triton TORCHINDUCTOR_CACHE_DIR=$(CURDIR)/build/gpu/inductor \
+	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON)
 
-gpu-test:  ## the kernels on a GPU, with this machine's own torch and triton; writes bench/results
-	@$(PYTHON) -c "import sys, torch; torch.cuda.is_available() or sys.exit('gpu-test: no CUDA device')" || exit 2
-	CUBLAS_WORKSPACE_CONFIG=:4096:8 $(PYTHON) $(PYTEST) tests/gpu --record $(OUT)
+gpu-warm:  ## on a GPU: compile all that gpu-test and gpu-bench need, in a process per core; measures nothing
+	$(ON_GPU) -m memflow_ops.bench.warm $(WARM_OPTIONS)
 
-gpu-warm:  ## compile what gpu-bench and gpu-test need, in several processes; measures nothing
-	@$(PYTHON) -m memflow_ops.bench.warm
-	-@$(PYTHON) $(PYTEST) tests/gpu -n 8
+# GPU_TEST_OPTIONS: --minutes N, --missing
+gpu-test:  ## on a GPU: the kernels, the cache write and CUDA graphs; writes OUT
+	$(ON_GPU) -m memflow_ops.bench.gpu_test --out $(OUT) $(GPU_TEST_OPTIONS)
 
-gpu-bench:  ## attention, cache and streams against every alternative on a GPU, then our kernels alone; writes bench/results
-	@$(PYTHON) -m memflow_ops bench --device cuda --out $(OUT)
+gpu-bench:  ## on a GPU: attention, cache and streams against every alternative; PART=first for one part; writes OUT
+	$(ON_GPU) -m memflow_ops.bench.gpu_bench --out $(OUT) $(if $(PART),--part $(PART)) $(GPU_BENCH_OPTIONS)
 
 DOCS := .venv/docs
 
