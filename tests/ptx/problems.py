@@ -6,7 +6,6 @@ is NaN, in the bank and in the window.
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
@@ -113,10 +112,18 @@ def with_gradients(attend, given: Case, weights: tuple[torch.Tensor, torch.Tenso
     return {"out": out.detach(), "lse": lse.detach(), **dict(zip(names, grads, strict=True))}
 
 
-def attention(dtype: torch.dtype, *, backward: bool = False, shifted: bool = False, **options) -> None:
+def attention(
+    dtype: torch.dtype,
+    *,
+    backward: bool = False,
+    shifted: bool = False,
+    pages: tuple[int, list[int]] | None = None,
+    **options,
+) -> None:
     """memory_attention, with gradients on request, within twice the error of torch's dense attention.
 
-    shifted: every tensor begins at an address that 16 does not divide.
+    shifted: every tensor begins at an address that 16 does not divide. pages: the tokens of a page, and where the pages
+    of the window lie in a pool that is NaN elsewhere.
     """
     given, descriptors, indices = attention_case(dtype, **options)
     weights = (torch.randn(given.q.shape), torch.randn(given.q.shape[0], given.q.shape[2], given.q.shape[1]))
@@ -126,14 +133,25 @@ def attention(dtype: torch.dtype, *, backward: bool = False, shifted: bool = Fal
 
     def attend(x: Case, impl: str) -> tuple[torch.Tensor, torch.Tensor]:
         bank = {} if descriptors is None else {"memory_descriptors": descriptors.to(x.q.dtype)}
-        backend = {"dense_backend": "own"} if impl == "triton" else {}
-        return ops.memory_attention(*x.tensors().values(), **x.options, **bank, **backend, return_lse=True, impl=impl)
+        more = {"dense_backend": "own"} if impl == "triton" else {}
+        tensors = x.tensors()
+        if pages is not None:
+            tensors |= {name: in_pages(tensors[name], *pages) for name in ("k", "v")}
+            more |= {"frame_tokens": pages[0], "window_slots": torch.tensor([pages[1]] * len(x.q), dtype=torch.int32)}
+        return ops.memory_attention(*tensors.values(), **{**x.options, **bank, **more}, return_lse=True, impl=impl)
 
     wanted = weights if backward else None
     ours = with_gradients(partial(attend, impl="triton"), dirty, wanted)
     exact = with_gradients(partial(attend, impl="reference"), dirty.to(torch.float64), wanted)
     dense = with_gradients(lambda x: dense_attention(x, indices), given, wanted)
     compare(ours, dense, exact)
+
+
+def in_pages(x: torch.Tensor, size: int, slots: list[int]) -> torch.Tensor:
+    """A pool (B, P * size, Hkv, D) whose pages `slots` are x, and whose others are NaN."""
+    tokens = (torch.tensor(slots).unsqueeze(-1) * size + torch.arange(size)).flatten()
+    pool = x.new_full((x.shape[0], (max(slots) + 2) * size, *x.shape[2:]), torch.nan)
+    return pool.index_copy(1, tokens, x)
 
 
 def moved(x: torch.Tensor) -> torch.Tensor:
@@ -169,9 +187,7 @@ def resumed(dtype: torch.dtype, **options) -> None:
 
 def with_candidates(dtype: torch.dtype, **options) -> None:
     """A selection in several launches: spans of 32 blocks, and a last round over what they leave."""
-    with ExitStack() as stack:
-        for module in (configs, groups):
-            stack.enter_context(patch.object(module, "SPAN_BLOCKS", 32))
+    with patch.object(configs, "SPAN_BLOCKS", 32), patch.object(groups, "SPAN_BLOCKS", 32):
         attention(dtype, **options)
 
 

@@ -94,6 +94,7 @@ case("bank, candidates", with_candidates, BF16, bank=(9, 37, 8), top_k=7, slots=
 case("per query", attention, BF16, queries=33, bank=(3, 37, 16), group=1, slots=True, quick=True)
 case("last wave split", last_wave_split, BF16, heads=(1, 1), queries=128, bank=(5, 37, 8), top_k=9, quick=True)
 case("backward", attention, BF16, queries=80, dense=40, bank=(2, 70, 32), backward=True, quick=True)
+case("window in pages", attention, BF16, dense=72, pages=(24, [3, 0, 1]), backward=True, quick=True)
 case("selection of groups", selection, BF16, 16, frames=12, blocks=25, top_k=24, valid=(12, 5), slots=True, quick=True)
 case("selection per query", selection, BF16, 1, frames=5, blocks=25, top_k=6, valid=(4, 1), slots=True, quick=True)
 case("tie of groups of 120", tie_of_equal_groups, BF16, 120, quick=True)
@@ -129,6 +130,8 @@ for dtype, name in NAMES.items():
          bank=(2, 136, 64), slots=True, backward=True)  # fmt: skip
     case(f"backward, causal, {name}", attention, dtype, batch=2, queries=70, dense=100, causal=True, used=(100, 37),
          backward=True)  # fmt: skip
+    case(f"window in pages, causal, {name}", attention, dtype, batch=2, queries=70, dense=72, causal=True,
+         used=(72, 37), pages=(24, [3, 0, 1]), backward=True)  # fmt: skip
     case(f"backward per query, {name}", attention, dtype, queries=40, group=1, dense=33, bank=(2, 70, 32),
          slots=True, backward=True)  # fmt: skip
     case(f"selection of groups, {name}", selection, dtype, 8, frames=5, blocks=4, top_k=7, valid=(3, 5), slots=True)
