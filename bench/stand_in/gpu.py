@@ -133,7 +133,7 @@ def _device_of(x: torch.Tensor) -> torch.device:
 
 
 def _address(x: torch.Tensor) -> int:
-    return ADDRESS + x.storage_offset() * x.element_size() if x.is_meta else x.data_ptr()
+    return ADDRESS + int(x.storage_offset()) * x.element_size() if x.is_meta else x.data_ptr()
 
 
 def _read(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -153,7 +153,7 @@ def _moved(x: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
 
 _SPECIAL: dict[Any, Callable[..., Any]] = {
     torch.device: torch.device,
-    torch.Tensor.device.__get__: _device_of,  # type: ignore[attr-defined]
+    torch.Tensor.device.__get__: _device_of,
     torch.Tensor.is_cuda.__get__: lambda x: _device_of(x).type == "cuda",  # type: ignore[attr-defined]
     torch.Tensor.is_cpu.__get__: lambda x: _device_of(x).type == "cpu",  # type: ignore[attr-defined]
     torch.Tensor.is_meta.__get__: lambda x: False,  # type: ignore[attr-defined]
@@ -318,15 +318,16 @@ def install(gpu: Gpu) -> None:
     backends.cuda.can_use_cudnn_attention = backends.cuda.can_use_flash_attention = lambda *_: True
     backends.cuda.SDPAParams = nothing
     backends.cudnn.is_available = lambda: True
-    torch.testing.assert_close = nothing  # type: ignore[assignment]
-    torch.compile = lambda function=None, **_: function if function is not None else lambda function: function
-    torch.Tensor.record_stream = nothing  # type: ignore[assignment, method-assign]
+    torch.testing.assert_close = nothing
+    whole: Any = torch
+    whole.compile = lambda function=None, **_: function if function is not None else lambda function: function
+    torch.Tensor.record_stream = nothing  # type: ignore[method-assign]
     # What is recomputed for gradients is on CUDA by name, and what was computed first is compared without names.
     torch.utils.checkpoint._allowed_determinism_checks_to_fns["default"] = nothing
-    torch.nn.Module.compile = nothing  # type: ignore[assignment, method-assign]
+    torch.nn.Module.compile = nothing  # type: ignore[method-assign]
     torch.Generator = _Generator  # type: ignore[misc]
     # Gradients are computed where this mode is still on, so that what is recomputed for them is on CUDA too.
-    torch.autograd.has_torch_function = lambda tensors: False  # type: ignore[attr-defined]
+    whole.autograd.has_torch_function = lambda tensors: False
     by_name = CudaByName()
     by_name.__enter__()
     ShapesAlone(by_name).__enter__()

@@ -92,7 +92,7 @@ class Recorder:
         from triton import knobs
         from triton.runtime.driver import driver
 
-        driver.set_active(Driver(self._capability))  # type: ignore[arg-type]
+        driver.set_active(Driver(self._capability))
         knobs.runtime.jit_cache_hook = self._asked
         run = Launch.run
 
@@ -103,7 +103,7 @@ class Recorder:
             self.launches += 1
             run(launch)
 
-        Launch.run = checked  # type: ignore[method-assign]
+        Launch.run = checked  # type: ignore[assignment, method-assign]
 
     def _asked(self, *, key: Any, fn: Any, compile: dict[str, Any], **more: Any) -> bool:
         """Triton's hook before it compiles. True: it is to compile and run nothing."""
@@ -153,7 +153,7 @@ def compile_kernel(kernel: Kernel, stubs: bool = False) -> Compiled:
     from triton.compiler import ASTSource
     from triton.runtime.driver import driver
 
-    driver.set_active(Driver(kernel.capability))  # type: ignore[arg-type]
+    driver.set_active(Driver(kernel.capability))
     function = getattr(importlib.import_module(kernel.module), kernel.name)
     source = ASTSource(function, kernel.signature, kernel.constants, kernel.attributes)
     known = False

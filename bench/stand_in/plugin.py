@@ -31,7 +31,7 @@ def pytest_load_initial_conftests(early_config, parser, args):
     gpu = gpu_of(early_config.known_args_namespace.stand_in)
     early_config.stash[_RECORDER] = Recorder(gpu)
     install(gpu)
-    torch.library.opcheck = _called_once
+    torch.library.opcheck = _called_once  # type: ignore[assignment]
 
 
 def _called_once(operator, arguments, *_, **__):
