@@ -50,7 +50,7 @@ def plan_attend(
     kv_heads = next((part.k.shape[2] for part in (window, memory) if part.k is not None), heads)
     tiles, options, by_row = attend_config(capability or capability_of(q), q.dtype, head_dim, query_group, queries)
     short_blocks = by_row and geometry.block_size < tiles["BLOCK_N"]
-    if window.k is not None and memory.k is not None and (short_blocks or window.k.shape[1] == 1):
+    if window.k is not None and memory.k is not None and (short_blocks or geometry.window_keys(window.k) == 1):
         # In one launch ptxas for sm_90 lets every product wait for the one before (C7515). The state between two
         # launches is float32: rounded to a half precision it would break the tolerance.
         first, *state = plan_attend(
