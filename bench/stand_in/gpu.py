@@ -2,7 +2,7 @@
 
 A tensor on the stand-in is one of torch's meta tensors. It says that it is on CUDA, has a dtype, a shape, strides and
 an address that is as aligned as CUDA's would be, and takes no memory, so that the benchmarks run at full size.
-What is copied from it to the host stays without values. What the host reads is 1, True, or 0 of integers.
+What is copied from it to the host stays without values. What the host reads is 0, or True.
 
 Without values no assertion about them can hold: run it with PYTHONOPTIMIZE=1 (and pytest with `--assert=plain`).
 
@@ -137,8 +137,8 @@ def _address(x: torch.Tensor) -> int:
 
 
 def _read(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """What the host reads of a tensor without values: 1 and True; of integers 0, which is a place in every list."""
-    return torch.full(shape, 1 if dtype.is_floating_point or dtype == torch.bool else 0, dtype=dtype)
+    """What the host reads of a tensor without values: True, or 0, which is a place in every list."""
+    return torch.full(shape, dtype == torch.bool, dtype=dtype)
 
 
 def _listed(x: torch.Tensor) -> Any:
