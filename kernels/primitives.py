@@ -150,14 +150,27 @@ def online_softmax_update(scores, scale_log2, wanted, row_max, row_sum):
     return weights, correction, new_max, row_sum * correction + tl.sum(weights, 1)
 
 
+# triton 3.6.0 compiles no function that returns None, or a tuple that holds None. One that may have nothing to return
+# returns an empty tuple, and else a tuple of one.
+
+
 @triton.jit
-def stored_frame(slots, frame, mask, stored_frames):
+def slots_of_batch(slots, batch, stride):
+    """The pointer to the slot table of a batch element in a tuple, which is empty where there is no table (None)."""
+    table = ()
+    if slots is not None:
+        table = (slots + batch * stride,)
+    return table
+
+
+@triton.jit
+def stored_frame(table, frame, mask, stored_frames):
     """The number of each bank frame among the stored frames: by the slot table of this batch element, clamped.
 
-    Without a table (None) the stored frames are the bank, in order.
+    table: of slots_of_batch. Without one the stored frames are the bank, in order.
     """
-    if slots is None:
+    if len(table) == 0:
         slot = frame
     else:
-        slot = tl.minimum(tl.maximum(tl.load(slots + frame, mask=mask, other=0), 0), stored_frames - 1)
+        slot = tl.minimum(tl.maximum(tl.load(table[0] + frame, mask=mask, other=0), 0), stored_frames - 1)
     return slot

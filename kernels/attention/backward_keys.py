@@ -99,7 +99,7 @@ def backward_keys_kernel(
     scale_log2 = softmax_scale * LOG2_E
     grad_out = strides_like(grad_out, q)
     # Stored blocks, not those of the bank: the inverse names them, and a frame that no slot names gets zeros.
-    stored = Blocks(None, 0, frame_tokens, tl.cdiv(frame_tokens, BLOCK_SIZE), blocks)
+    stored = Blocks((), 0, frame_tokens, tl.cdiv(frame_tokens, BLOCK_SIZE), blocks)
     frame, start, length = locate_block(block, stored, BLOCK_SIZE)
     tokens = frame.to(tl.int64) * frame_tokens + start + offsets
     present = offsets < length
@@ -126,8 +126,8 @@ def backward_keys_kernel(
     read = mask_if(tiles > 0, read)  # what nobody attended to is not read
     segment = segment_of_head(segment, batch, kv_head)
     stored_rows = tokens
-    if segment.frames is not None:
-        stored_rows = stored_tokens(segment.frames, tokens, read)
+    if len(segment.frames) > 0:
+        stored_rows = stored_tokens(segment.frames[0], tokens, read)
     key = load_rows(segment.k + stored_rows * segment.k_strides[1], read, columns, HEAD_DIM)  # [BLOCK_N, DIM]
     if grad_k is not None:
         value = load_rows(segment.v + stored_rows * segment.v_strides[1], read, columns, HEAD_DIM)

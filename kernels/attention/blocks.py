@@ -22,7 +22,7 @@ import triton.language as tl
 from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.integers import cdiv
 from memflow_ops.kernels.launch import Launch
-from memflow_ops.kernels.primitives import load_rows, stored_frame, strided
+from memflow_ops.kernels.primitives import load_rows, slots_of_batch, stored_frame, strided
 
 
 class Segment(NamedTuple):
@@ -96,7 +96,7 @@ class Blocks(NamedTuple):
     """Where the blocks of the bank of one batch element lie, in a kernel."""
 
     slots: Any
-    """Pointer to the slot table of the batch element, or None."""
+    """Of slots_of_batch."""
     stored_frames: Any
     frame_tokens: Any
     per_frame: Any
@@ -105,16 +105,17 @@ class Blocks(NamedTuple):
 
 @triton.jit
 def segment_of_head(segment, batch, kv_head):
-    """The keys and values of one batch element and head."""
+    """The keys and values of one batch element and head; frames in a tuple, empty for None (see slots_of_batch)."""
     v_strides = segment.v_strides
     if v_strides is None:
         v_strides = segment.k_strides
     k = segment.k + (batch * segment.k_strides[0] + kv_head * segment.k_strides[2])
     v = segment.v + (batch * v_strides[0] + kv_head * v_strides[2])
-    frames = segment.frames
-    if frames is not None:
-        slots = frames.slots + batch * frames.slot_stride
-        frames = Frames(slots, frames.slot_stride, frames.count, frames.stored, frames.tokens)
+    frames = ()
+    if segment.frames is not None:
+        of_all = segment.frames
+        slots = of_all.slots + batch * of_all.slot_stride
+        frames = (Frames(slots, of_all.slot_stride, of_all.count, of_all.stored, of_all.tokens),)
     return Segment(k, v, segment.k_strides, v_strides, frames)
 
 
@@ -122,7 +123,7 @@ def segment_of_head(segment, batch, kv_head):
 def stored_tokens(frames, token, present):
     """Where tokens of the window lie among the stored ones, int64; frames: Frames of the batch element."""
     frame = token // frames.tokens
-    slot = stored_frame(frames.slots, frame, present, frames.stored)
+    slot = stored_frame((frames.slots,), frame, present, frames.stored)
     return slot.to(tl.int64) * frames.tokens + (token - frame * frames.tokens)
 
 
@@ -138,9 +139,7 @@ def load_keys(segment, token, lanes, present, columns, HEAD_DIM: tl.constexpr):
 @triton.jit
 def blocks_of(frames, batch, BLOCK_SIZE: tl.constexpr):
     """The Blocks of one batch element."""
-    slots = frames.slots
-    if slots is not None:
-        slots += batch * frames.slot_stride
+    slots = slots_of_batch(frames.slots, batch, frames.slot_stride)
     per_frame = tl.cdiv(frames.tokens, BLOCK_SIZE)
     return Blocks(slots, frames.stored, frames.tokens, per_frame, frames.count * per_frame)
 
@@ -189,19 +188,19 @@ def walk_segment(
 
     seen [BLOCK_M]: how many leading keys of the segment each row sees, at most `end`; None: all rows see all.
     """
-    if segment.frames is not None:
+    if len(segment.frames) > 0:
         coming = begin + tl.arange(0, BLOCK_N)
-        ahead = stored_tokens(segment.frames, coming, coming < end)
+        ahead = stored_tokens(segment.frames[0], coming, coming < end)
     for first in range(begin, end, BLOCK_N):
         lanes = tl.arange(0, BLOCK_N)
-        if segment.frames is None:
+        if len(segment.frames) == 0:
             token = tl.zeros([], tl.int64) + first
         else:  # Tokens are located a step ahead, as in walk_list. A tile may cross into another frame.
             token = ahead
             coming = first + BLOCK_N + lanes
-            ahead = stored_tokens(segment.frames, coming, coming < end)
+            ahead = stored_tokens(segment.frames[0], coming, coming < end)
         present = first + lanes < end
-        within = lanes.to(tl.int64) if segment.frames is None else 0
+        within = lanes.to(tl.int64) if len(segment.frames) == 0 else 0
         key, value = load_keys(segment, token, within, present, columns, HEAD_DIM)
         if seen is None:
             state = step(rows, state, key, value, present, first + BLOCK_N > end, None, False)

@@ -15,7 +15,7 @@ from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.attention.blocks import frames_of
 from memflow_ops.kernels.integers import cdiv
 from memflow_ops.kernels.launch import Launch
-from memflow_ops.kernels.primitives import stored_frame
+from memflow_ops.kernels.primitives import slots_of_batch, stored_frame
 
 
 # Bytes: the indices once, the numbers once; bound by memory.
@@ -35,12 +35,10 @@ def block_numbers_kernel(
     mask = places < entries
     first = (batch.to(tl.int64) * tl.num_programs(1) + head) * entries
     index = tl.load(indices + first + places, mask=mask, other=-1)
-    slots = frames.slots
-    if slots is not None:
-        slots += batch.to(tl.int64) * frames.slot_stride
+    table = slots_of_batch(frames.slots, batch.to(tl.int64), frames.slot_stride)
     frame = index // blocks_per_frame
     inside = (index >= 0) & (frame < frames.count)
-    slot = stored_frame(slots, frame, inside, frames.stored)
+    slot = stored_frame(table, frame, inside, frames.stored)
     kv_heads = tl.num_programs(1) // HEADS_PER_KV_HEAD
     blocks = frames.stored * blocks_per_frame
     number = (batch * kv_heads + head // HEADS_PER_KV_HEAD) * blocks + slot * blocks_per_frame

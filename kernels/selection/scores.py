@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 
 from memflow_ops.geometry import Geometry
-from memflow_ops.kernels.primitives import Strided, load_rows, matmul, stored_frame, strided
+from memflow_ops.kernels.primitives import Strided, load_rows, matmul, slots_of_batch, stored_frame, strided
 
 
 class DescribedBank(NamedTuple):
@@ -69,11 +69,11 @@ class HeadDescriptors(NamedTuple):
     stride: Any
     """Between two stored blocks, in elements."""
     slots: Any
-    """Pointer to the slot table of the batch element, or None."""
+    """Of slots_of_batch."""
     stored_frames: Any
     blocks_per_frame: Any
     last_block: Any
-    """As in DescribedBank."""
+    """As in DescribedBank, in a tuple, which is empty for None."""
 
 
 @triton.jit
@@ -81,18 +81,19 @@ def descriptors_of_head(bank, batch, kv_head):
     """The HeadDescriptors of a DescribedBank."""
     strides = bank.descriptors.strides
     pointer = bank.descriptors.pointer + (batch * strides[0] + kv_head * strides[2])
-    slots = bank.slots
-    if slots is not None:
-        slots += batch * bank.slot_stride
-    return HeadDescriptors(pointer, strides[1], slots, bank.stored_frames, bank.blocks_per_frame, bank.last_block)
+    slots = slots_of_batch(bank.slots, batch, bank.slot_stride)
+    last_block = ()
+    if bank.last_block is not None:
+        last_block = (bank.last_block,)
+    return HeadDescriptors(pointer, strides[1], slots, bank.stored_frames, bank.blocks_per_frame, last_block)
 
 
 @triton.jit
 def add_length(scores, descriptors, blocks):
     """The scores [..., COLUMNS] of blocks [COLUMNS] and what the number of their keys adds to them, if anything."""
-    if descriptors.last_block is not None:
+    if len(descriptors.last_block) > 0:
         last = (blocks + 1) % descriptors.blocks_per_frame == 0
-        scores += tl.where(last, descriptors.last_block, 0.0)
+        scores += tl.where(last, descriptors.last_block[0], 0.0)
     return scores
 
 
