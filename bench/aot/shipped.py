@@ -44,13 +44,14 @@ def memory_attention(
     window_tokens: int = WINDOW,
     causal: bool = False,
     by_group: bool = False,
+    in_order: bool = False,
     score: Score = "mean",
     multiprocessors: int = 0,
 ) -> list[Launch]:
     """The launches of a layer's attention to the bank, which resume; with `dense` to the window too, starting afresh.
 
-    by_group: every query group has a number of valid frames. multiprocessors: how many the device has, so that the last
-    wave is split; 0: it is not.
+    by_group: every query group has a number of valid frames. in_order: without a slot table. multiprocessors: how many
+    the device has, so that the last wave is split; 0: it is not.
     """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
     k = cached(window_tokens, heads[1], head_dim, dtype) if dense else None
@@ -60,7 +61,7 @@ def memory_attention(
     counts = (1, -(-QUERIES // query_group)) if by_group else (1,)
     slots, valid = meta(1, frames, dtype=torch.int32), meta(*counts, dtype=torch.int32)
     sizes = (block_size, FRAME_TOKENS, query_group, head_dim**-0.5)
-    geometry = Geometry(*sizes, slots, valid, causal=causal, score=score)
+    geometry = Geometry(*sizes, None if in_order else slots, valid, causal=causal, score=score)
     resume = None if dense else (q, meta(1, heads[0], QUERIES, dtype=torch.float32))
     selecting, indices = plan_select(q, descriptors, top_k, geometry)
     attending, *_ = plan_attend(
@@ -120,11 +121,12 @@ def backward(
     dense: bool = False,
     causal: bool = False,
     paged: bool = False,
+    in_order: bool = False,
 ) -> list[Launch]:
     """The backward pass of a layer's attention to the bank; with `dense` to the window too.
 
     The gradients are those of the bank, or with `dense` of the window; `causal`: a part of this is seen and valid;
-    `paged`: as in `window`.
+    `paged`: as in `window`; `in_order`: as in `memory_attention`.
     """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
     k = cached(76 * FRAME_TOKENS if paged else WINDOW, heads[1], head_dim, dtype) if dense else None
@@ -132,7 +134,8 @@ def backward(
     indices = meta(1, heads[0], -(-QUERIES // query_group), 24, dtype=torch.int32)
     lse = meta(1, heads[0], QUERIES, dtype=torch.float32)
     geometry = Geometry(
-        block_size, FRAME_TOKENS, query_group, head_dim**-0.5, meta(1, 64, dtype=torch.int32), causal=causal,
+        block_size, FRAME_TOKENS, query_group, head_dim**-0.5,
+        None if in_order else meta(1, 64, dtype=torch.int32), causal=causal,
         seqused_k=meta(1, dtype=torch.int32) if causal else None,
         window_slots=meta(1, 9, dtype=torch.int32) if paged else None,
     )  # fmt: skip
@@ -145,7 +148,7 @@ def backward(
 
 REPRESENTATIVE = frozenset(
     {
-        "window", "window, causal, used keys", "bank", "bank, last wave split", "bank, float32",
+        "window", "window, causal, used keys", "bank", "bank in order", "bank, last wave split", "bank, float32",
         "bank, blocks of 16", "per query", "cache write, clean pass", "retrieval, coverage",
         "backward, window too", "backward, per query", "backward, float32",
     }
@@ -164,6 +167,7 @@ def shipped() -> dict[str, Plan]:
     sizes: dict[str, dict] = {
         "bank": dict(),
         "bank, window too": dict(dense=True),
+        "bank in order": dict(in_order=True),
         "small bank": dict(frames=4),
         "bank, 1000 frames": dict(frames=1000),
         "per query": dict(query_group=1),
@@ -196,7 +200,7 @@ def shipped() -> dict[str, Plan]:
         "per query, float32": dict(query_group=1, **single),
         "bank, frames by group": dict(by_group=True),
         "per query, frames by group": dict(query_group=1, by_group=True),
-        "two launches, moments": dict(score="moments"),
+        "bank, moments": dict(score="moments"),
         "per query, moments": dict(query_group=1, score="moments"),
     }
     windows: dict[str, Plan] = {
@@ -227,6 +231,7 @@ def shipped() -> dict[str, Plan]:
     }
     backwards: dict[str, dict] = {
         "backward": dict(),
+        "backward, bank in order": dict(in_order=True),
         "backward, window too": dict(dense=True),
         "backward, per query": dict(query_group=1),
         "backward, per query, window too": dict(query_group=1, dense=True),
