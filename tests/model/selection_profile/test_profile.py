@@ -162,9 +162,10 @@ def test_what_is_measured_is_the_stream_s_attention(model, spoken, monkeypatch):
     settings, calls = replace(SETTINGS, top_k=100, recache=False), (SETTINGS.steps + 1) * 2 - 1
     sampling = Sampling(chunks=1, calls=calls, heads=4, queries=48, rounds=0)
     measured = last(model, [(one,) for one, _ in spoken], settings, sampling=sampling)
-    assert len(seen) == calls and measured.calls == calls
+    assert len(seen) == 2 * calls and measured.calls == calls  # each of them in strips too, which dense is the same
     choice = Choice("oracle", 4, 1)
-    for (call, found), out in zip(seen, dense[-calls:], strict=True):
+    outs = [out for out in dense[-calls:] for _ in ("raster", "strips")]
+    for (call, found), out in zip(seen, outs, strict=True):
         assert call.bank_k.shape == (4, 5, 16, 8) and call.k.shape == (4, 96, 8)
         torch.testing.assert_close(found[choice].dense, out.double().square().sum((0, 1, 3)), rtol=1e-4, atol=0)
 
@@ -177,7 +178,7 @@ def test_query_groups_are_measured_whole(model, spoken, monkeypatch):
         lambda call, *rest: measured.append(call.measured.tolist()) or measure_call(call, *rest),
     )
     last(model, spoken, SETTINGS, sampling=Sampling(chunks=2, calls=3, queries=20, rounds=0), query_groups=[4, 6, 1])
-    assert len(measured) == 6 and len({tuple(some) for some in measured}) > 1
+    assert len(measured) == 2 * 6 and len({tuple(some) for some in measured}) > 1
     for some in measured:
         assert len(some) == 12 and some[0] % 12 == 0 and some == list(range(some[0], some[0] + 12))
 

@@ -282,7 +282,7 @@ def test_the_op_is_registered_rightly(group):
     indices = torch.tensor([0, 2], dtype=torch.int32).expand(1, 2, -(-5 // group), 2)
     slots = torch.tensor([[1, 0]], dtype=torch.int32)
     lse = torch.randn(1, 2, 5)
-    tables = (slots, torch.tensor([4], dtype=torch.int32))
+    tables = (slots, torch.tensor([4], dtype=torch.int32), None)
     arguments = (torch.randn_like(q), lse, q, k, v, memory_k, memory_v, indices, *tables, torch.randn_like(q), lse)
     sizes = ([True, False, True, True, False], 4, 8, group, 0.3, True, "triton")
     result = opcheck(torch.ops.memflow_ops.attend_backward.default, (*arguments, *sizes))
@@ -294,7 +294,7 @@ def test_inputs_that_need_no_gradient_cost_nothing(monkeypatch):
     q, k, v, memory_k, memory_v = layer_inputs()
     seen = []
     original = registered.attend_backward
-    monkeypatch.setattr(registered.attention, "attend_backward", lambda *a: seen.append(a[12]) or original(*a))
+    monkeypatch.setattr(registered.attention, "attend_backward", lambda *a: seen.append(a[13]) or original(*a))
     out = ops.memory_attention(q, k, v.detach(), memory_k.detach(), memory_v.detach(), frame_tokens=8, block_size=4,
                                query_group=3, top_k=2, impl="triton")  # fmt: skip
     out.sum().backward()
