@@ -48,14 +48,18 @@ def check_device(name: str, x: Tensor, like: Tensor) -> None:
 
 def check_integers(name: str, x: object, shape: tuple[int, ...], like: Tensor) -> None:
     """x is an int32 tensor of `shape` (-1: any size) on `like`'s device."""
-    expected = ", ".join("any" if n < 0 else str(n) for n in shape)
     if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be an int32 tensor of shape ({expected}), got {type(x).__name__}")
+        raise TypeError(f"{name} must be an int32 tensor of shape {_words(shape)}, got {type(x).__name__}")
     if x.dtype != torch.int32:
         raise TypeError(f"{name} must be int32, got {x.dtype}")
     if x.dim() != len(shape) or any(want not in (-1, got) for want, got in zip(shape, x.shape, strict=True)):
-        raise ValueError(f"{name} must have shape ({expected}), got {tuple(x.shape)}")
+        raise ValueError(f"{name} must have shape {_words(shape)}, got {tuple(x.shape)}")
     check_device(name, x, like)
+
+
+def _words(shape: tuple[int, ...]) -> str:
+    """The shape as messages have it. Only for them: torch.compile cannot trace `str` of a size that is symbolic."""
+    return f"({', '.join('any' if n < 0 else str(n) for n in shape)})"
 
 
 def check_frame_counts(memory_frames: object, q: Tensor, groups: int) -> None:

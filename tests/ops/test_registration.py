@@ -137,3 +137,20 @@ def test_attention_compiles_whole_forward_and_backward(backend):
     gradients = (torch.autograd.grad(x, inputs) for x in (actual, expected))
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("given", ["memory_frames", "memory_slots", "seqused_k", "window_slots"])
+def test_attention_compiles_whole_for_sizes_that_vary(given):
+    """One graph for every batch size and length, tensors of integers included."""
+    q, k, v, memory_k, memory_v = (x.detach() for x in tensors(dtype=torch.float32))
+    batch = q.shape[0]
+    shape = (batch,) if given in ("memory_frames", "seqused_k") else (batch, 2)
+    k, v = (memory_k, memory_v) if given == "window_slots" else (k, v)
+    sizes = {"top_k": 3, "block_size": 4, "frame_tokens": 10, "query_group": 3}
+
+    def run(q, k, v, memory_k, memory_v, integers):
+        return memflow_ops.memory_attention(q, k, v, memory_k, memory_v, **sizes, **{given: integers})
+
+    inputs = (q, k, v, memory_k, memory_v, torch.ones(shape, dtype=torch.int32))
+    compiled = torch.compile(run, fullgraph=True, dynamic=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(*inputs), run(*inputs))
