@@ -8,7 +8,8 @@
 
 A pass over one token, as `generate` makes for every token after the prompt, attends to the newest `window` keys and to
 the `top_k` most relevant blocks of the older ones. A pass over several tokens, such as a prompt, is dense, and with
-`set_memory(..., sparse_prompts=True)` attends to blocks too. What is not causal, as in an encoder, is always dense.
+`set_memory(..., sparse_prompts=True)` attends to blocks too. What is not causal, as in an encoder or from a decoder to
+an encoder, is always dense.
 
 transformers looks masks up under the name of the attention, and a name that it does not find there means no mask at
 all: padding would be attended to. So attention and mask function are registered together. What one of them cannot do
@@ -29,12 +30,17 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from memflow_ops.ops.attention import memory_attention
+from memflow_ops.ops.checks import check_impl, check_positive
 
 NAME = "memflow"
 """What a model is given as `attn_implementation`."""
 
-# What a call may state without changing what is attended to, which is in the mask already.
-_NEUTRAL = frozenset({"position_ids", "cache_position", "use_cache", "sliding_window", "return_dict", "is_causal"})
+# What a call may state without changing what is attended to: that is in the mask already. Models also hand on to every
+# attention what was asked of their outputs and of their loss.
+_NEUTRAL = frozenset(
+    {"position_ids", "cache_position", "use_cache", "sliding_window", "return_dict", "is_causal"}
+    | {"output_hidden_states", "output_router_logits", "num_items_in_batch"}
+)
 
 
 @dataclass(frozen=True)
@@ -57,8 +63,8 @@ class MemoryOptions:
 
     def __post_init__(self) -> None:
         for name in ("window", "top_k", "block_size", "query_group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+            check_positive(name, getattr(self, name))
+        check_impl(self.impl)
 
 
 _OPTIONS: WeakKeyDictionary[nn.Module, MemoryOptions] = WeakKeyDictionary()
@@ -77,7 +83,7 @@ def set_memory(
 ) -> None:
     """Sets the options of `MemoryOptions` for all attention in a model of transformers, and chooses this attention.
 
-    A ValueError, before anything is changed, for impossible options.
+    A ValueError or TypeError, before anything is changed, for impossible options.
     """
     options = MemoryOptions(window, top_k, block_size, sparse_prompts, query_group, impl)
     cast(Any, model).set_attn_implementation(NAME)
@@ -115,7 +121,7 @@ def memory_attention_forward(
     is_causal = options.get("is_causal")
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)
-    sparse = queries == 1 or (memory.sparse_prompts and is_causal)
+    sparse = is_causal and (queries == 1 or memory.sparse_prompts)
     if keys > memory.window and sparse:
         if attention_mask is not None:
             raise ValueError(

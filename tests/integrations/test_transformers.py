@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     DynamicCache,
+    EncoderDecoderCache,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -201,6 +204,45 @@ def test_what_is_not_known_is_refused(llama):
     memory_attention_forward(module, q, k, v, None, softcap=None, position_ids=torch.zeros(1, 1))
     with pytest.raises(NotImplementedError, match="output_attentions"):
         memory_attention_forward(module, q, k, v, None, output_attentions=True)
-    with pytest.raises(ValueError, match="window must be positive, got 0"):
-        set_memory(llama, window=0)
+    for bad, said in (
+        ({"window": 0}, "window must be at least 1, got 0"),
+        ({"top_k": 2.5}, "top_k must be an int, got float"),
+        ({"impl": "fast"}, "impl must be one of"),
+    ):
+        with pytest.raises((ValueError, TypeError), match=said):
+            set_memory(llama, **bad)
     assert llama.config._attn_implementation != "memflow" and MemoryOptions().window == 1024
+
+
+def test_a_decoder_sees_all_of_its_encoder():
+    """Cross-attention of one new token is not causal, so it is dense even where the encoder has more than a window."""
+    sizes = {"d_model": 24, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 4,
+             "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}  # fmt: skip
+    model = BartForConditionalGeneration(BartConfig(vocab_size=50, max_position_embeddings=64, **sizes)).eval()
+    for name, parameter in model.named_parameters():
+        if "_proj" in name:  # sharper attention: what is attended to matters
+            parameter.data.mul_(20)
+    set_memory(model, window=4, top_k=1, block_size=2)
+    tokens, mask = torch.randint(3, 50, (2, 20)), torch.ones(2, 20, dtype=torch.long)
+    mask[1, -5:] = 0
+    given = {"encoder_outputs": model.model.encoder(tokens, mask), "attention_mask": mask}
+
+    def token_by_token(name):
+        model.set_attn_implementation(name)
+        cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+        steps = [{"decoder_input_ids": tokens[:, i : i + 1], "past_key_values": cache} for i in range(3)]
+        return torch.cat([model(**given, **step).logits for step in steps], 1)
+
+    with torch.no_grad():
+        assert (token_by_token("memflow") - token_by_token("eager")).abs().max() <= 1e-5
+
+
+def test_what_is_asked_of_outputs_and_loss_is_no_option_of_attention(llama):
+    """Models hand such options on to every attention: a Trainer's number of items, and `generate`'s hidden states."""
+    llama.set_attn_implementation("memflow")
+    tokens = torch.randint(1, 50, (2, 12))
+    got = llama(tokens, labels=tokens, num_items_in_batch=torch.tensor(24), output_hidden_states=True)
+    llama.set_attn_implementation("eager")
+    expected = llama(tokens, labels=tokens, num_items_in_batch=torch.tensor(24), output_hidden_states=True)
+    assert (got.loss - expected.loss).abs() <= 1e-5
+    torch.testing.assert_close(got.hidden_states, expected.hidden_states, rtol=0, atol=1e-5)
