@@ -30,6 +30,7 @@ def planted(tmp_path_factory):
         run = gpu_test.Run(str(folder / "test_planted.py"), outcomes, time.monotonic() + 900, limit=40.0, python=python)
         patch.setattr(gpu_test, "ROOT", folder)
         patch.setenv("PYTHONPATH", str(HERE.parents[1]))
+        patch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this test may itself run in such a process
         result = gpu_test.run_all(run)
     return result, gpu_test.summary(result), outcomes
 

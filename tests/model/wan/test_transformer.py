@@ -246,7 +246,7 @@ def test_attend_receives_unrotated_keys():
     model(given["x"], given["t"], model.encode_text(given["embeddings"]), attend, given["condition"])
     assert len(seen) == CONFIG.num_layers
     h = F.layer_norm(
-        model._patches(torch.cat([given["x"], given["condition"].expand(2, -1, -1, -1, -1)], 1), GRID), (24,)
+        model._patches(torch.cat([given["x"], given["condition"].expand(2, -1, -1, -1, -1)], 1), GRID, None), (24,)
     )
     waves = sinusoid(given["t"], CONFIG.freq_dim).double()
     time = model.time_projection(model.time_embedding(waves)).unflatten(-1, (6, -1)) + model.blocks[0].modulation
