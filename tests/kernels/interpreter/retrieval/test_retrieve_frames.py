@@ -20,6 +20,9 @@ def test_retrieves_as_the_reference(case, dtype):
 @pytest.mark.parametrize("score", SCORES)
 def test_equal_frames_go_to_the_lower_index(score):
     case = make_case(stored=4, whole_numbers=True)
+    # Means over 4 and 2 words are exact, and so are sums of them in any order: on some CPUs the order in which numpy
+    # adds up a product depends on the column.
+    case["text_lengths"] = torch.tensor([4, 2], dtype=torch.int32)
     case["means"] = case["means"].repeat(1, 1, 3, 1, 1, 1)  # every frame three times
     options = dict(count=12, score=score)
     indices, _ = ops.retrieve_frames(**rounded(case, torch.bfloat16), **options, impl="triton")
