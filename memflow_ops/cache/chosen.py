@@ -17,7 +17,7 @@ class ChosenBlocks:
     indices: (layers, B, H, G, K) int32, of `select_blocks`, K = min(top_k, blocks of sink and bank).
     hidden: (layers, B, H, copied_tokens) bool, which of the copies beside the window count for nothing.
     copied_tokens: how many tokens of each layer the cache keeps as copies right before its window, K blocks where one
-        selection serves the whole chunk and the layout has places for them; else 0.
+        selection serves the whole chunk, the layout has places for them, and the device is a CPU; else 0.
     """
 
     def __init__(
@@ -35,8 +35,9 @@ class ChosenBlocks:
         groups, entries = chosen_size(layout, top_k, query_group)
         self.indices = torch.full((*sizes, groups, entries), -1, dtype=torch.int32, device=device)
         tokens = entries * min(layout.block_size, layout.frame_tokens)
-        copied = groups == 1 and heads == layout.kv_heads and tokens <= layout.copied_frames * layout.frame_tokens
-        self.copied_tokens = tokens if copied else 0
+        fits = heads == layout.kv_heads and tokens <= layout.copied_frames * layout.frame_tokens
+        # Copying reads the choice on the host, which on a GPU would have to wait for it.
+        self.copied_tokens = tokens if groups == 1 and fits and self.indices.device.type == "cpu" else 0
         self.hidden = torch.zeros((*sizes, self.copied_tokens), dtype=torch.bool, device=device)
 
     def take(self, layer: int, indices: Tensor, memory: Memory, copies: tuple[Tensor, Tensor]) -> None:
