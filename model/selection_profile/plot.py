@@ -16,7 +16,13 @@ from memflow_ops.model.streaming.settings import StreamSettings
 GROUP_COLOURS = ("#2f6fc4", "#d9822b", "#3d9a5f", "#8a5bb5", "#c2476b")
 SIZE_COLOURS = ("#9cc3f0", "#2f6fc4", "#d9822b", "#8a3b12", "#3d9a5f", "#555555")
 MARKERS = "osD^vP"
-LINE_STYLES = {"top": "-", "moments": (0, (6, 1.5, 1, 1.5)), "oracle": (0, (4, 2)), "random": (0, (1, 1.5))}
+LINE_STYLES = {
+    "top": "-",
+    "moments": (0, (6, 1.5, 1, 1.5)),
+    "normalised": (0, (6, 1.5, 1, 1.5, 1, 1.5)),
+    "oracle": (0, (4, 2)),
+    "random": (0, (1, 1.5)),
+}
 
 
 @own_style()
@@ -25,7 +31,8 @@ def draw_profile(figures: Sequence[ChoiceFigures], frame_tokens: int, title: str
 
     The first compares query groups and holds the block size of the stream's `settings` fixed, the second compares block
     sizes and holds the query group fixed, as far as these were measured. The third points the stream's setting out.
-    Solid lines: what the op selects by means, dash-dotted by moments; dashed: the oracle; dotted: at random.
+    Solid lines: what the op selects by means, dash-dotted by moments (two dots: normalised); dashed: the oracle;
+    dotted: at random.
     """
     choices = choices_of(figures)
     groups = sorted({c.query_group for c in choices if c.blocks == "top"}, key=lambda group: group or math.inf)

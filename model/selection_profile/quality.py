@@ -20,9 +20,11 @@ from torch import Tensor
 from memflow_ops import describe_blocks
 from memflow_ops.geometry import Score
 
-Ranking = Literal["top", "moments", "oracle", "random"]
+Ranking = Literal["top", "moments", "normalised", "oracle", "random"]
 SCORE_OF: dict[Ranking, Score] = {"top": "mean", "moments": "moments"}
 """The rankings that `select_blocks` makes, and the scores that they go by."""
+NORMALISED_QUERIES = 32
+"""Consecutive queries whose mean is normalised by itself in the ranking "normalised"."""
 ELEMENTS = 1 << 25
 """Numbers in the largest intermediate result: 128 MiB in float32. A few of that size are held at a time."""
 
@@ -31,8 +33,9 @@ class Choice(NamedTuple):
     """A way to choose blocks of the bank, for any budget."""
 
     blocks: Ranking
-    """those of the highest score by means or by moments, as `select_blocks`; those of the most true mass; or random
-    ones for every query"""
+    """those of the highest score by means or by moments, as `select_blocks`; by moments, normalised for every
+    NORMALISED_QUERIES queries (which `select_blocks` does not do); those of the most true mass; or random ones for
+    every query"""
     block_size: int
     query_group: int | None
     """consecutive queries that share a selection; None: the whole chunk"""
@@ -108,7 +111,12 @@ def choices_to_compare(
     shared = [(size, group) for size in block_sizes for group in query_groups] + [(frame_tokens, None)]
     found = {Choice("random", size, 1) for size, _ in shared}
     for size, group in shared:
-        found |= {Choice(blocks, size, group) for blocks in get_args(Ranking) if blocks != "random"}
+        several = group is None or group > NORMALISED_QUERIES  # of one mean, normalising keeps the order
+        found |= {
+            Choice(blocks, size, group)
+            for blocks in get_args(Ranking)
+            if blocks != "random" and (several or blocks != "normalised")
+        }
     order = get_args(Ranking)
     return sorted(found, key=lambda c: (c.block_size, c.query_group or math.inf, order.index(c.blocks)))
 
@@ -200,17 +208,43 @@ def _ranked(
 
 def _scores(call: SampledCall, choice: Choice, groups: list[Tensor]) -> Tensor:
     """The scores [H, G, N] by which groups of queries [H, n, D] rank the blocks, as in `select_blocks`."""
-    moments = 2 if choice.blocks == "moments" else 1
-    keys = call.bank_k.flatten(1, 2).transpose(0, 1)[None]
-    descriptors = describe_blocks(keys, choice.block_size, call.frame_tokens, moments=moments)
-    table = _wide(descriptors[0]).permute(1, 2, 0)
+    if choice.blocks == "normalised":
+        return torch.stack([_normalised(call, choice, group) for group in groups], 1)
     means = torch.stack([group.mean(1) for group in groups], 1)
-    if moments == 1:
-        return means @ table
+    if choice.blocks == "top":
+        return means @ _descriptors(call, choice, moments=1)
+    return _log_masses(call, choice, means, torch.stack([group.square().mean(1) for group in groups], 1))
+
+
+def _normalised(call: SampledCall, choice: Choice, group: Tensor) -> Tensor:
+    """The mass [H, N] that a group's queries [H, n, D] give to the blocks, estimated part by part.
+
+    A part's estimate is its score by moments over that of the window and the whole bank. Without it a part with large
+    scores outvotes the others, although each query has one mass of 1 to give.
+    """
+    mass = group.new_zeros(())
     scale = call.q.shape[-1] ** -0.5
-    squares = torch.stack([group.square().mean(1) for group in groups], 1)
+    for part in group.split(NORMALISED_QUERIES, 1):
+        x = _log_masses(call, choice, part.mean(1, keepdim=True), part.square().mean(1, keepdim=True))[:, 0]
+        window = (scale * part @ _wide(call.k).mT).logsumexp(-1).mean(-1)  # [H]; -inf without a window
+        total = torch.logaddexp(window, x.logsumexp(-1))
+        mass = mass + part.shape[1] * (x - total[:, None]).exp()
+    return mass
+
+
+def _log_masses(call: SampledCall, choice: Choice, means: Tensor, squares: Tensor) -> Tensor:
+    """The score by moments [H, G, N] of groups whose queries and their squares have these means [H, G, D]."""
+    scale = call.q.shape[-1] ** -0.5
     lengths = _blocks(torch.ones_like(call.bank_k[:1, :, :, 0]), choice.block_size).sum(-1)
+    table = _descriptors(call, choice, moments=2)
     return torch.cat([scale * means, scale**2 / 2 * squares], -1) @ table + _wide(lengths).log()
+
+
+def _descriptors(call: SampledCall, choice: Choice, moments: int) -> Tensor:
+    """Those of the bank's blocks, [H, D or 2 D, N]."""
+    keys = call.bank_k.flatten(1, 2).transpose(0, 1)[None]
+    described = describe_blocks(keys, choice.block_size, call.frame_tokens, moments=moments)
+    return _wide(described[0]).permute(1, 2, 0)
 
 
 def _blocks(x: Tensor, block: int) -> Tensor:

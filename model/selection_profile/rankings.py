@@ -1,4 +1,4 @@
-"""Rankings of blocks beside one another at the same budgets: by means, by moments, by the oracle, at random.
+"""Rankings of blocks beside one another at the same budgets: by means, by moments, normalised, oracle, random.
 
 The intervals are of 95 % and come from leaving out the measured chunks one by one (the jackknife), because calls of one
 chunk are not independent. Differences are of the same calls, so their intervals are far narrower than those of their
@@ -47,12 +47,17 @@ class Ranked:
     """by moments less by means"""
     less_error: Interval
     """by means less by moments"""
+    more_normalised: Interval | None
+    """captured with the scores by moments normalised, less without; None where a group is normalised as one"""
 
 
 def compare_rankings(measured: SelectionProfile, block_size: int, query_group: int | None) -> list[Ranked]:
     """The rankings at every budget of SHARES, for a block size and query group that were measured."""
     rankings = {name: Choice(name, block_size, query_group) for name in ("top", "moments", "oracle")}
     rankings["random"] = Choice("random", block_size, 1)
+    normalised = Choice("normalised", block_size, query_group)
+    if normalised in measured.sums:  # where a group has several parts
+        rankings["normalised"] = normalised
     budgets = measured.sums[rankings["top"]].budgets
     rows: list[Ranked] = []
     for wanted in SHARES:
@@ -64,8 +69,10 @@ def compare_rankings(measured: SelectionProfile, block_size: int, query_group: i
         top, moments = rankings["top"], rankings["moments"]
         more = _interval(measured, [moments, top], _captured, i)
         less = _interval(measured, [top, moments], _error, i)
+        both = [normalised, moments]
+        normal = _interval(measured, both, _captured, i) if "normalised" in rankings else None
         share = budgets[i] / budgets[-1]
-        rows.append(Ranked(block_size, query_group, budgets[i], share, captured, error, more, less))
+        rows.append(Ranked(block_size, query_group, budgets[i], share, captured, error, more, less, normal))
     return rows
 
 
@@ -74,10 +81,16 @@ def ranking_table(rows: Sequence[Ranked]) -> str:
     names = ("top", "moments", "oracle", "random")
     titles = ("by means", "by moments", "oracle", "at random")
     lines = [["blocks of the bank", *titles, "moments less means", "error by means", "by moments", "less error"]]
+    normalised = rows[0].more_normalised is not None
+    if normalised:
+        lines[0] += ["normalised less moments", "its error"]
     for row in rows:
         line = [f"{row.top_k} ({100 * row.share:.1f} %)", *(str(row.captured[name]) for name in names)]
         errors = [str(row.error[name]) for name in names[:2]]
-        lines.append([*line, str(row.more_captured), *errors, str(row.less_error)])
+        line += [str(row.more_captured), *errors, str(row.less_error)]
+        if normalised:
+            line += [str(row.more_normalised), str(row.error["normalised"])]
+        lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return "\n".join("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines)
 

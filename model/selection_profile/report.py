@@ -43,8 +43,8 @@ def describe_choice(choice: Choice, frame_tokens: int) -> str:
     if blocks == "random":
         return f"{what}, at random"
     who = {1: "per query", None: "per chunk"}.get(group, f"per {group} queries")
-    released = ", as released" if size == frame_tokens and group is None and blocks != "moments" else ""
-    ranking = {"oracle": ", oracle", "moments": ", by moments"}.get(blocks, "")
+    released = ", as released" if size == frame_tokens and group is None and blocks in ("top", "oracle") else ""
+    ranking = {"oracle": ", oracle", "moments": ", by moments", "normalised": ", normalised"}.get(blocks, "")
     return f"{what}, {who}{released}{ranking}"
 
 

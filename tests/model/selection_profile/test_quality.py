@@ -1,6 +1,7 @@
 """What selections keep, against cases worked out by hand and against the op itself."""
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -122,6 +123,38 @@ def test_nothing_captures_more_than_the_oracle(sizes, block, group):
         assert (measured.keys[-1] == len(call.measured) * call.bank_tokens).all()
 
 
+def test_the_loudest_part_of_a_group_has_one_vote():
+    """64 queries give nearly all of their mass to the first of four keys, 32 others to the third, eight times as loud.
+    Every query has a mass of 1 to give, so the first key has two thirds of it; by moments the loud part outvotes it."""
+    quiet, loud = torch.tensor([4.0, 0, 0, 0]), torch.tensor([0, 0, 32.0, 0])
+    bank = 5 * torch.eye(4, dtype=torch.float64)[None, :, None]
+    q = torch.stack([quiet] * 64 + [loud] * 32).double()[None]
+    call = SampledCall(q, torch.arange(96), q[:, :0], q[:, :0], bank, bank)
+    rankings = [Choice(blocks, 1, None) for blocks in ("moments", "normalised", "oracle")]
+    moments, normalised, oracle = (found.captured[1, 0].item() for found in measure_call(call, rankings).values())
+    assert normalised == oracle == pytest.approx(64, abs=0.1)
+    assert moments == pytest.approx(32, abs=0.1)
+
+
+@pytest.mark.parametrize(("window", "queries"), [(0, 70), (6, 33)])
+def test_normalised_scores(window, queries):
+    """Part by part as the equation has it, blocks with a short last one in every frame."""
+    call = random_call(heads=2, queries=queries, window=window, frames=3, tokens=5)
+    expected = torch.zeros(2, 6, dtype=torch.float64)
+    for head, start in itertools.product(range(2), range(0, queries, 32)):
+        q = call.q[head, start : start + 32] / 2
+        scores = []
+        for frame, block in itertools.product(range(3), (slice(0, 4), slice(4, 5))):
+            keys = call.bank_k[head, frame, block]
+            variance = keys.var(0, unbiased=False)
+            scores.append(q.mean(0) @ keys.mean(0) + (q.square().mean(0) @ variance) / 2 + math.log(len(keys)))
+        x = torch.stack(scores)
+        near = (q @ call.k[head].T).logsumexp(-1).mean()
+        expected[head] += len(q) * (x - torch.logaddexp(near, x.logsumexp(0))).exp()
+    found = quality._scores(call, Choice("normalised", 4, None), [call.q])
+    torch.testing.assert_close(found[:, 0], expected)
+
+
 def test_the_oracle_is_the_best_choice_there_is():
     """Of all sets of blocks, tried one by one."""
     call = random_call(heads=1, queries=3, frames=2, tokens=4)
@@ -175,12 +208,13 @@ def test_budgets_run_from_nothing_to_all():
 
 def test_what_is_compared():
     found = choices_to_compare([4, 8], [1, None], 8)
-    assert len(set(found)) == len(found) == 2 + 4 * 3
+    assert len(set(found)) == len(found) == 2 + 4 * 3 + 2  # normalised for the chunk alone
     assert Choice("top", 8, None) in found, "frames by their means for the whole chunk"
-    assert choices_to_compare([4], [2], 8)[-4:] == [
+    assert choices_to_compare([4], [2], 8)[-5:] == [
         Choice("random", 8, 1),
         Choice("top", 8, None),
         Choice("moments", 8, None),
+        Choice("normalised", 8, None),
         Choice("oracle", 8, None),
     ]
 

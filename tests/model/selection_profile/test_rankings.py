@@ -53,5 +53,15 @@ def test_two_chunks_are_too_few_for_an_interval():
     rows = compare_rankings(profile([(0.2, 0.3, 0.5, 0.1)] * 2), 4, None)
     assert all(row.more_captured.half is None for row in rows)
     table = ranking_table(rows)
-    assert "1 (1.0 %)" in table and "+-" not in table and "43.3" in table
+    assert "1 (1.0 %)" in table and "+-" not in table and "normalised" not in table and "43.3" in table
     assert "40.0 +- 0.0" in ranking_table(compare_rankings(profile([(0.2, 0.3, 0.5, 0.1)] * 3), 4, None))
+
+
+def test_normalised_scores_stand_beside_where_they_were_measured():
+    chosen = [*CHOICES, Choice("normalised", 4, None)]
+    measured = SelectionProfile(5, 80, chosen)
+    for number, shares in enumerate([(0.2, 0.3, 0.5, 0.1, 0.4), (0.4, 0.5, 0.8, 0.1, 0.5), (0.6, 0.8, 0.9, 0.1, 0.6)]):
+        measured.add(number, [{choice: sums(share) for choice, share in zip(chosen, shares, strict=True)}])
+    rows = compare_rankings(measured, 4, None)
+    assert [row.more_normalised.value for row in rows] == pytest.approx([(0.1 + 0 - 0.2) / 9] * 3)
+    assert "normalised less moments" in ranking_table(rows) and "-1.1 +-" in ranking_table(rows)
