@@ -2,10 +2,10 @@
 
     python -m memflow_ops.bench.where_memory_pays [--stories 8] [--lengths 24] [--banks 3 1 6 2] [--out FILE.json]
 
-Held-out stories are streamed with banks of several sizes and several numbers of activated blocks, those of the highest
-score and as many at random; without memory and with the whole history for comparison. Each setting is judged as
-`memflow toy evaluate` does, and is timed in turn with the others. Everything is written as soon as it is measured:
-after Ctrl-C the same command continues.
+Held-out stories are streamed with banks of several sizes and several numbers of activated blocks: those of the highest
+score by means (top) or by moments, and as many at random; without memory and with the whole history for comparison.
+Each setting is judged as `memflow toy evaluate` does, and is timed in turn with the others. Everything is written as
+soon as it is measured: after Ctrl-C the same command continues.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ BANKS = (3, 1, 6, 2)
 """Frames that are retrieved for a chunk, in the order in which they are measured."""
 TOP_K = (1, 2, 4, 8, 16)
 """Blocks that a query group activates; with every bank, all of its blocks are measured besides."""
+BLOCKS = ("top", "moments", "random")
+"""How blocks are chosen, in the order in which it is measured."""
 MEASURED = ("device", "date", "commit")
 """What every row and every time says of its own measurement."""
 COLOURS = {1: "#3d9a5f", 2: "#8a5bb5", 3: "#2f6fc4", 6: "#d9822b"}
@@ -62,7 +64,7 @@ class Setting:
     of: int = 0
     """Blocks of the sink and the bank."""
     blocks: str = ""
-    """Which blocks are activated: `top` or `random`."""
+    """Which blocks are activated: those of the highest score by means, `top`, or by `moments`, or `random` ones."""
 
     @property
     def name(self) -> str:
@@ -73,14 +75,14 @@ class Setting:
     @property
     def cost(self) -> str:
         """The name of the setting whose time it takes: blocks at random cost as much as the best."""
-        return replace(self, blocks="top").name if self.memory == "memflow" else self.memory
+        return replace(self, blocks="top").name if self.blocks == "random" else self.name
 
     def change(self, settings: StreamSettings) -> StreamSettings:
         """A stream's settings with this memory."""
         if self.memory != "memflow":
             return MEMORY_KINDS[self.memory].change(settings)
-        selection: Any = self.blocks
-        return replace(settings, bank_frames=self.bank_frames, top_k=self.top_k, selection=selection)
+        how: dict[str, Any] = {"score": "moments"} if self.blocks == "moments" else {"selection": self.blocks}
+        return replace(settings, bank_frames=self.bank_frames, top_k=self.top_k, **how)
 
 
 def settings_of(banks: Sequence[int], top_k: Sequence[int], blocks_per_frame: int) -> list[Setting]:
@@ -90,7 +92,7 @@ def settings_of(banks: Sequence[int], top_k: Sequence[int], blocks_per_frame: in
         if number == 1:
             found += [Setting("none"), Setting("full")]
         blocks = (TOY_SETTINGS.sink_frames + bank) * blocks_per_frame
-        found += [Setting("memflow", bank, k, blocks, kind) for k in top_k if k < blocks for kind in ("top", "random")]
+        found += [Setting("memflow", bank, k, blocks, kind) for k in top_k if k < blocks for kind in BLOCKS]
         found.append(Setting("memflow", bank, blocks, blocks, "top"))
     return list(dict.fromkeys([*found, Setting("none"), Setting("full")]))
 
@@ -150,16 +152,22 @@ def measure(measured: Measured, settings: Sequence[Setting], about: Measured, ba
 
 
 def compared(rows: Measured) -> list[str]:
-    """In words, for every bank and number of blocks: the blocks of the highest score against as many at random."""
+    """In words, for every bank and number of blocks: those of the highest score by means, by moments and at random."""
     lines = []
     for row in rows.values():
-        other = rows.get(replace(_setting(row), blocks="random").name)
-        if row["blocks"] == "top" and other is not None and row["hue"]["count"]:
-            best, drawn = row["hue"], other["hue"]
-            apart = "apart" if best["low"] > drawn["high"] else "the intervals overlap"
+        if row["blocks"] != "top" or not row["hue"]["count"]:
+            continue
+        best, others = row["hue"], []
+        for blocks, words in (("moments", "by moments"), ("random", "at random")):
+            other = rows.get(replace(_setting(row), blocks=blocks).name)
+            if other is not None:
+                found = other["hue"]
+                apart = best["low"] > found["high"] or found["low"] > best["high"]
+                others.append(f"{words} {_percentage(found)}, {'apart' if apart else 'the intervals overlap'}")
+        if others:
             lines.append(
                 f"bank of {row['bank_frames']}, {row['top_k']:>2} of {row['of']} blocks: {_percentage(best)} of "
-                f"{best['count']} returns have their hue, at random {_percentage(drawn)}; {apart}"
+                f"{best['count']} returns have their hue; {'; '.join(others)}"
             )
     return lines
 
@@ -205,15 +213,17 @@ def draw(rows: Measured, timings: Measured) -> bytes:
 
 
 def _draw_bank(by_blocks: Any, by_time: Any, bank: int, rows: Measured, timings: Measured) -> None:
-    """A bank's two lines: the blocks of the highest score, and blocks at random."""
+    """A bank's lines: the blocks of the highest score by means and by moments, and blocks at random."""
     of_bank = [row for row in rows.values() if (row["memory"], row["bank_frames"]) == ("memflow", bank)]
-    for blocks, style in (("top", "-"), ("random", (0, (1, 1.5)))):
+    for blocks, style in (("top", "-"), ("moments", (0, (6, 1.5, 1, 1.5))), ("random", (0, (1, 1.5)))):
         line = [row for row in of_bank if row["blocks"] == blocks]
-        if blocks == "random":  # All blocks at random are all blocks.
+        if line and blocks != "top":  # However they are chosen, all blocks are all blocks.
             line += [row for row in of_bank if row["top_k"] == row["of"]]
         line.sort(key=lambda row: row["top_k"])
         look = {"color": COLOURS.get(bank, INK), "linestyle": style}
-        look["label"] = f"bank of {bank} frames" + (", blocks at random" if blocks == "random" else "")
+        look["label"] = f"bank of {bank} frames" + {"moments": ", by moments", "random": ", blocks at random"}.get(
+            blocks, ""
+        )
         if len(line) > 1 or blocks == "top":
             _draw_line(by_blocks, line, [row["top_k"] for row in line], look)
         timed = [row for row in line if _time_ratio(row, timings) is not None]

@@ -13,16 +13,18 @@ from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming, Pr
 from memflow_ops.model.toy.settings import TOY_SETTINGS
 
 SMALL = ("--stories", "1", "--lengths", "6", "--banks", "1", "--top-k", "2", "99")
-NAMES = ["bank 1, top 2 of 16", "bank 1, random 2 of 16", "bank 1, top 16 of 16", "none", "full"]
+NAMES = [
+    "bank 1, top 2 of 16", "bank 1, moments 2 of 16", "bank 1, random 2 of 16", "bank 1, top 16 of 16", "none", "full"
+]  # fmt: skip
 
 
 def test_settings_come_once():
     found = settings_of([1, 2], [4, 16, 99], 4)
     assert [setting.name for setting in found] == [
-        "bank 1, top 4 of 16", "bank 1, random 4 of 16", "bank 1, top 16 of 16",
+        "bank 1, top 4 of 16", "bank 1, moments 4 of 16", "bank 1, random 4 of 16", "bank 1, top 16 of 16",
         "none", "full",
-        "bank 2, top 4 of 20", "bank 2, random 4 of 20", "bank 2, top 16 of 20", "bank 2, random 16 of 20",
-        "bank 2, top 20 of 20",
+        "bank 2, top 4 of 20", "bank 2, moments 4 of 20", "bank 2, random 4 of 20",
+        "bank 2, top 16 of 20", "bank 2, moments 16 of 20", "bank 2, random 16 of 20", "bank 2, top 20 of 20",
     ]  # fmt: skip
 
 
@@ -31,6 +33,10 @@ def test_a_setting_is_what_it_says():
     settings = drawn.change(TOY_SETTINGS)
     assert (settings.memory, settings.bank_frames, settings.top_k, settings.selection) == ("memflow", 6, 4, "random")
     assert drawn.cost == "bank 6, top 4 of 36"
+    by_moments = replace(drawn, blocks="moments")
+    settings = by_moments.change(TOY_SETTINGS)
+    assert (settings.top_k, settings.selection, settings.score) == (4, "top", "moments")
+    assert by_moments.cost == by_moments.name == "bank 6, moments 4 of 36"
     assert Setting("none").change(TOY_SETTINGS) == replace(TOY_SETTINGS, memory="none")
 
 
@@ -51,7 +57,7 @@ class Judge:
     def evaluate(self, model, *, settings, report, **count):
         if len(self.asked) == self.stop_before:
             raise KeyboardInterrupt
-        self.asked.append((settings.memory, settings.bank_frames, settings.top_k, settings.selection))
+        self.asked.append((settings.memory, settings.bank_frames, settings.top_k, settings.selection, settings.score))
         assert count == {"kinds": ["memflow"], "stories": 1, "lengths": [6], "seed": 20_000}
         report("memflow", 1, 2)
         random = settings.selection == "random"
@@ -79,16 +85,17 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, judge, capsys):
 
     judge.stop_before = 100
     main([*SMALL, "--out", str(out)])
-    assert len(judge.asked) == len(set(judge.asked)) == 5
+    assert len(judge.asked) == len(set(judge.asked)) == 6
     said = json.loads(out.read_text())
     assert list(said["rows"]) == NAMES and said["rows"][NAMES[0]]["hue"]["value"] == 0.9
     assert said["rows"]["none"]["copies"] is None, "JSON has no NaN"
     assert sorted(said["timings"]) == sorted(name for name in NAMES if "random" not in name)
     printed = capsys.readouterr().out
-    assert "bank of 1,  2 of 16 blocks: 90 % (77-96) of 40 returns" in printed and "at random 40 %" in printed
+    assert "bank of 1,  2 of 16 blocks: 90 % (77-96) of 40 returns" in printed
+    assert "by moments 90 % (77-96), the intervals overlap; at random 40 % (26-55), apart" in printed
 
     main([*SMALL, "--out", str(out)])
-    assert len(judge.asked) == 5, "nothing is measured twice"
+    assert len(judge.asked) == 6, "nothing is measured twice"
 
 
 def test_results_of_other_stories_are_not_mixed(tmp_path, judge, capsys):
@@ -126,7 +133,7 @@ def test_rows_say_where_and_when_they_were_measured(tmp_path, judge, monkeypatch
     main([*SMALL, "--out", str(out)])
     told = json.loads(out.read_text())
     assert {name: (row["commit"], row["date"], row["device"]) for name, row in told["rows"].items()} == {
-        **dict.fromkeys(NAMES[:4], ("old", "2026-11-20", "here")), "full": ("new", "2026-11-23", "here")
+        **dict.fromkeys(NAMES[:5], ("old", "2026-11-20", "here")), "full": ("new", "2026-11-23", "here")
     }  # fmt: skip
     assert {timing["commit"] for timing in told["timings"].values()} == {"new"} and told["commit"] == "new"
 
@@ -147,7 +154,7 @@ def test_results_of_another_device_are_not_mixed(tmp_path, judge, capsys, monkey
     with pytest.raises(SystemExit) as end:
         main([*SMALL, "--out", str(out)])
     assert end.value.code == 2 and "this is there: go on there, or say --restart" in capsys.readouterr().err
-    assert out.read_text() == before and len(judge.asked) == 5
+    assert out.read_text() == before and len(judge.asked) == 6
 
 
 def test_stories_without_returns_are_refused_in_a_line(tmp_path, judge, capsys):
@@ -252,6 +259,6 @@ def test_the_toy_world_is_streamed_for_real(tmp_path, monkeypatch):
     said = json.loads(out.read_text())
     assert list(said["rows"]) == NAMES
     shares = {name: row["activated"] for name, row in said["rows"].items()}
-    assert shares == dict(zip(NAMES, (0.125, 0.125, 1.0, None, None), strict=True))
+    assert shares == dict(zip(NAMES, (0.125, 0.125, 0.125, 1.0, None, None), strict=True))
     assert all(row["hue"]["count"] >= 1 for row in said["rows"].values())
     assert said["timings"]["none"]["ratio"] == 1 and all(timing["ratio"] for timing in said["timings"].values())
