@@ -12,10 +12,12 @@ from memflow_ops import QKNorm, select_blocks
 from memflow_ops.bench import inputs
 from memflow_ops.bench.harness.correctness import (
     KeysOf,
+    block_lengths,
     check_attention,
     check_means,
     check_rounded,
     check_selection,
+    check_variances,
     exact_projection,
     queries_of,
     sampled,
@@ -24,6 +26,7 @@ from memflow_ops.bench.harness.correctness import (
 from memflow_ops.bench.sizes import Size
 from memflow_ops.cache.attend import Attend, AttendProjections
 from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.geometry import Score
 from memflow_ops.model.streaming.settings import ReselectKind
 from memflow_ops.rotary import rope_rotation
 
@@ -40,6 +43,8 @@ class MemoryVariant:
     """Whether all queries of a head share one selection."""
     reselect: ReselectKind = "step"
     """As StreamSettings.reselect."""
+    score: Score = "mean"
+    """As StreamSettings.score."""
 
     def of(self, size: Size) -> Size:
         """The size with this variant's budget."""
@@ -53,6 +58,8 @@ class MemoryVariant:
         budget |= {"query_group": own.query_group}
         if self.reselect != "step":
             budget |= {"reselect": self.reselect}
+        if self.score != "mean":
+            budget |= {"score": self.score}
         return {"memory": self.memory, **(budget if self.memory == "memflow" else dict.fromkeys(budget))}
 
 
@@ -126,8 +133,11 @@ class CheckedCache:
             query_group=size.query_group,
             memory_frames=memory.frames,
             memory_slots=memory.slots,
-            blocks_per_frame=size.blocks_per_frame,
+            block_size=size.block_size,
+            frame_tokens=size.frame_tokens,
+            score=self.variant.score,
         )
+        lengths = block_lengths(size, expected, q.device) if self.variant.score == "moments" else None
         if reused is not None:
             indices = reused[layer]
 
@@ -135,7 +145,7 @@ class CheckedCache:
             tile, chosen = q[0, queries_of(size, group), head], indices[0, head, group]
             where = f"layer {layer}, selection, head {head}, group {group}"
             if reused is None:
-                check_selection(tile, descriptors[:, head], chosen, size.top_k, where)
+                check_selection(tile, descriptors[:, head], chosen, size.top_k, where, lengths=lengths)
             tokens = selected_tokens(size, chosen, slots)
             pairs = zip(window, (memory.keys, memory.values), strict=True)
             k, v = (torch.cat([ring[0, :, head], pool[0, tokens, head]]) for ring, pool in pairs)
@@ -186,4 +196,7 @@ class CheckedCache:
                 for head, _ in sampled(size.heads, 1):
                     means, of = (x[first : first + count, :, head].flatten(0, 1) for x in (descriptors, keys))
                     where = f"layer {layer}, head {head}, descriptors of {what}"
-                    check_means(means, of, size.block_size, size.frame_tokens, where)
+                    check_means(means[:, : size.head_dim], of, size.block_size, size.frame_tokens, where)
+                    if layout.score == "moments":
+                        variances = means[:, size.head_dim :]
+                        check_variances(variances, of, size.block_size, size.frame_tokens, where)

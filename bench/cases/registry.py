@@ -26,6 +26,7 @@ BOTH, CPU, CUDA = ("cpu", "cuda"), ("cpu",), ("cuda",)
 
 VARIANTS = {OURS: MemoryVariant("memflow"), "none": MemoryVariant("none"), "sink": MemoryVariant("sink")}
 PER_CHUNK = {"memflow, one selection per chunk": MemoryVariant("memflow", per_chunk=True)}
+BY_MOMENTS = {"memflow, by moments": MemoryVariant("memflow", score="moments")}
 KEPT = {
     "memflow, chosen once": MemoryVariant("memflow", reselect="chunk"),
     "memflow, one selection per chunk, chosen once": MemoryVariant("memflow", per_chunk=True, reselect="chunk"),
@@ -66,7 +67,7 @@ def of_size(
 def layer_case(size: Size, dtype: str, group: str, devices: tuple[str, ...], rounds: int) -> Case:
     """One layer under every kind of memory."""
     large = {f"memflow, bank of {size.bank_frames}": MemoryVariant("memflow", size.bank_frames)}
-    build = build_of(streams.layer, size, dtype, variants={**VARIANTS, **PER_CHUNK, **large})
+    build = build_of(streams.layer, size, dtype, variants={**VARIANTS, **PER_CHUNK, **BY_MOMENTS, **large})
     name, settings = f"layer/block/{size.name}/{dtype}", VARIANTS[OURS].settings(size)
     return Case(name, "layer", group, size, dtype, "the same layer without memory", build, devices, rounds, settings)
 

@@ -59,6 +59,7 @@ def stream_settings(size: Size, variant: MemoryVariant, prototypes: int) -> Stre
         block_size=size.block_size,
         query_group=size.query_group,
         reselect=variant.reselect,
+        score=variant.score,
         steps=size.steps,
         shift=5.0,
         stochastic=True,

@@ -83,14 +83,35 @@ def check_means(means: Tensor, keys: Tensor, count: int, frame_tokens: int, what
         check_rounded(of_frames[some], exact, f"{what}, frame {first} and on")
 
 
-def check_selection(tile: Tensor, described: Tensor, chosen: Tensor, count: int, where: str, alike: float = 0) -> None:
+def check_variances(variances: Tensor, keys: Tensor, count: int, frame_tokens: int, what: str) -> None:
+    """variances (N, ..., D) are those of every `count` consecutive keys of a frame; all else as for `check_means`."""
+    frames = keys.unflatten(0, (-1, frame_tokens)).double()
+    exact = torch.stack([block.var(1, unbiased=False) for block in frames.split(count, 1)], 1)
+    check_rounded(variances.unflatten(0, (len(frames), -1)), exact, what)
+
+
+def check_selection(
+    tile: Tensor,
+    described: Tensor,
+    chosen: Tensor,
+    count: int,
+    where: str,
+    alike: float = 0,
+    lengths: Tensor | None = None,
+) -> None:
     """chosen (K,) are the `count` rows of described (N, D) whose products with the mean of tile (n, D) are highest.
 
     Rows whose products rounding cannot tell apart may stand for one another. alike: the difference of two such
-    products, times sum(|q| |d|); the op's contract allows its own difference where that is larger.
+    products, times sum(|q| |d|); the op's contract allows its own difference where that is larger. lengths: (N,) tokens
+    of each block, where blocks are ranked by moments; described is (N, 2 D) then.
     """
     listed = chosen[chosen >= 0].long()
     mean, table = tile.double().mean(0), described.double()
+    if lengths is not None:
+        scale = tile.shape[1] ** -0.5
+        squares = tile.double().square().mean(0)
+        mean = torch.cat([scale * mean, scale**2 / 2 * squares, mean.new_ones(1)])
+        table = torch.cat([table, lengths.double().log()[:, None]], 1)
     count = min(count, len(table))
     assert len(listed) == count, f"{where}: {len(listed)} are selected, expected {count}"
     assert len(listed.unique()) == count and int(listed.max()) < len(table), f"{where}: {listed.tolist()} are selected"
@@ -118,6 +139,12 @@ def exact_projection(x: Tensor, rotation: tuple[Tensor, Tensor], weight: Tensor 
         x = (flat / (flat.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()).view(x.shape)
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.complex(*(part.double() for part in rotation))).flatten(-2)
+
+
+def block_lengths(size: Size, frames: int, device: torch.device) -> Tensor:
+    """(N,) int64: tokens of each block in a bank of so many frames."""
+    first = torch.arange(0, size.frame_tokens, size.block_size, device=device)
+    return (size.frame_tokens - first).clamp(max=size.block_size).repeat(frames)
 
 
 # ------------------------------------------------------------------------------------------------------------ attention

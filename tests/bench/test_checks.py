@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -81,10 +82,11 @@ def other_blocks_inside(patch: pytest.MonkeyPatch) -> None:
     select = torch_impl.select_blocks
     other_blocks(patch)
 
-    def right(
-        q, descriptors, top_k, *, query_group, memory_frames=None, memory_slots=None, blocks_per_frame, impl="auto"
-    ):
-        geometry = Geometry(1, blocks_per_frame, query_group or q.shape[1], 1.0, memory_slots, memory_frames)
+    def right(q, descriptors, top_k, *, query_group, memory_frames=None, memory_slots=None, **sizes):
+        size, tokens = sizes.get("block_size", 1), sizes.get("frame_tokens") or sizes["blocks_per_frame"]
+        options = {"score": sizes.get("score", "mean")}
+        scale = q.shape[-1] ** -0.5
+        geometry = Geometry(size, tokens, query_group or q.shape[1], scale, memory_slots, memory_frames, **options)
         return select(q, descriptors, top_k, geometry)
 
     for module in (attention_inputs, checked_cache):
@@ -368,6 +370,33 @@ def test_a_selection_is_right_in_any_order_and_among_equals():
     select([1.0, 3.0, 2.0], [2, 1], 2)
     select([1.0, 3.0], [0, 1, -1], 3)
     select([1.0, 3.0, 3.0 + 1e-6], [1], 1)  # which float32 may sum up either way
+
+
+def test_moments_are_ranked_by_the_logarithm_of_a_mass():
+    """One query 2 in one dimension, variances 0 and 3, blocks of 1 and 8 tokens: 2 m + 2 v + log n is 6, 6.1, 6.2."""
+    described = torch.tensor(
+        [[3.0, 0], [(0.1 - math.log(8)) / 2, 3], [(6.2 - math.log(8)) / 2, 0]], dtype=torch.float64
+    )
+    query, lengths = torch.tensor([[2.0]], dtype=torch.float64), torch.tensor([1, 8, 8])
+
+    def select(chosen: list[int], count: int) -> None:
+        indices = torch.tensor(chosen, dtype=torch.int32)
+        correctness.check_selection(query, described, indices, count, "here", lengths=lengths)
+
+    select([2], 1)
+    select([2, 1], 2)
+    with pytest.raises(AssertionError, match="here: 1 is left out"):
+        select([2, 0], 2)
+
+
+def test_variances_are_of_the_blocks_keys():
+    keys = torch.randn(26, 2, 3, generator=torch.Generator().manual_seed(0))
+    blocks = [frame[start : start + 5] for frame in keys.split(13) for start in (0, 5, 10)]
+    variances = torch.stack([block.var(0, unbiased=False) for block in blocks])
+    correctness.check_variances(variances, keys, 5, 13, "variances")
+    for wrong in (variances * 1.001, variances.roll(1, 0), torch.full_like(variances, torch.nan)):
+        with pytest.raises(AssertionError, match="variances"):
+            correctness.check_variances(wrong, keys, 5, 13, "variances")
 
 
 @pytest.mark.parametrize(
