@@ -48,6 +48,7 @@ setup(
         "memflow_ops.kernels.selection",
         "memflow_ops.model",
         "memflow_ops.model.checkpoints",
+        "memflow_ops.model.parallel",
         "memflow_ops.model.pipeline",
         "memflow_ops.model.replay",
         "memflow_ops.model.selection_profile",

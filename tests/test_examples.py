@@ -4,6 +4,7 @@ import runpy
 from pathlib import Path
 
 import pytest
+import torch
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -18,6 +19,7 @@ def test_every_example_is_run_here():
         "bank_by_hand",
         "diffusers_memory",
         "diffusers_pipeline",
+        "sharded_heads",
         "stream_wan",
     }
 
@@ -36,6 +38,12 @@ def test_stream_wan_retrieves_once_there_is_a_past():
     chunks = run("stream_wan")
     assert [bool(chunk.retrieved[0]) for chunk in chunks] == [False] * 3 + [True] * 5
     assert all(chunk.frames.isfinite().all() for chunk in chunks)
+
+
+def test_sharded_heads_in_one_process():
+    """In several: tests/model/parallel."""
+    got, want = run("sharded_heads")
+    assert torch.equal(got, want)
 
 
 def test_diffusers_memory():

@@ -28,6 +28,7 @@ FLOORS = (
     ("cache",),
     ("integrations",),
     ("model", "model.wan", "model.checkpoints.containers"),  # files of weights, which know no network
+    ("model.parallel",),
     ("model.stories",),
     ("model.checkpoints",),
     ("model.streaming",),

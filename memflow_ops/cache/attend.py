@@ -13,6 +13,7 @@ model that calls an `Attend` can be given any kind of memory. `attend_to_memory`
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -50,6 +51,19 @@ class AttendProjections:
         return self.projections(layer, q, k, v, None)
 
 
+class HeadShare(NamedTuple):
+    """Some of the heads of a model, consecutive ones: those of one process, where several share a video."""
+
+    first: int
+    own: int
+    whole: int
+    """The heads of the model."""
+
+    def of(self, x: Tensor) -> Tensor:
+        """These heads of x (..., whole, D), as a view."""
+        return x[..., self.first : self.first + self.own, :]
+
+
 @dataclass(frozen=True)
 class BlockSelection:
     """How many blocks of the bank each query group attends to: MemFlow's activation (arXiv 2512.14699)."""
@@ -60,6 +74,9 @@ class BlockSelection:
     """Consecutive queries that share a selection; None: the whole chunk."""
     random: torch.Generator | None = None
     """Draws the blocks at random instead of taking the most relevant; a control."""
+    heads: HeadShare | None = None
+    """Of which heads of the model this is the selection; None: of all. With `random`, blocks are drawn for all heads,
+    so that each has the same ones however many processes there are."""
 
 
 Observer = Callable[[int, Tensor, Memory], None]
@@ -108,9 +125,8 @@ def attend_to_memory(
         memory = cache.memory(layer)
         if active is not None and active.random is not None and not reuse:
             # Of descriptors without meaning, every subset of the blocks is as likely as any other.
-            shape, random = memory.descriptors.shape, active.random
-            meaningless = torch.randn(shape, generator=random, dtype=torch.float32, device=random.device)
-            memory = memory._replace(descriptors=meaningless.to(memory.descriptors))
+            drawn = _drawn_like(memory.descriptors, active.random, active.heads)
+            memory = memory._replace(descriptors=drawn)
         if active is not None and observe is not None:
             observe(layer, q, memory)
         if keys_only and layer == layout.layers - 1:
@@ -126,6 +142,14 @@ def attend_to_memory(
         return attend(layer, q, k, v, None)
 
     return AttendProjections(attend) if cache.takes_projections else attend_normalised
+
+
+def _drawn_like(descriptors: Tensor, random: torch.Generator, heads: HeadShare | None) -> Tensor:
+    """Random numbers in place of descriptors (B, N, Hkv, D): the part of these heads of what is drawn for all."""
+    batch, blocks, own, width = descriptors.shape
+    shape = batch, blocks, own if heads is None else heads.whole, width
+    drawn = torch.randn(shape, generator=random, dtype=torch.float32, device=random.device)
+    return (drawn if heads is None else heads.of(drawn)).to(descriptors)
 
 
 def attend_to_past(

@@ -15,7 +15,7 @@ is dropped. Keys have no order, so the attention is the same.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -72,8 +72,16 @@ class ReleasedCache(RingCache):
     takes_projections: ClassVar[bool] = False
     layout: ReleasedLayout
 
-    def __init__(self, layout: ReleasedLayout, device: torch.device | str = "cpu"):
+    def __init__(
+        self,
+        layout: ReleasedLayout,
+        device: torch.device | str = "cpu",
+        mean_over_ranks: Callable[[Tensor], Tensor] | None = None,
+    ):
+        """mean_over_ranks: where several processes have some of the heads each, the mean of a tensor over them, the
+        same on all. The scores of the bank's frames go through it, so that all processes drop the same frames."""
         super().__init__(layout, device)
+        self._mean_over_ranks = mean_over_ranks
         self._table = SlotTable(layout, self.device)
         places = (layout.layers, layout.batch, layout.bank_frames)
         self._bank_ids = torch.full(places, -1, dtype=torch.long, device=self.device)
@@ -318,7 +326,10 @@ class ReleasedCache(RingCache):
         shared = text.shape[2] // means.shape[3]  # text heads per key head
         means = means.repeat_interleave(shared, 3) / (text.shape[2] * text.shape[3] ** 0.5)
         scores = torch.einsum("lbhd,lbnhd->lbn", text, means)
-        scales = torch.einsum("lbhd,lbnhd->lbn", text.abs(), means.abs()).amax(-1)
+        scales = torch.einsum("lbhd,lbnhd->lbn", text.abs(), means.abs())
+        if self._mean_over_ranks is not None:
+            scores, scales = self._mean_over_ranks(torch.stack([scores, scales]))
+        scales = scales.amax(-1)
         if self._interactive and recached is not None and any(recached):
             newest = torch.arange(layout.bank_frames, dtype=torch.long, device=self.device) == self._newest[..., None]
             without_text = on_device(list(recached), torch.bool, self.device)[None, :, None]

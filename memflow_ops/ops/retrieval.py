@@ -60,7 +60,7 @@ def frame_relevance(
     if text_lengths is not None:
         checks.check_integers("text_lengths", text_lengths, (text_q.shape[0],), text_q)
     blocks = checks.check_positive("blocks of frame_keys", frame_keys.shape[2])
-    weights = _block_weights(block_lengths, blocks, text_q)
+    weights = block_weights(block_lengths, blocks, text_q)
     return registration.frame_relevance(
         text_q, frame_keys, text_lengths, weights, score, checks.scale_of(softmax_scale, text_q)
     )
@@ -138,7 +138,7 @@ def retrieve_frames(
         checks.check_integers("text_lengths", text_lengths, (batch,), text_keys)
     check_redundancy(redundancy, score)
     checks.check_impl(impl)
-    weights = _block_weights(block_lengths, means.shape[3], text_keys)
+    weights = block_weights(block_lengths, means.shape[3], text_keys)
     count = min(checks.check_positive("count", count), frames)
     scale = checks.scale_of(softmax_scale, text_keys)
     redundancy = None if redundancy is None else float(redundancy)
@@ -156,7 +156,7 @@ def check_redundancy(redundancy: float | None, score: str) -> None:
         raise ValueError(f"redundancy is a cosine, -1 to 1, or None, got {redundancy}")
 
 
-def _block_weights(block_lengths: Sequence[int] | None, blocks: int, like: Tensor) -> Tensor:
+def block_weights(block_lengths: Sequence[int] | None, blocks: int, like: Tensor) -> Tensor:
     """The share of each block in its frame, (n,) float64."""
     lengths = [1] * blocks
     if block_lengths is not None:

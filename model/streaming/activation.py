@@ -9,14 +9,16 @@ from memflow_ops import select_blocks
 from memflow_ops.cache.attend import BlockSelection
 from memflow_ops.cache.ring import RingCache
 from memflow_ops.cache.views import Memory
+from memflow_ops.model.parallel.ranks import Ranks
 
 
 class Activation:
     """Counts, during one pass, how many blocks of each candidate frame are selected. The counts stay on the device
     until they are read, in one tensor that is updated in place, so that a CUDA graph can count too."""
 
-    def __init__(self, cache: RingCache, selection: BlockSelection, impl: str):
-        self.cache, self.selection, self.impl = cache, selection, impl
+    def __init__(self, cache: RingCache, selection: BlockSelection, impl: str, ranks: Ranks | None = None):
+        """ranks: the processes that have some of the heads each, and count together."""
+        self.cache, self.selection, self.impl, self.ranks = cache, selection, impl, ranks
         layout = cache.layout
         candidates = layout.sink_frames + layout.bank_frames
         self._counts = torch.zeros(layout.layers, layout.batch, candidates, dtype=torch.long, device=cache.device)
@@ -48,7 +50,7 @@ class Activation:
         """Per story the candidate frames, ascending, and the share of each in all selected blocks. Waits for the
         device."""
         frames = self.cache.bank_by_layer()
-        counts = self._counts.tolist()
+        counts = (self._counts if self.ranks is None else self.ranks.sum(self._counts)).tolist()
         candidates, shares = [], []
         for story in range(self.cache.layout.batch):
             total: Counter[int] = Counter()

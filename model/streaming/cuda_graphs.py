@@ -65,10 +65,13 @@ class CudaGraphs:
         return graph.replay, out
 
 
-def why_not_record(device: torch.device, settings: StreamSettings) -> str:
-    """The reason why the passes of such a stream cannot be recorded; "" if they can."""
+def why_not_record(device: torch.device, settings: StreamSettings, ranks: int = 1) -> str:
+    """The reason why the passes of such a stream cannot be recorded; "" if they can. ranks: the processes that share
+    the video."""
     if device.type != "cuda":
         return f"they need a CUDA device, the model is on {device}"
+    if ranks > 1:
+        return "several processes exchange tokens in every layer, which has not been recorded yet"
     if settings.selection == "random":
         return "selection='random' draws its blocks on the host in every pass"
     if settings.impl == "reference":

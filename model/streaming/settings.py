@@ -178,15 +178,18 @@ class StreamSettings:
         """How many prototypes so many chunks leave behind; a frame of the sink is not stored twice."""
         return sum(chunk * self.chunk_frames >= self.sink_frames for chunk in range(chunks))
 
-    def cache_layout(self, model: CausalVideoModel, batch: int, device: torch.device | None = None) -> CacheLayout:
+    def cache_layout(
+        self, model: CausalVideoModel, batch: int, device: torch.device | None = None, ranks: int = 1
+    ) -> CacheLayout:
         """The layout of the cache that a stream of `batch` stories allocates; it states the size in bytes.
 
-        device: where the stream will run; None: where the model is.
+        device: where the stream will run; None: where the model is. ranks: how many processes share the heads; the
+        layout is that of one of them.
         """
         config, dtype = model.config, model.patch_embedding.weight.dtype
         device = device or model.patch_embedding.weight.device
         tokens = model.tokens(self.height, self.width)
-        sizes = (config.num_layers, batch, tokens, config.num_heads, config.head_dim)
+        sizes = (config.num_layers, batch, tokens, config.num_heads // ranks, config.head_dim)
         if self.memory == "released":
             return self._released_layout(sizes, dtype)
         score: Score = self.score if self.memory == "memflow" else "mean"

@@ -32,6 +32,8 @@ from memflow_ops.cache.attend import Attend, BlockSelection, Observer, attend_to
 from memflow_ops.cache.policies import Policy, Retrieved
 from memflow_ops.cache.state import SavedByState
 from memflow_ops.cache.views import Memory
+from memflow_ops.model.parallel.ranks import Ranks
+from memflow_ops.model.parallel.ulysses import SplitTokens
 from memflow_ops.model.streaming.activation import Activation
 from memflow_ops.model.streaming.cuda_graphs import OnePass, Passes
 from memflow_ops.model.streaming.factory import make_cache, make_chosen, make_policy, make_recorder, make_selection
@@ -133,6 +135,7 @@ class Streamer(SavedByState):
         report: bool = True,
         cuda_graphs: bool | None = None,
         observe: Observer | None = None,
+        ranks: Ranks | None = None,
     ):
         """seed, encode: as for `stream`.
         policy: chooses the bank instead of the policy that `settings` names.
@@ -142,7 +145,12 @@ class Streamer(SavedByState):
         cuda_graphs: whether passes that recur are recorded and replayed, which changes no result. None: wherever that
             is possible. True: a ValueError where it is not.
         observe: is shown what every layer of every pass over a chunk chooses from; re-caching is not shown.
+        ranks: the processes that make this stream together, each with the same arguments and its share of tokens and
+            heads. All return the same chunks; the cache, `observe` and `policy` see the heads of their process. None:
+            there is one.
         """
+        self.ranks = ranks
+        self.heads = None if ranks is None else ranks.heads(model.config.num_heads)
         self.report, self.observe = report, observe
         self.model, self.settings = model, settings
         if isinstance(seed, numbers.Integral):  # numpy's integers too
@@ -154,17 +162,19 @@ class Streamer(SavedByState):
         if len(self.seeds) != batch or min(self.seeds, default=0) < 0:
             raise ValueError(f"seed must be a number >= 0 or {batch} of them, one per story, got {seed}")
         self.device = model.patch_embedding.weight.device
-        self.cache = make_cache(settings.cache_layout(model, batch), self.device)
+        count = 1 if ranks is None else ranks.count
+        self.cache = make_cache(settings.cache_layout(model, batch, ranks=count), self.device, ranks)
         self.chosen = make_chosen(settings, self.cache.layout, self.device)
-        recorder = make_recorder(settings, self.device, cuda_graphs, observed=observe is not None)
+        recorder = make_recorder(settings, self.device, cuda_graphs, observe is not None, count)
         self.passes = Passes(self.cache, recorder, insist=bool(cuda_graphs))
         self.sampler = FlowMatchSampler(settings.steps, settings.shift, settings.stochastic, model.config.prediction)
-        self.policy = make_policy(settings, self.seeds, policy)
+        self.policy = make_policy(settings, self.seeds, policy, ranks)
         self.inputs = PassInputs(model, settings, batch)
-        self.text = StreamText(model, encode, batch)
+        self._split = self._split_tokens(self.inputs)
+        self.text = StreamText(model, encode, batch, self.heads)
         self._random_blocks = torch.Generator(device="cpu")  # of the current chunk, for selection="random"
         selection = self._selection()
-        self.activation = Activation(self.cache, selection, settings.impl) if report and selection else None
+        self.activation = Activation(self.cache, selection, settings.impl, ranks) if report and selection else None
         self._past: dict[int, Tensor] = {}  # chunk index -> clean latents, for the chunks in the window
         self._window_prompts: list[str | None] = [None] * batch  # that the window's keys were written under
 
@@ -276,13 +286,11 @@ class Streamer(SavedByState):
     def _denoise(self, x: Tensor, timestep: float, reuse: bool) -> Tensor:
         """A noisy pass over x (B, C, F, H, W): the model's output, like x. reuse: it attends to the blocks that an
         earlier one has chosen."""
-        inputs, attend = self.inputs, self._attend(reuse=reuse)
+        inputs, attend, order = self.inputs, self._attend(reuse=reuse), self._split or self.inputs.order
         inputs.set_latents(x, timestep)
         y = self._run(
             "noisy, with blocks chosen before" if reuse else "noisy",
-            lambda: self.model(
-                inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition, inputs.order
-            ),
+            lambda: self.model(inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition, order),
         )
         assert y is not None
         return y
@@ -294,12 +302,10 @@ class Streamer(SavedByState):
         inputs.set_latents(x, 0.0)
         if self.activation and remember:
             self.activation.start()
-        attend = self._attend(keys_only=True, remember=remember)
+        attend, order = self._attend(keys_only=True, remember=remember), self._split or inputs.order
 
         def one_pass() -> None:
-            self.model.forward_keys(
-                inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition, inputs.order
-            )
+            self.model.forward_keys(inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition, order)
 
         self._run("clean", one_pass)
 
@@ -312,9 +318,11 @@ class Streamer(SavedByState):
         attend = attend_to_memory(
             self.cache, inputs.rotation, self._selection(), keys_only=True, impl=self.settings.impl
         )
-        self.model.forward_keys(
-            inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition, inputs.order
-        )
+        split = self._split_tokens(inputs)
+        if split is not None:
+            attend = split.attend(attend, unused=self.cache.layout.layers - 1)
+        order = split or inputs.order
+        self.model.forward_keys(inputs.latents, inputs.time, self.text.keys_values, attend, inputs.condition, order)
 
     def _run(self, kind: str, one_pass: OnePass) -> Tensor | None:
         return self.passes.run((kind, *self.cache.pass_shape(self._selection() is not None)), one_pass)
@@ -323,7 +331,7 @@ class Streamer(SavedByState):
         """How the open chunk sees the past."""
         counted = self.activation.observe if self.activation and remember else None
         observe = _in_turn(counted, self.observe if remember or not keys_only else None)
-        return attend_to_memory(
+        attend = attend_to_memory(
             self.cache,
             self.inputs.rotation,
             self._selection(),
@@ -334,9 +342,17 @@ class Streamer(SavedByState):
             reuse=reuse,
             impl=self.settings.impl,
         )
+        if self._split is None:
+            return attend
+        return self._split.attend(attend, unused=self.cache.layout.layers - 1 if keys_only else None)
+
+    def _split_tokens(self, inputs: PassInputs) -> SplitTokens | None:
+        """How the tokens of these passes are dealt out to the processes; None where there is one."""
+        tokens = inputs.frames * inputs.grid[0] * inputs.grid[1]
+        return None if self.ranks is None else SplitTokens(self.ranks, tokens, inputs.order)
 
     def _selection(self) -> BlockSelection | None:
-        return make_selection(self.settings, self._random_blocks)
+        return make_selection(self.settings, self._random_blocks, self.heads)
 
     # ------------------------------------------------------------------------------------------------------- the state
 

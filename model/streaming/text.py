@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from memflow_ops.cache.attend import HeadShare
 from memflow_ops.model.wan.transformer import CausalVideoModel, TextKeysValues
 
 TextEncoder = Callable[[Sequence[str]], Tensor]
@@ -28,7 +29,9 @@ class StreamText:
     lengths: (B,) int32, the tokens of each text that are not padding.
     """
 
-    def __init__(self, model: CausalVideoModel, encode: TextEncoder, batch: int):
+    def __init__(self, model: CausalVideoModel, encode: TextEncoder, batch: int, heads: HeadShare | None = None):
+        """heads: those that `keys` is of; None: all."""
+        self._heads = heads
         config, weight = model.config, model.patch_embedding.weight
         self.model, self.encode = model, encode
         self.prompts: list[str | None] = [None] * batch
@@ -41,8 +44,8 @@ class StreamText:
 
     @property
     def keys(self) -> list[Tensor]:
-        """Per layer the keys (B, text_len, heads, head_dim)."""
-        return [keys for keys, _ in self.keys_values]
+        """Per layer the keys (B, text_len, heads, head_dim) that retrieval goes by, of the heads of this process."""
+        return [keys if self._heads is None else self._heads.of(keys) for keys, _ in self.keys_values]
 
     def embed(self, prompts: Sequence[str]) -> dict[int, Tensor]:
         """Story -> embedding (Lt, text_dim) of every prompt that differs from the story's current one. This changes

@@ -11,7 +11,7 @@ image-to-video models.
 
 import math
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, cast
+from typing import Literal, NamedTuple, Protocol, cast
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from memflow_ops.cache.attend import Attend, AttendProjections
 from memflow_ops.ops.cache_write import QKNorm
 from memflow_ops.rotary import apply_rotation, rope_rotation
-from memflow_ops.token_order import TokenOrder
 
 TextKeysValues = list[tuple[Tensor, Tensor]]
 """Per layer the keys (after norm_k) and values of the text cross-attention, each (B, text_len, heads, head_dim)."""
@@ -67,6 +66,16 @@ class ModelConfig:
     @property
     def head_dim(self) -> int:
         return self.dim // self.num_heads
+
+
+class ModelTokens(Protocol):
+    """Which tokens a pass computes, and in what order: a `TokenOrder`, or one process's part of them."""
+
+    def apply(self, x: Tensor) -> Tensor:
+        """The tokens that the pass computes, of x (B, F * T, ...) in raster order."""
+
+    def undo(self, x: Tensor) -> Tensor:
+        """All tokens (B, F * T, ...) in raster order, of what the pass has computed."""
 
 
 # ------------------------------------------------------------------------------------------------------------ positions
@@ -159,6 +168,10 @@ class Block(nn.Module):
         if isinstance(attend, AttendProjections) and not torch.is_grad_enabled():
             return attend.projections(layer, *self.before(x, time, normalise=False), self.self_attn.norm)
         return attend(layer, *self.before(x, time))
+
+    def write_keys(self, x: Tensor, time: Tensor, layer: int, attend: Attend) -> None:
+        """The block up to its self-attention, for a pass that ends there."""
+        self.attend(x, time, layer, attend)
 
     def before(self, x: Tensor, time: Tensor, normalise: bool = True) -> tuple[Tensor, Tensor, Tensor]:
         """The block up to its self-attention: the queries, keys and values for `attend`."""
@@ -288,7 +301,7 @@ class CausalVideoModel(nn.Module):
         text: TextKeysValues,
         attend: Attend,
         condition: Tensor | None = None,
-        order: TokenOrder | None = None,
+        order: ModelTokens | None = None,
     ) -> Tensor:
         """One pass over a chunk; the output is like x.
 
@@ -296,7 +309,8 @@ class CausalVideoModel(nn.Module):
         t: timesteps (B, F) from 0 (clean) to 1000, or what `encode_time` makes of them.
         text: of `encode_text`.
         condition: (B, in_dim - out_dim, F, H, W), given if and only if in_dim > out_dim.
-        order: in which `attend` sees the tokens of a frame; None: row by row. Rotations must be in the same order.
+        order: in which `attend` sees the tokens, and which of them; None: all, row by row. Rotations must be in the
+            same order. Where it has not whole frames, the timesteps must be those of one frame, (B, 1).
         """
         hidden, embedding, grid = self._through(x, t, text, attend, condition, order, len(self.blocks))
         patches = self.head(hidden, embedding.embedding)
@@ -309,13 +323,13 @@ class CausalVideoModel(nn.Module):
         text: TextKeysValues,
         attend: Attend,
         condition: Tensor | None = None,
-        order: TokenOrder | None = None,
+        order: ModelTokens | None = None,
     ) -> None:
         """A pass that only writes keys and values: as `forward`, but it ends when those of the last layer have been
         handed to `attend`, whose result for that layer is not used."""
         last = len(self.blocks) - 1
         hidden, embedding, _ = self._through(x, t, text, attend, condition, order, last)
-        cast(Block, self.blocks[last]).attend(hidden, embedding.modulation, last, attend)
+        cast(Block, self.blocks[last]).write_keys(hidden, embedding.modulation, last, attend)
 
     def _through(
         self,
@@ -324,18 +338,20 @@ class CausalVideoModel(nn.Module):
         text: TextKeysValues,
         attend: Attend,
         condition: Tensor | None,
-        order: TokenOrder | None,
+        order: ModelTokens | None,
         blocks: int,
     ) -> tuple[Tensor, TimeEmbedding, tuple[int, int]]:
         """Runs the first so many blocks. Returns the tokens (B, F * T, dim), their time embedding and their grid."""
         hidden, grid = self._hidden(x, condition, order)
         embedding = t if isinstance(t, TimeEmbedding) else self.encode_time(t)
+        if hidden.shape[1] != x.shape[2] * math.prod(grid) and embedding.embedding.shape[1] != 1:
+            raise ValueError("a pass over some tokens of a chunk takes one timestep for all frames, (B, 1)")
         for layer in range(blocks):
             hidden = self.blocks[layer](hidden, embedding.modulation, text[layer], layer, attend)
         return hidden, embedding, grid
 
     def _hidden(
-        self, x: Tensor, condition: Tensor | None, order: TokenOrder | None = None
+        self, x: Tensor, condition: Tensor | None, order: ModelTokens | None = None
     ) -> tuple[Tensor, tuple[int, int]]:
         """The chunk's tokens (B, F * T, dim), which include the condition, and their grid."""
         if condition is not None:
@@ -345,7 +361,7 @@ class CausalVideoModel(nn.Module):
         grid = self.grid(*x.shape[3:])
         return self._patches(x, grid, order), grid
 
-    def _patches(self, x: Tensor, grid: tuple[int, int], order: TokenOrder | None) -> Tensor:
+    def _patches(self, x: Tensor, grid: tuple[int, int], order: ModelTokens | None) -> Tensor:
         """Embeds the patches of x (B, in_dim, F, H, W) as tokens (B, F * T, dim). Patches do not overlap, so that the
         convolution is one matrix product."""
         _, patch_height, patch_width = self.config.patch_size

@@ -26,30 +26,48 @@ def retrieve_frames(
         means = means[:, each, candidates.clamp(0, means.shape[2] - 1).long()]
     wide = wide_dtype(text_keys.dtype, means.dtype)
     if score == "coverage":
-        shares = _word_shares(text_keys, means, text_lengths, weights, softmax_scale, wide)
-        indices = _cover(shares, count)
-        lengths = shares.shape[1] if text_lengths is None else text_lengths.clamp(1, shares.shape[1])[:, None]
-        scores = shares.sum(1) / lengths
+        shares = word_shares(word_logits(text_keys, means, weights, softmax_scale, wide), text_lengths)
+        indices, scores = cover(shares, count), mean_share(shares, text_lengths)
     else:
-        scores = torch.zeros(means.shape[1:3], dtype=wide, device=means.device)
-        for text, of_layer in zip(
-            text_keys, means, strict=True
-        ):  # One layer at a time, because softmax makes words x blocks numbers of it.
-            scores += frame_relevance(text.to(wide), of_layer.to(wide), text_lengths, weights, score, softmax_scale)
-        scores = (scores / len(means)).nan_to_num(nan=torch.finfo(torch.float32).min)
+        scores = finite(mean_relevance(text_keys, means, text_lengths, weights, score, softmax_scale, wide))
         cosines = None
         if redundancy is not None:
-            frame_means = torch.einsum("lbfnkd,n->bflkd", means.to(wide), weights.to(wide)).flatten(2)
-            directions = F.normalize(frame_means, dim=-1)
+            directions = F.normalize(frame_vectors(means, weights, wide), dim=-1)
             cosines = directions @ directions.mT
-        indices = _take_unlike(scores, cosines, count, redundancy)
+        indices = take_unlike(scores, cosines, count, redundancy)
     return indices.int(), scores.gather(1, indices)
 
 
-def _word_shares(
-    text_keys: Tensor, means: Tensor, lengths: Tensor | None, weights: Tensor, scale: float, wide: torch.dtype
+def mean_relevance(
+    text_keys: Tensor,
+    means: Tensor,
+    text_lengths: Tensor | None,
+    weights: Tensor,
+    score: str,
+    softmax_scale: float,
+    wide: torch.dtype,
 ) -> Tensor:
-    """The shares (B, Lt, F) of the frames in every word: they add up to 1, and to 0 for padding."""
+    """`frame_relevance` (B, F) in `wide`, averaged over the layers."""
+    scores = torch.zeros(means.shape[1:3], dtype=wide, device=means.device)
+    for text, of_layer in zip(
+        text_keys, means, strict=True
+    ):  # One layer at a time, because softmax makes words x blocks numbers of it.
+        scores += frame_relevance(text.to(wide), of_layer.to(wide), text_lengths, weights, score, softmax_scale)
+    return scores / len(means)
+
+
+def finite(scores: Tensor) -> Tensor:
+    """The scores, with a NaN as a number that ranks last."""
+    return scores.nan_to_num(nan=torch.finfo(torch.float32).min)
+
+
+def frame_vectors(means: Tensor, weights: Tensor, wide: torch.dtype) -> Tensor:
+    """The mean key of every frame over all layers and heads, (B, F, layers * Hkv * D)."""
+    return torch.einsum("lbfnkd,n->bflkd", means.to(wide), weights.to(wide)).flatten(2)
+
+
+def word_logits(text_keys: Tensor, means: Tensor, weights: Tensor, scale: float, wide: torch.dtype) -> Tensor:
+    """Text key . mean key of the frame, averaged over heads and summed over layers, (B, Lt, F)."""
     logits = torch.zeros((), dtype=wide, device=means.device)
     for text, of_layer in zip(text_keys, means, strict=True):
         frame_means = torch.einsum("bfnkd,n->bfkd", of_layer.to(wide), weights.to(wide))
@@ -57,14 +75,24 @@ def _word_shares(
             text.to(wide).unflatten(2, (frame_means.shape[2], -1)).mean(3)
         )  # The mean over the heads that share a key head.
         logits = logits + torch.einsum("bwkd,bfkd->bwf", grouped, frame_means) * (scale / grouped.shape[2])
-    shares = logits.nan_to_num(nan=torch.finfo(torch.float32).min).softmax(-1)
+    return logits
+
+
+def word_shares(logits: Tensor, lengths: Tensor | None) -> Tensor:
+    """The shares (B, Lt, F) of the frames in every word: they add up to 1, and to 0 for padding."""
+    shares = finite(logits).softmax(-1)
     if lengths is None:
         return shares
     words = torch.arange(shares.shape[1], dtype=torch.int64, device=shares.device)
     return shares.masked_fill((words >= lengths[:, None])[..., None], 0.0)
 
 
-def _take_unlike(scores: Tensor, cosines: Tensor | None, count: int, redundancy: float | None) -> Tensor:
+def mean_share(shares: Tensor, lengths: Tensor | None) -> Tensor:
+    """The mean share (B, F) of each frame over the words that are no padding."""
+    return shares.sum(1) / (shares.shape[1] if lengths is None else lengths.clamp(1, shares.shape[1])[:, None])
+
+
+def take_unlike(scores: Tensor, cosines: Tensor | None, count: int, redundancy: float | None) -> Tensor:
     """Indices (B, K) in the order of taking, best first. A frame that is alike to one already taken comes behind all
     others."""
     each = torch.arange(len(scores), dtype=torch.int64, device=scores.device)
@@ -80,7 +108,7 @@ def _take_unlike(scores: Tensor, cosines: Tensor | None, count: int, redundancy:
     return torch.stack(order, dim=1)
 
 
-def _cover(shares: Tensor, count: int) -> Tensor:
+def cover(shares: Tensor, count: int) -> Tensor:
     """Indices (B, K) in the order of taking: each time what adds most to the sum over words of sqrt(share gathered)."""
     batch, words, frames = shares.shape
     each = torch.arange(batch, dtype=torch.int64, device=shares.device)

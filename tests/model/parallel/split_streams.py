@@ -1,0 +1,129 @@
+"""Streams of a small random model, in one process or dealt out to several; a test compares what they make."""
+
+from contextlib import nullcontext
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.streaming.streamer import Chunk, Streamer
+from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
+
+HEADS, LAYERS, CHUNKS = 4, 2, 8
+TEXT_LEN, TEXT_DIM = 3, 4
+PROMPTS = ["a ball", "a ball", "a box", "a box", "a box", "a ball", "a ring", "a ring"]
+
+CASES = {
+    "none": {"memory": "none"},
+    "sink": {"memory": "sink", "window_frames": 9},
+    "full": {"memory": "full"},
+    "memflow": {},
+    "whole chunk, strips": {"query_group": None, "token_order": "strips", "relevance": "softmax"},
+    "moments, coverage": {"score": "moments", "top_k": 2, "relevance": "coverage"},
+    "redundancy": {"redundancy": 0.9, "bank_frames": 2},
+    "kept": {"reselect": "chunk", "top_k": 2, "recache": False, "stochastic": True},
+    "host": {"device_frames": 4, "host_frames": 2, "bank_frames": 2},
+    "random": {"selection": "random", "relevance": "random", "top_k": 2},
+    "released": {
+        "memory": "released",
+        "window_frames": 9,
+        "record_interval": 1,
+        "bank_frames": 2,
+        "bank_schedule": "single-prompt",
+    },
+    "interactive": {"memory": "released", "window_frames": 9, "record_interval": 1, "bank_frames": 2},
+    "interactive, top": {"memory": "released", "record_interval": 1, "bank_frames": 2, "top_frames": 2},
+}
+
+
+def make_model() -> CausalVideoModel:
+    """4 heads; 6 tokens a frame, so that 4 processes have 5, 5, 4 and 4 of the 18 of a chunk."""
+    torch.manual_seed(3)
+    sizes = {"dim": 8 * HEADS, "ffn_dim": 16, "num_heads": HEADS, "num_layers": LAYERS, "in_dim": 2, "out_dim": 2}
+    config = ModelConfig(**sizes, text_dim=TEXT_DIM, text_len=TEXT_LEN, freq_dim=8, prediction="x0")
+    model = CausalVideoModel(config).eval()
+    for name, parameter in model.named_parameters():
+        if ".q." in name or ".k." in name or "norm" in name:  # sharper attention, and norms that tell heads apart
+            parameter.data.mul_(1 + torch.rand_like(parameter))
+    return model
+
+
+def encode(prompts) -> Tensor:
+    rows = []
+    for prompt in prompts:
+        generator = torch.Generator().manual_seed(sum(map(ord, prompt)))
+        rows.append(F.pad(torch.randn(2, TEXT_DIM, generator=generator), (0, 0, 0, 1)))
+    return torch.stack(rows)
+
+
+def prompts_of(index: int) -> list[str]:
+    """Of two stories that switch at different chunks."""
+    return [PROMPTS[index % 8], PROMPTS[(index + 3) // 2 % 8]]
+
+
+def make_streamer(model: CausalVideoModel, case: str, ranks=None, **changes) -> Streamer:
+    sizes = {"height": 4, "width": 6, "steps": 2, "block_size": 4, "query_group": 5, "top_k": 4, "device_frames": 30}
+    settings = StreamSettings(**{**sizes, "shift": 7.0, **CASES[case], **changes})
+    return Streamer(model, 2, settings, seed=4, encode=encode, ranks=ranks)
+
+
+class Collectives(TorchDispatchMode):
+    """Notes the name of every collective."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace in ("c10d", "_c10d_functional") and not any(
+            word in func.__name__ for word in ("wait", "wrap")
+        ):
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def told(chunk: Chunk) -> dict:
+    """All of a chunk that must be equal, and not only close."""
+    names = ("index", "first_frame", "prompts", "retrieved", "candidates", "activation")
+    return {name: getattr(chunk, name) for name in names}
+
+
+def cache_tensors(streamer: Streamer) -> list[Tensor]:
+    """All that lies on the device for the past: window, bank, history and means."""
+    cache = streamer.cache
+    return [
+        cache._keys,
+        cache._values,
+        cache._descriptors,
+        *(getattr(cache, name) for name in ("_means",) if hasattr(cache, name)),
+    ]
+
+
+def run(streamer: Streamer, chunks: int = CHUNKS, counted: bool = False) -> dict:
+    """What a stream makes: its latents, what each chunk tells, its scores, the bank after each choice, and the bytes of
+    its cache; where they are counted, which takes a while, the collectives of each chunk."""
+    made, banks, counts = [], [], []
+    while streamer.cache.committed < chunks:
+        begin = streamer.cache.begin_chunk
+
+        def noted(begin=begin):
+            if not streamer.cache.recaches:
+                banks.append(streamer.cache.bank_by_layer())
+            return begin()
+
+        streamer.cache.begin_chunk = noted
+        with Collectives() if counted else nullcontext() as collectives:
+            made.append(streamer.next_chunk(prompts_of(streamer.cache.committed)))
+        if collectives is not None:
+            counts.append(collectives.names)
+        streamer.cache.begin_chunk = begin
+    return {
+        "frames": torch.cat([chunk.frames for chunk in made], 2),
+        "told": [told(chunk) for chunk in made],
+        "scores": [chunk.relevance for chunk in made],
+        "banks": banks,
+        "collectives": counts,
+        "bytes": sum(tensor.nbytes for tensor in cache_tensors(streamer)),
+    }

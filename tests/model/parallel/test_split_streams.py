@@ -1,0 +1,120 @@
+"""One video on two and on four processes against the same on one."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from split_streams import CASES, LAYERS, cache_tensors, make_model, make_streamer, run
+
+from memflow_ops.model.parallel.ranks import check_ranks, launched_ranks, possible_ranks, rank_device
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[2]
+CHECKS = ("exchange", "gradients", "compiled", "agreement", "sharded_weights", "refusals", "example")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> Path:
+    """The files of four processes that have run all cases."""
+    folder = tmp_path_factory.mktemp("ranks")
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{HERE}"}
+    workers = [
+        subprocess.Popen(
+            [sys.executable, HERE / "worker.py", str(rank), folder],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(4)
+    ]
+    try:
+        errors = [worker.communicate(timeout=300)[1] for worker in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+    for rank, (worker, error) in enumerate(zip(workers, errors, strict=True)):
+        assert worker.returncode == 0, f"rank {rank}: {error}"
+    return folder
+
+
+def of_ranks(made: Path, case: str, count: int) -> list[dict]:
+    return [torch.load(made / f"{case}-{count}-{rank}.pt", weights_only=True) for rank in range(count)]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_split_stream_is_that_of_one_process(made, case):
+    """Latents to rounding; banks, the blocks that were activated and all else that a chunk tells to the letter. The
+    ranks hold the same to the bit."""
+    want = run(make_streamer(make_model(), case))
+    assert want["frames"].std() > 0.1
+    if CASES[case].get("memory", "memflow") in ("memflow", "released"):
+        assert all(want["told"][-1]["retrieved"])
+    for count in (2, 4):
+        got = of_ranks(made, case, count)
+        for one in got:
+            assert torch.equal(one["frames"], got[0]["frames"])
+            assert all(one[same] == got[0][same] for same in ("told", "scores", "banks", "collectives"))
+        torch.testing.assert_close(got[0]["frames"], want["frames"], rtol=0, atol=1e-5)
+        assert got[0]["told"] == want["told"] and got[0]["banks"] == want["banks"]
+        for scores, expected in zip(got[0]["scores"], want["scores"], strict=True):
+            for story, of in zip(scores, expected, strict=True):
+                assert story == pytest.approx(of, abs=1e-5)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_rank_holds_its_part_of_the_past(made, case):
+    whole = sum(tensor.nbytes for tensor in cache_tensors(make_streamer(make_model(), case)))
+    for count in (2, 4):
+        assert [one["bytes"] for one in of_ranks(made, case, count)] == [whole // count] * count
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_what_is_sent_does_not_depend_on_the_history(made, count):
+    """Two exchanges a layer and pass, one gathering of the result a noisy pass; for a chunk one exchange of scores and
+    one of counts. The clean pass ends before the last layer's result, and has no result."""
+    chunks = of_ranks(made, "kept", count)[0]["collectives"]
+    steps = 2
+    for names in chunks[4:]:
+        assert names.count("all_to_all_single") == (steps + 1) * 2 * LAYERS - 1
+        assert names.count("_allgather_base_") == steps + 2
+        assert len(names) == (steps + 1) * 2 * LAYERS - 1 + steps + 2
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_on_four_ranks(made, name):
+    for rank in range(4):
+        error = (made / f"{name}-{rank}.txt").read_text()
+        assert not error, f"rank {rank}: {error}"
+
+
+def test_every_check_is_one_of_these(made):
+    assert {path.stem.rpartition("-")[0] for path in made.glob("*.txt")} == set(CHECKS)
+
+
+@pytest.mark.parametrize(("heads", "possible"), [(12, [2, 3, 4, 6, 12]), (40, [2, 4, 5, 8, 10, 20, 40]), (1, [])])
+def test_heads_that_cannot_be_dealt_out_are_refused_with_what_can(heads, possible):
+    assert possible_ranks(heads) == possible
+    for count in (1, *possible):
+        check_ranks(heads, count)
+    words = f"{', '.join(map(str, possible))} processes are possible" if possible else "only 1 process is possible"
+    with pytest.raises(ValueError, match=f"{heads} attention heads cannot be dealt out to 7 processes: {words}"):
+        check_ranks(heads, 7)
+
+
+def test_only_torchrun_makes_several():
+    launched = {"RANK": "0", "WORLD_SIZE": "3", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+    assert launched_ranks(launched) == 3
+    assert launched_ranks({"WORLD_SIZE": "3"}) == launched_ranks({}) == 1
+
+
+def test_a_rank_takes_the_device_of_its_number(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert rank_device(torch.device("cpu"), {"LOCAL_RANK": "5"}) == torch.device("cpu")
+    assert rank_device(torch.device("cuda"), {"LOCAL_RANK": "1"}) == torch.device("cuda:1")
+    with pytest.raises(ValueError, match="say --device cuda, got cuda:0"):
+        rank_device(torch.device("cuda:0"), {"LOCAL_RANK": "1"})
+    with pytest.raises(ValueError, match="process 2 of this machine has no CUDA device: torch sees 2"):
+        rank_device(torch.device("cuda"), {"LOCAL_RANK": "2"})
