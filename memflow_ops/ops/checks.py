@@ -26,6 +26,9 @@ def check_tensor(name: str, x: object, dims: str, like: Tensor | None = None) ->
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor ({dims.replace(' ', ', ')}), got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}: call to_dense() or to_padded_tensor() first")
     words = dims.split()
     if x.dim() != len(words):
         raise ValueError(f"{name} must have {len(words)} dimensions ({', '.join(words)}), got shape {tuple(x.shape)}")

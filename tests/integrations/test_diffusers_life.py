@@ -129,6 +129,8 @@ def test_a_stream_goes_on_from_a_saved_state_and_starts_anew_after_reset(model, 
     strips = attach_memory(model, **SIZES, token_order="strips")
     with pytest.raises(ValueError, match="with token_order='raster', here 'strips'"):
         strips.load_state_dict(state)
+    with pytest.raises(ValueError, match="has no state of a cache"):
+        other.load_state_dict({"grid": state["grid"], "token_order": "raster"})
     for name in ("reselect", "token_order"):
         with pytest.raises(ValueError, match=f"{name} must be .*, got 'never'"):
             attach_memory(model, **SIZES, **{name: "never"})

@@ -32,6 +32,12 @@ BAD = {
     "q-not-a-tensor": (dict(q=[1.0]), TypeError, "q must be a tensor.*got list"),
     "q-three-dims": (dict(q=X(6, 4, 8)), ValueError, r"q must have 4 dimensions.*\(6, 4, 8\)"),
     "q-empty": (dict(q=X(2, 0, 4, 8)), ValueError, "q must not be empty"),
+    "q-sparse": (dict(q=X(2, 6, 4, 8).to_sparse()), TypeError, "q must be a dense tensor, got .* torch.sparse"),
+    "k-nested": (
+        dict(k=torch.nested.nested_tensor([torch.zeros(5, 2, 8), torch.zeros(4, 2, 8)], layout=torch.jagged)),
+        TypeError,
+        "k must be a dense tensor, got a nested tensor",
+    ),
     "q-integers": (dict(q=torch.ones(2, 6, 4, 8, dtype=torch.int32)), TypeError, "q must be float16.*int32"),
     "k-dtype": (dict(k=X(2, 5, 2, 8).half()), TypeError, "k must have the dtype of q, torch.float32, got .*16"),
     "k-batch": (dict(k=X(3, 5, 2, 8), v=X(3, 5, 2, 8)), ValueError, "k must have the batch size of q, 2, got 3"),

@@ -242,6 +242,8 @@ class WanMemory:
         order = state.get("token_order", "raster")
         if order != self.token_order:
             raise ValueError(f"the state is that of a memory with token_order={order!r}, here {self.token_order!r}")
+        if not isinstance(state.get("cache"), Mapping):
+            raise ValueError("the state has no state of a cache; take what state_dict() of a memory returns")
         self.cache.load_state_dict(state["cache"])
 
     # -------------------------------------------------------------------------------------------------- from a pipeline
