@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt
 STAMP := .venv/.installed-$(CONSTRAINTS)
 
-.PHONY: help demo test interpreter ptx lint bench bench-compare where-memory-pays aot gpu-preflight gpu-test gpu-warm gpu-bench train docs pictures clean
+.PHONY: help demo live test interpreter ptx lint bench bench-compare where-memory-pays aot gpu-preflight gpu-test gpu-warm gpu-bench train docs pictures clean
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -17,6 +17,9 @@ $(STAMP): setup.py $(CONSTRAINTS) constraints-tools.txt
 
 demo: $(STAMP)  ## stream the shipped story with memory; writes out/demo
 	$(BIN)/memflow toy demo --out out/demo
+
+live: $(STAMP)  ## a page on which you type the next prompt while the toy world streams; LIVE_OPTIONS="--port N"
+	$(BIN)/memflow serve $(LIVE_OPTIONS)
 
 # One thread per process (tests/conftest.py) and a process per core: two threads on tensors this small only wait.
 test: $(STAMP)  ## every test
@@ -96,6 +99,7 @@ pictures: $(STAMP)  ## draw the README's pictures anew
 	$(BIN)/memflow toy demo --out build/pictures/with-memory
 	$(BIN)/memflow toy generate model/stories/demo.jsonl --memory none --out build/pictures/without-memory
 	$(BIN)/python docs/pictures/draw.py build/pictures/with-memory build/pictures/without-memory docs/pictures
+	$(BIN)/python docs/pictures/live.py docs/pictures/live.png
 
 train: $(STAMP)  ## retrain the toy world's weights
 	$(BIN)/memflow toy train

@@ -17,6 +17,8 @@ for link in ("kernels", "model", "bench"):
 # Wan 2.1's text encoder and VAE; the oldest releases that the tests ran with (constraints-lowest.txt) are the bounds.
 wan = ["diffusers>=0.41", "transformers>=5.20", "accelerate", "ftfy", "sentencepiece"]
 
+live = ["starlette>=1.7.0", "uvicorn>=0.54.0", "websockets>=16.1.1"]  # the page of `memflow serve`
+
 setup(
     name="memflow-ops",
     version=re.search(r'__version__ = "(.+)"', VERSION.read_text(encoding="utf-8"))[1],
@@ -49,6 +51,7 @@ setup(
         "memflow_ops.model",
         "memflow_ops.model.checkpoints",
         "memflow_ops.model.parallel",
+        "memflow_ops.model.live",
         "memflow_ops.model.pipeline",
         "memflow_ops.model.replay",
         "memflow_ops.model.selection_profile",
@@ -63,6 +66,7 @@ setup(
     package_data={
         "memflow_ops": ["py.typed"],
         "memflow_ops.model": ["weights/*.safetensors", "weights/*.json", "stories/*.jsonl"],
+        "memflow_ops.model.live": ["page/*"],
     },
     install_requires=[
         # Kernels and operators reach into both: the bounds are what was run (constraints-lowest.txt, -highest.txt).
@@ -78,8 +82,19 @@ setup(
     extras_require={
         "flash": ["flash-attn"],
         "wan": wan,
+        "live": live,
         "docs": ["mkdocs-material"],
-        "dev": ["pytest", "pytest-benchmark", "pytest-xdist", "hypothesis", "ruff", "mypy", "peft>=0.21.2", *wan],
+        "dev": [
+            "pytest",
+            "pytest-benchmark",
+            "pytest-xdist",
+            "hypothesis",
+            "ruff",
+            "mypy",
+            "peft>=0.21.2",
+            *wan,
+            *live,
+        ],
     },
     entry_points={"console_scripts": ["memflow = memflow_ops.cli:main"]},
     classifiers=[
