@@ -205,7 +205,7 @@ def backward_alone(gradients: Gradients, wanted: tuple[bool, ...]) -> Contender:
     descriptors = given.descriptors if bank else None
     geometry = Geometry(size.block_size, size.frame_tokens, size.query_group, size.head_dim**-0.5)
     out, lse, indices = composed.memory_attention(
-        q, k, v, memory_k, memory_v, descriptors, size.top_k, geometry, "triton", "own"
+        q, k, v, memory_k, memory_v, None, descriptors, size.top_k, geometry, "triton", "own"
     )
     near = (k, v) if k.shape[1] else (None, None)
 

@@ -26,6 +26,7 @@ def plan_attend(
     indices: torch.Tensor | None,
     geometry: Geometry,
     resume: tuple[torch.Tensor, torch.Tensor] | None = None,
+    memory_q: torch.Tensor | None = None,
     *,
     capability: int | None = None,
     multiprocessors: int | None = None,
@@ -50,15 +51,18 @@ def plan_attend(
     kv_heads = next((part.k.shape[2] for part in (window, memory) if part.k is not None), heads)
     tiles, options, by_row = attend_config(capability or capability_of(q), q.dtype, head_dim, query_group, queries)
     short_blocks = by_row and geometry.block_size < tiles["BLOCK_N"]
-    if window.k is not None and memory.k is not None and (short_blocks or geometry.window_keys(window.k) == 1):
-        # In one launch ptxas for sm_90 lets every product wait for the one before (C7515). The state between two
-        # launches is float32: rounded to a half precision it would break the tolerance.
+    both = window.k is not None and memory.k is not None
+    if both and (short_blocks or memory_q is not None or geometry.window_keys(window.k) == 1):
+        # In one launch ptxas for sm_90 lets every product wait for the one before (C7515). Two forms of the queries are
+        # not taken by one launch. The state between two is float32: rounded to a half precision it would break the
+        # tolerance.
         first, *state = plan_attend(
-            q, None, None, memory_k, memory_v, indices, geometry, resume,
+            q if memory_q is None else memory_q, None, None, memory_k, memory_v, indices, geometry, resume,
             capability=capability, multiprocessors=multiprocessors, out_dtype=torch.float32,
         )  # fmt: skip
         then, out, lse = plan_attend(q, k, v, None, None, None, geometry, (state[0], state[1]), capability=capability)
         return [*first, *then], out, lse
+    q = q if memory_q is None or memory.k is None else memory_q
     out = torch.empty((batch, queries, heads, head_dim), dtype=out_dtype or q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
     launches, unions = [], None
@@ -114,17 +118,19 @@ def attend(
     indices: torch.Tensor | None,
     geometry: Geometry,
     resume: tuple[torch.Tensor, torch.Tensor] | None = None,
+    memory_q: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One softmax over what the queries see of k and the keys of the selected blocks, and over what `resume` has seen.
 
     q (B, Lq, H, D); k, v (B, Lk, Hkv, D), or None: no dense segment; memory_k, memory_v (B, stored frames *
     frame_tokens, Hkv, D) and indices (B, H, G, K) int32 with G = ceil(Lq / query_group), or None: no bank. One dtype
     (float32, bfloat16, float16), last dimensions contiguous, D up to 256, H a multiple of Hkv. resume: the state to
-    continue, out (B, Lq, H, D) of any float dtype and lse (B, H, Lq) float32.
+    continue, out (B, Lq, H, D) of any float dtype and lse (B, H, Lq) float32. memory_q: like q, what attends to the
+    bank; None: q.
     -> out (B, Lq, H, D) in q's dtype, lse (B, H, Lq) float32, the natural logarithm of the sum of exp(scaled score);
     0 and -inf where a query has no key. Scores, softmax and accumulation are float32; the weights are rounded to v's
     dtype for the product with v. Indices outside of 0..N-1 are skipped. What is not selected is not read.
     """
-    launches, out, lse = plan_attend(q, k, v, memory_k, memory_v, indices, geometry, resume)
+    launches, out, lse = plan_attend(q, k, v, memory_k, memory_v, indices, geometry, resume, memory_q)
     run_all(launches)
     return out, lse

@@ -15,6 +15,7 @@ def memory_attention(
     v: Tensor,
     memory_k: Tensor | None,
     memory_v: Tensor | None,
+    memory_q: Tensor | None,
     descriptors: Tensor | None,
     top_k: int,
     geometry: Geometry,
@@ -37,6 +38,6 @@ def memory_attention(
     if descriptors is None:
         moments = descriptor_width(memory_k.shape[-1], geometry.score) // memory_k.shape[-1]
         descriptors = implementation.describe_blocks(memory_k, geometry.block_size, geometry.frame_tokens, moments)
-    indices = implementation.select_blocks(q, descriptors, top_k, geometry)
-    out, lse = implementation.attend(q, *segment, memory_k, memory_v, indices, geometry, resume)
+    indices = implementation.select_blocks(q if memory_q is None else memory_q, descriptors, top_k, geometry)
+    out, lse = implementation.attend(q, *segment, memory_k, memory_v, indices, geometry, resume, memory_q)
     return out, lse, indices

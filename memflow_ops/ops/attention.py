@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class Options(TypedDict, total=False):
     """The options of `memory_attention` beside `return_lse`, as type checkers see them in its overloads."""
 
+    memory_q: Tensor | None
     memory_descriptors: Tensor | None
     top_k: int
     block_size: int
@@ -87,6 +88,7 @@ def memory_attention(
     memory_k: Tensor | None = None,
     memory_v: Tensor | None = None,
     *,
+    memory_q: Tensor | None = None,
     memory_descriptors: Tensor | None = None,
     top_k: int = 24,
     block_size: int = 64,
@@ -118,7 +120,7 @@ def memory_attention(
     the call says so itself.
 
     Blocks that are not selected are not read, so their values do not matter, NaN included. Gradients reach q, k, v,
-    memory_k and memory_v (first derivatives only, in reverse mode). The selection has no gradient.
+    memory_k, memory_v and memory_q (first derivatives only, in reverse mode). The selection has no gradient.
 
     Under autocast, inputs of different dtypes are cast to that of autocast, as torch's attention does; inputs of one
     dtype are computed in it.
@@ -129,6 +131,9 @@ def memory_attention(
         k, v: keys and values of the local window, (B, Lk, Hkv, D). H is a multiple of Hkv. Lk may be 0.
         memory_k, memory_v: keys and values of the bank, (B, Lm, Hkv, D), in whole frames of `frame_tokens`. There is no
             bank if they are None or Lm is 0.
+        memory_q: a second form of the queries, like q, that selects blocks and attends to them, while q attends to the
+            window; for example queries rotated to another position, because the bank's keys are (see
+            `CacheLayout.positions`). None: q does both. Not without a bank.
         memory_descriptors: what `describe_blocks(memory_k, block_size, frame_tokens)` gives, (B, N, Hkv, D), or for the
             score "moments" what it gives with `moments=2`, (B, N, Hkv, 2 D). None: they are computed here.
         top_k: the number of blocks that each query group attends to.
@@ -188,8 +193,10 @@ def memory_attention(
         alibi_slopes=alibi_slopes,
         return_attn_probs=return_attn_probs,
     )
-    refuse_transforms("memory_attention", q, k, v, memory_k, memory_v)
-    q, k, v, memory_k, memory_v, memory_descriptors = as_autocast_does(q, k, v, memory_k, memory_v, memory_descriptors)
+    refuse_transforms("memory_attention", q, k, v, memory_k, memory_v, memory_q)
+    q, k, v, memory_k, memory_v, memory_q, memory_descriptors = as_autocast_does(
+        q, k, v, memory_k, memory_v, memory_q, memory_descriptors
+    )
     checks.check_query(q)
     checks.check_pair("k", k, "v", v, q)
     if (memory_k is None) != (memory_v is None):
@@ -222,18 +229,26 @@ def memory_attention(
         frame = checks.frame_size(frame_tokens, memory_k.shape[1], "memory_k")
         block_size = min(block_size, frame)
         frames = memory_k.shape[1] // frame
+        if memory_q is not None:
+            checks.check_tensor("memory_q", memory_q, "B Lq H D", like=q)
+            checks.check_shape("memory_q", memory_q, tuple(q.shape))
         if memory_slots is not None:
             checks.check_slots(memory_slots, q, frames)
         if memory_descriptors is not None:
             checks.check_descriptors("memory_descriptors", memory_descriptors, memory_k, frame, block_size, (score,))
         if frames == 0 or (memory_slots is not None and memory_slots.shape[1] == 0):
-            memory_k = memory_v = memory_descriptors = memory_slots = memory_frames = None
+            memory_k = memory_v = memory_q = memory_descriptors = memory_slots = memory_frames = None
     else:
-        given = {"memory_descriptors": memory_descriptors, "memory_slots": memory_slots, "memory_frames": memory_frames}
+        given = {
+            "memory_q": memory_q,
+            "memory_descriptors": memory_descriptors,
+            "memory_slots": memory_slots,
+            "memory_frames": memory_frames,
+        }
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} is given without memory_k and memory_v")
-    bank = (memory_k, memory_v, memory_descriptors, memory_frames, memory_slots)
+    bank = (memory_k, memory_v, memory_q, memory_descriptors, memory_frames, memory_slots)
     sizes = (top_k, block_size, frame, group, scale, causal, score)
     impl = dispatch.resolve(impl, q)
     out, lse, _ = registration.memory_attention(q, k, v, *bank, seqused_k, window_slots, *sizes, impl, dense_backend)

@@ -65,6 +65,11 @@ BAD = {
     "frames-list": (dict(memory_frames=[1, 2]), TypeError, "memory_frames must be an int32 tensor"),
     "slots-shape": (dict(memory_slots=INT(2)), ValueError, r"memory_slots must have shape \(2, any\)"),
     "slots-dtype": (dict(memory_slots=INT(2, 2).long()), TypeError, "memory_slots must be int32"),
+    "second-query-shape": (dict(memory_q=X(2, 6, 2, 8)), ValueError, r"memory_q must have shape \(2, 6, 4, 8\), got"),
+    "second-query-dtype": (dict(memory_q=X(2, 6, 4, 8).half()), TypeError, "memory_q must have the dtype of q"),
+    "second-query-without-bank": (
+        dict(memory_k=None, memory_v=None, memory_q=X(2, 6, 4, 8)), ValueError, "memory_q is given without",
+    ),
     "slots-without-bank": (
         dict(memory_k=None, memory_v=None, memory_slots=INT(2, 1)), ValueError, "without memory_k and memory_v",
     ),

@@ -31,7 +31,7 @@ def attention_arguments(name: str, impl: str, requires_grad: bool):
     indices = memflow_ops.select_blocks(q, descriptors, 3, query_group=3, blocks_per_frame=3)
     out, lse = torch.randn_like(q), torch.randn(2, 4, 7, dtype=q.dtype, requires_grad=requires_grad)
     sizes = ([True, False, True, True, True], *SIZES[1:], True)
-    bank = (memory_k, memory_v, described, FRAMES)
+    bank = (memory_k, memory_v, torch.randn_like(q, requires_grad=requires_grad), described, FRAMES)
     above = (torch.randn_like(q.detach()), lse.detach())
     return {
         "describe_blocks": (memory_k, 4, 10, 2, impl),

@@ -85,14 +85,16 @@ def attend(
     indices: Tensor,
     geometry: Geometry,
     resume: tuple[Tensor, Tensor] | None = None,
+    memory_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """
     for every batch element, query head and query group:
-        scores = q . [dense keys that the query sees, keys of the selected blocks] * scale
+        scores = [q . dense keys that the query sees, memory_q . keys of the selected blocks] * scale
         lse    = log(sum(exp(scores)))
         out    = exp(scores - lse) . [dense values, values of the selected blocks]
 
-    A resumed state takes part as one more key, whose score is its LSE and whose value is its out.
+    memory_q is q where it is None. A resumed state takes part as one more key, whose score is its LSE and whose value
+    is its out.
     """
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = widened(q.new_empty(q.shape[0], q.shape[2], q.shape[1]))
@@ -100,6 +102,10 @@ def attend(
         b, rows, h = tile[:3]
         keys, values = widened(gather(k, memory_k, tile)), widened(gather(v, memory_v, tile))
         scores = scores_of(widened(q[b, rows, h]), keys, tile, geometry.softmax_scale)
+        if memory_q is not None:
+            window = 0 if k is None else len(tile.window)
+            of_bank = widened(memory_q[b, rows, h]) @ keys[window:].T * geometry.softmax_scale
+            scores = torch.cat([scores[:, :window], of_bank], 1)
         if resume is not None:
             scores = torch.cat([scores, resume[1][b, h, rows, None]], 1)
         total = scores.logsumexp(-1, keepdim=True)

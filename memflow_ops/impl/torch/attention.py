@@ -61,6 +61,7 @@ def attend(
     indices: Tensor,
     geometry: Geometry,
     resume: tuple[Tensor, Tensor] | None = None,
+    memory_q: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     batch, queries, heads, _ = q.shape
     scale = geometry.softmax_scale
@@ -82,6 +83,7 @@ def attend(
     if memory_k is None or memory_v is None or not indices.numel():
         return out, lse
     selected = SelectedBlocks(memory_k, memory_v, indices, geometry)
+    q = q if memory_q is None else memory_q
     for rows, groups, n in groups_of_one_size(queries, geometry.query_group):
         out_tiles, lse_tiles = tiles_of(out[:, rows], n), lse[:, :, rows].flatten(0, 1).unflatten(1, (-1, n))
         _add_blocks(tiles_of(q[:, rows], n), selected.of_groups(groups), scale, out_tiles, lse_tiles)

@@ -52,6 +52,7 @@ def memory_attention(
     v: Tensor,
     memory_k: Tensor | None,
     memory_v: Tensor | None,
+    memory_q: Tensor | None,
     memory_descriptors: Tensor | None,
     memory_frames: Tensor | None,
     memory_slots: Tensor | None,
@@ -73,13 +74,13 @@ def memory_attention(
     geometry = Geometry(*sizes, memory_slots, memory_frames, causal, seqused_k, window_slots, score_kind)
     with without_autocast(q):
         return composed.memory_attention(
-            q, k, v, memory_k, memory_v, memory_descriptors, top_k, geometry, impl, dense_backend
+            q, k, v, memory_k, memory_v, memory_q, memory_descriptors, top_k, geometry, impl, dense_backend
         )
 
 
 @memory_attention.register_fake
 def _(q, k, v, memory_k, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    memory_slots, _, _, top_k, block_size, frame_tokens, query_group = rest[3:10]
+    memory_slots, _, _, top_k, block_size, frame_tokens, query_group = rest[4:11]
     geometry = Geometry(block_size, frame_tokens, query_group, 1.0, memory_slots)
     blocks = 0 if memory_k is None else geometry.bank_blocks(geometry.stored_frames(memory_k))
     return (*empty_state(q), empty_indices(q, geometry.query_groups(q.shape[1]), min(top_k, blocks)))
@@ -137,16 +138,33 @@ def _gradients(grad_out: Tensor | None, grad_lse: Tensor | None, wanted: Sequenc
 
 
 def _setup_attention(ctx, inputs, output) -> None:
-    q, k, v, memory_k, memory_v, _, _, *tables, _, block_size, frame, group, scale, causal, _, impl, _ = inputs
+    q, k, v, memory_k, memory_v, memory_q, _, _, *tables, _, block_size, frame, group, scale, causal, _, impl, _ = (
+        inputs
+    )
     out, lse, indices = output
-    ctx.save_for_backward(q, k, v, memory_k, memory_v, indices, *tables, out, lse)
+    ctx.save_for_backward(memory_q, q, k, v, memory_k, memory_v, indices, *tables, out, lse)
     ctx.sizes = (block_size, frame, group, scale, causal, impl)
     ctx.mark_non_differentiable(indices)
     ctx.set_materialize_grads(False)
 
 
 def _attention_grad(ctx, grad_out, grad_lse, _):
-    gradients = _gradients(grad_out, grad_lse, ctx.needs_input_grad[:5], *ctx.saved_tensors, *ctx.sizes)
+    memory_q, *saved = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[:6]
+    if memory_q is None:
+        gradients = [*_gradients(grad_out, grad_lse, wanted[:5], *saved, *ctx.sizes), None]
+    else:
+        # Under the final out and LSE window and bank have nothing to do with each other.
+        q, k, v, memory_k, memory_v, *rest = saved
+        of_window = (*wanted[:3], False, False)
+        of_bank = (wanted[5], False, False, *wanted[3:5])
+        gradients = [None] * 6
+        if any(of_window):
+            found = _gradients(grad_out, grad_lse, of_window, q, k, v, None, None, *rest, *ctx.sizes)
+            gradients[:3] = found[:3]
+        if any(of_bank):
+            bank = (memory_q, None, None, memory_k, memory_v)
+            gradients[5], _, _, *gradients[3:5] = _gradients(grad_out, grad_lse, of_bank, *bank, *rest, *ctx.sizes)
     return (*gradients, *(None,) * 14)
 
 
