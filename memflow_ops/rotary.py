@@ -51,3 +51,28 @@ def rope_rotation(head_dim: int, frames: Tensor, rows: Tensor, columns: Tensor) 
 def apply_rotation(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotate the interleaved pairs of x (B, tokens, heads, head_dim) in float32. Returns a tensor in the dtype of x."""
     return turn_pairs(x.float(), torch.complex(cosines, sines)).to(x.dtype)
+
+
+def time_pairs(head_dim: int) -> int:
+    """How many of the pairs of a head turn with the frame in `rope_rotation`; they come first."""
+    return (head_dim - 4 * (head_dim // 6)) // 2
+
+
+def frame_turn(head_dim: int, frames: int, device: torch.device) -> Tensor:
+    """What `turn_pairs` takes to move rotated vectors by so many frames, (head_dim / 2,) complex64."""
+    nowhere = torch.zeros(1, dtype=torch.float64, device=device)
+    cosines, sines = rope_rotation(head_dim, nowhere + frames, nowhere, nowhere)
+    return torch.complex(cosines, sines).flatten()
+
+
+def move_frames(x: Tensor, turn: Tensor) -> Tensor:
+    """Move rotated x (B, tokens, heads, head_dim) in time by a turn of `frame_turn`, in float32; in the dtype of x."""
+    return turn_pairs(x.float(), turn).to(x.dtype)
+
+
+def without_time(rotation: tuple[Tensor, Tensor], tokens: int) -> tuple[Tensor, Tensor]:
+    """The cosines and sines of `rope_rotation` for the first so many tokens, as if they were of frame 0."""
+    cosines, sines = (part[:, :tokens].clone() for part in rotation)
+    pairs = time_pairs(2 * cosines.shape[-1])
+    cosines[..., :pairs], sines[..., :pairs] = 1.0, 0.0
+    return cosines, sines

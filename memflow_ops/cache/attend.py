@@ -26,7 +26,7 @@ from memflow_ops.ops import registration
 from memflow_ops.ops.attention import attend_selected, memory_attention
 from memflow_ops.ops.cache_write import QKNorm
 from memflow_ops.ops.selection import select_blocks
-from memflow_ops.rotary import apply_rotation
+from memflow_ops.rotary import apply_rotation, move_frames
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q, k, v) -> out: the self-attention of a layer over a chunk and its past.
@@ -80,7 +80,8 @@ class BlockSelection:
 
 
 Observer = Callable[[int, Tensor, Memory], None]
-"""observe(layer, q, memory) sees a chunk's rotated queries, (B, tokens, H, D), and the bank that they choose from."""
+"""observe(layer, q, memory) sees a chunk's queries (B, tokens, H, D), rotated for the bank, and the bank that they
+choose from."""
 
 
 def attend_to_memory(
@@ -115,6 +116,10 @@ def attend_to_memory(
     layout = cache.layout
     if reuse and chosen is None:
         raise ValueError("attend_to_memory: reuse=True needs the choices of an earlier pass, see chosen")
+    if selection is None and layout.positions == "bounded":
+        raise ValueError(
+            "attend_to_memory: with positions='bounded' the past is attended to block by block: give a selection"
+        )
     if chosen is not None and selection is not None:
         made_for = (chosen.layout, chosen.top_k, chosen.query_group)
         if made_for != (layout, selection.top_k, selection.query_group):
@@ -127,8 +132,9 @@ def attend_to_memory(
             # Of descriptors without meaning, every subset of the blocks is as likely as any other.
             drawn = _drawn_like(memory.descriptors, active.random, active.heads)
             memory = memory._replace(descriptors=drawn)
+        turn = None if active is None else cache.bank_turn()
         if active is not None and observe is not None:
-            observe(layer, q, memory)
+            observe(layer, q if turn is None else move_frames(q, turn), memory)
         if keys_only and layer == layout.layers - 1:
             return q
         keys, values, valid = cache.attended(layer, sparse=selection is not None)
@@ -136,7 +142,7 @@ def attend_to_memory(
             return memory_attention(q, keys, values, seqused_k=valid, impl=impl)
         if chosen is not None:
             return _attend_to_chosen(chosen, reuse, layer, q, (keys, values), valid, cache, memory, active, impl)
-        return _attend_to_both(q, (keys, values), memory, active, layout, impl, valid)
+        return _attend_to_both(q, (keys, values), memory, active, layout, impl, valid, turn)
 
     def attend_normalised(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(layer, q, k, v, None)
@@ -171,7 +177,7 @@ def attend_to_past(
     window = torch.cat([past.keys, k], 1), torch.cat([past.values, v], 1)
     if past.memory is None:
         return memory_attention(q, *window, impl=impl)
-    return _attend_to_both(q, window, past.memory, selection, layout, impl)
+    return _attend_to_both(q, window, past.memory, selection, layout, impl, turn=past.turn)
 
 
 def _attend_to_chosen(
@@ -187,10 +193,12 @@ def _attend_to_chosen(
     impl: str,
 ) -> Tensor:
     """As `_attend_to_both`, with the blocks that an earlier pass over the chunk has chosen, or that this one keeps."""
-    layout, copied = cache.layout, chosen.copied_tokens
+    layout, copied, turn = cache.layout, chosen.copied_tokens, cache.bank_turn()
+    beside = copied and not cache.recaches and not torch.is_grad_enabled()
+    memory_q = q if turn is None or (reuse and beside) else move_frames(q, turn)
     if not reuse:
         indices = select_blocks(
-            q,
+            memory_q,
             memory.descriptors,
             selection.top_k,
             query_group=selection.query_group,
@@ -201,20 +209,20 @@ def _attend_to_chosen(
             score=layout.score,
             impl=impl,
         )
-        chosen.take(layer, indices, memory, cache.copies(layer, copied))
+        chosen.take(layer, indices, memory, cache.copies(layer, copied), turn)
         cache.chosen.add(layer)
     elif layer not in cache.chosen:
         raise RuntimeError(
             f"attend_to_memory: layer {layer} has chosen no blocks for the open chunk that could be reused"
         )
-    if copied and not cache.recaches and not torch.is_grad_enabled():
+    if beside:
         keys_values = cache.window_with_copies(layer, copied)
         return registration.attend_with_copies(q, *keys_values, chosen.hidden[layer], layout.head_dim**-0.5)
     # A backward pass must find the choice as it was.
     indices = chosen.indices[layer].clone() if torch.is_grad_enabled() else chosen.indices[layer]
     state = memory_attention(q, *window, seqused_k=valid, return_lse=True, impl=impl)
     out, _ = attend_selected(
-        q,
+        memory_q,
         memory.keys,
         memory.values,
         indices,
@@ -236,13 +244,18 @@ def _attend_to_both(
     layout: CacheLayout,
     impl: str,
     valid: Tensor | None = None,
+    turn: Tensor | None = None,
 ) -> Tensor:
-    """Attention to the window in full, or to its leading `valid` keys, and to the selected blocks of the bank."""
+    """Attention to the window in full, or to its leading `valid` keys, and to the selected blocks of the bank.
+
+    turn: moves queries to where they stand for the bank; None: nothing does.
+    """
     return memory_attention(
         q,
         *window,
         memory.keys,
         memory.values,
+        memory_q=None if turn is None else move_frames(q, turn),
         memory_descriptors=memory.descriptors,
         top_k=selection.top_k,
         block_size=layout.block_size,

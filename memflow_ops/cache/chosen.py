@@ -6,6 +6,7 @@ from torch import Tensor
 from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.views import Memory
 from memflow_ops.ops import registration
+from memflow_ops.rotary import move_frames
 
 
 class ChosenBlocks:
@@ -40,10 +41,14 @@ class ChosenBlocks:
         self.copied_tokens = tokens if groups == 1 and fits and self.indices.device.type == "cpu" else 0
         self.hidden = torch.zeros((*sizes, self.copied_tokens), dtype=torch.bool, device=device)
 
-    def take(self, layer: int, indices: Tensor, memory: Memory, copies: tuple[Tensor, Tensor]) -> None:
+    def take(
+        self, layer: int, indices: Tensor, memory: Memory, copies: tuple[Tensor, Tensor], turn: Tensor | None = None
+    ) -> None:
         """Keeps a layer's choice (B, H, G, K), and copies its blocks of the bank where there is room for copies.
 
         copies: where to, keys and values (B, copied_tokens, Hkv, D).
+        turn: what moves queries to where they stand for the bank (None: nothing). The copied keys move the other way,
+            because the queries attend to them as to the window.
         """
         self.indices[layer].copy_(indices)
         if self.copied_tokens:
@@ -57,6 +62,8 @@ class ChosenBlocks:
                 min(self.layout.block_size, self.layout.frame_tokens),
                 self.layout.frame_tokens,
             )
+            if turn is not None:
+                copies[0].copy_(move_frames(copies[0], turn.conj()))
 
 
 def chosen_size(layout: CacheLayout, top_k: int, query_group: int | None) -> tuple[int, int]:

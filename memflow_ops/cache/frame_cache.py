@@ -34,7 +34,7 @@ from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops.cache_write import QKNorm, write_projections
 from memflow_ops.ops.registration.dispatch import needs_grad
 from memflow_ops.ops.selection import describe_blocks
-from memflow_ops.rotary import apply_rotation
+from memflow_ops.rotary import apply_rotation, frame_turn, without_time
 
 
 class FrameCache(RingCache):
@@ -61,29 +61,54 @@ class FrameCache(RingCache):
         vectors = (layout.kv_heads, layout.head_dim)
         self._means = torch.empty(*sizes, rows, means, *vectors, dtype=layout.dtype, device=self.device)
         self._staged_means = torch.empty(*sizes, means, *vectors, dtype=layout.dtype, device=self.device)
+        # Keys of the open chunk's first frame without temporal rotation, as a history of bounded positions keeps them.
+        # They are rotated once, from what the model made, because keys that are turned again and again drift.
+        shape = (*sizes, layout.frame_tokens, *vectors) if layout.keeps_raw_keys else (0,)
+        self._staged_keys = torch.empty(shape, dtype=layout.dtype, device=self.device)
+        self._turn = torch.ones(layout.head_dim // 2, dtype=torch.complex64, device=self.device)
         self._stories = [self._new_story(number) for number in range(layout.batch)]
         self._table = HistorySlotTable(layout, self.device, self._stories)
+        self._nowhere = torch.full((layout.batch, 1), -1, dtype=torch.int32, device=self.device)  # no frame place
         self._batch_index = torch.arange(layout.batch, dtype=torch.int64, device=self.device)
         self._described: set[int] = set()  # layers whose descriptors lie beside the ring's keys
         self._marks = (self._written, self.chosen, self._remembered, self._described)
 
     # ------------------------------------------------------------------------------------------------------ the chunk
 
+    def begin_chunk(self) -> int:
+        first_frame = super().begin_chunk()
+        if self.layout.positions == "bounded":
+            self._turn.copy_(frame_turn(self.layout.head_dim, -self._virtual_shift(), self.device))
+        return first_frame
+
+    def _virtual_shift(self) -> int:
+        """By how many frames the queries of the coming or current chunk stand earlier for the bank."""
+        first = self._first_in_window()
+        return first - min(first, self.layout.virtual_window)
+
+    def bank_turn(self) -> Tensor | None:
+        return self._turn if self.layout.positions == "bounded" else None
+
     def _describe_written(self, layer: int, k: Tensor) -> None:
         """Forgets descriptors, which are of an earlier pass; `commit` makes those that it keeps."""
         self._described.discard(layer)
 
-    def remember(self, layer: int, k: Tensor) -> None:
+    def remember(self, layer: int, k: Tensor, rotation: tuple[Tensor, Tensor] | None = None) -> None:
         """Takes the means of the chunk's first frame, in the clean pass of a new chunk, after the layer's `write`.
 
         k: the layer's keys (B, chunk tokens, Hkv, D) *before* RoPE, because rotated means move with the frame index.
+        rotation: of the chunk's tokens, see `rope_rotation`; only bounded positions need it.
         """
         self._check_open("remember")
         if self._to_recache:
             raise RuntimeError("remember: a chunk that is re-cached keeps the prototype of its first prompt")
         (k,) = as_autocast_does(k, to=self.layout.dtype)
         self.layout.check_chunk_tensor("k", layer, k, self.device)
+        if self.layout.keeps_raw_keys and rotation is None:
+            raise ValueError("remember: bounded positions need the rotation of the chunk's tokens, got None")
         tokens = self.layout.frame_tokens
+        if self.layout.keeps_raw_keys and rotation is not None:
+            self._staged_keys[layer] = apply_rotation(k[:, :tokens].detach(), *without_time(rotation, tokens))
         size = self.layout.relevance_block_size or tokens
         self._staged_means[layer] = describe_blocks(k[:, :tokens].detach(), min(size, tokens), tokens)
         self._remembered.add(layer)
@@ -116,7 +141,7 @@ class FrameCache(RingCache):
             self.write(layer, rotated_k, v)
             self._keep_in_graph(layer, rotated_k, v, wanted=True)  # also where only q needs a gradient
             if remember:
-                self.remember(layer, k)
+                self.remember(layer, k, rotation)
             return apply_rotation(q, *rotation)
         rotated = write_projections(
             q,
@@ -136,6 +161,8 @@ class FrameCache(RingCache):
         )
         self._written.add(layer)
         self._keep_in_graph(layer, k, v, wanted=False)
+        if remember and self.layout.keeps_raw_keys:
+            self._stage_keys(layer, k, v, rotation, norm, impl)
         if remember:
             self._remembered.add(layer)
             self._described.add(layer)
@@ -143,6 +170,31 @@ class FrameCache(RingCache):
             self._remembered.discard(layer)
             self._describe_written(layer, k)
         return rotated
+
+    def _stage_keys(
+        self,
+        layer: int,
+        k: Tensor,
+        v: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        norm: QKNorm | None,
+        impl: str,
+    ) -> None:
+        """Sets the keys of the chunk's first frame aside, normalised, and rotated in space alone."""
+        tokens = self.layout.frame_tokens
+        first = k[:, :tokens]
+        self._staged_keys[layer] = write_projections(
+            first,  # what the operator rotates and returns
+            first,
+            v[:, :tokens],
+            without_time(rotation, tokens),
+            self._keys[layer],
+            self._values[layer],
+            self._nowhere,
+            frame_tokens=tokens,
+            norm=None if norm is None else QKNorm(norm.weight_k, norm.weight_k, norm.eps),
+            impl=impl,
+        )
 
     def _leaves_prototype(self, chunk: int) -> bool:
         """Whether the chunk's first frame goes to the history; a frame of the sink is not stored twice."""
@@ -175,11 +227,14 @@ class FrameCache(RingCache):
     def dense(self, layer: int) -> tuple[Tensor, Tensor]:
         """Keys and values of all that is remembered: visible sink frames, ring and candidates, (B, tokens, Hkv, D).
 
+        With bounded positions a RuntimeError where there is more than the window: one query cannot attend to both.
         A view, except where places for copies lie between sink and ring, and while the window is being re-cached, when
         the ring is not full and the history not next to it. A RuntimeError says when a prototype has already had to
         leave the device.
         """
         self._check_open("dense")
+        if self.layout.positions == "bounded" and (self.visible_sink() or self.candidate_frames()[0]):
+            raise RuntimeError("dense: with positions='bounded' the past is attended to block by block, see `memory`")
         if any(story.evicted for story in self._stories):
             raise RuntimeError(
                 f"the history has outgrown device_frames={self.layout.device_frames}, so it can no longer be attended "
@@ -348,20 +403,24 @@ class FrameCache(RingCache):
     def _new_story(self, number: int) -> Story:
         return Story(self.layout, [pool[:, number] for pool in self._places])
 
-    def _copy_from_ring(self, frame: int, places: list[int]) -> None:
-        """Copies a frame of the ring with its descriptors to each story's place in sink or history."""
+    def _copy_from_ring(self, frame: int, places: list[int], keys_instead: Tensor | None = None) -> None:
+        """Copies a frame of the ring with its descriptors to each story's place in sink or history.
+
+        keys_instead: (layers, B, T, Hkv, D), what becomes of its keys there; None: they are those of the ring.
+        """
         layout = self.layout
         source = self._place_in_ring(frame)
         target = on_device(places, torch.long, self.device)
         keys, values, descriptors = self._places
         # Cloned, because with one layer and one story torch takes source and target for the same memory.
-        keys[:, self._batch_index, target] = keys[:, :, source].clone()
+        new_keys = keys[:, :, source].clone() if keys_instead is None else keys_instead
+        keys[:, self._batch_index, target] = new_keys
         values[:, self._batch_index, target] = values[:, :, source].clone()
-        if len(self._described) == layout.layers:
+        if keys_instead is None and len(self._described) == layout.layers:
             blocks = descriptors[:, :, source].clone()
         else:
             sizes = (layout.block_size, layout.frame_tokens)
-            blocks = describe_blocks(keys[:, :, source].flatten(0, 1), *sizes, moments=layout.moments)
+            blocks = describe_blocks(new_keys.flatten(0, 1), *sizes, moments=layout.moments)
         descriptors[:, self._batch_index, target] = blocks.view(layout.layers, layout.batch, *blocks.shape[-3:])
 
     def _store_prototype(self, chunk: int) -> None:
@@ -376,7 +435,8 @@ class FrameCache(RingCache):
             assert slot is not None, "a frame of the window is on the device"
             slots.append(slot)
             rows.append(story.free_row() if known is None else known.row)
-        self._copy_from_ring(frame, [story.place(slot) for story, slot in zip(self._stories, slots, strict=True)])
+        places = [story.place(slot) for story, slot in zip(self._stories, slots, strict=True)]
+        self._copy_from_ring(frame, places, self._staged_keys if self.layout.keeps_raw_keys else None)
         self._means[:, self._batch_index, on_device(rows, torch.long, self.device)] = self._staged_means
         # Becoming a candidate counts as a use: otherwise a newcomer would be the first to go and never be retrieved.
         last_used = chunk + self.layout.window_chunks

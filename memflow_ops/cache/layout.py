@@ -3,6 +3,7 @@
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -10,6 +11,16 @@ from torch import Tensor
 from memflow_ops.geometry import Score, descriptor_width
 from memflow_ops.host_memory import free_host_bytes
 from memflow_ops.ops.checks import check_score
+
+Positions = Literal["absolute", "bounded"]
+"""Where the bank stands in time for the queries that attend to it.
+
+absolute: every frame at its own index, however far back that is. bounded: in slots that do not move away. A retrieved
+frame has no temporal rotation, so that it stands at 0; the sink's frames stand at their own indices 0 to S - 1; and the
+queries are rotated for the bank as if their local window began at slot max(S, 1), or at its own first frame while that
+comes before. No distance in time exceeds max(S, 1) + window_frames - 1 frames, and a frame far into the video sees the
+bank as an early one does. Attention within the window stays absolute, since only differences count there.
+"""
 
 
 @dataclass(frozen=True)
@@ -27,6 +38,7 @@ class CacheLayout:
     relevance_block_size: tokens that share one mean for retrieval; None: the frame has one mean.
     dtype: of keys, values, descriptors and means.
     score: what blocks are ranked by, see `select_blocks`; with "moments" descriptors are twice as wide.
+    positions: where the bank stands in time, see `Positions`; "bounded" takes rotations of `rope_rotation`.
     copied_frames: frame places right before the local window, for copies of the blocks that a chunk attends to; see
         `ChosenBlocks`. They are no part of a saved state.
 
@@ -48,6 +60,7 @@ class CacheLayout:
     relevance_block_size: int | None = None
     dtype: torch.dtype = torch.float32
     score: Score = "mean"
+    positions: Positions = "absolute"
     copied_frames: int = 0
 
     def __post_init__(self) -> None:
@@ -68,7 +81,9 @@ class CacheLayout:
     def _check_types(self) -> None:
         may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames", "copied_frames")
         for name, value in list(vars(self).items()):
-            if name in ("dtype", "schedule", "score") or (name == "relevance_block_size" and value is None):
+            if name in ("dtype", "schedule", "score", "positions") or (
+                name == "relevance_block_size" and value is None
+            ):
                 continue
             if isinstance(value, bool) or not isinstance(value, (int, numbers.Integral)):
                 raise TypeError(f"{name} must be an int, got {value!r}")
@@ -78,6 +93,10 @@ class CacheLayout:
         if not (isinstance(self.dtype, torch.dtype) and self.dtype.is_floating_point):
             raise TypeError(f"dtype must be a floating-point torch.dtype, got {self.dtype!r}")
         check_score(self.score)
+        if self.positions not in get_args(Positions):
+            raise ValueError(f"positions must be one of {', '.join(get_args(Positions))}, got {self.positions!r}")
+        if self.positions == "bounded" and self.head_dim % 2:
+            raise ValueError(f"positions='bounded' needs a head_dim of pairs, an even number, got {self.head_dim}")
 
     def check_room(self, device: torch.device) -> None:
         """A ValueError unless the device can give what the cache allocates on it; on CUDA, unless it is that large."""
@@ -180,9 +199,24 @@ class CacheLayout:
         return (self.device_frames + self.host_frames) * self._vector_bytes(len(self.relevance_lengths))
 
     @property
+    def keeps_raw_keys(self) -> bool:
+        """Whether the keys of a prototype differ from those in the ring, so that its clean pass sets them aside."""
+        return self.positions == "bounded" and self.device_frames > 0
+
+    @property
+    def staged_bytes(self) -> int:
+        """Bytes of the keys of the open chunk's prototype, where they are set aside."""
+        return self._vector_bytes(self.frame_tokens) * self.keeps_raw_keys
+
+    @property
+    def virtual_window(self) -> int:
+        """The slot at which the local window begins for the bank where positions are bounded, see `Positions`."""
+        return max(self.sink_frames, 1)
+
+    @property
     def device_bytes(self) -> int:
-        """Bytes that the cache allocates on the device, all of them when it is made: pool and means."""
-        return self.pool_bytes + self.means_bytes
+        """Bytes that the cache allocates on the device, all of them when it is made: pool, means and staged keys."""
+        return self.pool_bytes + self.means_bytes + self.staged_bytes
 
     def allocate_tokens(self, device: torch.device) -> Tensor:
         """Room for keys or values, (layers, B, pool_frames * frame_tokens, Hkv, D).

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
-from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.cache.layout import CacheLayout, Positions
 from memflow_ops.geometry import Score
 
 BankSchedule = Literal["interactive", "single-prompt"]
@@ -35,6 +35,7 @@ class ReleasedLayout(CacheLayout):
     block_size: int = field(default=1, init=False)
     relevance_block_size: int | None = field(default=None, init=False)
     score: Score = field(default="mean", init=False)
+    positions: Positions = field(default="absolute", init=False)
     copied_frames: int = field(default=0, init=False)
     record_interval: int = 3
     schedule: BankSchedule = "interactive"

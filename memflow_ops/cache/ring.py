@@ -350,6 +350,13 @@ class RingCache(SavedByState, ABC):
         pools = self._keys[layer], self._values[layer], self._descriptors[layer]
         return Memory(*pools, self._table.slots, self._table.lengths)
 
+    def bank_turn(self) -> Tensor | None:
+        """What moves the open chunk's rotated queries in time to where they stand for the bank, see `move_frames`.
+
+        Complex64 (D / 2,), in a tensor that stays where it is and is overwritten. None: they stand where they are.
+        """
+        return None
+
     def past(self, layer: int, sparse: bool) -> Past:
         """What a pass over the open chunk attends to beside the chunk itself, copied, so that the cache may go on.
 
@@ -361,7 +368,10 @@ class RingCache(SavedByState, ABC):
         ring = range(self._ring_start, self._ring_start + len(self._ring))
         places = [place for place in ring if place not in self._open_places]
         keys, values = (self._at_places(pool, layer, places).flatten(1, 2) for pool in self._places[:2])
-        return Past(keys, values, self._copied_memory(layer) if sparse else None)
+        turn = self.bank_turn()
+        return Past(
+            keys, values, self._copied_memory(layer) if sparse else None, None if turn is None else turn.clone()
+        )
 
     def window_frames(self) -> list[int]:
         """Absolute indices of the frames in the ring, as they lie there."""

@@ -22,6 +22,7 @@ class Past(NamedTuple):
     keys: Tensor  # (B, window tokens without the chunk's, Hkv, D), rotated
     values: Tensor  # like keys
     memory: Memory | None  # None: the pass does not attend to the bank
+    turn: Tensor | None = None  # moves rotated queries to where they stand for the bank, see `RingCache.bank_turn`
 
 
 class Candidates(NamedTuple):
