@@ -74,5 +74,6 @@ def without_time(rotation: tuple[Tensor, Tensor], tokens: int) -> tuple[Tensor, 
     """The cosines and sines of `rope_rotation` for the first so many tokens, as if they were of frame 0."""
     cosines, sines = (part[:, :tokens].clone() for part in rotation)
     pairs = time_pairs(2 * cosines.shape[-1])
-    cosines[..., :pairs], sines[..., :pairs] = 1.0, 0.0
+    cosines[..., :pairs].fill_(1.0)
+    sines[..., :pairs].zero_()
     return cosines, sines

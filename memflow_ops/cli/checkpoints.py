@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.progress import Progress
 
+from memflow_ops.cache.layout import Positions
 from memflow_ops.cli.errors import fail, one_line_errors
 from memflow_ops.cli.generate import HEIGHT, WIDTH, any_prompt, described, load_stories
 from memflow_ops.cli.options import (
@@ -40,6 +41,7 @@ from memflow_ops.cli.options import (
     TopK,
     Vae,
     WanBankFrames,
+    WanPositions,
     Width,
     as_settings,
     typed,
@@ -96,6 +98,15 @@ def convert(
             show_default="released where the file or its folder is named MemFlow, else memflow",
         ),
     ] = None,
+    positions: Annotated[
+        Positions | None,
+        typer.Option(
+            help="The positions that the weights were tuned for, absolute or bounded, which `memflow generate --memory "
+            "memflow` then uses by default.",
+            metavar="NAME",
+            show_default="what the checkpoint states, else absolute",
+        ),
+    ] = None,
 ) -> None:
     """Convert a checkpoint of the Wan 2.1 family into one safetensors file with its config inside.
 
@@ -126,6 +137,7 @@ def convert(
             num_heads=num_heads,
             text_len=text_len,
             memory=memory,
+            positions=positions,
             ema=ema,
         )
         typer.echo(described(weights))
@@ -178,6 +190,7 @@ def verify(
     score: BlockScore = WAN_SETTINGS.score,
     reselect: Reselect = WAN_SETTINGS.reselect,
     token_order: TokenOrder = WAN_SETTINGS.token_order,
+    positions: WanPositions = None,
     bank_schedule: BankScheduleName = None,
     history_frames: HistoryFrames = None,
     recache: Recache = WAN_SETTINGS.recache,
@@ -204,6 +217,7 @@ def verify(
         score=score,
         reselect=reselect,
         token_order=token_order,
+        positions=positions,
         steps=steps,
         recache=recache,
         height=height,

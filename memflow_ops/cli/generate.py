@@ -40,6 +40,7 @@ from memflow_ops.cli.options import (
     TopK,
     Vae,
     WanBankFrames,
+    WanPositions,
     Width,
     as_settings,
     check_used,
@@ -57,7 +58,7 @@ from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT, WAN_SETTINGS,
 from memflow_ops.model.pipeline.sources import Parts, Sources, latent_size, load_parts
 from memflow_ops.model.stories.prompts import read_stories
 from memflow_ops.model.stories.run import make_folders
-from memflow_ops.model.streaming.settings import MemoryMode
+from memflow_ops.model.streaming.settings import USED_BY, MemoryMode
 
 HEIGHT, WIDTH = 480, 832
 """The video's size in pixels by default: what Wan 2.1 1.3B is trained at."""
@@ -96,6 +97,7 @@ def generate(
     score: BlockScore = WAN_SETTINGS.score,
     reselect: Reselect = WAN_SETTINGS.reselect,
     token_order: TokenOrder = WAN_SETTINGS.token_order,
+    positions: WanPositions = None,
     bank_schedule: BankScheduleName = None,
     history_frames: HistoryFrames = None,
     recache: Recache = WAN_SETTINGS.recache,
@@ -136,6 +138,7 @@ def generate(
         score=score,
         reselect=reselect,
         token_order=token_order,
+        positions=positions,
         steps=steps,
         recache=recache,
         height=height,
@@ -202,7 +205,9 @@ def load_stories(
     typer.echo(described(pretrained))
     streams = []
     for kind in dict.fromkeys(memories or (pretrained.memory,)):
-        streams += plan_streams(stories, out, wan_settings(kind, **settings), sources, pretrained, free, options)
+        tuned = {"positions": pretrained.positions} if kind in USED_BY["positions"] else {}
+        of_kind = wan_settings(kind, **{**tuned, **settings})
+        streams += plan_streams(stories, out, of_kind, sources, pretrained, free, options)
     plans = [plan for stream in streams for plan in stream]
     largest = max(plans, key=lambda plan: plan.budget.device_bytes + plan.budget.host_bytes)
     typer.echo("\n".join(largest.budget.lines()))
@@ -234,6 +239,8 @@ def described(pretrained: Pretrained) -> str:
         f"{config.num_layers} layers, width {config.dim}, {config.num_heads} heads, feed-forward {config.ffn_dim}, "
         f"text {config.text_len} x {config.text_dim}; streams with --memory {pretrained.memory} by default"
     )
+    if pretrained.positions != "absolute":
+        words += f", and memflow with --positions {pretrained.positions}"
     return words + (f"\nLoRA merged: {pretrained.lora}" if pretrained.lora else "")
 
 

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from memflow_ops.cache.layout import Positions
 from memflow_ops.cache.released_layout import BankSchedule
 from memflow_ops.geometry import Score
 from memflow_ops.model.pipeline.settings import RELEASED_BANK_FRAMES, WAN_SETTINGS
@@ -106,6 +107,20 @@ TokenOrder = Annotated[
     typer.Option(
         help="How the tokens of a frame lie, and so what a block covers: raster (rows) or strips (compact patches).",
         metavar="NAME",
+        rich_help_panel=MEMORY,
+    ),
+]
+_POSITIONS_HELP = (
+    "Where the first and the retrieved frames stand in time: absolute (at their own frames) or bounded (at most as far "
+    "away as the first frames and the local window are long, however long the video)."
+)
+PositionsName = Annotated[Positions, typer.Option(help=_POSITIONS_HELP, metavar="NAME", rich_help_panel=MEMORY)]
+WanPositions = Annotated[
+    Positions | None,
+    typer.Option(
+        help=_POSITIONS_HELP,
+        metavar="NAME",
+        show_default="what the checkpoint states, else absolute",
         rich_help_panel=MEMORY,
     ),
 ]

@@ -20,6 +20,7 @@ from memflow_ops.cli.options import (
     Device,
     FramesPerPrompt,
     Out,
+    PositionsName,
     QueryGroup,
     Recache,
     Reselect,
@@ -105,6 +106,7 @@ def generate(
     score: BlockScore = TOY_SETTINGS.score,
     reselect: Reselect = TOY_SETTINGS.reselect,
     token_order: TokenOrder = TOY_SETTINGS.token_order,
+    positions: PositionsName = TOY_SETTINGS.positions,
     recache: Recache = TOY_SETTINGS.recache,
     baseline: Annotated[
         bool,
@@ -144,6 +146,7 @@ def generate(
         score=score,
         reselect=reselect,
         token_order=token_order,
+        positions=positions,
         steps=steps,
         recache=recache,
     )

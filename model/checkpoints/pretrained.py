@@ -42,6 +42,8 @@ class Pretrained:
     """The LoRA that was merged, in words."""
     memory: str = "memflow"
     """The `StreamSettings.memory` that the weights were tuned for."""
+    positions: str = "absolute"
+    """The `StreamSettings.positions` that they were tuned for, where memory is memflow."""
 
     def build(self, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> CausalVideoModel:
         """The model, in eval mode. It shares the weights that have this dtype and device already. dtype: of the
@@ -74,6 +76,7 @@ def read_pretrained(
     num_heads: int | None = None,
     text_len: int | None = None,
     memory: str | None = None,
+    positions: str | None = None,
     ema: bool | None = None,
 ) -> Pretrained:
     """Reads a checkpoint, our own or one of a known layout, and merges a LoRA into it. Nothing that happens to the file
@@ -86,6 +89,7 @@ def read_pretrained(
         and 512.
     memory: the kind of memory that the weights were tuned for. None: as our own checkpoint states it; otherwise
         "released" if the names of the file and its folders speak of MemFlow, and "memflow" if not.
+    positions: those that the weights were tuned for. None: as our own checkpoint states them, else "absolute".
     ema: whether to take the averaged weights of a .pt (`generator_ema`) or those of the last step (`generator`). None:
         what there is; where both are, the averaged ones, but not of LongLive and MemFlow, by the names.
 
@@ -109,6 +113,7 @@ def read_pretrained(
                 raise
             raise ValueError(f"{error} (the config in its metadata is none of ours and cannot be used)") from error
     merged = []
+    pretrained = replace(pretrained, positions=positions or _said(file, "positions") or "absolute")
     if own_lora:
         alpha = lora_alpha if lora is None else None
         merged.append(parse_lora(own_lora, read_lora_config(file.path), str(path), alpha))
@@ -150,7 +155,7 @@ def read_lora(path: Path | str, alpha: float | None = None) -> Lora:
 
 
 def convert(pretrained: Pretrained, out: Path, dtype: torch.dtype | None = None) -> None:
-    """Writes a checkpoint of our own, with config, origin and the memory it was tuned for in its metadata.
+    """Writes a checkpoint of our own; its metadata has config, origin, and the memory and positions it was tuned for.
 
     dtype: of every tensor in the file; None keeps each tensor's own. A ValueError names the tensors with numbers that
         this dtype cannot hold.
@@ -169,7 +174,7 @@ def in_dtype(pretrained: Pretrained, dtype: torch.dtype | None) -> dict[str, Ten
 def origin(pretrained: Pretrained) -> str:
     """Where the weights come from, for the metadata of a file, as JSON. It has the file's name and not the whole path,
     which is private to the user."""
-    said = {name: getattr(pretrained, name) for name in ("layout", "part", "lora", "memory")}
+    said = {name: getattr(pretrained, name) for name in ("layout", "part", "lora", "memory", "positions")}
     return json.dumps({**said, "source": Path(pretrained.source).name})
 
 
@@ -186,18 +191,18 @@ def _ours(file: WeightFile, source: str, num_heads: int | None, text_len: int | 
             raise ValueError(f"{source} says itself that {name} is {getattr(config, name)}, got {value}; leave it out")
     native.check_state_dict(native.empty_model(config), file.tensors, source)
     native.check_dtypes(file.tensors, source)
-    memory = memory or _said_memory(file) or "memflow"
+    memory = memory or _said(file, "memory") or "memflow"
     return Pretrained(dict(file.tensors), config, source, "our", memory=memory)
 
 
-def _said_memory(file: WeightFile) -> str:
-    """The kind of memory that a file which we have written says that its weights were tuned for; "" of others."""
+def _said(file: WeightFile, name: str) -> str:
+    """The memory or the positions that a file which we have written says its weights were tuned for; "" of others."""
     try:
         said = json.loads(file.metadata.get("origin", "{}"))
     except ValueError:
         return ""
-    memory = said.get("memory") if isinstance(said, dict) else ""
-    return memory if isinstance(memory, str) else ""
+    value = said.get(name) if isinstance(said, dict) else ""
+    return value if isinstance(value, str) else ""
 
 
 def _foreign(
@@ -231,5 +236,5 @@ def _foreign(
 
     native.check_state_dict(native.empty_model(config), weights, source, in_file)
     layout = "diffusers" if diffusers else "original"
-    memory = memory or _said_memory(file) or tuned_for(Path(source))
+    memory = memory or _said(file, "memory") or tuned_for(Path(source))
     return Pretrained(weights, config, source, layout, file.part, file.other_part, memory=memory), lora

@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 
 from memflow_ops.cache.chosen import frames_for_copies
-from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.cache.layout import CacheLayout, Positions
 from memflow_ops.cache.released_layout import BankSchedule, ReleasedLayout
 from memflow_ops.geometry import Score
 from memflow_ops.model.streaming.sampler import FlowMatchSampler
@@ -26,6 +26,7 @@ USED_BY: dict[str, tuple[MemoryMode, ...]] = {
     "score": ("memflow",),
     "reselect": ("memflow",),
     "token_order": ("memflow",),
+    "positions": ("memflow",),
     "bank_schedule": ("released",),
 }
 """The kinds of memory that use a setting, for settings that a command offers and not all kinds use."""
@@ -89,6 +90,9 @@ class StreamSettings:
     token_order: TokenOrderName = "raster"
     """How the tokens of a frame lie: row by row, or in strips, so that a block is a compact part of the frame; see
     `strip_order`. Without a selection of blocks it changes results by rounding alone."""
+    positions: Positions = "absolute"
+    """Where sink and bank stand in time for the queries: at their own frames, or in slots that never move away, so that
+    no distance exceeds a bound ("bounded"; see `Positions`); memflow only."""
     redundancy: float | None = None
     """Retrieval passes over frames whose mean key has a larger cosine than this with one already taken; None: it passes
     over none."""
@@ -123,6 +127,7 @@ class StreamSettings:
             ("token_order", TokenOrderName),
             ("bank_schedule", BankSchedule),
             ("score", Score),
+            ("positions", Positions),
         )
         for name, kinds in ((name, get_args(kind)) for name, kind in choices):
             if getattr(self, name) not in kinds:
@@ -192,9 +197,11 @@ class StreamSettings:
         sizes = (config.num_layers, batch, tokens, config.num_heads // ranks, config.head_dim)
         if self.memory == "released":
             return self._released_layout(sizes, dtype)
-        score: Score = self.score if self.memory == "memflow" else "mean"
-        layout = CacheLayout(*sizes, *self._cache_sizes(), block_size=self.block_size, dtype=dtype, score=score)
+        layout = CacheLayout(*sizes, *self._cache_sizes(), block_size=self.block_size, dtype=dtype)
+        if self.memory != "memflow":
+            return layout
+        layout = replace(layout, score=self.score, positions=self.positions)
         # On a CPU one selection for the whole chunk is attended to as one run of keys with the window.
-        if self.memory != "memflow" or self.impl not in ("auto", "torch") or device.type != "cpu":
+        if self.impl not in ("auto", "torch") or device.type != "cpu":
             return layout
         return replace(layout, copied_frames=frames_for_copies(layout, self.top_k, self.query_group))

@@ -220,6 +220,17 @@ def test_convert_writes_what_generate_takes(tmp_path, checkpoint, pipeline, stor
     assert len(read_video(tmp_path / "out" / "video.mp4")) == FRAMES
 
 
+@pytest.mark.parametrize("asked", [(), ("--positions", "absolute")], ids=["as it says", "as asked"])
+def test_a_checkpoint_says_its_positions(tmp_path, checkpoint, pipeline, story, capfd, asked):
+    ours = tmp_path / "ours.safetensors"
+    assert memflow("convert", checkpoint, ours, "--num-heads", 2, "--positions", "bounded") == 0
+    assert "and memflow with --positions bounded" in capfd.readouterr().out
+    where = ("--checkpoint", ours, "--text-encoder", pipeline, "--vae", pipeline)
+    assert memflow("generate", story, "--out", tmp_path / "out", *where, *SMALL, *asked) == 0
+    used = json.loads((tmp_path / "out" / "run.json").read_text())["settings"]["positions"]
+    assert used == ("absolute" if asked else "bounded")
+
+
 def test_verify_compares_kinds_of_memory(tmp_path, parts, story, capfd):
     out = tmp_path / "out"
     assert memflow("verify", story, "--out", out, *parts, *SMALL, "--bank-frames", 2) == 0

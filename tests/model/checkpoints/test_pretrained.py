@@ -164,6 +164,16 @@ def test_converted_file_carries_everything(tmp_path, weights):
     assert str(tmp_path).encode() not in out.read_bytes()
 
 
+def test_a_converted_file_says_for_which_positions_it_was_tuned(tmp_path, weights):
+    path, out, again = saved(tmp_path / "w.pt", weights), tmp_path / "ours.safetensors", tmp_path / "again.safetensors"
+    assert read_pretrained(path, **SAID).positions == "absolute"
+    convert(read_pretrained(path, positions="bounded", **SAID), out)
+    assert read_pretrained(out).positions == "bounded"
+    assert read_pretrained(out, positions="absolute").positions == "absolute"
+    convert(read_pretrained(out), again)
+    assert read_pretrained(again).positions == "bounded"
+
+
 def test_toy_checkpoints_are_read_too():
     model = load_pretrained("model/weights/toy.safetensors")
     assert model.config == load_checkpoint(TOY_WEIGHTS).config and model.config.prediction == "x0"

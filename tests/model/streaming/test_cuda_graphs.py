@@ -106,6 +106,8 @@ MODES = {
     # The first noisy pass chooses, the second reuses its choice: a graph of each, with copies and without.
     "memflow-kept": ({"reselect": "chunk"}, 4),
     "memflow-kept-copies": ({"reselect": "chunk", "query_group": None}, 4),
+    "memflow-bounded": ({"positions": "bounded"}, 3),
+    "memflow-bounded-kept-copies": ({"positions": "bounded", "reselect": "chunk", "query_group": None}, 4),
     # Two chunks in the window; slots are used again, frames go to host memory and come back.
     "memflow-host": ({"window_frames": 6, "device_frames": 4, "host_frames": 6, "stochastic": True}, 3),
     "memflow-no-sink": ({"sink_frames": 0, "recache": False, "query_group": 1}, 2),

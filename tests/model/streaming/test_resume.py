@@ -58,6 +58,8 @@ MODES = {
     "moments": {"score": "moments", "top_k": 2},
     "kept": {"reselect": "chunk", "top_k": 2},
     "kept-copies": {"reselect": "chunk", "top_k": 2, "query_group": None},
+    "bounded": {"positions": "bounded", "top_k": 2},
+    "bounded-copies": {"positions": "bounded", "reselect": "chunk", "top_k": 2, "query_group": None},
     "random-blocks": {"selection": "random", "relevance": "coverage", "top_k": 2},
     "released": {
         "memory": "released",

@@ -32,6 +32,7 @@ def test_what_is_no_integer_is_refused(value):
         ({"query_group": 0}, "query_group must be positive or None"),
         ({"redundancy": 2.0}, "redundancy is a cosine"),
         ({"device_frames": 2}, "device_frames must hold the bank"),
+        ({"positions": "slots"}, "positions must be one of absolute, bounded, got 'slots'"),
         ({"block_size": 0}, "block_size must be positive, got 0"),
         ({"top_frames": 0}, "top_frames must be positive or None"),
         ({"record_interval": 0}, "record_interval must be positive, got 0"),
