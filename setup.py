@@ -76,7 +76,7 @@ setup(
         "safetensors",
         "typer>=0.29",
         "rich",
-        "av>=14",  # FFmpeg 7.1: mp4 files that grow
+        "av>=14.0.1",  # FFmpeg 7.1: mp4 files that grow
         "matplotlib",
     ],
     extras_require={

@@ -115,7 +115,11 @@ def _file_name(path: Path) -> str:
 def read_video(path: Path) -> np.ndarray:
     """All frames of a video, RGB uint8 (F, height, width, 3)."""
     with av.open(_file_name(path)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
+        # Older PyAV would leave the values in a video's narrower range.
+        frames = (
+            frame.reformat(format="rgb24", dst_color_range=ColorRange.JPEG) for frame in container.decode(video=0)
+        )
+        return np.stack([frame.to_ndarray() for frame in frames])
 
 
 def to_pixels(latents: Tensor) -> np.ndarray:
