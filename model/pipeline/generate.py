@@ -18,6 +18,7 @@ from memflow_ops.model.pipeline.sources import Parts, Sources
 from memflow_ops.model.stories.interrupts import Interrupts
 from memflow_ops.model.stories.run import write_stories
 from memflow_ops.model.stories.video import VideoWriter, to_pixels
+from memflow_ops.model.streaming.latency import Latency
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Chunk, Streamer
 from memflow_ops.model.wan.vae import StreamingDecoder
@@ -67,6 +68,7 @@ class WanRun:
             "error": self.error,
             "problems": self.problems,
             "speed": self.speed(),
+            "latency": latency(self.chunks, self.decode_seconds, plan.settings),
             "chunks": [
                 {
                     "chunk": chunk.index,
@@ -104,6 +106,18 @@ def speed(
         "chunks": len(steady),
         "how": HOW_MEASURED,
     }
+
+
+def latency(
+    chunks: Sequence[Chunk], decode_seconds: Sequence[float], settings: StreamSettings
+) -> dict[str, object] | None:
+    """What run.json says of the latency of a video that is watched while it is made, decoding included; see `Latency`.
+    None before the first chunk."""
+    figures = Latency()
+    for chunk, decoding in zip(chunks, decode_seconds, strict=True):
+        frames = 4 * settings.chunk_frames - (3 if chunk.index == 0 else 0)  # the first latent frame is one video frame
+        figures.add(chunk.seconds + decoding, frames / FRAMES_PER_SECOND)
+    return figures.record()
 
 
 def generate_stories(

@@ -74,6 +74,13 @@ def test_generate_streams_an_mp4(tmp_path, checkpoint, pipeline, parts, story, c
     assert (whole @ luma).std() > 5 and np.abs(video @ luma - whole @ luma).mean() < 3
 
     record = json.loads((out / "run.json").read_text())
+    work = [row["seconds"] + row["decode_seconds"] for row in record["chunks"]]
+    shown = record["latency"]
+    assert shown["time_to_first_frame"] == pytest.approx(work[0]) and shown["chunks"] == CHUNKS
+    assert shown["chunk_p50"] == pytest.approx(sorted(work[1:])[2]) and shown["chunk_p95"] == pytest.approx(
+        max(work[1:])
+    )
+    assert shown["real_time_factor"] == pytest.approx((FRAMES - 9) / 16 / sum(work[1:]))
     assert record["frames"] == FRAMES and record["fps"] == 16 and record["seed"] == 5 and record["prompts"] == STORY
     assert [row["retrieved"] for row in record["chunks"]] == [chunk.retrieved[0] for chunk in chunks]
     assert {"bank_frames": 2, "top_k": 3, "query_group": 4, "steps": 4, "stochastic": True}.items() <= record[
