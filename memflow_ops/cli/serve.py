@@ -98,7 +98,7 @@ def serve(
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="The transformer: a file or folder that `memflow convert` reads or writes; needs --text-encoder, --vae.",
+            help="A transformer that `memflow convert` reads or writes; --text-encoder and --vae go with it.",
             metavar="PATH",
             show_default="the toy world",
             rich_help_panel=CHECKPOINT,
