@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -47,10 +48,20 @@ from memflow_ops.cli.options import (
     typed,
 )
 from memflow_ops.cli.progress import run_stories
+from memflow_ops.cli.ranks import (
+    RankTimeout,
+    ShardWeights,
+    Ulysses,
+    agreed_errors,
+    ended_together,
+    join_ranks,
+    shared_memory,
+)
 from memflow_ops.environment import pick_device
 from memflow_ops.files import locked_folders
 from memflow_ops.model.checkpoints.containers import EMA
 from memflow_ops.model.checkpoints.pretrained import Pretrained
+from memflow_ops.model.parallel.ranks import TIMEOUT, Ranks
 from memflow_ops.model.pipeline import generate as pipeline
 from memflow_ops.model.pipeline.budget import FreeMemory
 from memflow_ops.model.pipeline.plan import StreamOptions, WanPlan, plan_streams
@@ -114,6 +125,9 @@ def generate(
     ] = 1,
     cuda_graphs: CudaGraphs = None,
     compile: Compile = False,
+    ulysses: Ulysses = None,
+    shard_weights: ShardWeights = False,
+    rank_timeout: RankTimeout = TIMEOUT,
 ) -> None:
     """Generate a video of every story in a file, with a checkpoint of the Wan 2.1 family.
 
@@ -145,23 +159,54 @@ def generate(
         width=width,
     )
     with one_line_errors():
+        ranks = join_ranks(context, ulysses, device, rank_timeout)
+        if shard_weights and ranks is None:
+            raise ValueError("--shard-weights deals the weights out to several processes, and there is one")
+        if shard_weights and compile:
+            raise ValueError("--compile has not been tried with --shard-weights: leave one of them out")
+    count = 1 if ranks is None else ranks.count
+    free = None if ranks is None else shared_memory(ranks)
+    with one_line_errors() if ranks is None else agreed_errors(ranks):
         sources = Sources(checkpoint, text_encoder, vae, lora, lora_alpha, num_heads, dtype, text_len, ema)
         parts, streams = load_stories(
             read_stories(story, any_prompt),
             out,
             sources,
             settings,
-            StreamOptions(seed, frames_per_prompt, history_frames, cuda_graphs, compile, batch, bank_schedule),
+            StreamOptions(
+                seed,
+                frames_per_prompt,
+                history_frames,
+                cuda_graphs,
+                compile,
+                batch,
+                bank_schedule,
+                count,
+                shard_weights,
+            ),
             memories=() if memory is None else (memory,),
             given=typed(context),
             device=device,
             context=context,
+            free=free,
+            ranks=ranks,
         )
+    if ranks is not None and ranks.rank:
+        with ended_together(ranks):
+            for plans in streams:
+                pipeline.follow_stories(parts, plans, ranks)
+        return
 
     def stream(plans: Sequence[WanPlan], report: Callable[[pipeline.WanRun], None]) -> list[pipeline.WanRun]:
-        return pipeline.generate_stories(parts, plans, sources, report)
+        return pipeline.generate_stories(parts, plans, sources, report, ranks)
 
-    for runs in run_stories(streams, stream, _speed_so_far, _written):
+    with nullcontext() if ranks is None else ended_together(ranks):
+        _report(run_stories(streams, stream, _speed_so_far, _written))
+
+
+def _report(finished: Iterable[Sequence[pipeline.WanRun]]) -> None:
+    """Say of every stream what it has left and how fast it was."""
+    for runs in finished:
         for run in runs:
             typer.echo(_written(run))
         typer.echo(_speed(runs[0]))
@@ -179,6 +224,8 @@ def load_stories(
     device: str = "auto",
     names: Sequence[str] = ("video.mp4", "run.json"),
     context: typer.Context | None = None,
+    free: FreeMemory | None = None,
+    ranks: Ranks | None = None,
 ) -> tuple[Parts, list[list[WanPlan]]]:
     """Check everything that can be wrong, print what memory the streams will take, and load all parts of the pipeline.
 
@@ -186,7 +233,8 @@ def load_stories(
     as fields of `StreamSettings`, but height and width in pixels. memories: the kinds of memory, each of which streams
     every story; none of them means the kind that the checkpoint was tuned for. given: the names of the options that the
     user typed. names: the files that will be written for each story.
-    context: the command, which keeps the folders for itself until it ends; None: they are not locked.
+    context: the command, which keeps the folders for itself until it ends; None: they are not locked. free: the memory
+    to plan with; None: what the device has. ranks: the processes that share the videos, the first of which writes.
 
     Gives the parts and the plans of every stream. Raises a ValueError or an OSError for what cannot work; a stream that
     does not fit into memory is refused before anything is on the device.
@@ -198,7 +246,7 @@ def load_stories(
         wan_settings(memory, **settings)  # refuses impossible settings before the weights are read
     if memories:
         check_used(given, memories)
-    free = FreeMemory.now(pick_device(device))
+    free = free or FreeMemory.now(pick_device(device))
     pretrained = sources.read()
     if not memories:
         check_used(given, [pretrained.memory], ", which this checkpoint was tuned for")
@@ -210,15 +258,24 @@ def load_stories(
         streams += plan_streams(stories, out, of_kind, sources, pretrained, free, options)
     plans = [plan for stream in streams for plan in stream]
     largest = max(plans, key=lambda plan: plan.budget.device_bytes + plan.budget.host_bytes)
+    if ranks is not None:
+        heads = ranks.heads(pretrained.config.num_heads)
+        typer.echo(
+            f"{ranks.count} processes make each video, each with {heads.own} of {heads.whole} heads; of one of them:"
+        )
     typer.echo("\n".join(largest.budget.lines()))
     if options.batch > 1 and len(plans) > 1:
         several = "stream" if len(streams) == 1 else "streams"
         typer.echo(f"{len(plans)} stories in {len(streams)} {several}: those with equally many prompts run together")
-    make_folders([plan.folder for plan in plans], names)
-    if context is not None:
+    writes = ranks is None or ranks.rank == 0
+    if writes:
+        make_folders([plan.folder for plan in plans], names)
+    if writes and context is not None:
         context.with_resource(locked_folders([out, *(plan.folder for plan in plans)]))
     prompts = [prompt for story in stories for prompt in story]
-    return load_parts(sources, pretrained, prompts, free.device, options.compiled), streams
+    return load_parts(
+        sources, pretrained, prompts, free.device, options.compiled, ranks, options.shard_weights
+    ), streams
 
 
 def any_prompt(prompt: str) -> None:

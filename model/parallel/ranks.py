@@ -7,6 +7,7 @@ agreed on here.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -57,7 +58,8 @@ def lost_if_it_fails() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        # The first line, without the place in the source of the backend that it begins with.
+        reason = re.sub(r"^\[[^]]*\]\s*", "", str(error)).strip().partition("\n")[0] or type(error).__name__
         raise LostRanks(f"another process has ended or did not answer in time ({reason})") from error
 
 

@@ -195,24 +195,40 @@ def model_items(
     tokens: int,
     dtype: torch.dtype,
     pools: int = 1,
+    ranks: int = 1,
+    sharded: bool = False,
 ) -> list[Item]:
     """Weights, text keys and working memory of the transformer.
 
     parameters: how many numbers the weights hold. tokens: per frame. pools: how often working memory is held; twice
-        where CUDA graphs keep a pool of their own.
+        where CUDA graphs keep a pool of their own. ranks: processes that share the tokens and heads; these are the
+        items of one. sharded: they also share the weights of the blocks, and gather those of one block, and of the next
+        while it runs.
     """
     text = 2 * config.num_layers * batch * config.text_len * config.dim
     per_frame = PASS_UNITS * batch * tokens * (config.dim + config.ffn_dim)
     working = per_frame * (settings.longest_pass + (pools - 1) * settings.chunk_frames)  # the longest is not recorded
+    kept, how = parameters, f"{parameters:,} x {dtype.itemsize} bytes"
+    if sharded:
+        blocks = config.num_layers * block_parameters(config)
+        kept = parameters - blocks + -(-blocks // ranks) + 2 * block_parameters(config)
+        how = f"of {parameters:,} x {dtype.itemsize} bytes, blocks shared by {ranks} processes, and two whole blocks"
     return [
-        Item("transformer's weights", parameters * dtype.itemsize, f"{parameters:,} x {dtype.itemsize} bytes"),
+        Item("transformer's weights", kept * dtype.itemsize, how),
         Item("text keys and values", text * dtype.itemsize),
         Item(
             "working memory of a pass",
-            working * dtype.itemsize,
+            -(-working // ranks) * dtype.itemsize,
             "estimated; twice, for CUDA graphs and without" if pools == 2 else "estimated",
         ),
     ]
+
+
+def block_parameters(config: ModelConfig) -> int:
+    """How many numbers the weights of one block hold."""
+    dim, ffn = config.dim, config.ffn_dim
+    attention = 4 * (dim * dim + dim) + 2 * dim  # with the norms of queries and keys
+    return 2 * attention + 2 * dim + (2 * dim * ffn + dim + ffn) + 6 * dim
 
 
 def vae_items(vae: dict, parameters: int, batch: int, height: int, width: int, dtype: torch.dtype) -> list[Item]:

@@ -4,6 +4,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from memflow_ops.environment import environment
+from memflow_ops.model.parallel.ranks import Ranks
 from memflow_ops.model.pipeline.plan import WanPlan
 from memflow_ops.model.pipeline.settings import FRAMES_PER_SECOND
 from memflow_ops.model.pipeline.sources import Parts, Sources
@@ -121,15 +123,20 @@ def latency(
 
 
 def generate_stories(
-    parts: Parts, plans: Sequence[WanPlan], sources: Sources, report: Callable[[WanRun], None] | None = None
+    parts: Parts,
+    plans: Sequence[WanPlan],
+    sources: Sources,
+    report: Callable[[WanRun], None] | None = None,
+    ranks: Ranks | None = None,
 ) -> list[WanRun]:
     """Streams stories together, each into video.mp4 and run.json in its folder; `write_stories` says how that may end.
-    report: is called with the first of the runs after every chunk."""
+    report: is called with the first of the runs after every chunk. ranks: the processes that make the videos; this is
+    the first of them, and the others `follow_stories`."""
     runs = [WanRun(plan, sources, parts.device) for plan in plans]
     writers = [video_writer(plan.folder / "video.mp4", plan.settings, parts.vae) for plan in plans]
 
     def rounds(interrupts: Interrupts) -> Iterator[None]:
-        for chunk, videos, seconds in stream_videos(parts, plans, interrupts):
+        for chunk, videos, seconds in stream_videos(parts, plans, interrupts, ranks):
             for number, (run, writer, frames) in enumerate(zip(runs, writers, videos, strict=True)):
                 writer.write(frames)
                 run.chunks.append(chunk.of_story(number))
@@ -142,6 +149,14 @@ def generate_stories(
 
     write_stories(runs, writers, rounds, files, report)
     return runs
+
+
+def follow_stories(parts: Parts, plans: Sequence[WanPlan], ranks: Ranks) -> None:
+    """Does the part of this process in what the first one generates. Raises a KeyboardInterrupt where that one was
+    interrupted."""
+    with Interrupts() as interrupts:
+        for _ in stream_chunks(parts, plans, interrupts, ranks):
+            pass
 
 
 def video_writer(path: Path, settings: StreamSettings, vae: Any) -> VideoWriter:
@@ -158,20 +173,35 @@ def video_writer(path: Path, settings: StreamSettings, vae: Any) -> VideoWriter:
 
 
 def stream_videos(
-    parts: Parts, plans: Sequence[WanPlan], interrupts: Interrupts
+    parts: Parts, plans: Sequence[WanPlan], interrupts: Interrupts, ranks: Ranks | None = None
 ) -> Iterator[tuple[Chunk, list[np.ndarray], float]]:
     """Streams stories together. Yields each chunk, the video frames (F, H, W, 3) uint8 of every story, and the seconds
     that decoding them took."""
-    first = plans[0]
-    seeds = [plan.seed for plan in plans]
-    graphs = first.options.cuda_graphs
-    streamer = Streamer(parts.model, len(plans), first.settings, seeds, encode=parts.encode, cuda_graphs=graphs)
     decoders = [StreamingDecoder(parts.vae) for _ in plans]
-    for prompts in zip(*(plan.prompts_by_chunk for plan in plans), strict=True):
-        with interrupts.allowed():
-            chunk = streamer.next_chunk(prompts)
+    for chunk in stream_chunks(parts, plans, interrupts, ranks):
+        with interrupts.allowed() if ranks is None else nullcontext():
             started = time.perf_counter()
             latents = chunk.frames.split(1)
             videos = [to_pixels(decoder.decode(x)[0]) for decoder, x in zip(decoders, latents, strict=True)]
             seconds = time.perf_counter() - started
         yield chunk, videos, seconds
+
+
+def stream_chunks(
+    parts: Parts, plans: Sequence[WanPlan], interrupts: Interrupts, ranks: Ranks | None = None
+) -> Iterator[Chunk]:
+    """Streams stories together. Where several processes do, they agree between two chunks whether one of them has been
+    interrupted, because none can leave a chunk that the others go on with."""
+    first = plans[0]
+    seeds = [plan.seed for plan in plans]
+    graphs = first.options.cuda_graphs
+    streamer = Streamer(
+        parts.model, len(plans), first.settings, seeds, encode=parts.encode, cuda_graphs=graphs, ranks=ranks
+    )
+    for prompts in zip(*(plan.prompts_by_chunk for plan in plans), strict=True):
+        if ranks is not None and ranks.any(interrupts.waiting):
+            interrupts.waiting = False
+            raise KeyboardInterrupt
+        with interrupts.allowed() if ranks is None else nullcontext():
+            chunk = streamer.next_chunk(prompts)
+        yield chunk

@@ -10,6 +10,7 @@ from memflow_ops.environment import why_not_compile
 from memflow_ops.model.checkpoints.containers import count_numbers
 from memflow_ops.model.checkpoints.native import empty_model
 from memflow_ops.model.checkpoints.pretrained import Pretrained
+from memflow_ops.model.parallel.ranks import check_ranks
 from memflow_ops.model.pipeline.budget import (
     Budget,
     FreeMemory,
@@ -54,6 +55,10 @@ class StreamOptions:
     bank_schedule: BankSchedule | None = None
     """Of memory="released". None: as the authors' programs do, "interactive" for a story of several prompts and
     "single-prompt" for a story of one."""
+    ranks: int = 1
+    """Processes that make each video together; see `memflow_ops.model.parallel`."""
+    shard_weights: bool = False
+    """Whether they share the weights too."""
 
     def for_story(self, settings: StreamSettings, prompts: Sequence[str]) -> StreamSettings:
         """The settings of the stream of a story with these prompts."""
@@ -105,11 +110,13 @@ def plan_streams(
     One story goes to `out` itself, several to out/story-000, out/story-001, ..., each with a seed of its own, in the
     order of `stories` whichever are streamed together.
 
-    A ValueError where a stream does not fit into memory, or where CUDA graphs or compiling are required and impossible.
+    A ValueError where a stream does not fit into memory, where CUDA graphs or compiling are required and impossible, or
+    where the attention heads cannot be dealt out to the processes.
     """
+    check_ranks(pretrained.config.num_heads, options.ranks)
     if options.compiled and why_not_compile(free.device):
         raise ValueError(f"--compile cannot be: {why_not_compile(free.device)}")
-    reason = why_not_record(free.device, settings)
+    reason = why_not_record(free.device, settings, options.ranks)
     if options.cuda_graphs and reason:
         raise ValueError(f"no CUDA graphs for this stream: {reason}")
     streams = []
@@ -166,10 +173,13 @@ def stream_budget(
     )  # refuses what a stream cannot give the model, a picture for one
     model = empty_model(config).to(dtype)
     tokens = model.tokens(settings.height, settings.width)
-    records = options.cuda_graphs is not False and not why_not_record(free.device, settings)
-    items = model_items(config, settings, pretrained.parameters, batch, tokens, dtype, pools=2 if records else 1)
+    records = options.cuda_graphs is not False and not why_not_record(free.device, settings, options.ranks)
+    pools = 2 if records else 1
+    items = model_items(
+        config, settings, pretrained.parameters, batch, tokens, dtype, pools, options.ranks, options.shard_weights
+    )
     if settings.memory == "memflow" and settings.reselect == "chunk":
-        layout = settings.cache_layout(model, batch, free.device)
+        layout = settings.cache_layout(model, batch, free.device, options.ranks)
         items.append(Item("choices that are kept", choice_bytes(layout, settings.top_k, settings.query_group)))
     if sources.vae is not None:
         folder, vae = find_vae(sources.vae)
@@ -185,5 +195,10 @@ def stream_budget(
         raise ValueError(f"the text encoder needs {size(text)} on {free.device}, where {size(free.bytes)} are free")
     prototypes = settings.prototypes(chunks)
     return fit_history(
-        settings, lambda s: s.cache_layout(model, batch, free.device), prototypes, items, free, options.history_frames
+        settings,
+        lambda s: s.cache_layout(model, batch, free.device, options.ranks),
+        prototypes,
+        items,
+        free,
+        options.history_frames,
     )

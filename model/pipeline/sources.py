@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 from memflow_ops.model.checkpoints.pretrained import DTYPES, Pretrained, read_pretrained
+from memflow_ops.model.parallel.ranks import Ranks
+from memflow_ops.model.parallel.weights import shard_weights
 from memflow_ops.model.wan.text_encoder import EncodedPrompts, UMT5TextEncoder, find_text_encoder
 from memflow_ops.model.wan.transformer import CausalVideoModel
 from memflow_ops.model.wan.vae import find_vae, load_vae
@@ -94,12 +96,19 @@ class Parts:
 
 
 def load_parts(
-    sources: Sources, pretrained: Pretrained, prompts: Sequence[str], device: torch.device, compiled: bool = False
+    sources: Sources,
+    pretrained: Pretrained,
+    prompts: Sequence[str],
+    device: torch.device,
+    compiled: bool = False,
+    ranks: Ranks | None = None,
+    shard: bool = False,
 ) -> Parts:
     """Encodes every prompt, frees the text encoder, and then puts transformer and VAE on the device, so that they and
     the text encoder are never there together.
 
-    compiled: whether the transformer's blocks are compiled when they first run.
+    compiled: whether the transformer's blocks are compiled when they first run. ranks: the processes that share the
+    videos; the first of them alone has a VAE. shard: whether they also share the weights.
     """
     dtype = sources.torch_dtype(device)
     config = pretrained.config
@@ -111,8 +120,13 @@ def load_parts(
         )
     encode = EncodedPrompts(encoder, prompts)
     del encoder
-    model = pretrained.build(dtype, device)
+    if ranks is not None and shard:
+        model = pretrained.build(dtype)
+        shard_weights(model, ranks)
+    else:
+        model = pretrained.build(dtype, device)
     if compiled:
         model.compile_blocks()
-    vae = load_vae(sources.vae, dtype, device) if sources.vae is not None else None
+    folder = sources.vae if ranks is None or ranks.rank == 0 else None
+    vae = load_vae(folder, dtype, device) if folder is not None else None
     return Parts(model, vae, encode)

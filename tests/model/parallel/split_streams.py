@@ -25,6 +25,7 @@ CASES = {
     "redundancy": {"redundancy": 0.9, "bank_frames": 2},
     "kept": {"reselect": "chunk", "top_k": 2, "recache": False, "stochastic": True},
     "host": {"device_frames": 4, "host_frames": 2, "bank_frames": 2},
+    "bounded": {"positions": "bounded"},
     "random": {"selection": "random", "relevance": "random", "top_k": 2},
     "released": {
         "memory": "released",
