@@ -71,17 +71,18 @@ def make_streamer(model: CausalVideoModel, case: str, ranks=None, **changes) -> 
 
 
 class Collectives(TorchDispatchMode):
-    """Notes the name of every collective."""
+    """Notes the name of every collective, and how many bytes this process has put into it."""
 
     def __init__(self):
         super().__init__()
-        self.names: list[str] = []
+        self.noted: list[tuple[str, int]] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if func.namespace in ("c10d", "_c10d_functional") and not any(
             word in func.__name__ for word in ("wait", "wrap")
         ):
-            self.names.append(func.__name__.split(".")[0])
+            given = args[0] if isinstance(args[0], Tensor) else args[1]
+            self.noted.append((func.__name__.split(".")[0], given.nbytes))
         return func(*args, **(kwargs or {}))
 
 
@@ -118,7 +119,7 @@ def run(streamer: Streamer, chunks: int = CHUNKS, counted: bool = False) -> dict
         with Collectives() if counted else nullcontext() as collectives:
             made.append(streamer.next_chunk(prompts_of(streamer.cache.committed)))
         if collectives is not None:
-            counts.append(collectives.names)
+            counts.append(collectives.noted)
         streamer.cache.begin_chunk = begin
     return {
         "frames": torch.cat([chunk.frames for chunk in made], 2),

@@ -7,8 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from split_streams import CASES, LAYERS, cache_tensors, make_model, make_streamer, run
+from split_streams import CASES, HEADS, LAYERS, cache_tensors, make_model, make_streamer, run
 
+from memflow_ops.bench.scaling import Cost
+from memflow_ops.bench.sizes import Size
 from memflow_ops.model.parallel.ranks import check_ranks, launched_ranks, possible_ranks, rank_device
 
 HERE = Path(__file__).parent
@@ -76,11 +78,17 @@ def test_what_is_sent_does_not_depend_on_the_history(made, count):
     """Two exchanges a layer and pass, one gathering of the result a noisy pass; for a chunk one exchange of scores and
     one of counts. The clean pass ends before the last layer's result, and has no result."""
     chunks = of_ranks(made, "kept", count)[0]["collectives"]
-    steps = 2
-    for names in chunks[4:]:
+    steps, sent = 2, []
+    for noted in chunks[4:]:
+        names = [name for name, _ in noted]
         assert names.count("all_to_all_single") == (steps + 1) * 2 * LAYERS - 1
         assert names.count("_allgather_base_") == steps + 2
         assert len(names) == (steps + 1) * 2 * LAYERS - 1 + steps + 2
+        sent.append(sum(size for name, size in noted if name == "all_to_all_single") * (count - 1) // count)
+    assert len(set(sent)) == 1
+    if count == 2:  # With 4, some have a token more. Two stories in float32; the prediction is of one in bfloat16.
+        size = Size("", height=4, width=6, dim=8 * HEADS, heads=HEADS, layers=LAYERS, steps=steps)
+        assert sent[0] == Cost(size).sent_bytes(count) * 2 * 2
 
 
 @pytest.mark.parametrize("name", CHECKS)
