@@ -19,7 +19,7 @@ FLOORS = (
     ("kernels.integers", "kernels.launch", "kernels.primitives", "kernels.configs", "kernels.sass", "kernels.aot"),
     ("kernels.selection",),
     ("kernels",),
-    ("rotary", "token_order", "files", "allocator", "host_memory", "version"),
+    ("rotary", "token_order", "files", "journal", "state_file", "allocator", "host_memory", "version"),
     ("impl",),
     ("environment",),
     ("ops.registration",),

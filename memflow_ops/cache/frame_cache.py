@@ -11,12 +11,14 @@ after the clean pass. Retrieval only changes numbers in a slot table, which `mem
 
 A frame leaves the ring before it may be retrieved or seen as sink, so that none is attended to twice. Prototypes that
 the device has no slot for move to host memory (pinned on CUDA), the least recently retrieved first, and come back when
-they are retrieved. When the host's share is full too, the oldest is forgotten. Means of un-rotated keys, which
+they are retrieved. When the host's share is full too, the oldest is forgotten. With a history folder every prototype is
+on disk as well, right after its chunk, and what leaves host memory is there. Means of un-rotated keys, which
 retrieval compares with the prompt, stay on the device for every prototype that is remembered. The stories of a batch
 advance together, but each has slots and a share of host memory of its own, so a story is remembered as if it were
 alone.
 """
 
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -29,12 +31,16 @@ from memflow_ops.cache.policies import BankChoice, DevicePolicy, Policy, Retriev
 from memflow_ops.cache.ring import RingCache
 from memflow_ops.cache.slot_table import HistorySlotTable
 from memflow_ops.cache.state import check_layout, check_places, load_places, save_layout, save_places
+from memflow_ops.cache.store import FrameStore, HistoryFolder
 from memflow_ops.cache.views import Candidates
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops.cache_write import QKNorm, write_projections
 from memflow_ops.ops.registration.dispatch import needs_grad
 from memflow_ops.ops.selection import describe_blocks
 from memflow_ops.rotary import apply_rotation, frame_turn, without_time
+
+PLACE_TENSORS = ("keys", "values", "descriptors")
+"""What the tensors of a frame place are called in a history on disk."""
 
 
 class FrameCache(RingCache):
@@ -54,9 +60,14 @@ class FrameCache(RingCache):
     takes_projections: ClassVar[bool] = True
     _table: HistorySlotTable
 
-    def __init__(self, layout: CacheLayout, device: torch.device | str = "cpu"):
+    def __init__(self, layout: CacheLayout, device: torch.device | str = "cpu", history: HistoryFolder | None = None):
+        """history: a folder that keeps every prototype on disk too, which is never read or written for layouts without
+        a history. It is closed when the last cache that uses it is. A ValueError where `layout.disk_frames` needs one.
+        """
+        if layout.disk_frames and history is None:
+            raise ValueError(f"disk_frames={layout.disk_frames} needs a history folder to keep these frames in")
         super().__init__(layout, device)
-        means, rows = len(layout.relevance_lengths), layout.device_frames + layout.host_frames
+        means, rows = len(layout.relevance_lengths), layout.history_frames
         sizes = (layout.layers, layout.batch)
         vectors = (layout.kv_heads, layout.head_dim)
         self._means = torch.empty(*sizes, rows, means, *vectors, dtype=layout.dtype, device=self.device)
@@ -66,12 +77,22 @@ class FrameCache(RingCache):
         shape = (*sizes, layout.frame_tokens, *vectors) if layout.keeps_raw_keys else (0,)
         self._staged_keys = torch.empty(shape, dtype=layout.dtype, device=self.device)
         self._turn = torch.ones(layout.head_dim // 2, dtype=torch.complex64, device=self.device)
+        self._stores = [] if history is None or not layout.device_frames else self._make_stores(history)
         self._stories = [self._new_story(number) for number in range(layout.batch)]
         self._table = HistorySlotTable(layout, self.device, self._stories)
         self._nowhere = torch.full((layout.batch, 1), -1, dtype=torch.int32, device=self.device)  # no frame place
         self._batch_index = torch.arange(layout.batch, dtype=torch.int64, device=self.device)
         self._described: set[int] = set()  # layers whose descriptors lie beside the ring's keys
         self._marks = (self._written, self.chosen, self._remembered, self._described)
+
+    def close(self) -> None:
+        if self._stores:
+            self._leave_history()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> RingCache:
+        if self._stores:
+            raise TypeError("a FrameCache with a history folder cannot be copied; Streamer.fork() shares the folder")
+        return super().__deepcopy__(memo)
 
     # ------------------------------------------------------------------------------------------------------ the chunk
 
@@ -273,8 +294,10 @@ class FrameCache(RingCache):
         return [[frame for frame in story.history if frame < first] for story in self._stories]
 
     def candidates(self) -> Candidates:
-        """All frames that retrieval may choose from for the coming chunk, those in host memory included."""
-        frames = self.candidate_frames()
+        """All frames that retrieval may choose from for the coming chunk, those off the device included."""
+        return self._candidates(self.candidate_frames())
+
+    def _candidates(self, frames: list[list[int]]) -> Candidates:
         rows = [[story.history[frame].row for frame in of] for story, of in zip(self._stories, frames, strict=True)]
         return Candidates(frames, self._means, self.layout.relevance_lengths, on_device(rows, torch.int32, self.device))
 
@@ -320,10 +343,30 @@ class FrameCache(RingCache):
         stays = all(p.slot is not None for s in self._stories for p in s.history.values() if p.frame < first)
         return stays and all(len(story.history) < self.layout.device_frames for story in self._stories)
 
-    def set_bank(self, chosen: Sequence[Sequence[int]]) -> None:
-        """Retrieves, per story, the given candidate frames for the coming chunk; those in host memory are brought back.
+    def reads_ahead(self) -> bool:
+        return any(p.only_on_disk for story in self._stories for p in story.history.values())
 
-        Waits for nothing: the copies and the new slot table are queued.
+    def expect_bank(self, policy: Policy, text_keys: Sequence[Tensor], text_lengths: Tensor) -> None:
+        """As in `RingCache`: what is only on disk is read while the passes of the coming chunk run.
+
+        What is retrieved in the end is found by its index, whatever has been expected.
+        """
+        first = self._first_in_window(self._committed + 1)
+        frames = [[frame for frame in story.history if frame < first] for story in self._stories]
+        expected = policy.choose(self._candidates(frames), text_keys, text_lengths).frames
+        for story, of in zip(self._stories, expected, strict=True):
+            story.expect(of)
+
+    def disk_reads(self) -> tuple[int, int]:
+        """How many frames that were only on disk have been retrieved: those that `expect_bank` had begun to read
+        before, and those that were read when they were needed."""
+        return sum(store.hits for store in self._stores), sum(store.misses for store in self._stores)
+
+    def set_bank(self, chosen: Sequence[Sequence[int]]) -> None:
+        """Retrieves, per story, the given candidate frames for the coming chunk; those off the device are brought back.
+
+        Waits for nothing but the disk: the copies and the new slot table are queued. A StoreError where a frame on disk
+        cannot be read or is damaged.
         """
         if self._open is not None:
             raise RuntimeError("set_bank: the bank is chosen before begin_chunk")
@@ -348,7 +391,11 @@ class FrameCache(RingCache):
     # -------------------------------------------------------------------------------------------------------- the state
 
     def state_dict(self) -> dict[str, Any]:
-        """As in `RingCache`. The choice of a bank is no part of the state, because every chunk makes its own."""
+        """As in `RingCache`. The choice of a bank is no part of the state, because every chunk makes its own.
+
+        With a history folder the state names the records of the history instead of holding it; they are on the disk
+        when this returns. It can be loaded by a cache that has the same folder.
+        """
         self._check_between_chunks("state_dict")
         layout = self.layout
         ring = range(self._ring_start, self._ring_start + len(self._ring))
@@ -356,6 +403,8 @@ class FrameCache(RingCache):
         sink = range(layout.sink_frames - stored, layout.sink_frames)
         self._table.read()
         kept = [(story, prototype) for story in self._stories for prototype in story.history.values()]
+        if self._stores:
+            kept = []  # the records of the store have their keys, values and means
         places = sorted({*sink, *ring, *(story.place_of(p) for story, p in kept if p.slot is not None)})
         rows = sorted({p.row for _, p in kept})
         return {
@@ -370,6 +419,7 @@ class FrameCache(RingCache):
             "means": save_places([self._means], rows),
             "history": [story.saved_history() for story in self._stories],
             "host": [story.saved_host() for story in self._stories],
+            "stores": [store.saved() for store in self._stores],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -378,10 +428,20 @@ class FrameCache(RingCache):
         places = [place + copied * (place >= sink) for place in state["places"]]
         check_places("pools", self._places, places, state["pools"])
         check_places("means", [self._means], state["rows"], state["means"])
+        saved = state.get("stores", [])
+        if bool(saved) != bool(self._stores):
+            where = "in a history folder, which this cache has not" if saved else "itself, and this cache has a folder"
+            raise ValueError(f"the state holds its history {where}")
+        parts = [store.opened(of_story) for store, of_story in zip(self._stores, saved, strict=True)]
         stories = [self._new_story(number) for number in range(self.layout.batch)]
         for story, history, host in zip(stories, state["history"], state["host"], strict=True):
             story.load(history, host)
             story.evicted = state["ever_evicted"]
+        for number, (store, of_story) in enumerate(zip(self._stores, parts, strict=True)):
+            store.go_on(of_story, stories[number].history)
+            for prototype in stories[number].history.values():
+                store.means(prototype.frame, self._means[:, number, prototype.row])
+            stories[number].read_slots()
         load_places(self._places, places, state["pools"])
         load_places([self._means], state["rows"], state["means"])
         self._table.forget_unread()
@@ -401,7 +461,19 @@ class FrameCache(RingCache):
         return max(0, chunk + 1 - self.layout.window_chunks) * self.layout.chunk_frames
 
     def _new_story(self, number: int) -> Story:
-        return Story(self.layout, [pool[:, number] for pool in self._places])
+        store = self._stores[number] if self._stores else None
+        return Story(self.layout, [pool[:, number] for pool in self._places], store)
+
+    def _make_stores(self, history: HistoryFolder) -> list[FrameStore]:
+        """What each story has on disk; the folder stays open as long as this cache lives."""
+        history.add_user()
+        self._leave_history = weakref.finalize(self, history.remove_user)
+        names = [*PLACE_TENSORS, *(f"tensor {i}" for i in range(len(PLACE_TENSORS), len(self._places)))]
+        tensors = {"means": self._means[:, 0, 0]}
+        tensors |= {name: pool[:, 0, 0] for name, pool in zip(names, self._places, strict=False)}
+        about = {"layout": save_layout(self.layout)}
+        room = self.layout.bank_frames
+        return [FrameStore(history, number, about, tensors, room) for number in range(self.layout.batch)]
 
     def _copy_from_ring(self, frame: int, places: list[int], keys_instead: Tensor | None = None) -> None:
         """Copies a frame of the ring with its descriptors to each story's place in sink or history.
@@ -440,5 +512,6 @@ class FrameCache(RingCache):
         self._means[:, self._batch_index, on_device(rows, torch.long, self.device)] = self._staged_means
         # Becoming a candidate counts as a use: otherwise a newcomer would be the first to go and never be retrieved.
         last_used = chunk + self.layout.window_chunks
-        for story, slot, row in zip(self._stories, slots, rows, strict=True):
+        for number, (story, slot, row) in enumerate(zip(self._stories, slots, rows, strict=True)):
+            story.store_prototype(frame, slot, self._means[:, number, row])
             story.history[frame] = Prototype(frame, row, last_used, slot)

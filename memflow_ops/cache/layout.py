@@ -34,6 +34,7 @@ class CacheLayout:
     bank_frames: how many frames of the history may be retrieved for a chunk and story, at most.
     device_frames: how many prototypes of a story the device has slots for; 0 keeps no history.
     host_frames: how many further prototypes of a story may wait in host memory.
+    disk_frames: how many more may be on disk alone; only for a cache that has a history folder.
     block_size: tokens of a block, the unit of selection.
     relevance_block_size: tokens that share one mean for retrieval; None: the frame has one mean.
     dtype: of keys, values, descriptors and means.
@@ -62,6 +63,7 @@ class CacheLayout:
     score: Score = "mean"
     positions: Positions = "absolute"
     copied_frames: int = 0
+    disk_frames: int = 0
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -75,11 +77,12 @@ class CacheLayout:
                 f"device_frames must hold the bank and the window's prototypes, max(1, bank_frames) + window_frames / "
                 f"chunk_frames - 1 = {needed} frames (or be 0, for no history), got {self.device_frames}"
             )
-        if self.host_frames and not self.device_frames:
-            raise ValueError(f"host_frames={self.host_frames} needs device_frames > 0 to bring frames back to, got 0")
+        for name in ("host_frames", "disk_frames"):
+            if getattr(self, name) and not self.device_frames:
+                raise ValueError(f"{name}={getattr(self, name)} needs device_frames > 0 to bring frames back to, got 0")
 
     def _check_types(self) -> None:
-        may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames", "copied_frames")
+        may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames", "disk_frames", "copied_frames")
         for name, value in list(vars(self).items()):
             if name in ("dtype", "schedule", "score", "positions") or (
                 name == "relevance_block_size" and value is None
@@ -161,6 +164,11 @@ class CacheLayout:
         return self.history_start + self.device_frames
 
     @property
+    def history_frames(self) -> int:
+        """The prototypes of a story that are remembered at most: on the device, in host memory and on disk alone."""
+        return self.device_frames + self.host_frames + self.disk_frames
+
+    @property
     def blocks_per_frame(self) -> int:
         return -(-self.frame_tokens // self.block_size)
 
@@ -196,7 +204,7 @@ class CacheLayout:
     @property
     def means_bytes(self) -> int:
         """Bytes of the means that retrieval compares with the prompt."""
-        return (self.device_frames + self.host_frames) * self._vector_bytes(len(self.relevance_lengths))
+        return self.history_frames * self._vector_bytes(len(self.relevance_lengths))
 
     @property
     def keeps_raw_keys(self) -> bool:

@@ -32,6 +32,7 @@ class ReleasedLayout(CacheLayout):
     window_frames: int = 9
     device_frames: int = field(default=0, init=False)
     host_frames: int = field(default=0, init=False)
+    disk_frames: int = field(default=0, init=False)
     block_size: int = field(default=1, init=False)
     relevance_block_size: int | None = field(default=None, init=False)
     score: Score = field(default="mean", init=False)

@@ -397,6 +397,17 @@ class RingCache(SavedByState, ABC):
         text_keys, text_lengths: of the *coming* chunk's prompts, see `Policy.choose`.
         """
 
+    def reads_ahead(self) -> bool:
+        """Whether `expect_bank` would begin to read anything from a disk."""
+        return False
+
+    def expect_bank(self, policy: Policy, text_keys: Sequence[Tensor], text_lengths: Tensor) -> None:
+        """Prepares for the bank that the policy would choose for the chunk after the coming one, under these texts;
+        between `choose_bank` and `begin_chunk`, and only where the cache `reads_ahead`. It decides nothing."""
+
+    def close(self) -> None:
+        """Gives up what the cache holds beside its memory. It may not be used any more."""
+
     @abstractmethod
     def has_bank(self) -> bool:
         """Whether attention over selected blocks should look at `memory` in the open chunk. Waits for nothing."""
