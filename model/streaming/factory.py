@@ -12,17 +12,23 @@ from memflow_ops.cache.policies import Coverage, Policy, Random, Relevance
 from memflow_ops.cache.released_cache import ReleasedCache
 from memflow_ops.cache.released_layout import ReleasedLayout
 from memflow_ops.cache.ring import RingCache
+from memflow_ops.cache.store import HistoryFolder
 from memflow_ops.model.parallel.ranks import Ranks
 from memflow_ops.model.parallel.retrieval import split_policy
 from memflow_ops.model.streaming.cuda_graphs import CudaGraphs, Recorder, why_not_record
 from memflow_ops.model.streaming.settings import StreamSettings
 
 
-def make_cache(layout: CacheLayout, device: torch.device, ranks: Ranks | None = None) -> RingCache:
-    """ranks: the processes that share the video; None: there is one."""
+def make_cache(
+    layout: CacheLayout,
+    device: torch.device,
+    ranks: Ranks | None = None,
+    history: HistoryFolder | None = None,
+) -> RingCache:
+    """ranks: the processes that share the video; None: there is one. history: as for `FrameCache`."""
     if isinstance(layout, ReleasedLayout):
         return ReleasedCache(layout, device, None if ranks is None else ranks.mean)
-    return FrameCache(layout, device)
+    return FrameCache(layout, device, history)
 
 
 def make_policy(

@@ -2,7 +2,7 @@
 
 import numbers
 from dataclasses import dataclass, field, fields, replace
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 
@@ -70,6 +70,8 @@ class StreamSettings:
     """Prototypes that the device holds; memflow and full."""
     host_frames: int = 0
     """Further prototypes that wait in host memory. When there are more, the oldest is forgotten; memflow only."""
+    disk_frames: int = 0
+    """More prototypes, which are only on disk; for a stream with a history folder, and memflow only."""
     top_k: int = 24
     """Blocks of sink and bank that each query group attends to; memflow only."""
     block_size: int = 64
@@ -143,7 +145,7 @@ class StreamSettings:
             raise ValueError(f"redundancy is a cosine, -1 to 1, or None, got {self.redundancy}")
         FlowMatchSampler(self.steps, self.shift)  # checks steps and shift
         # The layouts check the sizes of the cache, here rather than when the stream starts.
-        CacheLayout(1, 1, 1, 1, 1, *self._cache_sizes(), block_size=self.block_size)
+        CacheLayout(1, 1, 1, 1, 1, **self._cache_sizes(), block_size=self.block_size)
         self._released_layout((1, 1, 1, 1, 1), torch.float32)
 
     def _released_layout(self, sizes: tuple[int, int, int, int, int], dtype: torch.dtype) -> ReleasedLayout:
@@ -158,20 +160,21 @@ class StreamSettings:
             schedule=self.bank_schedule,
         )
 
-    def _cache_sizes(self) -> tuple[int, int, int, int, int, int]:
-        """The chunk, window, sink, bank, device and host frames of the cache; 0 for what this kind of memory does not
-        use."""
+    def _cache_sizes(self) -> dict[str, Any]:
+        """The frames of the cache by the names that a `CacheLayout` has for them; 0 for what this kind of memory does
+        not use."""
         has_sink, has_bank, has_history = (
             self.memory in modes for modes in (("sink", "memflow", "full"), ("memflow",), ("memflow", "full"))
         )
-        return (
-            self.chunk_frames,
-            self.window_frames,
-            self.sink_frames * has_sink,
-            self.bank_frames * has_bank,
-            self.device_frames * has_history,
-            self.host_frames * has_bank,
-        )
+        return {
+            "chunk_frames": self.chunk_frames,
+            "window_frames": self.window_frames,
+            "sink_frames": self.sink_frames * has_sink,
+            "bank_frames": self.bank_frames * has_bank,
+            "device_frames": self.device_frames * has_history,
+            "host_frames": self.host_frames * has_bank,
+            "disk_frames": self.disk_frames * has_bank,
+        }
 
     @property
     def longest_pass(self) -> int:
@@ -197,7 +200,7 @@ class StreamSettings:
         sizes = (config.num_layers, batch, tokens, config.num_heads // ranks, config.head_dim)
         if self.memory == "released":
             return self._released_layout(sizes, dtype)
-        layout = CacheLayout(*sizes, *self._cache_sizes(), block_size=self.block_size, dtype=dtype)
+        layout = CacheLayout(*sizes, **self._cache_sizes(), block_size=self.block_size, dtype=dtype)
         if self.memory != "memflow":
             return layout
         layout = replace(layout, score=self.score, positions=self.positions)

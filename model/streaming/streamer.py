@@ -21,7 +21,8 @@ between two chunks and continue it elsewhere, with the same frames to the bit.
 import numbers
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,12 +30,16 @@ import torch
 from torch import Tensor
 
 from memflow_ops.cache.attend import Attend, BlockSelection, Observer, attend_to_memory
+from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.policies import Policy, Retrieved
+from memflow_ops.cache.ring import RingCache
 from memflow_ops.cache.state import SavedByState
+from memflow_ops.cache.store import HistoryFolder
 from memflow_ops.cache.views import Memory
 from memflow_ops.model.parallel.ranks import Ranks
 from memflow_ops.model.parallel.ulysses import SplitTokens
 from memflow_ops.model.streaming.activation import Activation
+from memflow_ops.model.streaming.chunk import Chunk
 from memflow_ops.model.streaming.cuda_graphs import OnePass, Passes
 from memflow_ops.model.streaming.factory import make_cache, make_chosen, make_policy, make_recorder, make_selection
 from memflow_ops.model.streaming.inputs import PassInputs
@@ -49,39 +54,6 @@ STATE_FORMAT = "memflow-ops stream 1"
 RANDOM_BLOCKS, RANDOM_BLOCKS_RECACHING = 1, 2
 
 
-@dataclass(frozen=True)
-class Chunk:
-    """A finished chunk of B stories, and what it remembered."""
-
-    index: int
-    """0, 1, 2, ..."""
-    first_frame: int
-    """Absolute index of its first latent frame."""
-    prompts: list[str]
-    """Per story."""
-    frames: Tensor
-    """Clean latents (B, C, chunk_frames, H, W) float32, on the model's device."""
-    retrieved: list[list[int]]
-    """Per story the retrieved frames, best first. Released: the frames of any layer's bank, most widely held first."""
-    relevance: list[list[float]]
-    """Per story the score of each retrieved frame. Released: the share of layers that hold it."""
-    candidates: list[list[int]]
-    """Per story the frames that activation chose from, sink included, ascending."""
-    activation: list[list[float]]
-    """Per story the share of each candidate frame in all blocks selected in the clean pass (layers, heads, query
-    groups). Sums to 1; empty where there is no candidate."""
-    seconds: float
-    """Wall time of the chunk."""
-    replayed: int = 0
-    """How many of its passes, re-caching included, were replays of a CUDA graph."""
-
-    def of_story(self, number: int) -> "Chunk":
-        """One story's part, without its frames, which need not stay in memory once they are decoded."""
-        per_story = ("prompts", "retrieved", "relevance", "candidates", "activation")
-        part: dict[str, Any] = {name: [getattr(self, name)[number]] for name in per_story}
-        return replace(self, **part, frames=self.frames.new_empty(0))
-
-
 def stream(
     model: CausalVideoModel,
     prompts: Iterable[Sequence[str]],
@@ -90,6 +62,7 @@ def stream(
     *,
     encode: TextEncoder,
     cuda_graphs: bool | None = None,
+    history_dir: Path | str | HistoryFolder | None = None,
 ) -> Iterator[Chunk]:
     """Generates one chunk per item of `prompts` and yields each as soon as it is finished.
 
@@ -97,7 +70,7 @@ def stream(
     seed: story b uses seed + b, or entry b of a sequence. The noise of a chunk depends only on its story's seed and the
         chunk's index, so that runs with different memory start from the same noise.
     encode: turns prompts into text embeddings.
-    cuda_graphs: as for `Streamer`.
+    cuda_graphs, history_dir: as for `Streamer`.
 
     Bad prompts and settings that cannot work for this model raise a ValueError or TypeError before the chunk starts.
     """
@@ -108,10 +81,13 @@ def stream(
 
     def chunks() -> Iterator[Chunk]:
         streamer: Streamer | None = None
-        for item in prompts:
+        for index, item in enumerate(prompts):
             batch = len(check_prompts(item))
-            streamer = streamer or Streamer(model, batch, settings, seed, encode=encode, cuda_graphs=cuda_graphs)
-            yield streamer.next_chunk(item)
+            streamer = streamer or Streamer(
+                model, batch, settings, seed, encode=encode, cuda_graphs=cuda_graphs, history_dir=history_dir
+            )
+            known = isinstance(prompts, Sequence) and index + 1 < len(prompts)
+            yield streamer.next_chunk(item, prompts[index + 1] if known else None)  # type: ignore[index]
 
     return chunks()
 
@@ -120,7 +96,8 @@ class Streamer(SavedByState):
     """One stream of B stories: cache, text, and the local window's latents.
 
     `next_chunk` makes a chunk under any prompts, known beforehand or typed a moment ago; `stream` calls it in a loop.
-    A Streamer cannot be pickled or copied; `state_dict` and `load_state_dict` take a stream elsewhere.
+    A Streamer cannot be pickled or copied; `state_dict` and `load_state_dict` take a stream elsewhere, and `fork` makes
+    a second one that goes on from the same past.
     """
 
     def __init__(
@@ -136,6 +113,7 @@ class Streamer(SavedByState):
         cuda_graphs: bool | None = None,
         observe: Observer | None = None,
         ranks: Ranks | None = None,
+        history_dir: Path | str | HistoryFolder | None = None,
     ):
         """seed, encode: as for `stream`.
         policy: chooses the bank instead of the policy that `settings` names.
@@ -148,6 +126,10 @@ class Streamer(SavedByState):
         ranks: the processes that make this stream together, each with the same arguments and its share of tokens and
             heads. All return the same chunks; the cache, `observe` and `policy` see the heads of their process. None:
             there is one.
+        history_dir: a folder that keeps every prototype on disk too, so that a state need not hold the history and
+            `disk_frames` of it need no memory. No other process may use it until the stream is closed or gone. It
+            changes no result, and is not used where the kind of memory has no history. Each of
+            several ranks needs a folder of its own.
         """
         self.ranks = ranks
         self.heads = None if ranks is None else ranks.heads(model.config.num_heads)
@@ -163,25 +145,45 @@ class Streamer(SavedByState):
             raise ValueError(f"seed must be a number >= 0 or {batch} of them, one per story, got {seed}")
         self.device = model.patch_embedding.weight.device
         count = 1 if ranks is None else ranks.count
-        self.cache = make_cache(settings.cache_layout(model, batch, ranks=count), self.device, ranks)
+        self.cache = self._make_cache(settings.cache_layout(model, batch, ranks=count), history_dir)
         self.chosen = make_chosen(settings, self.cache.layout, self.device)
         recorder = make_recorder(settings, self.device, cuda_graphs, observe is not None, count)
         self.passes = Passes(self.cache, recorder, insist=bool(cuda_graphs))
         self.sampler = FlowMatchSampler(settings.steps, settings.shift, settings.stochastic, model.config.prediction)
-        self.policy = make_policy(settings, self.seeds, policy, ranks)
+        self.policy, self._given_policy = make_policy(settings, self.seeds, policy, ranks), policy
         self.inputs = PassInputs(model, settings, batch)
         self._split = self._split_tokens(self.inputs)
         self.text = StreamText(model, encode, batch, self.heads)
+        self._next_text: StreamText | None = None  # of the chunk after the coming one, where it has other prompts
+        self._cuda_graphs = cuda_graphs
         self._random_blocks = torch.Generator(device="cpu")  # of the current chunk, for selection="random"
         selection = self._selection()
         self.activation = Activation(self.cache, selection, settings.impl, ranks) if report and selection else None
         self._past: dict[int, Tensor] = {}  # chunk index -> clean latents, for the chunks in the window
         self._window_prompts: list[str | None] = [None] * batch  # that the window's keys were written under
 
+    def _make_cache(self, layout: CacheLayout, history_dir: Path | str | HistoryFolder | None) -> RingCache:
+        """The cache, and the history folder where it uses one."""
+        self.history: HistoryFolder | None = None
+        if history_dir is None or not layout.device_frames:
+            return make_cache(layout, self.device, self.ranks)
+        given = isinstance(history_dir, HistoryFolder)
+        self.history = history_dir if isinstance(history_dir, HistoryFolder) else HistoryFolder(history_dir)
+        try:
+            return make_cache(layout, self.device, self.ranks, self.history)
+        except BaseException:
+            if not given:
+                self.history.close()
+            raise
+
     @torch.no_grad()
-    def next_chunk(self, prompts: Sequence[str]) -> Chunk:
+    def next_chunk(self, prompts: Sequence[str], upcoming: Sequence[str] | None = None) -> Chunk:
         """Makes the next chunk. A prompt that cannot be encoded raises before anything has changed. After an
-        interruption the next call makes the same chunk, from the same noise."""
+        interruption the next call makes the same chunk, from the same noise.
+
+        upcoming: the prompts of the chunk after it, where they are known; None: probably the same. They decide nothing
+            but which frames begin to be read from the disk while this chunk is made.
+        """
         started, replayed = self._clock(), self.passes.replayed
         prompts = check_prompts(prompts)
         if len(prompts) != len(self.seeds):
@@ -194,6 +196,7 @@ class Streamer(SavedByState):
         self.cache.update_bank(self.text.keys, recached)  # of the last chunk's prompts
         self.text.set(prompts, embeddings)
         choice = self.cache.choose_bank(self.policy, self.text.keys, self.text.lengths)
+        self._expect(prompts if upcoming is None else check_prompts(upcoming))
         if any(recached):
             self._recache(prompts, recached)
         self._random_blocks = self._generator(self.seeds[0], RANDOM_BLOCKS)
@@ -215,6 +218,19 @@ class Streamer(SavedByState):
         return Chunk(index, first_frame, prompts, x, *retrieved, candidates, shares, seconds, replayed)
 
     # ----------------------------------------------------------------------------------------------- before the passes
+
+    def _expect(self, upcoming: list[str]) -> None:
+        """Lets the cache read ahead for the chunk after the coming one. Not for a policy of the caller's own, which may
+        count how often it is asked."""
+        if self.policy is None or self._given_policy is not None or not self.cache.reads_ahead():
+            return
+        text = self.text
+        if upcoming != self.text.prompts and len(upcoming) == len(self.seeds):
+            text = self._next_text = self._next_text or StreamText(
+                self.model, self.text.encode, len(upcoming), self.heads
+            )
+            text.set(upcoming, text.embed(upcoming))
+        self.cache.expect_bank(self.policy, text.keys, text.lengths)
 
     def _to_recache(self, prompts: list[str]) -> list[bool]:
         """The stories whose window was written under another prompt than the coming chunk's, and is re-cached."""
@@ -356,9 +372,36 @@ class Streamer(SavedByState):
 
     # ------------------------------------------------------------------------------------------------------- the state
 
+    def fork(self) -> "Streamer":
+        """A second stream that goes on from the last finished chunk, under the same seeds, and memory of its own.
+
+        Both share the history folder, if there is one: the past is named, not copied, and each appends to a file of its
+        own. What one of them does leaves the other as it is, to the bit.
+        """
+        other = Streamer(
+            self.model,
+            len(self.seeds),
+            self.settings,
+            self.seeds,
+            encode=self.text.encode,
+            policy=self._given_policy,
+            report=self.report,
+            cuda_graphs=self._cuda_graphs,
+            observe=self.observe,
+            ranks=self.ranks,
+            history_dir=self.history,
+        )
+        other.load_state_dict(self.state_dict())
+        return other
+
+    def close(self) -> None:
+        """Ends the stream's use of its history folder, so that another process may have it. Without one, nothing."""
+        self.cache.close()
+
     def state_dict(self) -> dict[str, Any]:
         """The stream after its last finished chunk, in host memory, as `torch.save` takes it and
-        `torch.load(weights_only=True)` returns it. It holds no weights."""
+        `torch.load(weights_only=True)` returns it. It holds no weights. With a history folder it names the records of
+        the history there instead of holding it."""
         self.cache.abort()
         return {
             "format": STATE_FORMAT,
