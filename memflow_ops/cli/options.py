@@ -15,6 +15,7 @@ from memflow_ops.cache.layout import Positions
 from memflow_ops.cache.released_layout import BankSchedule
 from memflow_ops.geometry import Score
 from memflow_ops.model.pipeline.settings import RELEASED_BANK_FRAMES, WAN_SETTINGS
+from memflow_ops.model.stories.snapshots import HistoryOptions
 from memflow_ops.model.streaming.settings import USED_BY, ReselectKind
 from memflow_ops.token_order import TokenOrderName
 
@@ -22,6 +23,7 @@ VIDEO = "Video"
 MEMORY = "Memory"
 CHECKPOINT = "Checkpoint"
 SPEED = "Device and speed"
+STOPPING = "Stopping and going on"
 MEMORY_HELP = (
     "What a chunk sees of the past. none: the local window alone. sink: the first frames too. full: every past frame. "
     "memflow: what each query group selects of the first and the retrieved frames. released: the memory of MemFlow's "
@@ -150,6 +152,53 @@ HistoryFrames = Annotated[
         metavar="N",
         show_default="all",
         rich_help_panel=MEMORY,
+    ),
+]
+
+HistoryDir = Annotated[
+    Path | None,
+    typer.Option(
+        help="Keep the past on disk too, in this folder, with snapshots from which --resume goes on.",
+        metavar="DIR",
+        rich_help_panel=STOPPING,
+    ),
+]
+DeviceFrames = Annotated[
+    int | None,
+    typer.Option(
+        help="With --history-dir: keep at most this many past frames on the device.",
+        min=1,
+        metavar="N",
+        show_default="as many as fit",
+        rich_help_panel=STOPPING,
+    ),
+]
+HostFrames = Annotated[
+    int | None,
+    typer.Option(
+        help="With --history-dir: keep at most this many more in host memory, and the rest on disk alone.",
+        min=0,
+        metavar="N",
+        show_default="as many as fit",
+        rich_help_panel=STOPPING,
+    ),
+]
+Resume = Annotated[
+    bool,
+    typer.Option(
+        "--resume",
+        help="Go on with the run that --history-dir holds, as if it had never stopped.",
+        rich_help_panel=STOPPING,
+    ),
+]
+SnapshotEvery = Annotated[
+    int | None,
+    typer.Option(
+        help="Chunks from one snapshot to the next.",
+        min=1,
+        metavar="N",
+        show_default="what takes less than 1 % of the time",
+        rich_help_panel=STOPPING,
     ),
 ]
 
@@ -285,6 +334,17 @@ def as_settings(**options: Any) -> dict[str, Any]:
     return changes
 
 
+def as_history(folder: Path | None, **options: Any) -> HistoryOptions | None:
+    """What `HistoryOptions` takes. Raises a ValueError where there is no folder for what is asked."""
+    if folder is not None:
+        return HistoryOptions(folder, **options)
+    given = [name for name, value in options.items() if value]
+    if given:
+        names = ["snapshot_every" if name == "every" else name for name in given]
+        raise ValueError(f"{named(names)} needs --history-dir, the folder that the past and its snapshots are kept in")
+    return None
+
+
 def named(options: Iterable[str]) -> str:
     """The names of options as the user types them."""
     return ", ".join(f"--{name.replace('_', '-')}" for name in options)
@@ -296,7 +356,13 @@ def check_used(options: Collection[str], memories: Collection[str], why: str = "
     options: the names of those that were given. why: explains the kind of memory where the user has not named it.
     Raises a ValueError that names the options and the kinds of memory that use them.
     """
-    users = {**USED_BY, "history_frames": ("memflow", "full"), "baseline": ("sink", "full", "memflow", "released")}
+    users = {
+        **USED_BY,
+        "history_frames": ("memflow", "full"),
+        "device_frames": ("memflow",),
+        "host_frames": ("memflow",),
+        "baseline": ("sink", "full", "memflow", "released"),
+    }
     unused = [name for name in users if name in options and not set(memories) & set(users[name])]
     if unused:
         kinds = " and ".join(dict.fromkeys(memories))

@@ -18,25 +18,31 @@ from memflow_ops.cli.options import (
     BankFrames,
     BlockScore,
     Device,
+    DeviceFrames,
     FramesPerPrompt,
+    HistoryDir,
+    HostFrames,
     Out,
     PositionsName,
     QueryGroup,
     Recache,
     Reselect,
+    Resume,
     Seed,
+    SnapshotEvery,
     Steps,
     Story,
     TokenOrder,
     TopK,
     ToyWeights,
+    as_history,
     as_settings,
     check_used,
     typed,
 )
 from memflow_ops.cli.progress import run_stories
 from memflow_ops.environment import pick_device
-from memflow_ops.files import check_target, locked_folders
+from memflow_ops.files import check_target, locked_folders, sha256
 from memflow_ops.model.stories.interrupts import Interrupts
 from memflow_ops.model.stories.prompts import read_stories
 from memflow_ops.model.streaming.settings import MemoryMode, StreamSettings
@@ -108,6 +114,11 @@ def generate(
     token_order: TokenOrder = TOY_SETTINGS.token_order,
     positions: PositionsName = TOY_SETTINGS.positions,
     recache: Recache = TOY_SETTINGS.recache,
+    history_dir: HistoryDir = None,
+    device_frames: DeviceFrames = None,
+    host_frames: HostFrames = None,
+    snapshot_every: SnapshotEvery = None,
+    resume: Resume = False,
     baseline: Annotated[
         bool,
         typer.Option(
@@ -130,7 +141,9 @@ def generate(
     DIR/story-000, DIR/story-001, ... with the seeds SEED, SEED + 1, ...
 
     The video grows as video.part.mp4; files of an earlier run are replaced
-    when the new ones are complete. Ctrl-C keeps what has been generated.
+    when the new ones are complete. Ctrl-C keeps what has been generated, and
+    with --history-dir the same command goes on from there with --resume,
+    also after a kill or a reboot.
 
     Examples:
 
@@ -163,7 +176,15 @@ def generate(
             seed=seed,
             frames_per_prompt=frames_per_prompt,
             baseline=baseline,
+            history=as_history(
+                history_dir,
+                device_frames=device_frames,
+                host_frames=host_frames,
+                every=snapshot_every,
+                resume=resume,
+            ),
         )
+        plans = _unfinished(plans)
     for run in _stream(model, plans):
         typer.echo(_written(run))
         if cost := _cost(run):
@@ -360,9 +381,34 @@ def _prepare(
     model = load_model(weights or TOY_WEIGHTS, pick_device(device))
     settings.cache_layout(model, 1).check_room(model.patch_embedding.weight.device)
     name = str(weights) if weights else f"memflow_ops/model/weights/{TOY_WEIGHTS.name}"
-    plans = make_toy_plans(stories, out, settings, weights=name, **planning)
+    digest = sha256(weights or TOY_WEIGHTS)
+    plans = make_toy_plans(stories, out, settings, weights=name, weights_sha256=digest, **planning)
     context.with_resource(locked_folders([out, *(plan.folder for plan in plans)]))
     return model, plans
+
+
+def _unfinished(plans: Sequence[ToyPlan]) -> list[ToyPlan]:
+    """The plans of the stories that are not complete. Says where each history lies, and where its run goes on."""
+    left = []
+    for plan in plans:
+        snapshots = plan.snapshots
+        if snapshots is not None:
+            for words in (*_tiers(plan), *snapshots.said()):
+                typer.echo(words)
+            if snapshots.finished:
+                snapshots.close()
+                continue
+        left.append(plan)
+    return left
+
+
+def _tiers(plan: ToyPlan) -> list[str]:
+    """Where the history of a story lies, in words."""
+    settings = plan.settings
+    if settings.memory != "memflow" or plan.snapshots is None:
+        return []
+    tiers = f"{settings.device_frames} on the device, {settings.host_frames} in host memory, {settings.disk_frames}"
+    return [f"Past frames, all of them in {plan.snapshots.path}: up to {tiers} nowhere else."]
 
 
 def _stream(model: CausalVideoModel, plans: Sequence[ToyPlan]) -> Iterator[ToyRun]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from memflow_ops.files import write_atomically, write_picture
+from memflow_ops.model.stories.fragments import FragmentWriter
 from memflow_ops.model.stories.interrupts import Interrupts
 from memflow_ops.model.stories.video import VideoWriter
 
@@ -46,11 +47,12 @@ RunType = TypeVar("RunType", bound=StoryRun)
 
 def write_stories(
     runs: Sequence[RunType],
-    writers: Sequence[VideoWriter],
+    writers: Sequence[VideoWriter | FragmentWriter],
     rounds: Callable[[Interrupts], Iterator[None]],
     files: Callable[[RunType], dict[str, bytes]],
     report: Callable[[RunType], None] | None = None,
     pictures: Mapping[str, Callable[[RunType], bytes]] | None = None,
+    snapshot: Callable[[bool], None] | None = None,
 ) -> None:
     """Makes stories that are streamed together, chunk by chunk, and writes the files of each.
 
@@ -60,12 +62,15 @@ def write_stories(
     report: is called with the first of the runs after every chunk.
     pictures: name -> what draws a picture of a story. One that cannot be drawn becomes one of the run's `problems`, and
         costs no other file; `files` is called afterwards.
+    snapshot: is called after every chunk, and with True where the stories are interrupted, before their files are
+        written.
 
     A story's files appear under their names when all of them are complete. Until then its video grows under another
     name. Ctrl-C, SIGTERM, SIGHUP or an error ends all stories early. The chunks that were finished are still written,
     and the runs are marked `interrupted`; a story without a finished chunk leaves no file. An error is raised
     again afterwards.
     """
+    lost: Exception | None = None
     with Interrupts() as interrupts, ExitStack() as opened:
         for writer in writers:
             opened.enter_context(writer)
@@ -73,22 +78,37 @@ def write_stories(
             for _ in rounds(interrupts):
                 if report is not None:
                     report(runs[0])
+                if snapshot is not None:
+                    snapshot(False)
         except KeyboardInterrupt:
             for run in runs:
                 run.interrupted = True
+            if snapshot is not None and runs[0].chunks:
+                lost = _failure(snapshot)
         except BaseException as error:
             for run in runs:
                 run.interrupted, run.error = True, f"{type(error).__name__}: {error}"
             _publish(runs, writers, files, pictures or {})
             raise
         _publish(runs, writers, files, pictures or {})
+        if lost is not None:
+            raise lost
     if interrupts.waiting and not runs[0].interrupted:
         raise KeyboardInterrupt  # the signal came after the last chunk
 
 
+def _failure(snapshot: Callable[[bool], None]) -> Exception | None:
+    """Takes a snapshot. What keeps it from being taken is returned, so that the other files can be written first."""
+    try:
+        snapshot(True)
+    except Exception as error:
+        return error
+    return None
+
+
 def _publish(
     runs: Sequence[RunType],
-    writers: Sequence[VideoWriter],
+    writers: Sequence[VideoWriter | FragmentWriter],
     files: Callable[[RunType], dict[str, bytes]],
     pictures: Mapping[str, Callable[[RunType], bytes]],
 ) -> None:

@@ -1,9 +1,10 @@
 """Video files: an mp4 that grows while it is made and can be played at any time, even if the process is killed."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import av
 import numpy as np
@@ -45,30 +46,18 @@ class VideoWriter:
         self._lock = ExitStack()
         self._lock.enter_context(locked(path, wait=False))
         self._container = av.open(
-            _file_name(self.growing),
+            file_name(self.growing),
             "w",
             format="mp4",
             options={"movflags": "hybrid_fragmented+frag_keyframe+default_base_moof", "flush_packets": "1"},
         )
-        # crf 10 preserves hues. zerolatency keeps the encoder from holding frames back.
-        quality = {"crf": "10", "preset": "veryfast", "tune": "zerolatency"}
-        self._stream = self._container.add_stream("libx264", rate=fps, options=quality)
-        self._stream.width, self._stream.height, self._stream.pix_fmt = width * scale, height * scale, "yuv420p"
-        self._stream.gop_size = fragment_frames
-        self._stream.codec_context.colorspace = Colorspace.ITU709
-        self._stream.codec_context.color_range = ColorRange.MPEG
+        self._stream = add_h264(self._container, self.shape, scale, fps, fragment_frames)
         self._open = True
 
     def write(self, frames: np.ndarray) -> None:
         """Adds frames (F, H, W, 3) uint8, RGB."""
-        if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*self.shape, 3):
-            raise ValueError(
-                f"frames must be uint8 (F, {self.shape[0]}, {self.shape[1]}, 3), got {frames.dtype} {frames.shape}"
-            )
-        for image in frames.repeat(self.scale, 1).repeat(self.scale, 2):
-            frame = av.VideoFrame.from_ndarray(image, format="rgb24")
-            frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
-            frame.pts = self.frames
+        check_frames(frames, self.shape)
+        for frame in yuv_frames(frames, self.scale, self.frames):
             self._mux(self._stream.encode(frame))
             self.frames += 1
 
@@ -107,14 +96,41 @@ class VideoWriter:
             self.close()
 
 
-def _file_name(path: Path) -> str:
+def add_h264(container: Any, shape: tuple[int, int], scale: int, fps: int, key_frames: int) -> Any:
+    """Adds a stream of H.264 to a container. shape: of a frame before it is scaled. key_frames: the distance of two."""
+    # crf 10 preserves hues. zerolatency keeps the encoder from holding frames back.
+    quality = {"crf": "10", "preset": "veryfast", "tune": "zerolatency"}
+    stream = container.add_stream("libx264", rate=fps, options=quality)
+    stream.width, stream.height, stream.pix_fmt = shape[1] * scale, shape[0] * scale, "yuv420p"
+    stream.gop_size = key_frames
+    stream.codec_context.colorspace = Colorspace.ITU709
+    stream.codec_context.color_range = ColorRange.MPEG
+    return stream
+
+
+def check_frames(frames: np.ndarray, shape: tuple[int, int]) -> None:
+    """A ValueError unless these are RGB frames of this height and width."""
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[1:] != (*shape, 3):
+        raise ValueError(f"frames must be uint8 (F, {shape[0]}, {shape[1]}, 3), got {frames.dtype} {frames.shape}")
+
+
+def yuv_frames(frames: np.ndarray, scale: int, first: int) -> Iterator[av.VideoFrame]:
+    """The frames as the encoder takes them, with numbers from `first` on."""
+    for number, image in enumerate(frames.repeat(scale, 1).repeat(scale, 2), start=first):
+        frame = av.VideoFrame.from_ndarray(image, format="rgb24")
+        frame = frame.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
+        frame.pts = number
+        yield frame
+
+
+def file_name(path: Path) -> str:
     """The name of a file for FFmpeg, which takes what precedes a colon for a protocol, unless a slash comes first."""
     return str(path.absolute())
 
 
 def read_video(path: Path) -> np.ndarray:
     """All frames of a video, RGB uint8 (F, height, width, 3)."""
-    with av.open(_file_name(path)) as container:
+    with av.open(file_name(path)) as container:
         # Older PyAV would leave the values in a video's narrower range.
         frames = (
             frame.reformat(format="rgb24", dst_color_range=ColorRange.JPEG) for frame in container.decode(video=0)

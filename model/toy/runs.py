@@ -1,16 +1,19 @@
 """A story of the toy world: the plan for it, and what has been made of it so far."""
 
 import statistics
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
 from memflow_ops.environment import environment
 from memflow_ops.model.stories.prompts import chunk_prompts
+from memflow_ops.model.stories.snapshots import Snapshots
+from memflow_ops.model.streaming.chunk import Chunk
 from memflow_ops.model.streaming.settings import StreamSettings
-from memflow_ops.model.streaming.streamer import Chunk
 from memflow_ops.model.toy.returns import find_returns, judge_return
 
 HOW_MEASURED = (
@@ -34,6 +37,20 @@ class ToyPlan:
     """whether the story is also streamed with memory=none, to compare with"""
     weights: str = ""
     """the name of the weights in run.json"""
+    weights_sha256: str = ""
+    snapshots: Snapshots | None = None
+    """keep the history on disk, and what an interrupted run goes on from"""
+
+    def identity(self) -> dict[str, Any]:
+        """What a run must have in common with the one that it goes on with."""
+        return {
+            "prompts": self.prompts,
+            "seed": self.seed,
+            "frames_per_prompt": self.frames_per_prompt,
+            "baseline": self.baseline,
+            "weights_sha256": self.weights_sha256,
+            "settings": asdict(self.settings),
+        }
 
     @property
     def prompts_by_chunk(self) -> list[str]:
@@ -74,6 +91,22 @@ class ToyRun:
         if len(self.baseline_frames) < len(self.frames):
             return None
         return np.concatenate(self.baseline_frames[: len(self.frames)])
+
+    def saved(self) -> dict[str, Any]:
+        """What has been made so far, for a snapshot."""
+        return {
+            "chunks": [chunk.saved() for chunk in self.chunks],
+            "frames": [torch.from_numpy(frames) for frames in self.frames],
+            "baseline_seconds": self.baseline_seconds,
+            "baseline_frames": [torch.from_numpy(frames) for frames in self.baseline_frames],
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Goes on where another run was when it returned `saved`."""
+        self.chunks = [Chunk.restored(chunk) for chunk in saved["chunks"]]
+        self.frames = [frames.numpy() for frames in saved["frames"]]
+        self.baseline_seconds = saved["baseline_seconds"]
+        self.baseline_frames = [frames.numpy() for frames in saved["baseline_frames"]]
 
     def overhead(self) -> dict[str, object] | None:
         """What memory costs; None where there is no pair of chunks to compare."""

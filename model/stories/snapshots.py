@@ -1,0 +1,145 @@
+"""Snapshots of a run, from which it goes on after Ctrl-C, SIGTERM, a kill or a reboot, as if it had never stopped.
+
+A folder holds the history of one stream (`HistoryFolder`) and
+
+    run.json                what the run is: settings, prompts, seeds; and whether it is finished
+    snapshot.safetensors    all of it between two chunks, but for the history, which it names
+
+Both are replaced whole. What is made after a snapshot is made again from it, to the same bits. Without a number of
+chunks, a snapshot is taken whenever all of them together have taken less than `SHARE` of the time.
+"""
+
+import json
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from memflow_ops.cache.store import HistoryFolder
+from memflow_ops.files import write_atomically
+from memflow_ops.state_file import load_state, save_state
+
+FORMAT = "memflow-ops run 1"
+SHARE = 0.01
+"""Of a run's time, for snapshots."""
+
+
+@dataclass(frozen=True)
+class HistoryOptions:
+    """What a command is asked to keep on disk, and to go on with."""
+
+    folder: Path
+    device_frames: int | None = None
+    """Prototypes on the device at most; None: as many as fit."""
+    host_frames: int | None = None
+    """Prototypes in host memory at most; None: as many as fit."""
+    every: int | None = None
+    """As for `Snapshots`."""
+    resume: bool = False
+
+    def snapshots(self, below: Path) -> "Snapshots":
+        """Of the run whose files go to this path below the folder of all files."""
+        return Snapshots(self.folder / below, self.every)
+
+
+class Snapshots:
+    """The snapshots of one run in a folder, which it has for itself until `close`.
+
+    every: chunks from one snapshot to the next; None: by `SHARE`.
+    """
+
+    def __init__(self, folder: Path, every: int | None = None):
+        self.folder, self.every, self.path = HistoryFolder(folder), every, folder
+        self.folder.add_user()
+        self.finished = False
+        """Whether the run that `begin` was told of is complete already."""
+        self.found: dict[str, Any] | None = None
+        """The snapshot from which the run goes on."""
+        self._file, self._about = folder / "snapshot.safetensors", folder / "run.json"
+        self._resumed = False
+        self._started = time.perf_counter()
+        self._spent = self._last = 0.0  # seconds, of all and of the last one
+
+    def said(self) -> list[str]:
+        """Where the run goes on, and what was damaged on the way, in words; nothing of a run that begins."""
+        if self.finished:
+            return [f"The run in {self.path} is complete already."]
+        if self.found is not None:
+            return [*self.folder.notes, f"Going on after chunk {self.found['done']}."]
+        return [f"{self.path} has no snapshot yet, so the run begins anew."] if self._resumed else []
+
+    def about(self) -> dict[str, Any] | None:
+        """What the run in the folder is; None where there is none. A ValueError where the file is damaged."""
+        try:
+            about = json.loads(self._about.read_text())
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise ValueError(f"{self._about} is damaged: {error}") from error
+        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            raise ValueError(f"{self._about} is not of a run: expected the format {FORMAT!r}")
+        return about
+
+    def begin(self, run: Mapping[str, Any], resume: bool) -> None:
+        """Begins a run, or with `resume` finds where the one in the folder is to go on, if it has got anywhere.
+
+        run: what the run is, as JSON takes it. A ValueError where the folder has another run, or an unfinished one that
+        is not to go on.
+        """
+        found = self.about()
+        if found is not None and not found["finished"] and not resume and self._file.exists():
+            raise ValueError(
+                f"{self.path} holds a run that was not finished: go on with it by --resume, or name another folder"
+            )
+        self._resumed = resume
+        if resume and found is not None:
+            own = json.loads(json.dumps(run))
+            other = [f"{name} {_brief(found['run'].get(name))}, here {_brief(own[name])}" for name in own]
+            other = [words for words, name in zip(other, own, strict=True) if found["run"].get(name) != own[name]]
+            if other:
+                raise ValueError(f"{self.path} holds another run: {'; '.join(other)}")
+            if found["finished"]:
+                self.finished = True
+                return
+            if self._file.exists():
+                self.found = load_state(self._file)
+                self.folder.keep_only(self.found["stores"])
+                return
+        self._file.unlink(missing_ok=True)
+        self.folder.keep_only([])
+        self._write_about(run, finished=False)
+
+    def is_due(self, chunk: int) -> bool:
+        """Whether a snapshot should be taken after so many chunks."""
+        if self.every is not None:
+            return chunk % self.every == 0
+        return self._spent + self._last <= SHARE * (time.perf_counter() - self._started)
+
+    def save(self, state: Callable[[], dict[str, Any]]) -> None:
+        """Takes a snapshot. state: makes it, with the number of finished chunks under "done" and the saved stories of
+        the history under "stores"."""
+        started = time.perf_counter()
+        save_state(self._file, state())
+        self._last = time.perf_counter() - started
+        self._spent += self._last
+
+    def finish(self, run: Mapping[str, Any]) -> None:
+        """The run is complete: its snapshot and history are deleted, and that it is done is noted."""
+        self._write_about(run, finished=True)
+        self._file.unlink(missing_ok=True)
+        self.folder.keep_only([])
+
+    def close(self) -> None:
+        """Gives up the folder, when the caches that use it have too."""
+        self.folder.remove_user()
+
+    def _write_about(self, run: Mapping[str, Any], finished: bool) -> None:
+        about = {"format": FORMAT, "finished": finished, "run": run}
+        write_atomically(self._about, (json.dumps(about, indent=1) + "\n").encode())
+
+
+def _brief(value: object) -> str:
+    """A value in a message, which is one line."""
+    text = repr(value)
+    return text if len(text) < 60 else f"{text[:57]}..."
