@@ -5,6 +5,7 @@ import io
 import av
 import numpy as np
 import pytest
+from seen import frames
 
 from memflow_ops.model.live.fragments import FragmentEncoder, boxes, png
 
@@ -18,8 +19,7 @@ def gray(values):
 
 def shown(content):
     """Time in seconds and mean gray of every frame of a file."""
-    with av.open(io.BytesIO(content)) as container:
-        return [(frame.time, frame.to_ndarray(format="rgb24").mean()) for frame in container.decode(video=0)]
+    return [(time, pixels.mean()) for time, pixels in frames(content)]
 
 
 def test_fragments_after_one_another_are_a_video():

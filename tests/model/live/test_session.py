@@ -2,15 +2,14 @@
 
 import asyncio
 import gc
-import io
 import json
 import threading
 import time
 import weakref
 
-import av
 import numpy as np
 import pytest
+from seen import video
 
 from memflow_ops.model.live.engine import Engine
 from memflow_ops.model.live.session import Limits, LiveSession
@@ -48,11 +47,6 @@ def session(world, prompt="a ball in the meadow", seed=3, **limits):
     return LiveSession(world, Limits(**limits), prompt, seed, baseline=True)
 
 
-def frames(content):
-    with av.open(io.BytesIO(content)) as container:
-        return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
-
-
 def until(true, seconds=20.0):
     end = time.monotonic() + seconds
     while not true():
@@ -79,11 +73,11 @@ def test_the_strip_is_the_retrieval_report_and_the_video_is_the_stream(world):
     assert [{name: row[name] for name in REPORTED} for row in live.timeline()["chunks"]] == [
         {name: words[name] for name in REPORTED} for words in told
     ]
-    video = frames(b"".join(live.video()))
+    shown = video(b"".join(live.video()))
     expected = np.concatenate([to_pixels(chunk.frames[0]) for chunk in report]).repeat(8, 1).repeat(8, 2)
-    assert video.shape == (24, 256, 512, 3)
-    assert np.abs(video[:, :, :256].astype(int) - expected).mean() < 3
-    assert np.abs(video[:, :, 256:].astype(int) - expected)[-3:].mean() > 3  # without memory it is another video
+    assert shown.shape == (24, 256, 512, 3)
+    assert np.abs(shown[:, :, :256].astype(int) - expected).mean() < 3
+    assert np.abs(shown[:, :, 256:].astype(int) - expected)[-3:].mean() > 3  # without memory it is another video
     live.close()
 
 
