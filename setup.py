@@ -54,6 +54,7 @@ setup(
         "memflow_ops.model.live",
         "memflow_ops.model.pipeline",
         "memflow_ops.model.replay",
+        "memflow_ops.model.score",
         "memflow_ops.model.selection_profile",
         "memflow_ops.model.stories",
         "memflow_ops.model.streaming",

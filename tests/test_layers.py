@@ -36,6 +36,7 @@ FLOORS = (
     ("model.toy",),
     ("model.toy.evaluation",),
     ("model.pipeline",),
+    ("model.score",),
     ("model.live",),
     ("model.selection_profile",),
     ("bench.sizes", "bench.inputs"),

@@ -18,6 +18,7 @@ from memflow_ops.cli.generate import generate
 from memflow_ops.cli.info import info
 from memflow_ops.cli.output import patient_output
 from memflow_ops.cli.profile import profile_selection, toy_profile_selection
+from memflow_ops.cli.score import score
 from memflow_ops.cli.serve import serve
 
 TOY, REAL, LIVE, MACHINE = "Toy world", "Real checkpoints", "Live", "This machine"
@@ -74,6 +75,7 @@ app.command(rich_help_panel=REAL)(generate)
 app.command(rich_help_panel=REAL)(convert)
 app.command(rich_help_panel=REAL)(verify)
 app.command("profile-selection", rich_help_panel=REAL)(profile_selection)
+app.command(rich_help_panel=REAL)(score)
 app.command(rich_help_panel=LIVE)(serve)
 app.command(rich_help_panel=MACHINE)(bench)
 app.command(rich_help_panel=MACHINE)(info)

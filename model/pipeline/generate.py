@@ -62,6 +62,7 @@ class WanRun:
             "sources": self.sources.described(),
             "settings": asdict(plan.settings),
             "memory": plan.budget.lines(),
+            "cache_bytes": plan.budget.layout.device_bytes + plan.budget.host_bytes,
             "compiled": plan.options.compiled,
             "stories_together": plan.together,
             "frames": self.frames,

@@ -90,7 +90,8 @@ def stream_toy_story(model: CausalVideoModel, plan: ToyPlan, report: Callable[[T
 
     `report` is called after every chunk.
     """
-    run = ToyRun(plan, model.patch_embedding.weight.device)
+    layout = plan.settings.cache_layout(model, 1)
+    run = ToyRun(plan, model.patch_embedding.weight.device, layout.device_bytes + layout.host_bytes)
     writer = _writer(plan)
     if plan.snapshots is None:
         rounds = partial(_rounds, run, _streams(model, plan), writer)

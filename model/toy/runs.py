@@ -69,6 +69,8 @@ class ToyRun:
 
     plan: ToyPlan
     device: torch.device
+    cache_bytes: int | None = None
+    """of the stream with memory, on the device and in host memory"""
     chunks: list[Chunk] = field(default_factory=list)
     frames: list[np.ndarray] = field(default_factory=list)
     """for every chunk, RGB uint8 (chunk_frames, H, W, 3)"""
@@ -172,6 +174,7 @@ class ToyRun:
             "frames_per_prompt": plan.frames_per_prompt,
             "weights": plan.weights,
             "settings": asdict(plan.settings),
+            "cache_bytes": self.cache_bytes,
             "frames": sum(map(len, self.frames)),
             "interrupted": self.interrupted,
             "error": self.error,

@@ -16,7 +16,7 @@ from memflow_ops import __version__
 from memflow_ops.cli.main import app
 
 ROOT = Path(__file__).parents[2]
-TOP = ("toy", "generate", "convert", "verify", "profile-selection", "serve", "bench", "info")
+TOP = ("toy", "generate", "convert", "verify", "profile-selection", "score", "serve", "bench", "info")
 TOY = ("demo", "generate", "evaluate", "train", "profile-selection")
 PAGES = [(), *((name,) for name in TOP), *(("toy", name) for name in TOY)]
 
