@@ -23,8 +23,6 @@ TIMEOUT = 600.0
 """Seconds that a rank waits for the others in a collective before it gives up. Loading weights takes a while."""
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun puts into the environment of every process that it starts."""
-WORDS_BYTES = 1024
-"""How much of a text `Ranks.tell` hands on."""
 
 # torch 2.13 gave it this name, and warns of the one before.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -118,12 +116,12 @@ class Ranks:
         return self.least(-int(flag)) < 0
 
     def tell(self, words: str) -> list[str]:
-        """What every rank says, by rank; long texts are cut."""
-        said = words.encode()[:WORDS_BYTES]
-        row = torch.zeros(WORDS_BYTES, dtype=torch.uint8)
+        """What every rank says, by rank."""
+        said = words.encode()
+        row = torch.zeros(-self.least(-len(said)) or 1, dtype=torch.uint8)
         row[: len(said)] = torch.tensor(list(said), dtype=torch.uint8)
         rows = self.gather(row.to(self.device)).cpu()
-        return [bytes(row.tolist()).rstrip(b"\0").decode(errors="ignore") for row in rows]
+        return [bytes(row.tolist()).rstrip(b"\0").decode() for row in rows]
 
 
 def rank_device(device: torch.device, environment: Mapping[str, str] = os.environ) -> torch.device:

@@ -37,6 +37,7 @@ from memflow_ops.cache.state import SavedByState
 from memflow_ops.cache.store import HistoryFolder
 from memflow_ops.cache.views import Memory
 from memflow_ops.model.parallel.ranks import Ranks
+from memflow_ops.model.parallel.state import check_stores, own_state, whole_state
 from memflow_ops.model.parallel.ulysses import SplitTokens
 from memflow_ops.model.streaming.activation import Activation
 from memflow_ops.model.streaming.chunk import Chunk
@@ -401,8 +402,12 @@ class Streamer(SavedByState):
     def state_dict(self) -> dict[str, Any]:
         """The stream after its last finished chunk, in host memory, as `torch.save` takes it and
         `torch.load(weights_only=True)` returns it. It holds no weights. With a history folder it names the records of
-        the history there instead of holding it."""
+        the history there instead of holding it. Of several processes each gets the whole, and all must ask for it;
+        another number of processes can go on from it, but for what is named in history folders."""
         self.cache.abort()
+        cache = self.cache.state_dict()
+        if self.ranks is not None:
+            cache = whole_state(cache, self.ranks)
         return {
             "format": STATE_FORMAT,
             "settings": asdict(self.settings),
@@ -412,7 +417,7 @@ class Streamer(SavedByState):
             "window_prompts": list(self._window_prompts),
             "embeddings": [embedding.cpu() for embedding in self.text.embeddings],
             "past": {chunk: x.cpu() for chunk, x in self._past.items()},
-            "cache": self.cache.state_dict(),
+            "cache": cache,
         }
 
     @torch.no_grad()
@@ -430,7 +435,10 @@ class Streamer(SavedByState):
                 raise ValueError(f"the state is that of a stream with other {kind}: {'; '.join(other)}")
         if state["seeds"] != self.seeds:
             raise ValueError(f"the state is that of stories with the seeds {state['seeds']}, here {self.seeds}")
-        self.cache.load_state_dict(state["cache"])
+        cache = state["cache"]
+        if self.heads is None:
+            check_stores(cache, 1)
+        self.cache.load_state_dict(cache if self.heads is None else own_state(cache, self.heads))
         self._past = {chunk: x.to(self.device) for chunk, x in state["past"].items()}
         known = {
             story: embedding.to(self.device)

@@ -64,10 +64,10 @@ def prompts_of(index: int) -> list[str]:
     return [PROMPTS[index % 8], PROMPTS[(index + 3) // 2 % 8]]
 
 
-def make_streamer(model: CausalVideoModel, case: str, ranks=None, **changes) -> Streamer:
+def make_streamer(model: CausalVideoModel, case: str, ranks=None, history_dir=None, **changes) -> Streamer:
     sizes = {"height": 4, "width": 6, "steps": 2, "block_size": 4, "query_group": 5, "top_k": 4, "device_frames": 30}
     settings = StreamSettings(**{**sizes, "shift": 7.0, **CASES[case], **changes})
-    return Streamer(model, 2, settings, seed=4, encode=encode, ranks=ranks)
+    return Streamer(model, 2, settings, seed=4, encode=encode, ranks=ranks, history_dir=history_dir)
 
 
 class Collectives(TorchDispatchMode):
@@ -101,6 +101,10 @@ def cache_tensors(streamer: Streamer) -> list[Tensor]:
         cache._descriptors,
         *(getattr(cache, name) for name in ("_means",) if hasattr(cache, name)),
     ]
+
+
+STOPPED = ("host", "random", "interactive", "bounded")
+"""Cases that are stopped at chunk 5 and continued by other processes."""
 
 
 def run(streamer: Streamer, chunks: int = CHUNKS, counted: bool = False) -> dict:

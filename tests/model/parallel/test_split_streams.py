@@ -7,15 +7,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from split_streams import CASES, HEADS, LAYERS, cache_tensors, make_model, make_streamer, run
+from split_streams import CASES, HEADS, LAYERS, STOPPED, cache_tensors, make_model, make_streamer, run
 
 from memflow_ops.bench.scaling import Cost
 from memflow_ops.bench.sizes import Size
+from memflow_ops.cache.attend import HeadShare
 from memflow_ops.model.parallel.ranks import check_ranks, launched_ranks, possible_ranks, rank_device
+from memflow_ops.model.parallel.state import own_state
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
-CHECKS = ("exchange", "gradients", "compiled", "agreement", "sharded_weights", "refusals", "example")
+CHECKS = (
+    "exchange",
+    "gradients",
+    "compiled",
+    "agreement",
+    "sharded_weights",
+    "stopped_and_resumed",
+    "history_on_disk",
+    "refusals",
+    "example",
+)
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +84,21 @@ def test_a_rank_holds_its_part_of_the_past(made, case):
     whole = sum(tensor.nbytes for tensor in cache_tensors(make_streamer(make_model(), case)))
     for count in (2, 4):
         assert [one["bytes"] for one in of_ranks(made, case, count)] == [whole // count] * count
+
+
+@pytest.mark.parametrize("case", STOPPED)
+def test_what_four_processes_have_saved_two_and_one_continue(made, case):
+    state = torch.load(made / f"{case}-state.pt", weights_only=True)
+    whole, one = (make_streamer(make_model(), case) for _ in range(2))
+    run(whole, 5)
+    assert state["cache"]["layout"] == whole.state_dict()["cache"]["layout"]
+    one.load_state_dict(state)
+    want = run(whole)
+    for got in (run(one), *of_ranks(made, f"{case}, resumed", 2)):
+        torch.testing.assert_close(got["frames"], want["frames"], rtol=0, atol=1e-5)
+        assert got["told"] == want["told"] and got["banks"] == want["banks"]
+    with pytest.raises(ValueError, match="of a cache with kv_heads=4, here 6"):
+        own_state(state["cache"], HeadShare(0, 2, 6))
 
 
 @pytest.mark.parametrize("count", [2, 4])

@@ -5,12 +5,14 @@ python worker.py RANK FOLDER
 
 import runpy
 import sys
+import tempfile
 import traceback
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from split_streams import CASES, make_model, make_streamer, run
+from split_streams import CASES, STOPPED, make_model, make_streamer, run
 
 from memflow_ops.cache.policies import Retrieved
 from memflow_ops.model.parallel.ranks import Ranks
@@ -80,7 +82,7 @@ def check_compiled(ranks: Ranks) -> None:
 def check_agreement(ranks: Ranks) -> None:
     assert ranks.least(7 - ranks.rank) == 8 - ranks.count
     assert ranks.any(ranks.rank == ranks.count - 1) and not ranks.any(False)
-    assert ranks.tell(f"rank {ranks.rank} " + "é" * 600)[1].startswith("rank 1 é")
+    assert ranks.tell(f"rank {ranks.rank} " + "é" * 600)[1] == "rank 1 " + "é" * 600
     x = whole(ranks.rank, 3, 2)
     torch.testing.assert_close(ranks.mean(x), torch.stack([whole(r, 3, 2) for r in range(ranks.count)]).mean(0))
 
@@ -96,6 +98,41 @@ def check_sharded_weights(ranks: Ranks) -> None:
     got = run(make_streamer(model, "memflow", ranks), 3)
     assert torch.equal(got["frames"], want["frames"])
     assert weight_bytes(model.blocks) <= blocks / ranks.count * 1.2  # and so after the passes
+
+
+def check_stopped_and_resumed(ranks: Ranks) -> None:
+    """Stopped on four ranks and resumed on four; a pair and a single process resume in main and in the test."""
+    for case in STOPPED:
+        first, second = make_streamer(make_model(), case, ranks), make_streamer(make_model(), case, ranks)
+        run(first, 5)
+        second.load_state_dict(first.state_dict())
+        got, want = run(second), run(first)
+        assert torch.equal(got["frames"], want["frames"])
+        assert all(got[same] == want[same] for same in ("told", "scores", "banks"))
+
+
+def check_history_on_disk(ranks: Ranks) -> None:
+    """Each rank has a folder for its heads. Resumed by as many ranks, the stream goes on to the same bits."""
+    sizes = {"device_frames": 4, "disk_frames": 9, "bank_frames": 2}
+    want = run(make_streamer(make_model(), "memflow", ranks, bank_frames=2))
+    with tempfile.TemporaryDirectory() as folder:
+        first = make_streamer(make_model(), "memflow", ranks, history_dir=folder, **sizes)
+        run(first, 5)
+        state = first.state_dict()
+        got = run(first)
+        assert torch.equal(got["frames"], want["frames"][:, :, 15:])
+        first.close()
+        second = make_streamer(make_model(), "memflow", ranks, history_dir=folder, **sizes)
+        second.load_state_dict(state)
+        assert torch.equal(run(second)["frames"], got["frames"])
+        second.close()
+    alone = make_streamer(make_model(), "memflow", device_frames=4, host_frames=9, bank_frames=2)
+    try:
+        alone.load_state_dict({**state, "settings": asdict(alone.settings)})
+    except ValueError as error:
+        assert "as many can go on from it, not 1" in str(error)
+    else:
+        raise AssertionError("one process took up what four have on disk")
 
 
 def check_refusals(ranks: Ranks) -> None:
@@ -140,6 +177,14 @@ def main(rank: int, folder: Path) -> None:
             ranks = Ranks(group, device)
             made = run(make_streamer(model, case, ranks), counted=case == "kept")
             torch.save(made, folder / f"{case}-{ranks.count}-{ranks.rank}.pt")
+    for case in STOPPED:
+        on_four, on_two = (make_streamer(model, case, Ranks(g, device)) for g in (dist.group.WORLD, pairs[rank // 2]))
+        run(on_four, 5)
+        state = on_four.state_dict()
+        on_two.load_state_dict(state)
+        torch.save(run(on_two), folder / f"{case}, resumed-2-{rank % 2}.pt")
+        if rank == 0:
+            torch.save(state, folder / f"{case}-state.pt")
     for name, check in CHECKS.items():
         error = ""
         try:
