@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
@@ -13,10 +13,34 @@ Score = Literal["mean", "moments"]
 
 SCORES: tuple[Score, ...] = get_args(Score)
 
+BankDtype = Literal["int8"]
+"""What a bank may be stored in other than the dtype of the queries."""
+
 
 def descriptor_width(head_dim: int, score: Score) -> int:
     """The numbers of a descriptor: the means of a block's keys, with "moments" followed by their variances."""
     return 2 * head_dim if score == "moments" else head_dim
+
+
+class Int8Bank(NamedTuple):
+    """What makes numbers of the int8 keys and values of a bank.
+
+    key = mean of its block + k_scale * stored key, channel by channel; value = v_scale * stored value.
+    """
+
+    descriptors: Tensor
+    """(B, N, Hkv, D or 2 D), the descriptors of the stored frames' blocks, which begin with the means."""
+    k_scale: Tensor
+    """(B, N, Hkv, D): of every channel of the keys of a block."""
+    v_scale: Tensor
+    """(B, Lm, Hkv): of every value."""
+
+    @classmethod
+    def of(cls, descriptors: Tensor | None, k_scale: Tensor | None, v_scale: Tensor | None) -> Int8Bank | None:
+        """The three together; None where there are no scales, because the bank is not int8."""
+        if descriptors is None or k_scale is None or v_scale is None:
+            return None
+        return cls(descriptors, k_scale, v_scale)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +76,8 @@ class Geometry:
     clamped to those that there are. Lk is W * frame_tokens then. None: k and v are the window."""
     score: Score = "mean"
     """What blocks are ranked by."""
+    int8: Int8Bank | None = None
+    """How the keys and values of an int8 bank are read. None: they are of the dtype of the queries."""
 
     @property
     def last_block_score(self) -> float:

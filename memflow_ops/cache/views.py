@@ -14,6 +14,8 @@ class Memory(NamedTuple):
     descriptors: Tensor  # (B, P * blocks_per_frame, Hkv, D), or 2 D where blocks are ranked by their moments
     slots: Tensor  # (B, sink_frames + bank_frames) int32, the frame place of each bank frame
     frames: Tensor  # (B,) int32, how many bank frames are valid
+    k_scale: Tensor | None = None  # (B, P * blocks_per_frame, Hkv, D), where keys and values are int8
+    v_scale: Tensor | None = None  # (B, P * T, Hkv)
 
 
 class Past(NamedTuple):

@@ -32,9 +32,9 @@ def as_autocast_does(*tensors: Any, to: torch.dtype | None = None) -> tuple[Any,
     """Tensors whose dtypes differ, in one dtype, where autocast is on: so it treats the inputs of torch's attention.
 
     to: that dtype, which also tensors that agree are cast to; None: the dtype of autocast. As with autocast, float64
-    stays as it is. So does what is no tensor, and everything where autocast is off.
+    stays as it is. So does what is no tensor or holds integers, and everything where autocast is off.
     """
-    dtypes = [x.dtype for x in tensors if isinstance(x, Tensor)]
+    dtypes = [x.dtype for x in tensors if isinstance(x, Tensor) and x.is_floating_point()]
     if not dtypes or all(dtype == (to or dtypes[0]) for dtype in dtypes):
         return tensors
     kind = next(x.device.type for x in tensors if isinstance(x, Tensor))

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypedDict, overload
 
 from torch import Tensor
 
-from memflow_ops.geometry import Score
+from memflow_ops.geometry import SCORES, Score
 from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops import checks, registration
 from memflow_ops.ops.registration import dispatch
@@ -21,6 +21,8 @@ class Options(TypedDict, total=False):
 
     memory_q: Tensor | None
     memory_descriptors: Tensor | None
+    memory_k_scale: Tensor | None
+    memory_v_scale: Tensor | None
     top_k: int
     block_size: int
     frame_tokens: int | None
@@ -90,6 +92,8 @@ def memory_attention(
     *,
     memory_q: Tensor | None = None,
     memory_descriptors: Tensor | None = None,
+    memory_k_scale: Tensor | None = None,
+    memory_v_scale: Tensor | None = None,
     top_k: int = 24,
     block_size: int = 64,
     frame_tokens: int | None = None,
@@ -130,12 +134,17 @@ def memory_attention(
             strides are free. This holds for all keys and values too.
         k, v: keys and values of the local window, (B, Lk, Hkv, D). H is a multiple of Hkv. Lk may be 0.
         memory_k, memory_v: keys and values of the bank, (B, Lm, Hkv, D), in whole frames of `frame_tokens`. There is no
-            bank if they are None or Lm is 0.
+            bank if they are None or Lm is 0. Both may be int8, of half the size, as `quantise_memory` makes them; no
+            gradient is made then, not even of the others.
         memory_q: a second form of the queries, like q, that selects blocks and attends to them, while q attends to the
             window; for example queries rotated to another position, because the bank's keys are (see
             `CacheLayout.positions`). None: q does both. Not without a bank.
         memory_descriptors: what `describe_blocks(memory_k, block_size, frame_tokens)` gives, (B, N, Hkv, D), or for the
-            score "moments" what it gives with `moments=2`, (B, N, Hkv, 2 D). None: they are computed here.
+            score "moments" what it gives with `moments=2`, (B, N, Hkv, 2 D). None: they are computed here. An int8 bank
+            needs them: its keys are what they differ from the means by.
+        memory_k_scale, memory_v_scale: the scales of an int8 bank in the dtype of q, (B, N, Hkv, D) for every channel
+            of the keys of a block and (B, Lm, Hkv) for every value: key = mean of its block + memory_k_scale *
+            memory_k, and value = memory_v_scale * memory_v, rounded to the dtype of q. None: the bank is not int8.
         top_k: the number of blocks that each query group attends to.
         block_size: tokens per block. A block never crosses a frame, so the last block of a frame may be shorter.
         frame_tokens: tokens per frame of the bank. None: the bank is one frame.
@@ -184,7 +193,8 @@ def memory_attention(
 
     Raises:
         ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
-        NotImplementedError: an input has a tangent, for a derivative in forward mode.
+        NotImplementedError: an input has a tangent, for a derivative in forward mode, or needs a gradient beside an
+            int8 bank.
     """
     checks.check_neutral(
         dropout_p=dropout_p,
@@ -194,8 +204,8 @@ def memory_attention(
         return_attn_probs=return_attn_probs,
     )
     refuse_transforms("memory_attention", q, k, v, memory_k, memory_v, memory_q)
-    q, k, v, memory_k, memory_v, memory_q, memory_descriptors = as_autocast_does(
-        q, k, v, memory_k, memory_v, memory_q, memory_descriptors
+    q, k, v, memory_k, memory_v, memory_q, memory_descriptors, memory_k_scale, memory_v_scale = as_autocast_does(
+        q, k, v, memory_k, memory_v, memory_q, memory_descriptors, memory_k_scale, memory_v_scale
     )
     checks.check_query(q)
     checks.check_pair("k", k, "v", v, q)
@@ -223,7 +233,8 @@ def memory_attention(
         if window_slots.shape[1] == 0:
             k, v, window_slots = k[:, :0], v[:, :0], None
     if memory_k is not None and memory_v is not None:
-        checks.check_pair("memory_k", memory_k, "memory_v", memory_v, q)
+        scales = (memory_descriptors, memory_k_scale, memory_v_scale)
+        is_int8 = checks.check_bank("memory_k", memory_k, "memory_v", memory_v, *scales, q)
         if memory_k.shape[2] != k.shape[2]:
             raise ValueError(f"memory_k must have the heads of k, {k.shape[2]}, got {memory_k.shape[2]}")
         frame = checks.frame_size(frame_tokens, memory_k.shape[1], "memory_k")
@@ -235,20 +246,27 @@ def memory_attention(
         if memory_slots is not None:
             checks.check_slots(memory_slots, q, frames)
         if memory_descriptors is not None:
-            checks.check_descriptors("memory_descriptors", memory_descriptors, memory_k, frame, block_size, (score,))
+            checks.check_descriptors("memory_descriptors", memory_descriptors, memory_k, frame, block_size, (score,), q)
+        if is_int8:
+            checks.check_scales(memory_k, frame, block_size, *scales, q)
+            checks.check_no_gradient(q, k, v, memory_q, *scales)
         if frames == 0 or (memory_slots is not None and memory_slots.shape[1] == 0):
             memory_k = memory_v = memory_q = memory_descriptors = memory_slots = memory_frames = None
+            memory_k_scale = memory_v_scale = None
     else:
         given = {
             "memory_q": memory_q,
             "memory_descriptors": memory_descriptors,
+            "memory_k_scale": memory_k_scale,
+            "memory_v_scale": memory_v_scale,
             "memory_slots": memory_slots,
             "memory_frames": memory_frames,
         }
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"{name} is given without memory_k and memory_v")
-    bank = (memory_k, memory_v, memory_q, memory_descriptors, memory_frames, memory_slots)
+    stored = (memory_descriptors, memory_k_scale, memory_v_scale)
+    bank = (memory_k, memory_v, memory_q, *stored, memory_frames, memory_slots)
     sizes = (top_k, block_size, frame, group, scale, causal, score)
     impl = dispatch.resolve(impl, q)
     out, lse, _ = registration.memory_attention(q, k, v, *bank, seqused_k, window_slots, *sizes, impl, dense_backend)
@@ -264,6 +282,9 @@ def attend_selected(
     block_size: int,
     frame_tokens: int | None = None,
     query_group: int | None = 128,
+    memory_descriptors: Tensor | None = None,
+    memory_k_scale: Tensor | None = None,
+    memory_v_scale: Tensor | None = None,
     memory_slots: Tensor | None = None,
     resume: tuple[Tensor, Tensor] | None = None,
     softmax_scale: float | None = None,
@@ -277,9 +298,12 @@ def attend_selected(
     Args:
         q: queries (B, Lq, H, D).
         k, v: keys and values of the bank, (B, Lm, Hkv, D), in whole frames of `frame_tokens`. H is a multiple of Hkv.
+            Both may be int8, which makes no gradient.
         indices: the selection (B, H, G, K) int32 of `select_blocks`, where G = ceil(Lq / query_group). Entries outside
             of the bank, such as -1, are unused. A block that is listed twice counts twice.
         block_size, frame_tokens, query_group, memory_slots, softmax_scale, impl: as in `memory_attention`.
+        memory_descriptors, memory_k_scale, memory_v_scale: as in `memory_attention`, for an int8 bank; without one the
+            descriptors do not matter.
         resume: the state `(out, lse)` of attention over other keys: out (B, Lq, H, D) in the dtype of q, and the
             natural-log LSE (B, H, Lq) in float32 (float64 for float64 inputs). None: start afresh.
 
@@ -291,7 +315,8 @@ def attend_selected(
         ValueError, TypeError: an argument is wrong. The message says what was given and what is expected.
         ValueError: the out of `resume` needs a gradient, but its LSE carries none, because the backend that made it
             does not differentiate its LSE. The gradient would be silently wrong.
-        NotImplementedError: an input has a tangent, for a derivative in forward mode.
+        NotImplementedError: an input has a tangent, for a derivative in forward mode, or needs a gradient beside an
+            int8 bank.
     """
     resume_out: Any = None
     resume_lse: Any = None
@@ -300,9 +325,12 @@ def attend_selected(
             raise TypeError(f"resume must be a pair (out, lse), got {type(resume).__name__}")
         resume_out, resume_lse = resume
     refuse_transforms("attend_selected", q, k, v, resume_out, resume_lse)
-    q, k, v, resume_out = as_autocast_does(q, k, v, resume_out)
+    q, k, v, resume_out, memory_descriptors, memory_k_scale, memory_v_scale = as_autocast_does(
+        q, k, v, resume_out, memory_descriptors, memory_k_scale, memory_v_scale
+    )
     checks.check_query(q)
-    checks.check_pair("k", k, "v", v, q)
+    scales: tuple[Any, Any, Any] = (memory_descriptors, memory_k_scale, memory_v_scale)
+    is_int8 = checks.check_bank("k", k, "v", v, *scales, q)
     block_size = checks.check_positive("block_size", block_size)
     frame = checks.frame_size(frame_tokens, k.shape[1], "k")
     block_size = min(block_size, frame)
@@ -313,13 +341,19 @@ def attend_selected(
     checks.check_impl(impl)
     if memory_slots is not None:
         checks.check_slots(memory_slots, q, k.shape[1] // frame)
+    if is_int8:
+        checks.check_descriptors("memory_descriptors", scales[0], k, frame, block_size, SCORES, q)
+        checks.check_scales(k, frame, block_size, *scales, q)
+        checks.check_no_gradient(q, resume_out, resume_lse, *scales)
+    else:
+        scales = (None, None, None)
     if not k.shape[1] or (memory_slots is not None and not memory_slots.shape[1]):
         indices = indices[..., :0]  # An empty bank has no blocks to select.
     if resume is not None:
         checks.check_state("resume", resume_out, resume_lse)
         checks.check_tensor("resume's out", resume_out, "B Lq H D", like=q)
         checks.check_shape("resume's out", resume_out, tuple(q.shape))
-    tensors = (q, k, v, indices, memory_slots, resume_out, resume_lse)
+    tensors = (q, k, v, indices, *scales, memory_slots, resume_out, resume_lse)
     return registration.attend_selected(*tensors, block_size, frame, group, scale, dispatch.resolve(impl, q))
 
 

@@ -19,10 +19,11 @@ FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 IMPLEMENTATIONS = ("auto", "reference", "torch", "triton")
 
 
-def check_tensor(name: str, x: object, dims: str, like: Tensor | None = None) -> None:
+def check_tensor(name: str, x: object, dims: str, like: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
     """x is a floating tensor with a dimension per word of `dims`, contiguous in the last, and is like `like`.
 
-    That means that it has the dtype and the device of `like`, which is q (None: any).
+    That means that it has the dtype and the device of `like`, which is q (None: any). dtype: what it has instead of a
+    floating dtype, and of that of `like`.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor ({dims.replace(' ', ', ')}), got {type(x).__name__}")
@@ -32,14 +33,16 @@ def check_tensor(name: str, x: object, dims: str, like: Tensor | None = None) ->
     words = dims.split()
     if x.dim() != len(words):
         raise ValueError(f"{name} must have {len(words)} dimensions ({', '.join(words)}), got shape {tuple(x.shape)}")
-    if x.dtype not in FLOATS:
+    if dtype is not None and x.dtype != dtype:
+        raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')} like the rest of the bank, got {x.dtype}")
+    if dtype is None and x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.shape[-1] == 0:
         raise ValueError(f"{name} must have a last dimension of at least 1, got shape {tuple(x.shape)}")
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
     if like is not None:
-        if x.dtype != like.dtype:
+        if dtype is None and x.dtype != like.dtype:
             raise TypeError(f"{name} must have the dtype of q, {like.dtype}, got {x.dtype}")
         check_device(name, x, like)
 
@@ -151,13 +154,62 @@ def check_heads(q: Tensor, k: Tensor, name: str) -> None:
         raise ValueError(f"the {q.shape[-2]} heads of q must be a multiple of the heads of {name}, got {k.shape[-2]}")
 
 
-def check_pair(k_name: str, k: object, v_name: str, v: object, q: Tensor) -> None:
-    """Keys and values are (B, L, Hkv, D), of one shape, and fit the queries."""
-    check_tensor(k_name, k, "B L Hkv D", like=q)
-    check_tensor(v_name, v, "B L Hkv D", like=q)
+def check_pair(k_name: str, k: object, v_name: str, v: object, q: Tensor, dtype: torch.dtype | None = None) -> None:
+    """Keys and values are (B, L, Hkv, D), of one shape, and fit the queries. dtype: see `check_tensor`."""
+    check_tensor(k_name, k, "B L Hkv D", like=q, dtype=dtype)
+    check_tensor(v_name, v, "B L Hkv D", like=q, dtype=dtype)
     assert isinstance(k, Tensor) and isinstance(v, Tensor)
     check_heads(q, k, k_name)
     check_shape(v_name, v, tuple(k.shape))
+
+
+def check_bank(
+    k_name: str,
+    k: object,
+    v_name: str,
+    v: object,
+    descriptors: Tensor | None,
+    k_scale: Tensor | None,
+    v_scale: Tensor | None,
+    q: Tensor,
+) -> bool:
+    """Keys and values of the bank fit the queries, and are of their dtype or, with all that reads them, int8.
+
+    Returns whether they are int8; `check_scales` does the rest then.
+    """
+    is_int8 = any(isinstance(x, Tensor) and x.dtype == torch.int8 for x in (k, v))
+    check_pair(k_name, k, v_name, v, q, torch.int8 if is_int8 else None)
+    scales = {"memory_k_scale": k_scale, "memory_v_scale": v_scale}
+    for name, x in scales.items():
+        if x is not None and not is_int8:
+            raise ValueError(f"{name} is given, but {k_name} is {q.dtype}: only an int8 bank has scales")
+    missing = [name for name, x in {"memory_descriptors": descriptors, **scales}.items() if x is None]
+    if is_int8 and missing:
+        raise ValueError(f"an int8 bank is read with {', '.join(missing)} too: see describe_blocks and quantise_memory")
+    return is_int8
+
+
+def check_scales(
+    memory_k: Tensor, frame: int, block_size: int, descriptors: Tensor, k_scale: Tensor, v_scale: Tensor, q: Tensor
+) -> None:
+    """The scales of an int8 bank are those of its blocks and values, in the dtype of q."""
+    batch, tokens, heads, size = memory_k.shape
+    check_tensor("memory_k_scale", k_scale, "B N Hkv D", like=q)
+    check_shape("memory_k_scale", k_scale, (batch, descriptors.shape[1], heads, size))
+    if not isinstance(v_scale, Tensor) or v_scale.dtype != q.dtype:
+        got = getattr(v_scale, "dtype", type(v_scale).__name__)
+        raise TypeError(f"memory_v_scale must have the dtype of q, {q.dtype}, got {got}")
+    check_shape("memory_v_scale", v_scale, (batch, tokens, heads))
+    check_device("memory_v_scale", v_scale, q)
+
+
+def check_no_gradient(*tensors: Tensor | None) -> None:
+    """What attention to an int8 bank is made from needs no gradient."""
+    if dispatch.needs_grad(*tensors):
+        raise NotImplementedError(
+            "attention to an int8 bank has no backward: call it under torch.no_grad(), or keep the bank in the dtype "
+            "of q"
+        )
 
 
 def check_state(name: str, out: Tensor, lse: Tensor) -> None:
@@ -218,13 +270,19 @@ def scale_of(softmax_scale: float | None, q: Tensor) -> float:
 
 
 def check_descriptors(
-    name: str, descriptors: Tensor, memory_k: Tensor, frame: int, block_size: int, scores: tuple[Score, ...]
+    name: str,
+    descriptors: Tensor,
+    memory_k: Tensor,
+    frame: int,
+    block_size: int,
+    scores: tuple[Score, ...],
+    like: Tensor,
 ) -> None:
-    """Descriptors (B, N, Hkv, width) are of the blocks of memory_k, of its dtype and on its device.
+    """Descriptors (B, N, Hkv, width) are of the blocks of memory_k, and of the dtype and on the device of `like`.
 
     scores: of which one takes descriptors of their width.
     """
-    check_tensor(name, descriptors, "B N Hkv D", like=memory_k)
+    check_tensor(name, descriptors, "B N Hkv D", like=like)
     batch, tokens, heads, size = memory_k.shape
     widths = {descriptor_width(size, score) for score in scores}
     width = descriptors.shape[-1] if descriptors.shape[-1] in widths else min(widths)

@@ -20,6 +20,7 @@ SLOTS = torch.tensor([[1, 0], [0, 1]], dtype=torch.int32)
 FRAMES = torch.tensor([1, 2], dtype=torch.int32)
 USED = torch.tensor([13, 25], dtype=torch.int32)
 WINDOW = torch.tensor([[2, 0], [1, 1]], dtype=torch.int32)
+NO_SCALES = (None, None, None)  # nor descriptors
 SIZES = (3, 4, 10, 3, 0.3)  # top_k, block_size, frame_tokens, query_group, softmax_scale
 
 
@@ -31,13 +32,14 @@ def attention_arguments(name: str, impl: str, requires_grad: bool):
     indices = memflow_ops.select_blocks(q, descriptors, 3, query_group=3, blocks_per_frame=3)
     out, lse = torch.randn_like(q), torch.randn(2, 4, 7, dtype=q.dtype, requires_grad=requires_grad)
     sizes = ([True, False, True, True, True], *SIZES[1:], True)
-    bank = (memory_k, memory_v, torch.randn_like(q, requires_grad=requires_grad), described, FRAMES)
+    memory_q = torch.randn_like(q, requires_grad=requires_grad)
+    bank = (memory_k, memory_v, memory_q, described, None, None, FRAMES)
     above = (torch.randn_like(q.detach()), lse.detach())
     return {
         "describe_blocks": (memory_k, 4, 10, 2, impl),
         "describe_blocks_backward": (described, memory_k.detach(), 4, 10),
         "select_blocks": (q.detach(), described, FRAMES, SLOTS, *SIZES, "moments", impl),
-        "attend_selected": (q, memory_k, memory_v, indices, SLOTS, out, lse, *SIZES[1:], impl),
+        "attend_selected": (q, memory_k, memory_v, indices, *NO_SCALES, SLOTS, out, lse, *SIZES[1:], impl),
         "memory_attention": (q, k, v, *bank, SLOTS, USED, WINDOW, *SIZES, True, "moments", impl, "auto"),
         "attend_backward": (*above, *tensors(False), indices, SLOTS, USED, WINDOW, out, lse.detach(), *sizes, impl),
         "merge_states": (out.requires_grad_(requires_grad), lse, torch.randn_like(out), torch.randn_like(lse)),
@@ -57,6 +59,18 @@ def test_opcheck_of_attention_and_selection(name, impl):
     assert succeeds(name, attention_arguments(name, impl, name not in ("select_blocks", "attend_backward")))
 
 
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_opcheck_of_attention_to_an_int8_bank(impl):
+    q, k, v, memory_k, memory_v = tensors(False)
+    described = memflow_ops.describe_blocks(memory_k, 4, 10)
+    made = memflow_ops.quantise_memory(memory_k, memory_v, described, block_size=4, frame_tokens=10)
+    indices = memflow_ops.select_blocks(q, described, 3, query_group=3, blocks_per_frame=3)
+    scales = (described, *made[2:])
+    sizes = (*SIZES, False, "mean", impl, "auto")
+    assert succeeds("memory_attention", (q, k, v, *made[:2], None, *scales, FRAMES, SLOTS, USED, WINDOW, *sizes))
+    assert succeeds("attend_selected", (q, *made[:2], indices, *scales, SLOTS, None, None, *SIZES[1:], impl))
+
+
 @pytest.mark.parametrize("name", ["describe_blocks_backward", "merge_states", "frame_relevance"])
 def test_opcheck_of_what_all_implementations_share(name):
     assert succeeds(name, attention_arguments(name, "torch", name != "describe_blocks_backward"))
@@ -66,7 +80,11 @@ def test_opcheck_of_copies_beside_the_window():
     q, _, _, memory_k, memory_v = tensors(False, torch.float32)
     indices = torch.tensor([0, 2, 5, -1], dtype=torch.int32).view(1, 2, 1, 2).expand(2, 2, 1, 2).contiguous()
     target_k, target_v, hidden = torch.randn(2, 8, 2, 8), torch.randn(2, 8, 2, 8), torch.zeros(2, 2, 8).bool()
-    assert succeeds("copy_selected", (memory_k, memory_v, indices, SLOTS, target_k, target_v, hidden, 4, 10))
+    targets = (target_k, target_v, hidden, 4, 10)
+    assert succeeds("copy_selected", (memory_k, memory_v, indices, *NO_SCALES, SLOTS, *targets))
+    described = memflow_ops.describe_blocks(memory_k, 4, 10)
+    made = memflow_ops.quantise_memory(memory_k, memory_v, described, block_size=4, frame_tokens=10)
+    assert succeeds("copy_selected", (*made[:2], indices, described, *made[2:], SLOTS, *targets))
     keys, values = torch.randn(2, 13, 2, 8), torch.randn(2, 13, 2, 8)
     assert succeeds("attend_with_copies", (q[:, :, :2], keys, values, hidden, 0.3))
 

@@ -67,6 +67,27 @@ def gather(dense: Tensor | None, memory: Tensor | None, tile: Tile) -> Tensor:
     return torch.cat(parts)
 
 
+def keys_and_values(
+    k: Tensor | None, v: Tensor | None, memory_k: Tensor | None, memory_v: Tensor | None, tile: Tile, geometry: Geometry
+) -> tuple[Tensor, Tensor]:
+    """What a tile attends to, in the dtype to compute in.
+
+    Of an int8 bank: key = mean of its block + k_scale * stored key, value = v_scale * stored value.
+    """
+    if geometry.int8 is None or memory_k is None or memory_v is None:
+        return widened(gather(k, memory_k, tile)), widened(gather(v, memory_v, tile))
+    descriptors, k_scale, v_scale = (widened(x[tile.batch, :, tile.kv_head]) for x in geometry.int8)
+    frames = [token // geometry.frame_tokens for token in tile.tokens]
+    within = [token % geometry.frame_tokens // geometry.block_size for token in tile.tokens]
+    blocks = [frame * geometry.blocks_per_frame + block for frame, block in zip(frames, within, strict=True)]
+    stored_k, stored_v = (x[tile.batch, tile.tokens, tile.kv_head].to(k_scale.dtype) for x in (memory_k, memory_v))
+    keys = descriptors[blocks, : k_scale.shape[-1]] + k_scale[blocks] * stored_k
+    values = v_scale[tile.tokens, None] * stored_v
+    if k is None or v is None:
+        return keys, values
+    return torch.cat([widened(gather(k, None, tile)), keys]), torch.cat([widened(gather(v, None, tile)), values])
+
+
 def scores_of(queries: Tensor, keys: Tensor, tile: Tile, softmax_scale: float) -> Tensor:
     """Scaled scores [rows, keys], -inf for the keys of the window that a query does not see."""
     scores = queries @ keys.T * softmax_scale
@@ -100,7 +121,7 @@ def attend(
     lse = widened(q.new_empty(q.shape[0], q.shape[2], q.shape[1]))
     for tile in tiles(q, k, memory_k, indices, geometry):
         b, rows, h = tile[:3]
-        keys, values = widened(gather(k, memory_k, tile)), widened(gather(v, memory_v, tile))
+        keys, values = keys_and_values(k, v, memory_k, memory_v, tile, geometry)
         scores = scores_of(widened(q[b, rows, h]), keys, tile, geometry.softmax_scale)
         if memory_q is not None:
             window = 0 if k is None else len(tile.window)

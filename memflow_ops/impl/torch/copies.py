@@ -14,6 +14,7 @@ from torch import Tensor
 
 from memflow_ops.geometry import Geometry
 from memflow_ops.impl.dense import attend_folded, cpu_attention
+from memflow_ops.impl.torch.int8 import numbers_of
 
 
 def copy_selected(
@@ -28,7 +29,7 @@ def copy_selected(
     """Copy the selected blocks of a bank (B, L, H, D), one selection per head, to target_k and target_v (B, S, H, D).
 
     indices (B, H, 1, K) int32, S = K * block_size. What an unused entry or a shorter block leaves free becomes 0, and
-    True in hidden (B, H, S).
+    True in hidden (B, H, S). The copies of an int8 bank are of the dtype of the targets.
     """
     size, frame_tokens, slots = geometry.block_size, geometry.frame_tokens, geometry.memory_slots
     stored = geometry.stored_frames(memory_k)
@@ -37,19 +38,25 @@ def copy_selected(
     hidden.zero_()
     for b, (of_heads, of_story) in enumerate(zip(indices[:, :, 0].tolist(), places, strict=True)):
         for h, blocks in enumerate(of_heads):
-            pairs = [
-                (source[b, :, h], target[b, :, h]) for source, target in ((memory_k, target_k), (memory_v, target_v))
-            ]
+            keys, values = (memory_k[b, :, h], target_k[b, :, h]), (memory_v[b, :, h], target_v[b, :, h])
             for entry, block in enumerate(blocks):
                 start, length, first = entry * size, 0, 0
                 frame, number = divmod(block, geometry.blocks_per_frame)
                 if 0 <= frame < len(of_story):
                     length = min(size, frame_tokens - number * size)
                     first = of_story[frame] * frame_tokens + number * size
-                for source, target in pairs:
-                    target[start : start + length] = source[first : first + length]
+                of_bank, copy = slice(first, first + length), slice(start, start + length)
+                for source, target in (keys, values):
+                    if geometry.int8 is None:
+                        target[copy] = source[of_bank]
                     if length < size:  # what lies there may be NaN, and a score of NaN cannot be hidden
                         target[start + length : start + size] = 0
+                if geometry.int8 is not None and length:
+                    descriptors, k_scale, v_scale = (x[b, :, h] for x in geometry.int8)
+                    place = of_story[frame] * geometry.blocks_per_frame + number
+                    means = descriptors[place, : k_scale.shape[1]]
+                    keys[1][copy] = numbers_of(keys[0][of_bank], k_scale[place], means)
+                    values[1][copy] = numbers_of(values[0][of_bank], v_scale[of_bank, None])
                 if length < size:
                     hidden[b, h, start + length : start + size] = True
 

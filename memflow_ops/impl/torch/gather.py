@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from memflow_ops.geometry import Geometry
+from memflow_ops.impl.torch.int8 import numbers_of
 
 PLANNED_KEYS = 1 << 20
 """So many keys have their places worked out at a time."""
@@ -42,6 +43,7 @@ class SelectedBlocks:
     start: the first token of each block, [B * H, G, K].
     length: the tokens of each block, [B * H, G, K], 0 for an unused entry; None: all blocks are full.
     empty: which tiles have no block, [B * H, G]; None: all have one.
+    stored_block: the number of each block among those of the stored frames, [B * H, G, K]; for an int8 bank alone.
     """
 
     def __init__(self, memory_k: Tensor, memory_v: Tensor, indices: Tensor, geometry: Geometry):
@@ -73,6 +75,12 @@ class SelectedBlocks:
         if slots is not None:
             table = slots.clamp(0, stored - 1).long()
             bank_frames = table.gather(1, bank_frames.view(batch, -1)).view_as(bank_frames)
+        self.int8 = None
+        if geometry.int8 is not None:
+            descriptors, k_scale, v_scale = geometry.int8
+            means = descriptors[..., : memory_k.shape[3]]
+            self.int8 = [TokenTable(x) for x in (means, k_scale, v_scale.unsqueeze(3))]
+            self.stored_block = bank_frames * blocks + self.start // block
         self.start += bank_frames.mul_(frame)
         head = torch.arange(batch * heads, dtype=torch.int64, device=self.device)
         self.batch = (head // heads).view(-1, 1, 1)
@@ -84,6 +92,8 @@ class SelectedBlocks:
         part.start = self.start[:, groups]
         part.length = None if self.length is None else self.length[:, groups]
         part.empty = None if self.empty is None else self.empty[:, groups]
+        if self.int8 is not None:
+            part.stored_block = self.stored_block[:, groups]
         return part
 
     def tokens(self, tiles: tuple[slice, slice]) -> tuple[Tensor, Tensor | None]:
@@ -106,7 +116,7 @@ class SelectedBlocks:
     ) -> Iterator[tuple[tuple[slice, slice], Tensor, Tensor]]:
         """Part by part of about `count` tiles: its slices of the tiles, its keys and its values [r, g, K * block, D].
 
-        Keys and values lie in buffers that the next part overwrites.
+        Keys and values may lie in buffers that the next part overwrites.
         """
         rows_k = self.rows(tokens, tiles, self.k)
         rows_v = rows_k if self.v.strides == self.k.strides else self.rows(tokens, tiles, self.v)
@@ -115,7 +125,21 @@ class SelectedBlocks:
         for part in tile_slices(tokens.shape, count):
             k, v = (fill(rows[part].reshape(-1)) for fill, rows in zip(buffers, (rows_k, rows_v), strict=True))
             shape = (*rows_k[part].shape[:2], keys, size)
+            if self.int8 is not None:
+                k, v = self._numbers(k, v, tokens, tiles, part)
             yield part, k.view(shape), v.view(shape)
+
+    def _numbers(
+        self, k: Tensor, v: Tensor, tokens: Tensor, tiles: tuple[slice, slice], part: tuple[slice, slice]
+    ) -> tuple[Tensor, Tensor]:
+        """The gathered int8 keys and values [n, D] of a part of the tiles as numbers [n, D]."""
+        assert self.int8 is not None
+        means, k_scale, v_scale = (
+            table.table.index_select(0, self.rows(places, tiles, table)[part].reshape(-1))
+            for table, places in zip(self.int8, (*[self.stored_block[tiles]] * 2, tokens), strict=True)
+        )
+        of_blocks = numbers_of(k.view(-1, self.block, k.shape[1]), k_scale.unsqueeze(1), means.unsqueeze(1))
+        return of_blocks.flatten(0, 1), numbers_of(v, v_scale)
 
 
 def on_host(x: Tensor) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from memflow_ops.geometry import Geometry, Score
+from memflow_ops.geometry import Geometry, Int8Bank, Score
 from memflow_ops.impl import composed, implementation_of
 from memflow_ops.impl.precision import without_autocast
 from memflow_ops.impl.torch import merge
@@ -25,6 +25,9 @@ def attend_selected(
     memory_k: Tensor,
     memory_v: Tensor,
     indices: Tensor,
+    memory_descriptors: Tensor | None,
+    memory_k_scale: Tensor | None,
+    memory_v_scale: Tensor | None,
     memory_slots: Tensor | None,
     resume_out: Tensor | None,
     resume_lse: Tensor | None,
@@ -34,7 +37,8 @@ def attend_selected(
     softmax_scale: float,
     impl: str,
 ) -> tuple[Tensor, Tensor]:
-    geometry = Geometry(block_size, frame_tokens, query_group, softmax_scale, memory_slots)
+    int8 = Int8Bank.of(memory_descriptors, memory_k_scale, memory_v_scale)
+    geometry = Geometry(block_size, frame_tokens, query_group, softmax_scale, memory_slots, int8=int8)
     resume = None if resume_out is None or resume_lse is None else (resume_out, resume_lse)
     with without_autocast(q):
         return implementation_of(impl, q.device).attend(q, None, None, memory_k, memory_v, indices, geometry, resume)
@@ -54,6 +58,8 @@ def memory_attention(
     memory_v: Tensor | None,
     memory_q: Tensor | None,
     memory_descriptors: Tensor | None,
+    memory_k_scale: Tensor | None,
+    memory_v_scale: Tensor | None,
     memory_frames: Tensor | None,
     memory_slots: Tensor | None,
     seqused_k: Tensor | None,
@@ -71,7 +77,8 @@ def memory_attention(
     """Out, LSE and the selected indices (B, H, G, K), K = 0 without a bank."""
     sizes = (block_size, frame_tokens, query_group, softmax_scale)
     score_kind = cast(Score, score)
-    geometry = Geometry(*sizes, memory_slots, memory_frames, causal, seqused_k, window_slots, score_kind)
+    int8 = Int8Bank.of(memory_descriptors, memory_k_scale, memory_v_scale)
+    geometry = Geometry(*sizes, memory_slots, memory_frames, causal, seqused_k, window_slots, score_kind, int8)
     with without_autocast(q):
         return composed.memory_attention(
             q, k, v, memory_k, memory_v, memory_q, memory_descriptors, top_k, geometry, impl, dense_backend
@@ -80,7 +87,7 @@ def memory_attention(
 
 @memory_attention.register_fake
 def _(q, k, v, memory_k, *rest) -> tuple[Tensor, Tensor, Tensor]:
-    memory_slots, _, _, top_k, block_size, frame_tokens, query_group = rest[4:11]
+    memory_slots, _, _, top_k, block_size, frame_tokens, query_group = rest[6:13]
     geometry = Geometry(block_size, frame_tokens, query_group, 1.0, memory_slots)
     blocks = 0 if memory_k is None else geometry.bank_blocks(geometry.stored_frames(memory_k))
     return (*empty_state(q), empty_indices(q, geometry.query_groups(q.shape[1]), min(top_k, blocks)))
@@ -138,9 +145,8 @@ def _gradients(grad_out: Tensor | None, grad_lse: Tensor | None, wanted: Sequenc
 
 
 def _setup_attention(ctx, inputs, output) -> None:
-    q, k, v, memory_k, memory_v, memory_q, _, _, *tables, _, block_size, frame, group, scale, causal, _, impl, _ = (
-        inputs
-    )
+    q, k, v, memory_k, memory_v, memory_q, *_ = inputs
+    *tables, _, block_size, frame, group, scale, causal, _, impl, _ = inputs[10:]
     out, lse, indices = output
     ctx.save_for_backward(memory_q, q, k, v, memory_k, memory_v, indices, *tables, out, lse)
     ctx.sizes = (block_size, frame, group, scale, causal, impl)
@@ -165,14 +171,15 @@ def _attention_grad(ctx, grad_out, grad_lse, _):
         if any(of_bank):
             bank = (memory_q, None, None, memory_k, memory_v)
             gradients[5], _, _, *gradients[3:5] = _gradients(grad_out, grad_lse, of_bank, *bank, *rest, *ctx.sizes)
-    return (*gradients, *(None,) * 14)
+    return (*gradients, *(None,) * 16)
 
 
 memory_attention.register_autograd(_attention_grad, setup_context=_setup_attention)
 
 
 def _setup_selected(ctx, inputs, output) -> None:
-    q, memory_k, memory_v, indices, memory_slots, resume_out, resume_lse, *sizes, impl = inputs
+    q, memory_k, memory_v, indices = inputs[:4]
+    memory_slots, resume_out, resume_lse, *sizes, impl = inputs[7:]
     out, lse = output
     bank = (memory_k, memory_v, indices, memory_slots)
     ctx.save_for_backward(q, None, None, *bank, None, None, out, lse, resume_out, resume_lse)
@@ -185,10 +192,10 @@ def _selected_grad(ctx, grad_out, grad_lse):
     wanted = ctx.needs_input_grad
     gradients = _gradients(grad_out, grad_lse, (wanted[0], False, False, *wanted[1:3]), *saved, *ctx.sizes)
     of_resumed: Sequence[Tensor | None] = (None, None)
-    if any(wanted[5:7]):
+    if any(wanted[8:10]):
         out, lse = saved[-2:]
         of_resumed = merge.resumed_gradients(grad_out, grad_lse, out, lse, resume_out, resume_lse)
-    return (gradients[0], *gradients[3:], None, None, *of_resumed, *(None,) * 5)
+    return (gradients[0], *gradients[3:], *(None,) * 5, *of_resumed, *(None,) * 5)
 
 
 attend_selected.register_autograd(_selected_grad, setup_context=_setup_selected)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from memflow_ops.geometry import Geometry
+from memflow_ops.geometry import Geometry, Int8Bank
 from memflow_ops.impl.precision import without_autocast
 from memflow_ops.impl.torch import copies
 
@@ -18,6 +18,9 @@ def copy_selected(
     memory_k: Tensor,
     memory_v: Tensor,
     indices: Tensor,
+    memory_descriptors: Tensor | None,
+    memory_k_scale: Tensor | None,
+    memory_v_scale: Tensor | None,
     memory_slots: Tensor | None,
     target_k: Tensor,
     target_v: Tensor,
@@ -25,7 +28,8 @@ def copy_selected(
     block_size: int,
     frame_tokens: int,
 ) -> None:
-    geometry = Geometry(block_size, frame_tokens, 1, 1.0, memory_slots)
+    int8 = Int8Bank.of(memory_descriptors, memory_k_scale, memory_v_scale)
+    geometry = Geometry(block_size, frame_tokens, 1, 1.0, memory_slots, int8=int8)
     copies.copy_selected(memory_k, memory_v, indices, geometry, target_k, target_v, hidden)
 
 
