@@ -100,11 +100,13 @@ def attend_config(
     query_group: int,
     queries: int,
     table: Mapping[int, Mapping[int, tuple[int, int, int, int]]] = ATTEND_TILES,
+    int8_block: int | None = None,
 ) -> tuple[dict[str, int], dict[str, int], bool]:
     """BLOCK_M, BLOCK_N and DIM of attend_kernel, its launch options, and whether each row of a tile has its own blocks.
 
     Rows have blocks of their own where more than two groups fit in a tile; otherwise a tile is of one group. `table`:
-    BACKWARD_QUERIES_TILES gives the sizes of backward_queries_kernel.
+    BACKWARD_QUERIES_TILES gives the sizes of backward_queries_kernel. int8_block: tokens per block of an int8
+    bank, None for another: there a tile is of one block, whose mean and scale all of its keys share.
     """
     dim = dim_of(dtype, head_dim)
     if dtype == torch.float32:  # without tensor cores the operands, too, have to fit in registers
@@ -115,6 +117,12 @@ def attend_config(
     by_row = 2 * query_group < block_m and query_group < queries
     if by_row and capability >= 100 and head_dim > 64 and table is BACKWARD_QUERIES_TILES:
         block_n = min(block_n, 32)  # the cursors of the rows do not fit in registers beside 64 keys
+    if int8_block is not None:
+        block_n = min(block_n, max(next_power_of_2(int8_block), 16))
+        if dtype == torch.float32:
+            block_m = 16
+        elif by_row and head_dim > 64:
+            block_n = min(block_n, 32)  # nor do they beside 64 keys that are made from integers
     if not by_row:
         block_m = min(block_m, max(next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
     if block_m <= 64 and dim <= 128 and dtype != torch.float32:

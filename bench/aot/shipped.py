@@ -5,7 +5,7 @@ from functools import partial
 
 import torch
 
-from memflow_ops.geometry import Geometry, Score, WriteTarget, descriptor_width
+from memflow_ops.geometry import Geometry, Int8Bank, Score, WriteTarget, descriptor_width
 from memflow_ops.kernels.attention.backward import plan_attend_backward
 from memflow_ops.kernels.attention.plan import plan_attend
 from memflow_ops.kernels.cache_write import plan_write_projections
@@ -47,21 +47,26 @@ def memory_attention(
     in_order: bool = False,
     score: Score = "mean",
     multiprocessors: int = 0,
+    int8: bool = False,
 ) -> list[Launch]:
     """The launches of a layer's attention to the bank, which resume; with `dense` to the window too, starting afresh.
 
     by_group: every query group has a number of valid frames. in_order: without a slot table. multiprocessors: how many
-    the device has, so that the last wave is split; 0: it is not.
+    the device has, so that the last wave is split; 0: it is not. int8: keys and values of the bank.
     """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
     k = cached(window_tokens, heads[1], head_dim, dtype) if dense else None
-    memory = cached(frames * FRAME_TOKENS, heads[1], head_dim, dtype)
+    memory = cached(frames * FRAME_TOKENS, heads[1], head_dim, torch.int8 if int8 else dtype)
     blocks = frames * -(-FRAME_TOKENS // block_size)
     descriptors = meta(1, blocks, heads[1], descriptor_width(head_dim, score), dtype=dtype)
     counts = (1, -(-QUERIES // query_group)) if by_group else (1,)
     slots, valid = meta(1, frames, dtype=torch.int32), meta(*counts, dtype=torch.int32)
     sizes = (block_size, FRAME_TOKENS, query_group, head_dim**-0.5)
-    geometry = Geometry(*sizes, None if in_order else slots, valid, causal=causal, score=score)
+    scales = None
+    if int8:
+        k_scale, v_scale = descriptors[..., :head_dim], cached(frames * FRAME_TOKENS, heads[1], 1, dtype).squeeze(3)
+        scales = Int8Bank(descriptors, k_scale.contiguous(), v_scale)
+    geometry = Geometry(*sizes, None if in_order else slots, valid, causal=causal, score=score, int8=scales)
     resume = None if dense else (q, meta(1, heads[0], QUERIES, dtype=torch.float32))
     selecting, indices = plan_select(q, descriptors, top_k, geometry)
     attending, *_ = plan_attend(
@@ -149,7 +154,7 @@ def backward(
 REPRESENTATIVE = frozenset(
     {
         "window", "window, causal, used keys", "bank", "bank in order", "bank, last wave split", "bank, float32",
-        "bank, blocks of 16", "per query", "cache write, clean pass", "retrieval, coverage",
+        "bank, blocks of 16", "bank, int8", "per query", "cache write, clean pass", "retrieval, coverage",
         "backward, window too", "backward, per query", "backward, float32",
     }
 )  # fmt: skip
@@ -202,6 +207,19 @@ def shipped() -> dict[str, Plan]:
         "per query, frames by group": dict(query_group=1, by_group=True),
         "bank, moments": dict(score="moments"),
         "per query, moments": dict(query_group=1, score="moments"),
+        "bank, int8": dict(int8=True),
+        "bank, int8, window too": dict(int8=True, dense=True),
+        "bank, int8, moments": dict(int8=True, score="moments"),
+        "bank, int8, float16": dict(int8=True, **half),
+        "bank, int8, float32": dict(int8=True, **single),
+        "bank, int8, 64 dims": dict(int8=True, head_dim=64),
+        "bank, int8, 12 heads on 4": dict(int8=True, heads=(12, 4)),
+        "bank, int8, blocks of 16": dict(int8=True, block_size=16),
+        "bank, int8, blocks of 32": dict(int8=True, block_size=32),
+        "bank, int8, last wave split": dict(int8=True, **split),
+        "per query, int8": dict(int8=True, query_group=1),
+        "per query, int8, float32": dict(int8=True, query_group=1, **single),
+        "whole chunk, int8": dict(int8=True, query_group=QUERIES),
     }
     windows: dict[str, Plan] = {
         "window": window,

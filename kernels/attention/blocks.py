@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 
 from memflow_ops.geometry import Geometry
+from memflow_ops.kernels.attention.int8 import numbers_of, scales_of, scales_of_head
 from memflow_ops.kernels.integers import cdiv
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.primitives import load_rows, slots_of_batch, stored_frame, strided
@@ -41,6 +42,8 @@ class Segment(NamedTuple):
     frames: Any = None
     """Frames of a window that lies among other frames; None: the keys follow one another. The bank's are an argument of
     their own, because blocks are located by them."""
+    scales: Any = None
+    """Scales of a bank that is int8; None: it is not."""
 
 
 def segment_of(k: torch.Tensor | None, v: torch.Tensor | None) -> Segment:
@@ -48,6 +51,12 @@ def segment_of(k: torch.Tensor | None, v: torch.Tensor | None) -> Segment:
     if k is None or v is None or not k.shape[1]:
         return Segment()
     return Segment(k, v, k.stride()[:3], strided(v, like=k).strides)
+
+
+def bank_of(k: torch.Tensor | None, v: torch.Tensor | None, geometry: Geometry) -> Segment:
+    """As segment_of, for the keys and values of the bank, which may be int8."""
+    segment = segment_of(k, v)
+    return segment if segment.k is None else segment._replace(scales=scales_of(geometry.int8))
 
 
 def window_of(k: torch.Tensor | None, v: torch.Tensor | None, geometry: Geometry) -> Segment:
@@ -105,7 +114,8 @@ class Blocks(NamedTuple):
 
 @triton.jit
 def segment_of_head(segment, batch, kv_head):
-    """The keys and values of one batch element and head; frames in a tuple, empty for None (see slots_of_batch)."""
+    """The keys and values of one batch element and head; frames and scales in tuples, empty for None (see
+    slots_of_batch)."""
     v_strides = segment.v_strides
     if v_strides is None:
         v_strides = segment.k_strides
@@ -116,7 +126,10 @@ def segment_of_head(segment, batch, kv_head):
         of_all = segment.frames
         slots = of_all.slots + batch * of_all.slot_stride
         frames = (Frames(slots, of_all.slot_stride, of_all.count, of_all.stored, of_all.tokens),)
-    return Segment(k, v, segment.k_strides, v_strides, frames)
+    scales = ()
+    if segment.scales is not None:
+        scales = (scales_of_head(segment.scales, batch, kv_head),)
+    return Segment(k, v, segment.k_strides, v_strides, frames, scales)
 
 
 @triton.jit
@@ -134,6 +147,33 @@ def load_keys(segment, token, lanes, present, columns, HEAD_DIM: tl.constexpr):
     key_rows = segment.k + token * segment.k_strides[1] + lanes * segment.k_strides[1]
     value_rows = segment.v + token * segment.v_strides[1] + lanes * segment.v_strides[1]
     return load_rows(key_rows, present, columns, HEAD_DIM), load_rows(value_rows, present, columns, HEAD_DIM)
+
+
+@triton.jit
+def load_block(
+    segment,
+    blocks,
+    slot,  # of locate_block, like start and length
+    start,
+    length,
+    part,  # the first token in the block, or [BLOCK_N] those of all lanes
+    lanes,
+    present,
+    columns,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SHARED: tl.constexpr,  # one block for all lanes
+):
+    """What load_keys gives for the tokens `part + lanes` of blocks of the bank, which may be int8."""
+    token = slot.to(tl.int64) * blocks.frame_tokens + start + part
+    key, value = load_keys(segment, token, lanes, present, columns, HEAD_DIM)
+    if len(segment.scales) > 0:
+        block = slot.to(tl.int64) * blocks.per_frame + start // BLOCK_SIZE
+        there = length > 0 if SHARED else present
+        key, value = numbers_of(
+            key, value, segment.scales[0], block, there, token + lanes, present, columns, HEAD_DIM, SHARED
+        )
+    return key, value
 
 
 @triton.jit
@@ -289,9 +329,10 @@ def walk_list(
             part = (first + lanes) % BLOCK_SIZE
             present = part < length
             ragged = True
-        token = slot.to(tl.int64) * blocks.frame_tokens + start + part
         within = 0 if not shared else lanes.to(tl.int64)
-        key, value = load_keys(segment, token, within, present, columns, HEAD_DIM)
+        key, value = load_block(
+            segment, blocks, slot, start, length, part, within, present, columns, HEAD_DIM, BLOCK_SIZE, shared
+        )
         state = step(rows, state, key, value, present, ragged, None, False)
         slot, start, length = locate_block(index, blocks, BLOCK_SIZE)
         offset += BLOCK_N
@@ -403,8 +444,9 @@ def walk_union(
     for number in range(size * PARTS):
         part = number % PARTS * BLOCK_N
         present = part + lanes < length
-        token = slot.to(tl.int64) * blocks.frame_tokens + start + part
-        key, value = load_keys(segment, token, lanes.to(tl.int64), present, columns, HEAD_DIM)
+        key, value = load_block(
+            segment, blocks, slot, start, length, part, lanes.to(tl.int64), present, columns, HEAD_DIM, BLOCK_SIZE, True
+        )
         state = step(rows, state, key, value, present, part + BLOCK_N > length, wanted, GUARD)
         last_part = number % PARTS == PARTS - 1
         cursor += (wanted & last_part).to(tl.int32)

@@ -3,7 +3,7 @@
 import torch
 
 from memflow_ops.geometry import Geometry
-from memflow_ops.kernels.attention.blocks import Segment, frames_of, plan_unions, segment_of, valid_keys_of, window_of
+from memflow_ops.kernels.attention.blocks import Segment, bank_of, frames_of, plan_unions, valid_keys_of, window_of
 from memflow_ops.kernels.attention.forward import attend_kernel
 from memflow_ops.kernels.attention.split import plan_merge_splits
 from memflow_ops.kernels.configs import (
@@ -38,7 +38,7 @@ def plan_attend(
     is to fill (None: those of q's device; 0, and without a GPU: no tile is split). out_dtype: None: that of q.
     """
     batch, queries, heads, head_dim = q.shape
-    window, memory = window_of(k, v, geometry), segment_of(memory_k, memory_v)
+    window, memory = window_of(k, v, geometry), bank_of(memory_k, memory_v, geometry)
     if memory.k is None or indices is None or not indices.shape[-1]:
         memory, frames, indices = Segment(), None, None
         entries = blocks = 0
@@ -49,10 +49,14 @@ def plan_attend(
         entries, blocks = indices.shape[-1], geometry.bank_blocks(frames.stored)
         query_group = geometry.query_group
     kv_heads = next((part.k.shape[2] for part in (window, memory) if part.k is not None), heads)
-    tiles, options, by_row = attend_config(capability or capability_of(q), q.dtype, head_dim, query_group, queries)
+    is_int8 = memory.scales is not None
+    tiles, options, by_row = attend_config(
+        capability or capability_of(q), q.dtype, head_dim, query_group, queries,
+        int8_block=geometry.block_size if is_int8 else None,
+    )  # fmt: skip
     short_blocks = by_row and geometry.block_size < tiles["BLOCK_N"]
     both = window.k is not None and memory.k is not None
-    if both and (short_blocks or memory_q is not None or geometry.window_keys(window.k) == 1):
+    if both and (short_blocks or is_int8 or memory_q is not None or geometry.window_keys(window.k) == 1):
         # In one launch ptxas for sm_90 lets every product wait for the one before (C7515). Two forms of the queries are
         # not taken by one launch. The state between two is float32: rounded to a half precision it would break the
         # tolerance.
@@ -124,12 +128,13 @@ def attend(
 
     q (B, Lq, H, D); k, v (B, Lk, Hkv, D), or None: no dense segment; memory_k, memory_v (B, stored frames *
     frame_tokens, Hkv, D) and indices (B, H, G, K) int32 with G = ceil(Lq / query_group), or None: no bank. One dtype
-    (float32, bfloat16, float16), last dimensions contiguous, D up to 256, H a multiple of Hkv. resume: the state to
-    continue, out (B, Lq, H, D) of any float dtype and lse (B, H, Lq) float32. memory_q: like q, what attends to the
-    bank; None: q.
+    (float32, bfloat16, float16), last dimensions contiguous, D up to 256, H a multiple of Hkv; memory_k and memory_v
+    may be int8, see `Geometry.int8`. resume: the state to continue, out (B, Lq, H, D) of any float dtype and lse
+    (B, H, Lq) float32. memory_q: like q, what attends to the bank; None: q.
     -> out (B, Lq, H, D) in q's dtype, lse (B, H, Lq) float32, the natural logarithm of the sum of exp(scaled score);
-    0 and -inf where a query has no key. Scores, softmax and accumulation are float32; the weights are rounded to v's
-    dtype for the product with v. Indices outside of 0..N-1 are skipped. What is not selected is not read.
+    0 and -inf where a query has no key. Scores, softmax and accumulation are float32; the weights, and the numbers that
+    int8 keys and values stand for, are rounded to q's dtype for the products. Indices outside of 0..N-1 are skipped.
+    What is not selected is not read.
     """
     launches, out, lse = plan_attend(q, k, v, memory_k, memory_v, indices, geometry, resume, memory_q)
     run_all(launches)
