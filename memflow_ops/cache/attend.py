@@ -124,6 +124,10 @@ def attend_to_memory(
         made_for = (chosen.layout, chosen.top_k, chosen.query_group)
         if made_for != (layout, selection.top_k, selection.query_group):
             raise ValueError("attend_to_memory: chosen was made for another layout, top_k or query_group")
+    if selection is not None and selection.random is not None and layout.bank_dtype:
+        raise ValueError(
+            "attend_to_memory: random descriptors cannot stand in for those that an int8 bank is read with"
+        )
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None) -> Tensor:
         q = cache.write_projections(layer, q, k, v, rotation, norm, remember=remember, impl=impl)
@@ -229,6 +233,9 @@ def _attend_to_chosen(
         block_size=layout.block_size,
         frame_tokens=layout.frame_tokens,
         query_group=selection.query_group,
+        memory_descriptors=memory.descriptors,
+        memory_k_scale=memory.k_scale,
+        memory_v_scale=memory.v_scale,
         memory_slots=memory.slots,
         resume=state,
         impl=impl,
@@ -257,6 +264,8 @@ def _attend_to_both(
         memory.values,
         memory_q=None if turn is None else move_frames(q, turn),
         memory_descriptors=memory.descriptors,
+        memory_k_scale=memory.k_scale,
+        memory_v_scale=memory.v_scale,
         top_k=selection.top_k,
         block_size=layout.block_size,
         frame_tokens=layout.frame_tokens,

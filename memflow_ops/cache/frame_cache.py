@@ -16,6 +16,11 @@ on disk as well, right after its chunk, and what leaves host memory is there. Me
 retrieval compares with the prompt, stay on the device for every prototype that is remembered. The stories of a batch
 advance together, but each has slots and a share of host memory of its own, so a story is remembered as if it were
 alone.
+
+With `bank_dtype="int8"` sink and history lie in frame places of their own, and a frame is quantised once, on its way
+out of the ring:
+
+    [ places for copies | ring of the local window ]    [ sink frames | history slots ] as int8, with scales
 """
 
 import weakref
@@ -34,13 +39,13 @@ from memflow_ops.cache.state import check_layout, check_places, load_places, sav
 from memflow_ops.cache.store import FrameStore, HistoryFolder
 from memflow_ops.cache.views import Candidates
 from memflow_ops.impl.precision import as_autocast_does
-from memflow_ops.ops.cache_write import QKNorm, write_projections
+from memflow_ops.ops.cache_write import QKNorm, quantise_memory, write_projections
 from memflow_ops.ops.registration.dispatch import needs_grad
 from memflow_ops.ops.selection import describe_blocks
 from memflow_ops.rotary import apply_rotation, frame_turn, without_time
 
-PLACE_TENSORS = ("keys", "values", "descriptors")
-"""What the tensors of a frame place are called in a history on disk."""
+PLACE_TENSORS = ("keys", "values", "descriptors", "k_scale", "v_scale")
+"""What the tensors of a frame place are called in a history on disk; the scales are those of an int8 bank."""
 
 
 class FrameCache(RingCache):
@@ -240,7 +245,9 @@ class FrameCache(RingCache):
 
     def _is_counted(self, sparse: bool) -> bool:
         # The history lies behind the ring, so that without a full one the valid keys of `dense` have a gap.
-        return super()._is_counted(sparse) and (sparse or not (self.candidate_frames()[0] or self.layout.copied_frames))
+        layout = self.layout
+        apart = self.candidate_frames()[0] or layout.copied_frames or layout.bank_dtype
+        return super()._is_counted(sparse) and (sparse or not apart)
 
     def _before_ring(self) -> range:
         return range(self.layout.sink_frames - self.visible_sink(), self.layout.sink_frames)
@@ -254,6 +261,11 @@ class FrameCache(RingCache):
         leave the device.
         """
         self._check_open("dense")
+        if self.layout.bank_dtype:
+            raise RuntimeError(
+                "the past cannot be attended to in full where bank_dtype='int8' keeps it apart from the local window: "
+                "attend to selected blocks, or use bank_dtype=None"
+            )
         if self.layout.positions == "bounded" and (self.visible_sink() or self.candidate_frames()[0]):
             raise RuntimeError("dense: with positions='bounded' the past is attended to block by block, see `memory`")
         if any(story.evicted for story in self._stories):
@@ -405,16 +417,19 @@ class FrameCache(RingCache):
         kept = [(story, prototype) for story in self._stories for prototype in story.history.values()]
         if self._stores:
             kept = []  # the records of the store have their keys, values and means
-        places = sorted({*sink, *ring, *(story.place_of(p) for story, p in kept if p.slot is not None)})
+        places = sorted({*sink, *(story.place_of(p) for story, p in kept if p.slot is not None)})
+        if layout.bank_dtype is None:
+            places = sorted({*places, *ring})
         rows = sorted({p.row for _, p in kept})
         return {
             "layout": save_layout(layout),
             "committed": self._committed,
             "ever_evicted": any(story.evicted for story in self._stories),
             "ring": [frame // layout.chunk_frames for frame in self._ring[:: layout.chunk_frames]],  # chunk numbers
-            # Counted without the places for copies, so that a cache that has some goes on where another was.
-            "places": [place - layout.copied_frames * (place >= layout.sink_frames) for place in places],
-            "pools": save_places(self._places, places),
+            "places": [place - self._copied_before(place) for place in places],
+            "pools": save_places(self._bank, places),
+            # With an int8 bank the window is not among them.
+            **({"window": save_places(self._places[:2], ring)} if layout.bank_dtype else {}),
             "rows": rows,
             "means": save_places([self._means], rows),
             "history": [story.saved_history() for story in self._stories],
@@ -424,9 +439,13 @@ class FrameCache(RingCache):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         check_layout(self.layout, state.get("layout"))
-        sink, copied = self.layout.sink_frames, self.layout.copied_frames
-        places = [place + copied * (place >= sink) for place in state["places"]]
-        check_places("pools", self._places, places, state["pools"])
+        places = [place + self._copied_before(place) for place in state["places"]]
+        check_places("pools", self._bank, places, state["pools"])
+        size = self.layout.chunk_frames
+        frames = [chunk * size + i for chunk in state["ring"] for i in range(size)]
+        ring = range(self._ring_start, self._ring_start + len(frames))
+        if self.layout.bank_dtype:
+            check_places("window", self._places[:2], ring, state["window"])
         check_places("means", [self._means], state["rows"], state["means"])
         saved = state.get("stores", [])
         if bool(saved) != bool(self._stores):
@@ -442,15 +461,22 @@ class FrameCache(RingCache):
             for prototype in stories[number].history.values():
                 store.means(prototype.frame, self._means[:, number, prototype.row])
             stories[number].read_slots()
-        load_places(self._places, places, state["pools"])
+        load_places(self._bank, places, state["pools"])
+        if self.layout.bank_dtype:
+            load_places(self._places[:2], ring, state["window"])
         load_places([self._means], state["rows"], state["means"])
         self._table.forget_unread()
         self._stories[:] = stories  # in place, because the slot table follows this list
-        size = self.layout.chunk_frames
-        self._go_on_after(state["committed"], [chunk * size + i for chunk in state["ring"] for i in range(size)])
+        self._go_on_after(state["committed"], frames)
         self._clear_bank()
 
     # ---------------------------------------------------------------------------------------------------------- details
+
+    def _copied_before(self, place: int) -> int:
+        """How many places for copies lie before a frame place of sink, ring or history. Saved places are counted
+        without them, so that a cache that has some goes on where another was."""
+        layout = self.layout
+        return layout.copied_frames if layout.bank_dtype is None and place >= layout.sink_frames else 0
 
     def _first_in_window(self, chunk: int | None = None) -> int:
         """The oldest frame in a chunk's window (None: in that of the coming or current new chunk).
@@ -462,15 +488,14 @@ class FrameCache(RingCache):
 
     def _new_story(self, number: int) -> Story:
         store = self._stores[number] if self._stores else None
-        return Story(self.layout, [pool[:, number] for pool in self._places], store)
+        return Story(self.layout, [pool[:, number] for pool in self._bank], store)
 
     def _make_stores(self, history: HistoryFolder) -> list[FrameStore]:
         """What each story has on disk; the folder stays open as long as this cache lives."""
         history.add_user()
         self._leave_history = weakref.finalize(self, history.remove_user)
-        names = [*PLACE_TENSORS, *(f"tensor {i}" for i in range(len(PLACE_TENSORS), len(self._places)))]
         tensors = {"means": self._means[:, 0, 0]}
-        tensors |= {name: pool[:, 0, 0] for name, pool in zip(names, self._places, strict=False)}
+        tensors |= {name: pool[:, 0, 0] for name, pool in zip(PLACE_TENSORS, self._bank, strict=False)}
         about = {"layout": save_layout(self.layout)}
         room = self.layout.bank_frames
         return [FrameStore(history, number, about, tensors, room) for number in range(self.layout.batch)]
@@ -483,17 +508,36 @@ class FrameCache(RingCache):
         layout = self.layout
         source = self._place_in_ring(frame)
         target = on_device(places, torch.long, self.device)
-        keys, values, descriptors = self._places
-        # Cloned, because with one layer and one story torch takes source and target for the same memory.
-        new_keys = keys[:, :, source].clone() if keys_instead is None else keys_instead
-        keys[:, self._batch_index, target] = new_keys
-        values[:, self._batch_index, target] = values[:, :, source].clone()
+        keys, values, descriptors = (pool[:, :, source] for pool in self._places)
+        if keys_instead is not None:
+            keys = keys_instead
         if keys_instead is None and len(self._described) == layout.layers:
-            blocks = descriptors[:, :, source].clone()
+            blocks = descriptors.clone()
         else:
             sizes = (layout.block_size, layout.frame_tokens)
-            blocks = describe_blocks(new_keys.flatten(0, 1), *sizes, moments=layout.moments)
-        descriptors[:, self._batch_index, target] = blocks.view(layout.layers, layout.batch, *blocks.shape[-3:])
+            blocks = describe_blocks(keys.flatten(0, 1), *sizes, moments=layout.moments).view(descriptors.shape)
+        if layout.bank_dtype is None:
+            # Cloned, because with one layer and one story torch takes source and target for the same memory.
+            for pool, new in zip(self._bank, (keys, values), strict=False):
+                pool[:, self._batch_index, target] = new.clone()
+        else:
+            self._quantise(keys, values, blocks, target)
+        self._bank[2][:, self._batch_index, target] = blocks
+
+    def _quantise(self, keys: Tensor, values: Tensor, descriptors: Tensor, target: Tensor) -> None:
+        """Writes a frame of every story, (layers, B, tokens or blocks, Hkv, ...), to its place target (B,) of the int8
+        bank, except its descriptors; layer by layer, to need little room."""
+        layout = self.layout
+        for layer in range(layout.layers):
+            made = quantise_memory(
+                keys[layer],
+                values[layer],
+                descriptors[layer],
+                block_size=layout.block_size,
+                frame_tokens=layout.frame_tokens,
+            )
+            for pool, new in zip((*self._bank[:2], *self._bank[3:]), made, strict=True):
+                pool[layer, self._batch_index, target] = new
 
     def _store_prototype(self, chunk: int) -> None:
         """Gives the finished chunk's first frame a history slot and a row of means in every story."""

@@ -18,7 +18,7 @@ class Prototype:
     row: int  # where its means are
     last_used: int  # number of the chunk that retrieved it last, or for which it became a candidate
     slot: int | None  # None: the frame is in host memory or only on disk
-    host: tuple[Tensor, ...] = ()  # its keys and values (layers, T, Hkv, D) and descriptors, if it is in host memory
+    host: tuple[Tensor, ...] = ()  # what it has in each pool (layers, ...), if it is in host memory
 
     @property
     def only_on_disk(self) -> bool:
@@ -33,8 +33,8 @@ class Story:
     """
 
     def __init__(self, layout: CacheLayout, pools: Sequence[Tensor], store: FrameStore | None = None):
-        """pools: the story's keys, values and descriptors by frame place, (layers, P, tokens or blocks, Hkv, D).
-        store: where every prototype is on disk too; None: it is not."""
+        """pools: all that a frame of the bank has, by frame place: keys, values, descriptors and, of int8, scales; each
+        (layers, P, tokens or blocks, Hkv, ...). store: where every prototype is on disk too; None: it is not."""
         self.layout, self._pools, self.store = layout, pools, store
         self.history: dict[int, Prototype] = {}  # by frame index, ascending
         self.free_host: list[tuple[Tensor, ...]] = []  # room in host memory that prototypes have left
@@ -113,10 +113,12 @@ class Story:
         return self.place(prototype.slot)
 
     def host_frame(self) -> tuple[Tensor, ...]:
-        """New room for a frame in host memory: keys, values and descriptors."""
+        """New room for a frame in host memory: what it has in each pool."""
         pinned = self._pools[0].device.type == "cuda"  # copies to pinned memory do not make the host wait
-        shapes = [(pool.shape[0], *pool.shape[2:]) for pool in self._pools]
-        return tuple(torch.empty(shape, dtype=self.layout.dtype, device="cpu", pin_memory=pinned) for shape in shapes)
+        return tuple(
+            torch.empty(pool.shape[0], *pool.shape[2:], dtype=pool.dtype, device="cpu", pin_memory=pinned)
+            for pool in self._pools
+        )
 
     def saved_history(self) -> list[tuple[int, int, int, int | None]]:
         """Frame, row, last use and slot of every prototype."""

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from memflow_ops.geometry import Score, descriptor_width
+from memflow_ops.geometry import BankDtype, Score, descriptor_width
 from memflow_ops.host_memory import free_host_bytes
 from memflow_ops.ops.checks import check_score
 
@@ -42,6 +42,9 @@ class CacheLayout:
     positions: where the bank stands in time, see `Positions`; "bounded" takes rotations of `rope_rotation`.
     copied_frames: frame places right before the local window, for copies of the blocks that a chunk attends to; see
         `ChosenBlocks`. They are no part of a saved state.
+    bank_dtype: "int8" keeps sink and history, in frame places of their own, in about half the memory of a half
+        precision; see `quantise_memory`. The local window stays in `dtype`, and what is chosen stays the same, but
+        there is no attention to the past in full and no gradient through a pass. None: all is of `dtype`.
 
     A TypeError or ValueError says which size is impossible.
     """
@@ -64,6 +67,7 @@ class CacheLayout:
     positions: Positions = "absolute"
     copied_frames: int = 0
     disk_frames: int = 0
+    bank_dtype: BankDtype | None = None
 
     def __post_init__(self) -> None:
         self._check_types()
@@ -84,7 +88,7 @@ class CacheLayout:
     def _check_types(self) -> None:
         may_be_zero = ("sink_frames", "bank_frames", "device_frames", "host_frames", "disk_frames", "copied_frames")
         for name, value in list(vars(self).items()):
-            if name in ("dtype", "schedule", "score", "positions") or (
+            if name in ("dtype", "schedule", "score", "positions", "bank_dtype") or (
                 name == "relevance_block_size" and value is None
             ):
                 continue
@@ -100,6 +104,7 @@ class CacheLayout:
             raise ValueError(f"positions must be one of {', '.join(get_args(Positions))}, got {self.positions!r}")
         if self.positions == "bounded" and self.head_dim % 2:
             raise ValueError(f"positions='bounded' needs a head_dim of pairs, an even number, got {self.head_dim}")
+        check_bank_dtype(self.bank_dtype)
 
     def check_room(self, device: torch.device) -> None:
         """A ValueError unless the device can give what the cache allocates on it; on CUDA, unless it is that large."""
@@ -107,8 +112,9 @@ class CacheLayout:
             return
         room = free_host_bytes() if device.type == "cpu" else torch.cuda.mem_get_info(device)[1]
         if self.device_bytes > room:
+            frames = self.pool_frames + self.int8_frames
             raise ValueError(
-                f"a cache of {self.pool_frames} frames takes {self.device_bytes / 2**30:,.1f} GiB on {device}, where "
+                f"a cache of {frames} frames takes {self.device_bytes / 2**30:,.1f} GiB on {device}, where "
                 f"{room / 2**30:,.1f} GiB can be had: lower window_frames={self.window_frames}, "
                 f"sink_frames={self.sink_frames}, bank_frames={self.bank_frames}"
                 + f" or device_frames={self.device_frames}"
@@ -151,17 +157,22 @@ class CacheLayout:
     @property
     def ring_start(self) -> int:
         """The frame place at which the ring of the local window begins."""
-        return self.sink_frames + self.copied_frames
+        return self.copied_frames + (0 if self.bank_dtype else self.sink_frames)
 
     @property
     def history_start(self) -> int:
-        """The frame place of the first history slot."""
-        return self.ring_start + self.window_frames
+        """The frame place of the first history slot, among those of int8 where the bank is."""
+        return self.sink_frames if self.bank_dtype else self.ring_start + self.window_frames
 
     @property
     def pool_frames(self) -> int:
-        """P, the frame places of the pool."""
-        return self.history_start + self.device_frames
+        """P, the frame places of the pool; with an int8 bank only those of the local window and of copies."""
+        return self.ring_start + self.window_frames if self.bank_dtype else self.history_start + self.device_frames
+
+    @property
+    def int8_frames(self) -> int:
+        """The frame places of an int8 bank: sink and history slots. 0 where the bank is of `dtype`."""
+        return self.sink_frames + self.device_frames if self.bank_dtype else 0
 
     @property
     def history_frames(self) -> int:
@@ -197,9 +208,18 @@ class CacheLayout:
         return self._vector_bytes(2 * self.frame_tokens + self.moments * self.blocks_per_frame)
 
     @property
+    def bank_frame_bytes(self) -> int:
+        """Bytes of one frame of sink or history: as `frame_bytes`, or those of an int8 bank, scales included."""
+        if self.bank_dtype is None:
+            return self.frame_bytes
+        vectors = self.layers * self.batch * self.kv_heads * self.frame_tokens
+        integers, scales = 2 * vectors * self.head_dim, vectors * self.dtype.itemsize
+        return integers + scales + self._vector_bytes((self.moments + 1) * self.blocks_per_frame)
+
+    @property
     def pool_bytes(self) -> int:
         """Bytes of all frame places."""
-        return self.pool_frames * self.frame_bytes
+        return self.pool_frames * self.frame_bytes + self.int8_frames * self.bank_frame_bytes
 
     @property
     def means_bytes(self) -> int:
@@ -232,13 +252,39 @@ class CacheLayout:
         The tokens of a head lie behind one another, because attention reads them head by head; token by token, those of
         a model with many heads would lie a page apart.
         """
-        shape = (self.layers, self.batch, self.kv_heads, self.pool_frames * self.frame_tokens, self.head_dim)
-        return torch.empty(shape, dtype=self.dtype, device=device).transpose(2, 3)
+        return self._by_head(self.pool_frames, self.dtype, device, self.head_dim)
+
+    def _by_head(self, frames: int, dtype: torch.dtype, device: torch.device, *size: int) -> Tensor:
+        shape = (self.layers, self.batch, self.kv_heads, frames * self.frame_tokens, *size)
+        return torch.empty(shape, dtype=dtype, device=device).transpose(2, 3)
+
+    def allocate_int8(self, device: torch.device) -> list[Tensor]:
+        """Room for the frames of an int8 bank, by frame place: keys, values, descriptors, scales of keys and of values,
+        (layers, B, int8_frames, tokens or blocks, Hkv, ...)."""
+        frames, blocks = self.int8_frames, self.int8_frames * self.blocks_per_frame
+        keys, values = (self._by_head(frames, torch.int8, device, self.head_dim) for _ in range(2))
+        descriptors, k_scale = (
+            torch.empty(self.layers, self.batch, blocks, self.kv_heads, size, dtype=self.dtype, device=device)
+            for size in (self.descriptor_width, self.head_dim)
+        )
+        v_scale = self._by_head(frames, self.dtype, device)
+        by_place = lambda x, size: x.unflatten(2, (frames, size))  # noqa: E731
+        of_tokens, of_blocks = self.frame_tokens, self.blocks_per_frame
+        return [
+            *(by_place(x, of_tokens) for x in (keys, values)),
+            *(by_place(x, of_blocks) for x in (descriptors, k_scale)),
+            by_place(v_scale, of_tokens),
+        ]
 
     @property
     def host_bytes(self) -> int:
         """The most bytes that host memory will hold: allocated frame by frame, with a spare frame to swap through."""
-        return (self.host_frames + 1) * self.frame_bytes if self.host_frames else 0
+        return (self.host_frames + 1) * self.bank_frame_bytes if self.host_frames else 0
+
+
+def check_bank_dtype(bank_dtype: object) -> None:
+    if bank_dtype not in (None, *get_args(BankDtype)):
+        raise ValueError(f"bank_dtype must be {' or '.join(get_args(BankDtype))}, or None, got {bank_dtype!r}")
 
 
 def on_device(numbers: Sequence[object], dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from memflow_ops.cache.layout import CacheLayout, Positions
-from memflow_ops.geometry import Score
+from memflow_ops.geometry import BankDtype, Score
 
 BankSchedule = Literal["interactive", "single-prompt"]
 """When a frame enters the bank. The authors have one program for each, and tune with one after the other.
@@ -38,6 +38,7 @@ class ReleasedLayout(CacheLayout):
     score: Score = field(default="mean", init=False)
     positions: Positions = field(default="absolute", init=False)
     copied_frames: int = field(default=0, init=False)
+    bank_dtype: BankDtype | None = field(default=None, init=False)
     record_interval: int = 3
     schedule: BankSchedule = "interactive"
 

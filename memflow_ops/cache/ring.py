@@ -60,6 +60,8 @@ class RingCache(SavedByState, ABC):
         self._descriptors = torch.empty(*blocks, *vectors, dtype=layout.dtype, device=self.device)
         # The same memory with one index per frame place: (layers, B, P, tokens or blocks, Hkv, D).
         self._places = [t.unflatten(2, (layout.pool_frames, -1)) for t in (self._keys, self._values, self._descriptors)]
+        # Where the frames of the bank lie: in the same places, or as int8 in places of their own, with scales.
+        self._bank = layout.allocate_int8(self.device) if layout.bank_dtype else self._places
         # The place of each frame of the open chunk, per story; -1 where the frame is not to be written. Kernels read
         # this tensor, so it stays where it is and is overwritten.
         self._chunk_places = torch.zeros((layout.batch, layout.chunk_frames), dtype=torch.int32, device=self.device)
@@ -347,8 +349,8 @@ class RingCache(SavedByState, ABC):
         self._check_open("memory")
         if layer in self._in_graph:
             return self._copied_memory(layer)
-        pools = self._keys[layer], self._values[layer], self._descriptors[layer]
-        return Memory(*pools, self._table.slots, self._table.lengths)
+        keys, values, descriptors, *scales = (pool[layer].flatten(1, 2) for pool in self._bank)  # views
+        return Memory(keys, values, descriptors, self._table.slots, self._table.lengths, *scales)
 
     def bank_turn(self) -> Tensor | None:
         """What moves the open chunk's rotated queries in time to where they stand for the bank, see `move_frames`.
@@ -532,9 +534,9 @@ class RingCache(SavedByState, ABC):
         """The bank of a layer with its frames copied, one after the other."""
         slots = self._table.slots.long()
         each = torch.arange(len(slots), dtype=torch.int64, device=self.device)[:, None]
-        keys, values, descriptors = (pool[layer][each, slots].flatten(1, 2) for pool in self._places)
+        keys, values, descriptors, *scales = (pool[layer][each, slots].flatten(1, 2) for pool in self._bank)
         order = torch.arange(slots.shape[1], dtype=torch.int32, device=self.device).repeat(len(slots), 1)
-        return Memory(keys, values, descriptors, order, self._table.lengths.clone())
+        return Memory(keys, values, descriptors, order, self._table.lengths.clone(), *scales)
 
     def _check_open(self, what: str) -> None:
         if self._open is None:

@@ -13,7 +13,7 @@ import typer
 
 from memflow_ops.cache.layout import Positions
 from memflow_ops.cache.released_layout import BankSchedule
-from memflow_ops.geometry import Score
+from memflow_ops.geometry import BankDtype, Score
 from memflow_ops.model.pipeline.settings import RELEASED_BANK_FRAMES, WAN_SETTINGS
 from memflow_ops.model.stories.snapshots import HistoryOptions
 from memflow_ops.model.streaming.settings import USED_BY, ReselectKind
@@ -92,6 +92,17 @@ BlockScore = Annotated[
         "--score",
         help="What memory blocks are ranked by: mean (of their keys) or moments (mean and variance).",
         metavar="NAME",
+        rich_help_panel=MEMORY,
+    ),
+]
+BankDtypeName = Annotated[
+    BankDtype | None,
+    typer.Option(
+        "--bank-dtype",
+        help="What the first and the past frames are kept in: int8 takes about half the memory of bfloat16; what the "
+        "attention gives then differs by some tenths of a percent.",
+        metavar="NAME",
+        show_default="as the model",
         rich_help_panel=MEMORY,
     ),
 ]

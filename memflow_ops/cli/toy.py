@@ -15,6 +15,7 @@ from memflow_ops.cli.errors import fail, one_line_errors
 from memflow_ops.cli.options import (
     MEMORY,
     MEMORY_HELP,
+    BankDtypeName,
     BankFrames,
     BlockScore,
     Device,
@@ -110,6 +111,7 @@ def generate(
     top_k: TopK = TOY_SETTINGS.top_k,
     query_group: QueryGroup = TOY_SETTINGS.query_group or 0,
     score: BlockScore = TOY_SETTINGS.score,
+    bank_dtype: BankDtypeName = None,
     reselect: Reselect = TOY_SETTINGS.reselect,
     token_order: TokenOrder = TOY_SETTINGS.token_order,
     positions: PositionsName = TOY_SETTINGS.positions,
@@ -157,6 +159,7 @@ def generate(
         top_k=top_k,
         query_group=query_group,
         score=score,
+        bank_dtype=bank_dtype,
         reselect=reselect,
         token_order=token_order,
         positions=positions,

@@ -66,17 +66,18 @@ class Budget:
     @property
     def cache_items(self) -> list[Item]:
         layout = self.layout
-        frame, window, sink = layout.frame_bytes, layout.window_frames, layout.sink_frames
-        items = [Item(f"local window, {window} frames", window * frame), Item(f"sink, {sink} frames", sink * frame)]
+        frame, kept = layout.frame_bytes, layout.bank_frame_bytes
+        window, sink = layout.window_frames, layout.sink_frames
+        items = [Item(f"local window, {window} frames", window * frame), Item(f"sink, {sink} frames", sink * kept)]
         if layout.copied_frames:
             name = f"copies of the chosen blocks, {layout.copied_frames} frames"
             items.append(Item(name, layout.copied_frames * frame))
-        past = layout.pool_frames - window - sink - layout.copied_frames
+        past = layout.pool_frames + layout.int8_frames - window - sink - layout.copied_frames
         if layout.device_frames:
             name = f"history, {past} frames, {layout.bank_frames} of them as the bank"
         else:
             name = f"bank, {past} frames"
-        items += [Item(name, past * frame), Item("means for retrieval", layout.means_bytes)]
+        items += [Item(name, past * kept), Item("means for retrieval", layout.means_bytes)]
         return [item for item in items if item.size]
 
     @property
@@ -98,8 +99,12 @@ class Budget:
         moments = " x 2 moments" if layout.moments == 2 else ""
         vectors = f"(2 x {layout.frame_tokens} tokens + {layout.blocks_per_frame} blocks{moments})"
         numbers = f"{vectors} x {layout.kv_heads} heads x {layout.head_dim} x {layout.dtype.itemsize} bytes"
-        frame = Item("one frame", layout.frame_bytes, f"{layout.layers} layers x {stories} x {numbers}")
-        rows = [frame, *self.device_items, Item("in all", self.device_bytes, f"of {size(self.free.bytes)} free")]
+        frames = [Item("one frame", layout.frame_bytes, f"{layout.layers} layers x {stories} x {numbers}")]
+        if layout.bank_dtype:
+            ratio = layout.frame_bytes / layout.bank_frame_bytes
+            how = f"of sink and history, as {layout.bank_dtype} with scales: {ratio:.2f} times as many per byte"
+            frames.append(Item("one kept frame", layout.bank_frame_bytes, how))
+        rows = [*frames, *self.device_items, Item("in all", self.device_bytes, f"of {size(self.free.bytes)} free")]
         if self.host_bytes:
             free = "" if self.free.host_bytes is None else f", of {size(self.free.host_bytes)} free"
             where = f"in host memory: history, {layout.host_frames} frames more, and one to swap through{free}"
@@ -147,7 +152,7 @@ def fit_history(
         return _checked(budget(max(history, least), settings.host_frames))
     history = max(history, least)
     smallest = _checked(budget(least, history - least))
-    on_device = min(history, least + (free.bytes - smallest.device_bytes) // smallest.layout.frame_bytes)
+    on_device = min(history, least + (free.bytes - smallest.device_bytes) // smallest.layout.bank_frame_bytes)
     return _checked_on_host(budget(on_device, history - on_device))
 
 
@@ -156,7 +161,7 @@ def _checked(budget: Budget) -> Budget:
     over = budget.device_bytes - budget.free.bytes
     if over <= 0:
         return budget
-    frame, settings = budget.layout.frame_bytes, budget.settings
+    frame, settings = budget.layout.bank_frame_bytes, budget.settings
     summands = " + ".join(f"{item.name} {size(item.size)}" for item in budget.device_items)
     fewer = math.ceil(over / frame)
     if settings.memory == "full":
@@ -173,7 +178,7 @@ def _checked(budget: Budget) -> Budget:
 
 def _checked_on_host(budget: Budget) -> Budget:
     """The budget, if the frames that wait in host memory fit there; otherwise a ValueError that says what to lower."""
-    free, settings, frame = budget.free.host_bytes, budget.settings, budget.layout.frame_bytes
+    free, settings, frame = budget.free.host_bytes, budget.settings, budget.layout.bank_frame_bytes
     if free is None:
         free = budget.free.bytes - budget.device_bytes
     if budget.host_bytes <= max(free, 0):

@@ -7,9 +7,9 @@ from typing import Any, Literal, get_args
 import torch
 
 from memflow_ops.cache.chosen import frames_for_copies
-from memflow_ops.cache.layout import CacheLayout, Positions
+from memflow_ops.cache.layout import CacheLayout, Positions, check_bank_dtype
 from memflow_ops.cache.released_layout import BankSchedule, ReleasedLayout
-from memflow_ops.geometry import Score
+from memflow_ops.geometry import BankDtype, Score
 from memflow_ops.model.streaming.sampler import FlowMatchSampler
 from memflow_ops.model.wan.transformer import CausalVideoModel
 from memflow_ops.token_order import TokenOrderName
@@ -24,6 +24,7 @@ USED_BY: dict[str, tuple[MemoryMode, ...]] = {
     "top_k": ("memflow",),
     "query_group": ("memflow",),
     "score": ("memflow",),
+    "bank_dtype": ("memflow",),
     "reselect": ("memflow",),
     "token_order": ("memflow",),
     "positions": ("memflow",),
@@ -86,6 +87,9 @@ class StreamSettings:
     score: Score = "mean"
     """What activation ranks blocks by: their mean key, or the mean and the variance of their keys ("moments"), for
     which the cache keeps a second number beside every mean; memflow only."""
+    bank_dtype: BankDtype | None = None
+    """What sink and history are kept in: "int8", for about half the memory of a half precision, or the dtype of the
+    model (None); memflow only."""
     reselect: ReselectKind = "step"
     """Which passes over a chunk choose blocks: all of them ("step"), or the clean one and the first noisy one, whose
     choice the other noisy ones attend to ("chunk"); memflow only."""
@@ -134,6 +138,12 @@ class StreamSettings:
         for name, kinds in ((name, get_args(kind)) for name, kind in choices):
             if getattr(self, name) not in kinds:
                 raise ValueError(f"{name} must be one of {', '.join(kinds)}, got {getattr(self, name)!r}")
+        check_bank_dtype(self.bank_dtype)
+        if self.bank_dtype and self.memory == "memflow" and self.selection == "random":
+            raise ValueError(
+                "selection='random' ranks random descriptors, and an int8 bank is read with its own: use "
+                "bank_dtype=None"
+            )
         for name in ("height", "width", "top_k", "steps"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -203,7 +213,7 @@ class StreamSettings:
         layout = CacheLayout(*sizes, **self._cache_sizes(), block_size=self.block_size, dtype=dtype)
         if self.memory != "memflow":
             return layout
-        layout = replace(layout, score=self.score, positions=self.positions)
+        layout = replace(layout, score=self.score, positions=self.positions, bank_dtype=self.bank_dtype)
         # On a CPU one selection for the whole chunk is attended to as one run of keys with the window.
         if self.impl not in ("auto", "torch") or device.type != "cpu":
             return layout

@@ -179,7 +179,7 @@ def test_views_and_tables_stay_where_they_are():
     for _ in range(20):
         cache.set_bank([frames[-2:] for frames in cache.candidate_frames()])
         add_chunk(cache, naive)
-        addresses.add(tuple(t.data_ptr() for t in (*cache.memory(1), *cache.window(1))))
+        addresses.add(tuple(t.data_ptr() for t in (*cache.memory(1)[:5], *cache.window(1))))
         cache.commit()
     assert len(addresses) == 1
 

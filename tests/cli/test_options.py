@@ -74,6 +74,7 @@ def test_options_that_would_change_nothing_are_refused(tmp_path, monkeypatch, ca
         ("top_k", (1, 3)),
         ("query_group", (16, None)),
         ("score", ("mean", "moments")),
+        ("bank_dtype", (None, "int8")),
         ("reselect", ("step", "chunk")),
         ("positions", ("absolute", "bounded")),
         ("bank_schedule", ("interactive", "single-prompt")),

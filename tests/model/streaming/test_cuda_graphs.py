@@ -147,7 +147,7 @@ def test_what_a_pass_reads_stays_where_it_is(memory):
     def static() -> list[tuple[int, torch.Size]]:
         cache = streamer.cache
         streamer.cache.begin_chunk()
-        tensors = [*inputs_of(streamer), cache._chunk_places, *cache.memory(1)]
+        tensors = [*inputs_of(streamer), cache._chunk_places, *cache.memory(1)[:5]]
         if streamer.chosen is not None:
             tensors += [streamer.chosen.indices, streamer.chosen.hidden]
         cache.abort()

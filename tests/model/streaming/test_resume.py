@@ -56,6 +56,16 @@ MODES = {
     "host": {"device_frames": 4, "host_frames": 2, "relevance": "random", "bank_frames": 2},
     "stochastic": {"stochastic": True, "recache": False},
     "moments": {"score": "moments", "top_k": 2},
+    "int8": {"bank_dtype": "int8", "top_k": 2},
+    "int8-host-copies": {
+        "bank_dtype": "int8",
+        "device_frames": 4,
+        "host_frames": 2,
+        "bank_frames": 2,
+        "relevance": "random",
+        "top_k": 2,
+        "query_group": None,
+    },
     "kept": {"reselect": "chunk", "top_k": 2},
     "kept-copies": {"reselect": "chunk", "top_k": 2, "query_group": None},
     "bounded": {"positions": "bounded", "top_k": 2},
@@ -113,7 +123,7 @@ def test_stopped_and_resumed_it_gives_the_same_bits(model, changes):
         torch.save(first.state_dict(), file)
         file.seek(0)
         second = make(model, changes)
-        for tensor in (second.cache._keys, second.cache._values):
+        for tensor in (second.cache._keys, second.cache._values, *second.cache._bank[2:]):
             tensor.fill_(torch.nan)  # whatever is needed and not in the state shows
         second.load_state_dict(torch.load(file, weights_only=True))
         for got, want in zip(chunks_of(second, 14 - stop), whole[stop:], strict=True):
@@ -263,7 +273,7 @@ def test_after_an_interruption_another_prompt_may_follow(model, changes):
 
 
 @pytest.mark.parametrize("done", [9, 13], ids=["one-story-switches", "both-switch"])
-@pytest.mark.parametrize("name", ["host", "memflow", "released-top"])
+@pytest.mark.parametrize("name", ["host", "memflow", "int8-host-copies", "released-top"])
 def test_an_interruption_at_any_line_leaves_the_stream_usable(model, name, done):
     """As Ctrl-C does: between any two lines of the streaming loop and of the caches, here every ninth one."""
     changes = MODES[name]
