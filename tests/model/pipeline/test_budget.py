@@ -7,6 +7,7 @@ import torch
 
 from memflow_ops.cache.chosen import ChosenBlocks, choice_bytes
 from memflow_ops.cache.frame_cache import FrameCache
+from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.model.pipeline.budget import FreeMemory, Item, fit_history, size
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
@@ -67,6 +68,41 @@ def test_copies_of_the_chosen_blocks_are_counted_where_one_selection_serves_the_
     kept = ChosenBlocks(budget.layout, 4, None)
     assert kept.indices.nbytes == choice_bytes(budget.layout, 4, None)
     assert kept.copied_tokens == 40
+
+
+@pytest.mark.parametrize("score", ["mean", "moments"])
+def test_an_int8_bank_holds_nearly_twice_as_many_frames(score):
+    """At the size of Wan 2.1 1.3B in bfloat16, by the plan: what more memory brings, of the device and of the host."""
+    sizes = dict(bank_frames=5, score=score, dtype=torch.bfloat16)
+
+    def fits(gib, host_gib, bank_dtype):
+        def layout_of(s):
+            held = dict(device_frames=s.device_frames, host_frames=s.host_frames)
+            return CacheLayout(30, 1, 1560, 12, 128, window_frames=9, **held, **sizes, bank_dtype=s.bank_dtype)
+
+        free = FreeMemory(torch.device("cpu"), gib << 30, host_gib << 30)
+        settings = replace(SETTINGS, bank_dtype=bank_dtype)
+        with pytest.raises(ValueError, match=r"lower --history-frames to (\d+)") as refused:
+            fit_history(settings, layout_of, 2000, [], free)
+        fit = int(str(refused.value).split("--history-frames to ")[1].split()[0])
+        return fit_history(settings, layout_of, 2000, [], free, fit)
+
+    frames = {kind: [fits(gib, host, kind) for gib, host in ((40, 0), (60, 0), (60, 20))] for kind in (None, "int8")}
+    held = {kind: [b.settings.device_frames + b.settings.host_frames for b in of] for kind, of in frames.items()}
+    for more in (1, 2):  # 20 GiB more on the device, and on the host
+        ratio = (held["int8"][more] - held["int8"][more - 1]) / (held[None][more] - held[None][more - 1])
+        assert ratio > 1.9, ratio
+    text = "\n".join(frames["int8"][2].lines())
+    assert "one kept frame" in text and "as int8 with scales: 1.9" in text
+    assert "kept frame" not in "\n".join(frames[None][2].lines())
+
+
+def test_an_int8_plan_counts_what_is_allocated():
+    budget = plan(10**9, bank_dtype="int8")
+    cache = FrameCache(budget.layout)
+    held = [cache._keys, cache._values, cache._descriptors, *cache._bank, cache._means]
+    assert sum(t.nbytes for t in held) == budget.device_bytes - OTHER
+    assert sum(item.size for item in budget.cache_items) == budget.device_bytes - OTHER
 
 
 def test_lines_add_up():
