@@ -3,6 +3,7 @@
 import copy
 import io
 import random
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from int8_cases import numbers
 
 from memflow_ops import Int8Memory, memory_attention, select_blocks
 from memflow_ops.cache import BlockSelection, CacheLayout, ChosenBlocks, FrameCache, attend_to_memory
+from memflow_ops.cache.store import HistoryFolder
 from memflow_ops.rotary import apply_rotation, rope_rotation
 
 SETTINGS = {
@@ -30,6 +32,7 @@ SETTINGS = {
     "no-sink": {"sink_frames": 0},
     "host": {"device_frames": 4, "host_frames": 40},
     "host-full": {"device_frames": 4, "host_frames": 3, "batch": 2},
+    "disk": {"device_frames": 4, "host_frames": 1, "disk_frames": 40},
     "moments": {"score": "moments"},
     "copies": {"copied_frames": 2, "batch": 2},
 }
@@ -39,9 +42,9 @@ def int8_layout(**sizes) -> CacheLayout:
     return layout_of(**{"device_frames": 40, "bank_dtype": "int8", **sizes})
 
 
-def made(layout: CacheLayout) -> FrameCache:
+def made(layout: CacheLayout, folder: Path | None = None) -> FrameCache:
     """A cache in which a value that is read before it was written shows."""
-    cache = FrameCache(layout)
+    cache = FrameCache(layout, history=HistoryFolder(folder) if layout.disk_frames and folder else None)
     for tensor in (cache._keys, cache._values, cache._descriptors, cache._means, *cache._bank[2:]):
         tensor.fill_(torch.nan)
     return cache
@@ -73,11 +76,11 @@ def check_memory(cache: FrameCache, naive: Naive) -> None:
 
 
 @pytest.mark.parametrize("sizes", SETTINGS.values(), ids=SETTINGS)
-def test_against_a_list_of_all_frames(sizes):
+def test_against_a_list_of_all_frames(sizes, tmp_path):
     torch.manual_seed(0)
     choice = random.Random(0)
     layout = int8_layout(**sizes)
-    cache, naive = made(layout), Naive(layout)
+    cache, naive = made(layout, tmp_path), Naive(layout)
     for chunk in range(30):
         coming = chunk * layout.chunk_frames
         check_candidates(cache, naive)
@@ -98,7 +101,16 @@ def test_against_a_list_of_all_frames(sizes):
         check_window(cache, naive, list(range(first, coming + layout.chunk_frames)))
         check_memory(cache, naive)
         cache.commit()
-    if layout.host_frames:
+    if layout.disk_frames:
+        assert any(prototype.only_on_disk for prototype in cache._stories[0].history.values())
+        other = FrameCache(layout, history=cache._stores[0].folder)
+        other.load_state_dict(cache.state_dict())
+        for one in (cache, other):
+            one.set_bank([frames[:3] for frames in one.candidate_frames()])
+            one.begin_chunk()
+        check_memory(cache, naive)
+        check_memory(other, naive)
+    elif layout.host_frames:
         assert any(prototype.host for story in cache._stories for prototype in story.history.values())
 
 
