@@ -68,6 +68,13 @@ class Rotation(NamedTuple):
     """Between batch elements, 0 where all share one."""
 
 
+def rotation_of(cosines: torch.Tensor | None, sines: torch.Tensor | None) -> Rotation | None:
+    """The argument tuple of cosines and sines (1 or B, L, D / 2), contiguous; None for None."""
+    if cosines is None:
+        return None
+    return Rotation(cosines, sines, 0 if cosines.shape[0] == 1 else cosines.stride(0))
+
+
 class Tiling(NamedTuple):
     """How the tokens of a frame are divided among programs, as an argument."""
 
@@ -227,6 +234,8 @@ def write_projections_kernel(
     weight_k,  # (Hkv * D,)
     rotation,  # Rotation
     rotated_q,  # Strided (B, L, H, D)
+    memory_rotation,  # Rotation, or None: there is no memory_q
+    memory_q,  # Strided (B, L, H, D), or None
     memory_k,  # Strided (B, P * T, Hkv, D)
     memory_v,
     destinations,  # Destinations
@@ -253,11 +262,19 @@ def write_projections_kernel(
         for start in range(first, end, Q_ROWS):
             rows = start + tl.arange(0, Q_ROWS)
             tokens = frame * tiling.frame_tokens + rows
-            _, rotated = normalise_and_rotate(
+            plain, rotated = normalise_and_rotate(
                 q, batch, tokens, rows < end, weight_q, rotation, eps, HEADS, HEAD_DIM, Q_COLUMNS
             )
             rotated = cast(rotated, rotated_q.pointer.dtype.element_ty)
             store_heads(rotated_q, batch, tokens, rows < end, rotated, HEADS, HEAD_DIM)
+            if memory_q is not None:
+                angles = batch * memory_rotation.batch_stride + tokens.to(tl.int64) * (HEAD_DIM // 2)
+                rotated = rotate_pairs(
+                    plain, memory_rotation.cosines + angles, memory_rotation.sines + angles, rows < end,
+                    HEADS * HEAD_DIM, HEAD_DIM,
+                )  # fmt: skip
+                rotated = cast(rotated, memory_q.pointer.dtype.element_ty)
+                store_heads(memory_q, batch, tokens, rows < end, rotated, HEADS, HEAD_DIM)
     else:
         place = tl.load(destinations.places + batch * destinations.place_stride + frame)
         inside = (place >= 0) & (place < destinations.pool_frames)
@@ -405,6 +422,8 @@ def plan_write_projections(
     rotation: tuple[torch.Tensor, torch.Tensor],
     norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
     target: WriteTarget,
+    memory_rotation: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    memory_q: torch.Tensor | None = None,
 ) -> tuple[list[Launch], torch.Tensor]:
     """The launches of `write_projections`, in order, and the rotated q that they fill."""
     batch, length, heads, head_dim = q.shape
@@ -428,15 +447,16 @@ def plan_write_projections(
     sums = Sums(rotated_sums, distances, plain_sums, mean_frames)
     pool_frames = target.memory_k.shape[1] // target.frame_tokens
     destinations = Destinations(target.places, target.places.stride(0), frames, pool_frames)
-    cosines, sines = rotation
     arguments = dict(
         q=strided(q),
         k=strided(k),
         v=strided(v),
         weight_q=norm[0],
         weight_k=norm[1],
-        rotation=Rotation(cosines, sines, 0 if cosines.shape[0] == 1 else cosines.stride(0)),
+        rotation=rotation_of(*rotation),
         rotated_q=strided(rotated_q),
+        memory_rotation=rotation_of(*memory_rotation),
+        memory_q=None if memory_q is None else strided(memory_q),
         memory_k=strided(target.memory_k),
         memory_v=strided(target.memory_v),
         destinations=destinations,
@@ -498,8 +518,10 @@ def write_projections(
     rotation: tuple[torch.Tensor, torch.Tensor],
     norm: tuple[torch.Tensor | None, torch.Tensor | None, float],
     target: WriteTarget,
+    memory_rotation: tuple[torch.Tensor | None, torch.Tensor | None] = (None, None),
+    memory_q: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Normalise, rotate and store the projections, see `memflow_ops.write_projections`. Returns the rotated q."""
-    launches, rotated_q = plan_write_projections(q, k, v, rotation, norm, target)
+    launches, rotated_q = plan_write_projections(q, k, v, rotation, norm, target, memory_rotation, memory_q)
     run_all(launches)
     return rotated_q

@@ -70,6 +70,12 @@ def move_frames(x: Tensor, turn: Tensor) -> Tensor:
     return turn_pairs(x.float(), turn).to(x.dtype)
 
 
+def move_rotation(rotation: tuple[Tensor, Tensor], turn: Tensor) -> tuple[Tensor, Tensor]:
+    """The cosines and sines of `rope_rotation` moved in time by a turn of `frame_turn`."""
+    moved = torch.complex(*rotation) * turn
+    return moved.real.contiguous(), moved.imag.contiguous()
+
+
 def without_time(rotation: tuple[Tensor, Tensor], tokens: int) -> tuple[Tensor, Tensor]:
     """The cosines and sines of `rope_rotation` for the first so many tokens, as if they were of frame 0."""
     cosines, sines = (part[:, :tokens].clone() for part in rotation)

@@ -25,8 +25,9 @@ from memflow_ops.cache.views import Memory, Past
 from memflow_ops.ops import registration
 from memflow_ops.ops.attention import attend_selected, memory_attention
 from memflow_ops.ops.cache_write import QKNorm
+from memflow_ops.ops.registration.dispatch import needs_grad
 from memflow_ops.ops.selection import select_blocks
-from memflow_ops.rotary import apply_rotation, move_frames
+from memflow_ops.rotary import apply_rotation, move_frames, move_rotation
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 """attend(layer, q, k, v) -> out: the self-attention of a layer over a chunk and its past.
@@ -129,24 +130,41 @@ def attend_to_memory(
             "attend_to_memory: random descriptors cannot stand in for those that an int8 bank is read with"
         )
 
+    turn = None if active is None else cache.bank_turn()
+    moved: list[tuple[Tensor, Tensor]] = []  # `rotation` as it is for the bank, once the first layer has worked it out
+
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None) -> Tensor:
-        q = cache.write_projections(layer, q, k, v, rotation, norm, remember=remember, impl=impl)
+        last = keys_only and layer == layout.layers - 1
+        beside = reuse and chosen is not None and _lies_beside(chosen, cache)
+        memory_q = None
+        if turn is not None and (observe is not None or not (last or beside)) and not needs_grad(q, k, v):
+            if not moved:
+                moved.append(move_rotation(rotation, turn))
+            memory_q = q.new_empty(q.shape, dtype=layout.dtype)
+        q = cache.write_projections(
+            layer, q, k, v, rotation, norm, remember=remember,
+            memory_rotation=None if memory_q is None else moved[0], memory_q=memory_q, impl=impl,
+        )  # fmt: skip
+        if turn is not None and memory_q is None and not (last or beside):
+            memory_q = move_frames(q, turn)
         memory = cache.memory(layer)
         if active is not None and active.random is not None and not reuse:
             # Of descriptors without meaning, every subset of the blocks is as likely as any other.
             drawn = _drawn_like(memory.descriptors, active.random, active.heads)
             memory = memory._replace(descriptors=drawn)
-        turn = None if active is None else cache.bank_turn()
         if active is not None and observe is not None:
-            observe(layer, q if turn is None else move_frames(q, turn), memory)
-        if keys_only and layer == layout.layers - 1:
+            observe(layer, q if memory_q is None else memory_q, memory)
+        if last:
             return q
         keys, values, valid = cache.attended(layer, sparse=selection is not None)
         if active is None:
             return memory_attention(q, keys, values, seqused_k=valid, impl=impl)
         if chosen is not None:
-            return _attend_to_chosen(chosen, reuse, layer, q, (keys, values), valid, cache, memory, active, impl)
-        return _attend_to_both(q, (keys, values), memory, active, layout, impl, valid, turn)
+            seeking = q if memory_q is None else memory_q
+            return _attend_to_chosen(
+                chosen, reuse, layer, q, seeking, (keys, values), valid, cache, memory, active, impl
+            )
+        return _attend_to_both(q, (keys, values), memory, active, layout, impl, valid, memory_q)
 
     def attend_normalised(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attend(layer, q, k, v, None)
@@ -181,7 +199,13 @@ def attend_to_past(
     window = torch.cat([past.keys, k], 1), torch.cat([past.values, v], 1)
     if past.memory is None:
         return memory_attention(q, *window, impl=impl)
-    return _attend_to_both(q, window, past.memory, selection, layout, impl, turn=past.turn)
+    memory_q = None if past.turn is None else move_frames(q, past.turn)
+    return _attend_to_both(q, window, past.memory, selection, layout, impl, memory_q=memory_q)
+
+
+def _lies_beside(chosen: ChosenBlocks, cache: RingCache) -> bool:
+    """Whether the pass attends to copies of the chosen blocks, as if they were of the window."""
+    return bool(chosen.copied_tokens) and not cache.recaches and not torch.is_grad_enabled()
 
 
 def _attend_to_chosen(
@@ -189,6 +213,7 @@ def _attend_to_chosen(
     reuse: bool,
     layer: int,
     q: Tensor,
+    memory_q: Tensor,
     window: tuple[Tensor, Tensor],
     valid: Tensor | None,
     cache: RingCache,
@@ -196,10 +221,11 @@ def _attend_to_chosen(
     selection: BlockSelection,
     impl: str,
 ) -> Tensor:
-    """As `_attend_to_both`, with the blocks that an earlier pass over the chunk has chosen, or that this one keeps."""
-    layout, copied, turn = cache.layout, chosen.copied_tokens, cache.bank_turn()
-    beside = copied and not cache.recaches and not torch.is_grad_enabled()
-    memory_q = q if turn is None or (reuse and beside) else move_frames(q, turn)
+    """As `_attend_to_both`, with the blocks that an earlier pass over the chunk has chosen, or that this one keeps.
+
+    memory_q: the queries as they are for the bank.
+    """
+    layout, copied = cache.layout, chosen.copied_tokens
     if not reuse:
         indices = select_blocks(
             memory_q,
@@ -213,13 +239,13 @@ def _attend_to_chosen(
             score=layout.score,
             impl=impl,
         )
-        chosen.take(layer, indices, memory, cache.copies(layer, copied), turn)
+        chosen.take(layer, indices, memory, cache.copies(layer, copied), cache.bank_turn())
         cache.chosen.add(layer)
     elif layer not in cache.chosen:
         raise RuntimeError(
             f"attend_to_memory: layer {layer} has chosen no blocks for the open chunk that could be reused"
         )
-    if beside:
+    if _lies_beside(chosen, cache):
         keys_values = cache.window_with_copies(layer, copied)
         return registration.attend_with_copies(q, *keys_values, chosen.hidden[layer], layout.head_dim**-0.5)
     # A backward pass must find the choice as it was.
@@ -251,18 +277,15 @@ def _attend_to_both(
     layout: CacheLayout,
     impl: str,
     valid: Tensor | None = None,
-    turn: Tensor | None = None,
+    memory_q: Tensor | None = None,
 ) -> Tensor:
-    """Attention to the window in full, or to its leading `valid` keys, and to the selected blocks of the bank.
-
-    turn: moves queries to where they stand for the bank; None: nothing does.
-    """
+    """Attention to the window in full, or to its leading `valid` keys, and to the selected blocks of the bank."""
     return memory_attention(
         q,
         *window,
         memory.keys,
         memory.values,
-        memory_q=None if turn is None else move_frames(q, turn),
+        memory_q=memory_q,
         memory_descriptors=memory.descriptors,
         memory_k_scale=memory.k_scale,
         memory_v_scale=memory.v_scale,

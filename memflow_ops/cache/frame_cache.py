@@ -149,12 +149,15 @@ class FrameCache(RingCache):
         norm: QKNorm | None = None,
         *,
         remember: bool = False,
+        memory_rotation: tuple[Tensor, Tensor] | None = None,
+        memory_q: Tensor | None = None,
         impl: str = "auto",
     ) -> Tensor:
         """Normalises, rotates, writes and, where told so, remembers a layer in one pass over memory.
 
-        q (B, chunk tokens, H, D) of any H, rotation, norm, impl and errors: of `memflow_ops.write_projections`. Returns
-        q, normalised and rotated. Where a gradient is needed, q and k must be normalised already.
+        q (B, chunk tokens, H, D) of any H, rotation, norm, memory_rotation, memory_q, impl and errors: of
+        `memflow_ops.write_projections`. Returns q, normalised and rotated. Where a gradient is needed, q and k must be
+        normalised already, and memory_q is not to be had.
         """
         self._check_open("write_projections")
         if remember and self._to_recache:
@@ -162,7 +165,7 @@ class FrameCache(RingCache):
         q, k, v = as_autocast_does(q, k, v, to=self.layout.dtype)
         self.layout.check_chunk_tensor("k", layer, k, self.device)
         self.layout.check_chunk_tensor("v", layer, v, self.device)
-        if norm is None and needs_grad(q, k, v):  # the fused operator has no backward
+        if norm is None and memory_q is None and needs_grad(q, k, v):  # the fused operator has no backward
             rotated_k = apply_rotation(k, *rotation)
             self.write(layer, rotated_k, v)
             self._keep_in_graph(layer, rotated_k, v, wanted=True)  # also where only q needs a gradient
@@ -183,6 +186,8 @@ class FrameCache(RingCache):
             block_size=self.layout.block_size,
             means=self._staged_means[layer].unsqueeze(1) if remember else None,
             mean_size=self.layout.relevance_block_size,
+            memory_rotation=memory_rotation,
+            memory_q=memory_q,
             impl=impl,
         )
         self._written.add(layer)

@@ -182,6 +182,8 @@ class ReleasedCache(RingCache):
         norm: QKNorm | None = None,
         *,
         remember: bool = False,
+        memory_rotation: tuple[Tensor, Tensor] | None = None,
+        memory_q: Tensor | None = None,
         impl: str = "auto",
     ) -> Tensor:
         """Rotates queries and keys, which must be normalised already, and writes the layer; returns the rotated q.
@@ -190,6 +192,8 @@ class ReleasedCache(RingCache):
         """
         if norm is not None:
             raise NotImplementedError("write_projections: a ReleasedCache takes queries and keys that are normalised")
+        if memory_rotation is not None or memory_q is not None:
+            raise NotImplementedError("write_projections: the bank of a ReleasedCache takes the queries of the window")
         q, k, v = as_autocast_does(q, k, v, to=self.layout.dtype)
         rotated_k = apply_rotation(k, *rotation)
         self.write(layer, rotated_k, v)

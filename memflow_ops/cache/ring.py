@@ -181,14 +181,17 @@ class RingCache(SavedByState, ABC):
         norm: QKNorm | None = None,
         *,
         remember: bool = False,
+        memory_rotation: tuple[Tensor, Tensor] | None = None,
+        memory_q: Tensor | None = None,
         impl: str = "auto",
     ) -> Tensor:
         """Rotates queries and keys, and writes the keys and values of a layer as `write` does.
 
         q (B, chunk tokens, H, D), k and v (B, chunk tokens, Hkv, D), before RoPE. rotation: cosines and sines of the
         chunk's tokens, see `rope_rotation`. norm: what q and k have still to be normalised with, only where the cache
-        `takes_projections`; None: they are normalised. remember: this is the clean pass of a new chunk. impl: of
-        `memflow_ops.write_projections`. Returns the rotated q.
+        `takes_projections`; None: they are normalised. remember: this is the clean pass of a new chunk.
+        memory_rotation, memory_q, impl: of `memflow_ops.write_projections`; the first two only where no gradient is
+        needed. Returns the rotated q.
         """
 
     def pass_marks(self) -> PassMarks:

@@ -7,14 +7,14 @@ Every implementation has the same functions, which take arguments that the publi
     attend(q, k, v, memory_k, memory_v, indices, geometry, resume=None, memory_q=None) -> out, lse
     attend_backward(grad_out, grad_lse, q, k, v, memory_k, memory_v, indices, out, lse, geometry, wanted)
         -> the gradients of q, k, v, memory_k and memory_v, None where `wanted` (five bools) says False
-    write_projections(q, k, v, rotation, norm, target) -> the rotated q
+    write_projections(q, k, v, rotation, norm, target, memory_rotation=(None, None), memory_q=None) -> the rotated q
     retrieve_frames(text_keys, means, candidates, text_lengths, weights, count, score, redundancy, softmax_scale)
         -> indices, scores
 
 `k` and `v`, or `memory_k` and `memory_v`, are None where there is no dense segment or no bank; `resume` is the (out,
 lse) of attention over other keys; `memory_q` is what attends to the bank instead of q. `rotation` is the cosines and
-sines (1 or B, F * T, D / 2); `norm` is the two weights, None where there is nothing to normalise, and epsilon. All else
-has the shapes of the public operators.
+sines (1 or B, F * T, D / 2), `memory_rotation` those that the queries written to memory_q are turned by; `norm` is the
+two weights, None where there is nothing to normalise, and epsilon. All else has the shapes of the public operators.
 """
 
 from __future__ import annotations

@@ -40,6 +40,8 @@ def write_projections(
     block_size: int = 64,
     means: Tensor | None = None,
     mean_size: int | None = None,
+    memory_rotation: tuple[Tensor, Tensor] | None = None,
+    memory_q: Tensor | None = None,
     impl: str = "auto",
 ) -> Tensor:
     """Normalise and rotate the queries and keys of whole frames, and write keys and values into a cache, in one pass.
@@ -68,6 +70,9 @@ def write_projections(
             tokens' keys before rotation, n = ceil(T / mean_size), computed in float32 and rounded once. Retrieval
             compares them with a prompt. None: no means are wanted.
         mean_size: tokens per mean. None: T.
+        memory_rotation: like rotation, for a second form of the queries; see `memory_q` of `memory_attention`.
+        memory_q: (B, F * T, H, D), which is written with the queries that memory_rotation has turned in place of
+            rotation. Both are given, or neither.
         impl: `reference`, `torch`, `triton` or `auto`, as in `memory_attention`.
 
     Returns:
@@ -79,7 +84,7 @@ def write_projections(
         NotImplementedError: a gradient is needed, or an input has a tangent for a derivative in forward mode.
     """
     weight_q, weight_k, eps = norm or (None, None, 0.0)
-    refuse_transforms("write_projections", q, k, v, weight_q, weight_k, memory_k, memory_v)
+    refuse_transforms("write_projections", q, k, v, weight_q, weight_k, memory_k, memory_v, memory_q)
     q, k, v = as_autocast_does(q, k, v, to=getattr(memory_k, "dtype", None))
     checks.check_query(q)
     pools = {"memory_k": memory_k, "memory_v": memory_v}
@@ -99,8 +104,14 @@ def write_projections(
         )
     for name, x in pools.items():
         checks.check_shape(name, x, (batch, memory_k.shape[1], kv_heads, size))
-    cosines, sines = (_angles(name, x, q) for name, x in zip(("cosines", "sines"), rotation, strict=True))
-    checks.check_shape("sines of rotation", sines, tuple(cosines.shape))
+    cosines, sines = _angles("rotation", rotation, q)
+    if (memory_rotation is None) != (memory_q is None):
+        raise ValueError("memory_rotation and memory_q must be given together")
+    second: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+    if memory_rotation is not None and memory_q is not None:
+        checks.check_tensor("memory_q", memory_q, "B L H D", like=q)
+        checks.check_shape("memory_q", memory_q, tuple(q.shape))
+        second = (*_angles("memory_rotation", memory_rotation, q), memory_q)
     checks.check_integers("places", places, (batch, frames), q)
     block_size = min(checks.check_positive("block_size", block_size), frame)
     mean_size = frame if mean_size is None else min(checks.check_positive("mean_size", mean_size), frame)
@@ -120,7 +131,7 @@ def write_projections(
         )
     written = (memory_k, memory_v, places, weight_q, weight_k, descriptors, means)
     sizes = (frame, block_size, mean_size, float(eps))
-    return registration.write_projections(q, k, v, cosines, sines, *written, *sizes, dispatch.resolve(impl, q))
+    return registration.write_projections(q, k, v, cosines, sines, *second, *written, *sizes, dispatch.resolve(impl, q))
 
 
 class Int8Memory(NamedTuple):
@@ -180,13 +191,19 @@ def _check_weight(name: str, weight: Tensor | None, x: Tensor) -> None:
         checks.check_device(f"{name} of norm", weight, x)
 
 
-def _angles(name: str, x: object, q: Tensor) -> Tensor:
-    """Cosines or sines x (1 or B, L, 1, D / 2), checked, as (1 or B, L, D / 2), contiguous."""
+def _angles(name: str, rotation: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (1 or B, L, 1, D / 2), checked, as (1 or B, L, D / 2), contiguous."""
+    cosines, sines = (_angle(f"{part} of {name}", x, q) for part, x in zip(("cosines", "sines"), rotation, strict=True))
+    checks.check_shape(f"sines of {name}", sines, tuple(cosines.shape))
+    return cosines, sines
+
+
+def _angle(name: str, x: object, q: Tensor) -> Tensor:
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TypeError(f"{name} of rotation must be a float32 tensor, got {got}")
+        raise TypeError(f"{name} must be a float32 tensor, got {got}")
     expected = (q.shape[1], 1, q.shape[3] // 2)
     if x.dim() != 4 or tuple(x.shape[1:]) != expected or x.shape[0] not in (1, q.shape[0]):
-        raise ValueError(f"{name} of rotation must have shape (1 or {q.shape[0]}, {expected}), got {tuple(x.shape)}")
-    checks.check_device(f"{name} of rotation", x, q)
+        raise ValueError(f"{name} must have shape (1 or {q.shape[0]}, {expected}), got {tuple(x.shape)}")
+    checks.check_device(name, x, q)
     return x.flatten(2).contiguous()

@@ -29,6 +29,7 @@ class WriteCase:
     mean_frames: int = 0
     described: bool = True
     moments: int = 1
+    memory_rotation: tuple[Tensor, Tensor] | None = None
 
     def to(self, dtype: torch.dtype) -> WriteCase:
         """The same numbers, rounded to `dtype`."""
@@ -40,7 +41,10 @@ class WriteCase:
     def moved(self, device: str) -> WriteCase:
         norm = self.norm and memflow_ops.QKNorm(*(x.to(device) for x in self.norm[:2]), self.norm.eps)
         tensors = {name: getattr(self, name).to(device) for name in ("q", "k", "v", "places")}
-        return replace(self, **tensors, rotation=tuple(x.to(device) for x in self.rotation), norm=norm)
+        for name in ("rotation", "memory_rotation"):
+            angles = getattr(self, name)
+            tensors[name] = None if angles is None else tuple(x.to(device) for x in angles)
+        return replace(self, **tensors, norm=norm)
 
     def outputs(self) -> dict[str, Tensor | None]:
         """The tensors that the operator writes: pools full of UNTOUCHED, and means, which it fills, full of NaN."""
@@ -55,6 +59,7 @@ class WriteCase:
             "means": full(self.mean_frames, -(-self.frame_tokens // mean_size)) * torch.nan
             if self.mean_frames
             else None,
+            "memory_q": None if self.memory_rotation is None else torch.full_like(self.q, torch.nan),
         }
 
     def run(self, impl: str) -> dict[str, Tensor]:
@@ -63,7 +68,7 @@ class WriteCase:
         memory_k, memory_v = out.pop("memory_k"), out.pop("memory_v")
         q = memflow_ops.write_projections(
             self.q, self.k, self.v, self.rotation, memory_k, memory_v, self.places, frame_tokens=self.frame_tokens,
-            norm=self.norm, impl=impl, **out, **self.options,
+            norm=self.norm, memory_rotation=self.memory_rotation, impl=impl, **out, **self.options,
         )  # fmt: skip
         written = {"q": q, "memory_k": memory_k, "memory_v": memory_v, **out}
         return {name: x for name, x in written.items() if x is not None}
@@ -80,10 +85,12 @@ def make_case(
     pool_frames: int = 5,
     with_norm: bool = True,
     fused: bool = False,
+    moved: int = 0,
     seed: int = 0,
     **options: object,
 ) -> WriteCase:
-    """A case; with `fused`, q, k and v are parts of one projection, like the fused projections of diffusers."""
+    """A case; with `moved`, the queries are also wanted so many frames earlier; with `fused`, q, k and v are parts of
+    one projection, like the fused projections of diffusers."""
     generator = torch.Generator().manual_seed(seed)
     tokens = grid[0] * grid[1]
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -97,6 +104,8 @@ def make_case(
     rotation = rope_rotation(head_dim, positions, *(torch.arange(n) for n in grid))
     # Some frames have no place in the pool: their number lies below 0 or beyond its end.
     places = torch.stack([torch.randperm(pool_frames + 2, generator=generator)[:frames] - 1 for _ in range(batch)])
+    if moved:
+        options["memory_rotation"] = rope_rotation(head_dim, positions[:1] - moved, *(torch.arange(n) for n in grid))
     norm = memflow_ops.QKNorm(1 + random(widths[0]) / 4, 1 + random(widths[1]) / 4, 1e-6) if with_norm else None
     return WriteCase(q, k, v, rotation, places.int(), pool_frames, tokens, norm, **options)
 
@@ -114,6 +123,7 @@ def write_cases(draw) -> WriteCase:
         pool_frames=frames + draw(st.integers(0, 3)),
         with_norm=draw(st.booleans()),
         fused=draw(st.booleans()),
+        moved=draw(st.sampled_from([0, 7, 99_000])),
         seed=draw(st.integers(0, 99)),
         options={
             "block_size": draw(st.sampled_from([1, 4, 6, 16, 100])),

@@ -210,11 +210,11 @@ def test_retrieve_frames_refuses(changes, error, message):
 
 
 def write_with(**changes) -> None:
-    case = cache_write_cases.make_case(batch=2, options={"block_size": 5}).to(torch.float32)
+    case = cache_write_cases.make_case(batch=2, moved=5, options={"block_size": 5}).to(torch.float32)
     case.mean_frames = 1
     arguments = dict(
         q=case.q, k=case.k, v=case.v, rotation=case.rotation, places=case.places, frame_tokens=case.frame_tokens,
-        norm=case.norm, **case.outputs(), **case.options,
+        norm=case.norm, memory_rotation=case.memory_rotation, **case.outputs(), **case.options,
     )  # fmt: skip
     arguments |= {name: change(arguments[name]) for name, change in changes.items()}
     before = {name: arguments[name].clone() for name in ("memory_k", "memory_v") if name not in changes}
@@ -236,6 +236,9 @@ def write_with(**changes) -> None:
         ("places", lambda x: x[:, :1], ValueError, r"places must have shape \(2, 2\), got \(2, 1\)"),
         ("rotation", lambda r: (r[0].double(), r[1]), TypeError, "cosines of rotation must be a float32 tensor"),
         ("rotation", lambda r: (r[0], r[1][:, 1:]), ValueError, r"sines of rotation must have shape \(1 or 2, \(24, 1"),
+        ("memory_rotation", lambda _: None, ValueError, "memory_rotation and memory_q must be given together"),
+        ("memory_rotation", lambda r: (r[0][:, 1:], r[1]), ValueError, "cosines of memory_rotation must have shape"),
+        ("memory_q", lambda x: x[:, :12], ValueError, r"memory_q must have shape \(2, 24, 2, 16\)"),
         (
             "norm",
             lambda n: n._replace(weight_k=n.weight_k[1:]),

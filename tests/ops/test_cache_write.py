@@ -87,12 +87,13 @@ def test_rotation_compiles_as_one_graph():
 
 
 def test_compiles_whole():
-    case = make_case(options={"block_size": 4}).to(torch.float32)
+    case = make_case(moved=7, options={"block_size": 4}).to(torch.float32)
     case.mean_frames = 1
     expected, out = case.run("torch"), case.outputs()
 
     def run(q, k, v):
         options = dict(frame_tokens=case.frame_tokens, norm=case.norm, **case.options)
+        options["memory_rotation"] = case.memory_rotation
         pools = {name: x for name, x in out.items() if name not in ("memory_k", "memory_v")}
         return 2 * memflow_ops.write_projections(
             q, k, v, case.rotation, out["memory_k"], out["memory_v"], case.places, **pools, **options

@@ -99,8 +99,10 @@ def test_opcheck_of_write_frames():
 def test_opcheck_of_write_projections(impl, optional):
     case = cache_write_cases.make_case(batch=2, options={"block_size": 5}, seed=3).to(torch.float32)
     case.mean_frames, case.described, case.moments = int(optional), optional, 2
+    case.memory_rotation = case.rotation if optional else None
     out, weights = case.outputs(), case.norm[:2] if optional else (None, None)
-    inputs = (case.q, case.k, case.v, *(x.flatten(2) for x in case.rotation))
+    second = (*(x.flatten(2) for x in case.rotation), out["memory_q"]) if optional else (None, None, None)
+    inputs = (case.q, case.k, case.v, *(x.flatten(2) for x in case.rotation), *second)
     written = (out["memory_k"], out["memory_v"], case.places, *weights, out["descriptors"], out["means"])
     sizes = (case.frame_tokens, 5, case.frame_tokens, 1e-6)
     assert succeeds("write_projections", (*inputs, *written, *sizes, impl))

@@ -16,6 +16,8 @@ def write_projections(
     rotation: tuple[Tensor, Tensor],
     norm: tuple[Tensor | None, Tensor | None, float],
     target: WriteTarget,
+    memory_rotation: tuple[Tensor | None, Tensor | None] = (None, None),
+    memory_q: Tensor | None = None,
 ) -> Tensor:
     """
     for every token of q and k:
@@ -26,6 +28,7 @@ def write_projections(
         the place's descriptors       = those of the blocks of the rotated keys
     for the first M frames:
         means = means of y of the keys
+    memory_q = y of the queries with each pair turned by its angle of memory_rotation
     returns the rotated q
     """
     memory_k, descriptors, frame_tokens = target.memory_k, target.descriptors, target.frame_tokens
@@ -48,6 +51,9 @@ def write_projections(
                 keys = rotated_k[b : b + 1, source]
                 described = describe_blocks(keys, target.block_size, frame_tokens, target.moments)[0]
                 descriptors[b, place * len(described) : (place + 1) * len(described)] = described
+    cosines, sines = memory_rotation
+    if memory_q is not None and cosines is not None and sines is not None:
+        memory_q.copy_(rotated(plain_q, cosines, sines).to(q.dtype))
     return rotated(plain_q, *rotation).to(q.dtype).contiguous()
 
 

@@ -43,9 +43,15 @@ def write_projections(
     rotation: tuple[Tensor, Tensor],
     norm: tuple[Tensor | None, Tensor | None, float],
     target: WriteTarget,
+    memory_rotation: tuple[Tensor | None, Tensor | None] = (None, None),
+    memory_q: Tensor | None = None,
 ) -> Tensor:
     weight_q, weight_k, eps = norm
-    rotated_q = _rotated(_normalised(q, weight_q, eps), *rotation, q.dtype)
+    plain_q = _normalised(q, weight_q, eps)
+    rotated_q = _rotated(plain_q, *rotation, q.dtype)
+    cosines, sines = memory_rotation
+    if memory_q is not None and cosines is not None and sines is not None:
+        memory_q.copy_(_rotated(plain_q, cosines, sines, q.dtype))
     plain_k = _normalised(k, weight_k, eps)
     rotated_k = _rotated(plain_k, *rotation, k.dtype)
     frame_tokens = target.frame_tokens

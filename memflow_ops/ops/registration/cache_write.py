@@ -12,7 +12,7 @@ from memflow_ops.impl.torch import cache_write
 
 
 @torch.library.custom_op(
-    "memflow_ops::write_projections", mutates_args=("memory_k", "memory_v", "descriptors", "means")
+    "memflow_ops::write_projections", mutates_args=("memory_q", "memory_k", "memory_v", "descriptors", "means")
 )
 def write_projections(
     q: Tensor,
@@ -20,6 +20,9 @@ def write_projections(
     v: Tensor,
     cosines: Tensor,
     sines: Tensor,
+    memory_cosines: Tensor | None,
+    memory_sines: Tensor | None,
+    memory_q: Tensor | None,
     memory_k: Tensor,
     memory_v: Tensor,
     places: Tensor,
@@ -36,7 +39,7 @@ def write_projections(
     target = WriteTarget(memory_k, memory_v, places, frame_tokens, descriptors, block_size, means, mean_size)
     with without_autocast(q):
         return implementation_of(impl, q.device).write_projections(
-            q, k, v, (cosines, sines), (weight_q, weight_k, eps), target
+            q, k, v, (cosines, sines), (weight_q, weight_k, eps), target, (memory_cosines, memory_sines), memory_q
         )
 
 
