@@ -51,6 +51,8 @@ def check_profile(
         raise ValueError(f"only memory='memflow' selects blocks of a bank, got {settings.memory!r}")
     if settings.token_order != "raster":
         raise ValueError(f"a stream in raster order is profiled, and strips beside it, got {settings.token_order!r}")
+    if settings.positions != "absolute":
+        raise ValueError(f"the profile takes one query for window and bank, so no positions={settings.positions!r}")
     if not settings.sink_frames + settings.bank_frames:
         raise ValueError("without sink and bank there is nothing to select from")
     if chunks <= first_full_chunk(settings):

@@ -28,6 +28,7 @@ SIZES = (
     "block_size",
     "query_group",
     "score",
+    "positions",
     "reselect",
     "token_order",
 )
@@ -50,7 +51,11 @@ def theirs(transformer):
 
 @torch.no_grad()
 @pytest.mark.parametrize("recache", [False, True])
-@pytest.mark.parametrize("changes", [{}, {"reselect": "chunk", "token_order": "strips"}], ids=["plain", "kept-strips"])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"reselect": "chunk", "token_order": "strips"}, {"positions": "bounded"}],
+    ids=["plain", "kept-strips", "bounded"],
+)
 def test_streams_what_our_model_streams(theirs, pipeline, recache, changes):
     settings = replace(SETTINGS, recache=recache, **changes)
     ours = Streamer(read_pretrained(pipeline, text_len=TEXT_LEN).build(), 2, settings, [3, 8], encode=encode)

@@ -8,7 +8,7 @@ import torch
 
 from memflow_ops.cache.attend import BlockSelection
 from memflow_ops.cache.chosen import ChosenBlocks
-from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.cache.layout import CacheLayout, Positions
 from memflow_ops.cache.policies import Policy, Relevance
 from memflow_ops.geometry import Score
 from memflow_ops.impl import implementation_of
@@ -36,6 +36,7 @@ def attach_memory(
     block_size: int = 64,
     query_group: int | None = 128,
     score: Score = "mean",
+    positions: Positions = "absolute",
     reselect: str = "step",
     token_order: TokenOrderName = "raster",
     policy: Policy | None = None,
@@ -48,8 +49,8 @@ def attach_memory(
         it will run with.
     height, width: rows and columns of the latents.
     batch: stories that advance together.
-    chunk_frames, window_frames, sink_frames, bank_frames, device_frames, host_frames, block_size, score: of
-        `CacheLayout`.
+    chunk_frames, window_frames, sink_frames, bank_frames, device_frames, host_frames, block_size, score,
+        positions: of `CacheLayout`.
     top_k, query_group: blocks that each query group attends to, see `BlockSelection`.
     reselect: which passes over a chunk choose blocks: all ("step"), or the first one and those in `WanMemory.clean`,
         and the others attend to what the first chose ("chunk"). A pass that needs gradients always chooses for itself.
@@ -111,6 +112,7 @@ def attach_memory(
         block_size=block_size,
         dtype=dtype or _attention_dtype(transformer, device),
         score=score,
+        positions=positions,
     )
     if policy is None and bank_frames:
         policy = Relevance(bank_frames)

@@ -105,6 +105,8 @@ def test_both_orders_of_tokens_are_measured_on_the_same_calls(model, spoken):
     assert differ
     with pytest.raises(ValueError, match="a stream in raster order is profiled, and strips beside it, got 'strips'"):
         check_profile(replace(SETTINGS, token_order="strips"), 10, 16, [4], [1])
+    with pytest.raises(ValueError, match="one query for window and bank, so no positions='bounded'"):
+        check_profile(replace(SETTINGS, positions="bounded"), 10, 16, [4], [1])
 
 
 def test_a_profile_is_of_so_many_chunks_calls_heads_and_queries(model, spoken):
