@@ -46,13 +46,15 @@ def memory_attention(
     by_group: bool = False,
     in_order: bool = False,
     score: Score = "mean",
+    second: bool = False,
     multiprocessors: int = 0,
     int8: bool = False,
 ) -> list[Launch]:
     """The launches of a layer's attention to the bank, which resume; with `dense` to the window too, starting afresh.
 
-    by_group: every query group has a number of valid frames. in_order: without a slot table. multiprocessors: how many
-    the device has, so that the last wave is split; 0: it is not. int8: keys and values of the bank.
+    by_group: every query group has a number of valid frames. in_order: without a slot table. second: a second query
+    for the bank. multiprocessors: how many the device has, so that the last wave is split; 0: it is not. int8: keys and
+    values of the bank.
     """
     q = meta(1, QUERIES, heads[0], head_dim, dtype=dtype)
     k = cached(window_tokens, heads[1], head_dim, dtype) if dense else None
@@ -70,8 +72,9 @@ def memory_attention(
     resume = None if dense else (q, meta(1, heads[0], QUERIES, dtype=torch.float32))
     selecting, indices = plan_select(q, descriptors, top_k, geometry)
     attending, *_ = plan_attend(
-        q, k, k, memory, memory, indices, geometry, resume, capability=capability, multiprocessors=multiprocessors
-    )
+        q, k, k, memory, memory, indices, geometry, resume, q if second else None,
+        capability=capability, multiprocessors=multiprocessors,
+    )  # fmt: skip
     return [*selecting, *attending]
 
 
@@ -91,16 +94,20 @@ def window(capability: int, *, causal: bool = False, used: bool = False, paged: 
 
 
 def cache_write(
-    heads: int = 12, dtype: torch.dtype = torch.bfloat16, clean: bool = True, moments: int = 1
+    heads: int = 12, dtype: torch.dtype = torch.bfloat16, clean: bool = True, moments: int = 1, second: bool = False
 ) -> list[Launch]:
-    """A layer's cache write, with descriptors (of so many moments) and frame means in the clean pass."""
+    """A layer's cache write, with descriptors (of so many moments) and frame means in the clean pass.
+
+    second: with a second query for the bank.
+    """
     q, angles = meta(1, QUERIES, heads, 128, dtype=dtype), meta(1, QUERIES, 64, dtype=torch.float32)
     pool, weight = cached(76 * FRAME_TOKENS, heads, 128, dtype), meta(heads * 128, dtype=dtype)
     descriptors = meta(1, 76 * 25, heads, moments * 128, dtype=dtype) if clean else None
     means = meta(1, 1, 1, heads, 128, dtype=dtype) if clean else None
     places = meta(1, 3, dtype=torch.int32)
     target = WriteTarget(pool, pool, places, FRAME_TOKENS, descriptors, 64, means, FRAME_TOKENS)
-    launches, _ = plan_write_projections(q, q, q, (angles, angles), (weight, weight, 1e-6), target)
+    beside = ((angles, angles), q) if second else ((None, None), None)
+    launches, _ = plan_write_projections(q, q, q, (angles, angles), (weight, weight, 1e-6), target, *beside)
     return launches
 
 
@@ -172,6 +179,8 @@ def shipped() -> dict[str, Plan]:
     sizes: dict[str, dict] = {
         "bank": dict(),
         "bank, window too": dict(dense=True),
+        "bank, window too, second query": dict(dense=True, second=True),
+        "per query, window too, second query": dict(query_group=1, dense=True, second=True),
         "bank in order": dict(in_order=True),
         "small bank": dict(frames=4),
         "bank, 1000 frames": dict(frames=1000),
@@ -236,6 +245,8 @@ def shipped() -> dict[str, Plan]:
     writes = {
         "cache write, clean pass": lambda _: cache_write(),
         "cache write, clean pass, moments": lambda _: cache_write(moments=2),
+        "cache write, clean pass, second query": lambda _: cache_write(second=True),
+        "cache write, second query": lambda _: cache_write(clean=False, second=True),
         "cache write": lambda _: cache_write(clean=False),
         "cache write, 40 heads": lambda _: cache_write(heads=40),
         "cache write, float32": lambda _: cache_write(dtype=torch.float32),

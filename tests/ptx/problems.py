@@ -10,6 +10,7 @@ from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
 
+import memory_q_cases
 import torch
 from attention_cases import Case, assert_within_tolerance, dense_attention, visible
 from cache_write_cases import assert_written
@@ -145,6 +146,21 @@ def attention(
     exact = with_gradients(partial(attend, impl="reference"), dirty.to(torch.float64), wanted)
     dense = with_gradients(lambda x: dense_attention(x, indices), given, wanted)
     compare(ours, dense, exact)
+
+
+def second_query(dtype: torch.dtype, **options) -> None:
+    """memory_attention with a second query for the bank, which selects."""
+    given, descriptors, indices = attention_case(dtype, **options)
+    given = replace(given, q=torch.randn(given.q.shape).to(dtype), options={**given.options, "memory_q": given.q})
+    dirty = unseen_is_nan(given, indices)
+
+    def attend(x: Case, impl: str) -> dict[str, torch.Tensor]:
+        more = {"memory_descriptors": descriptors.to(x.q.dtype), "dense_backend": "own" if impl == "triton" else "auto"}
+        out = ops.memory_attention(*x.tensors().values(), **{**x.options, **more}, return_lse=True, impl=impl)
+        return dict(zip(("out", "lse"), out, strict=True))
+
+    yardstick = dict(zip(("out", "lse"), memory_q_cases.dense(given, indices), strict=True))
+    compare(attend(dirty, "triton"), yardstick, attend(memory_q_cases.in_dtype(dirty, torch.float64), "reference"))
 
 
 def in_pages(x: torch.Tensor, size: int, slots: list[int]) -> torch.Tensor:

@@ -16,6 +16,7 @@ from problems import (
     last_wave_split,
     resumed,
     retrieval,
+    second_query,
     selection,
     tie_of_equal_groups,
     with_candidates,
@@ -111,6 +112,8 @@ for dtype, name in NAMES.items():
          used=(150, 90))  # fmt: skip
     case(f"window and bank, {name}, D 128", attention, dtype, heads=(4, 2), head_dim=128, queries=group + 8,
          group=group, dense=70, bank=(4, 136, 64), top_k=5, slots=True, valid=(3,))  # fmt: skip
+    case(f"second query, {name}, D 128", second_query, dtype, heads=(2, 1), head_dim=128, queries=group + 8,
+         group=group, dense=70, bank=(3, 37, 16), top_k=4, slots=True)  # fmt: skip
     case(f"bank, frames by group, {name}", attention, dtype, queries=48, group=16, bank=(3, 37, 16), top_k=4,
          valid=((0, 2, 3),))  # fmt: skip
     case(f"candidates, {name}, D 128", with_candidates, dtype, batch=2, head_dim=128, queries=group + 8, group=group,
@@ -146,6 +149,8 @@ for dtype, name in NAMES.items():
     case(f"descriptors, strided, {name}", description, dtype, 70, 100, 40, strided=True)
     case(f"cache write, {name}, D 128", writing, dtype, frames=2, grid=(9, 11), heads=(12, 12), head_dim=128,
          options={"block_size": 24, "mean_size": 48})  # fmt: skip
+    case(f"cache write, second query, {name}", writing, dtype, batch=2, frames=2, grid=(7, 8), heads=(3, 1),
+         head_dim=64, moved=5, options={"block_size": 16, "mean_size": None})  # fmt: skip
     case(f"cache write, not the clean pass, {name}", writing, dtype, frames=2, grid=(7, 8), heads=(3, 1), mean_frames=0,
          described=False, options={"block_size": 16, "mean_size": None})  # fmt: skip
     for score in ("linear", "softmax", "coverage"):
