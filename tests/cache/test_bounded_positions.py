@@ -119,6 +119,21 @@ def test_a_kept_choice_is_attended_to_alike(copied, score, dtype):
     assert torch.equal(kept, reused)
 
 
+@pytest.mark.parametrize("copied", [False, True], ids=["gathered", "copied"])
+def test_an_int8_bank_stands_in_the_same_slots(copied):
+    selection, found = BlockSelection(ALL, None), []
+    for bank_dtype in (None, "int8"):
+        streamed = make(bank_dtype=bank_dtype, copied_frames=7 if copied else 0)
+        rotation = opened(streamed, 9, selection)
+        chosen = ChosenBlocks(streamed.cache.layout, ALL, None)
+        assert bool(chosen.copied_tokens) is copied
+        with torch.no_grad():
+            attend = attend_to_memory(streamed.cache, rotation, selection, chosen=chosen)
+            found.append(attend.projections(1, *numbers(77), NORM))
+            exact = streamed.exact(1, numbers(77))
+    assert (found[0] - exact).abs().max() <= 1e-5 < (found[1] - exact).abs().max() <= 0.03 * exact.abs().max()
+
+
 def test_in_half_precision_it_errs_as_absolute_positions_do():
     """The largest error against float64 is at most twice that of the same numbers and distances, absolute."""
     errors = {}
