@@ -26,6 +26,7 @@ CASES = {
     "kept": {"reselect": "chunk", "top_k": 2, "recache": False, "stochastic": True},
     "host": {"device_frames": 4, "host_frames": 2, "bank_frames": 2},
     "bounded": {"positions": "bounded"},
+    "int8": {"bank_dtype": "int8", "device_frames": 4, "host_frames": 2, "bank_frames": 2},
     "random": {"selection": "random", "relevance": "random", "top_k": 2},
     "released": {
         "memory": "released",
@@ -103,7 +104,7 @@ def cache_tensors(streamer: Streamer) -> list[Tensor]:
     ]
 
 
-STOPPED = ("host", "random", "interactive", "bounded")
+STOPPED = ("int8", "random", "interactive", "bounded")
 """Cases that are stopped at chunk 5 and continued by other processes."""
 
 
