@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.journal import checked_line, read_journal
 
 FORMAT = "memflow-ops history 1"
@@ -64,6 +65,12 @@ class RecordLayout:
     def described(self) -> list[dict[str, Any]]:
         """For the header of a manifest."""
         return [{**asdict(tensor), "shape": list(tensor.shape)} for tensor in self.tensors]
+
+
+def record_bytes(layout: CacheLayout) -> int:
+    """The size of one story's record; at most, because how tensors are aligned is not counted to the byte."""
+    means = layout.means_bytes // max(1, layout.history_frames)
+    return -(-((layout.bank_frame_bytes + means) // layout.batch + 8 * ALIGNED) // PAGE) * PAGE
 
 
 class Buffer:

@@ -21,11 +21,14 @@ from memflow_ops.cli.options import (
     Compile,
     CudaGraphs,
     Device,
+    DeviceFrames,
     Dtype,
     Ema,
     FramesPerPrompt,
     Height,
+    HistoryDir,
     HistoryFrames,
+    HostFrames,
     LoraAlpha,
     LoraFile,
     NumHeads,
@@ -33,7 +36,9 @@ from memflow_ops.cli.options import (
     QueryGroup,
     Recache,
     Reselect,
+    Resume,
     Seed,
+    SnapshotEvery,
     Steps,
     Story,
     TextEncoder,
@@ -44,6 +49,7 @@ from memflow_ops.cli.options import (
     WanBankFrames,
     WanPositions,
     Width,
+    as_history,
     as_settings,
     check_used,
     typed,
@@ -65,7 +71,7 @@ from memflow_ops.model.checkpoints.pretrained import Pretrained
 from memflow_ops.model.parallel.ranks import TIMEOUT, Ranks
 from memflow_ops.model.pipeline import generate as pipeline
 from memflow_ops.model.pipeline.budget import FreeMemory
-from memflow_ops.model.pipeline.plan import StreamOptions, WanPlan, plan_streams
+from memflow_ops.model.pipeline.plan import StreamOptions, WanPlan, open_snapshots, plan_streams
 from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT, WAN_SETTINGS, wan_settings
 from memflow_ops.model.pipeline.sources import Parts, Sources, latent_size, load_parts
 from memflow_ops.model.stories.prompts import read_stories
@@ -114,6 +120,11 @@ def generate(
     bank_schedule: BankScheduleName = None,
     history_frames: HistoryFrames = None,
     recache: Recache = WAN_SETTINGS.recache,
+    history_dir: HistoryDir = None,
+    device_frames: DeviceFrames = None,
+    host_frames: HostFrames = None,
+    snapshot_every: SnapshotEvery = None,
+    resume: Resume = False,
     device: Device = "auto",
     batch: Annotated[
         int,
@@ -140,7 +151,9 @@ def generate(
     Before it starts, the command prints how much memory the stream will
     take, and refuses a stream that does not fit. The video grows as
     video.part.mp4; files of an earlier run are replaced when the new ones
-    are complete. Ctrl-C keeps what has been generated.
+    are complete. Ctrl-C keeps what has been generated, and with
+    --history-dir the same command goes on from there with --resume, also
+    after a kill or a reboot.
 
     Example, with a whole diffusers pipeline in the folder wan/:
 
@@ -186,6 +199,13 @@ def generate(
                 bank_schedule,
                 count,
                 shard_weights,
+                as_history(
+                    history_dir,
+                    device_frames=device_frames,
+                    host_frames=host_frames,
+                    every=snapshot_every,
+                    resume=resume,
+                ),
             ),
             memories=() if memory is None else (memory,),
             given=typed(context),
@@ -275,10 +295,32 @@ def load_stories(
         make_folders([plan.folder for plan in plans], names)
     if writes and context is not None:
         context.with_resource(locked_folders([out, *(plan.folder for plan in plans)]))
+    for number, stream in enumerate(streams):
+        streams[number] = open_snapshots(stream, out, sources, free.device)
+        snapshots = streams[number][0].snapshots
+        if snapshots is not None and context is not None:
+            context.call_on_close(snapshots.close)
+    streams = _unfinished(streams)
     prompts = [prompt for story in stories for prompt in story]
     return load_parts(
         sources, pretrained, prompts, free.device, options.compiled, ranks, options.shard_weights
     ), streams
+
+
+def _unfinished(streams: Sequence[list[WanPlan]]) -> list[list[WanPlan]]:
+    """The streams that are not complete. Says where each goes on, and ends the command where nothing is left to do."""
+    left = []
+    for stream in streams:
+        snapshots = stream[0].snapshots
+        if snapshots is not None:
+            for words in snapshots.said():
+                typer.echo(words)
+            if snapshots.finished:
+                continue
+        left.append(stream)
+    if not left:
+        raise typer.Exit(0)
+    return left
 
 
 def any_prompt(prompt: str) -> None:

@@ -386,6 +386,9 @@ def _prepare(
     name = str(weights) if weights else f"memflow_ops/model/weights/{TOY_WEIGHTS.name}"
     digest = sha256(weights or TOY_WEIGHTS)
     plans = make_toy_plans(stories, out, settings, weights=name, weights_sha256=digest, **planning)
+    for plan in plans:
+        if plan.snapshots is not None:
+            context.call_on_close(plan.snapshots.close)
     context.with_resource(locked_folders([out, *(plan.folder for plan in plans)]))
     return model, plans
 
@@ -399,7 +402,6 @@ def _unfinished(plans: Sequence[ToyPlan]) -> list[ToyPlan]:
             for words in (*_tiers(plan), *snapshots.said()):
                 typer.echo(words)
             if snapshots.finished:
-                snapshots.close()
                 continue
         left.append(plan)
     return left

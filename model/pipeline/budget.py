@@ -3,10 +3,13 @@
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
 
 from memflow_ops.cache.layout import CacheLayout
+from memflow_ops.cache.segment import record_bytes
+from memflow_ops.cache.store import WRITES_AHEAD
 from memflow_ops.environment import device_name
 from memflow_ops.host_memory import free_host_bytes
 from memflow_ops.model.streaming.settings import StreamSettings
@@ -42,6 +45,25 @@ class FreeMemory:
 
 
 @dataclass(frozen=True)
+class Disk:
+    """A folder for the history, and how much of it is to lie above the disk."""
+
+    folder: Path
+    free_bytes: int
+    device_frames: int | None = None
+    """Prototypes on the device at most; None: as many as fit."""
+    host_frames: int | None = None
+    """Prototypes in host memory at most; None: as many as fit."""
+    divided: tuple[int, int, int] | None = None
+    """On the device, in host memory and on disk alone, as a run that goes on had it; None: is found."""
+
+    def needed(self, layout: CacheLayout, prototypes: int) -> int:
+        """Bytes of so many prototypes and of the snapshots: the old one stays until the new one is whole."""
+        kept = layout.sink_frames + layout.window_frames
+        return prototypes * record_bytes(layout) * layout.batch + 2 * kept * layout.frame_bytes
+
+
+@dataclass(frozen=True)
 class Item:
     """One summand of a budget."""
 
@@ -62,6 +84,9 @@ class Budget:
     other_items: tuple[Item, ...]
     """What lies on the device beside the cache."""
     free: FreeMemory
+    disk: Disk | None = None
+    prototypes: int = 0
+    """How many the stream will leave behind."""
 
     @property
     def cache_items(self) -> list[Item]:
@@ -89,8 +114,16 @@ class Budget:
         return sum(item.size for item in self.device_items)
 
     @property
+    def on_the_way(self) -> int:
+        """Bytes of host memory for frames between device and disk."""
+        layout = self.layout
+        if self.disk is None or not layout.device_frames:
+            return 0
+        return (WRITES_AHEAD + layout.bank_frames + 1) * record_bytes(layout) * layout.batch
+
+    @property
     def host_bytes(self) -> int:
-        return self.layout.host_bytes
+        return self.layout.host_bytes + self.on_the_way
 
     def lines(self) -> list[str]:
         """The budget as a table in text, one line per item."""
@@ -105,10 +138,17 @@ class Budget:
             how = f"of sink and history, as {layout.bank_dtype} with scales: {ratio:.2f} times as many per byte"
             frames.append(Item("one kept frame", layout.bank_frame_bytes, how))
         rows = [*frames, *self.device_items, Item("in all", self.device_bytes, f"of {size(self.free.bytes)} free")]
-        if self.host_bytes:
-            free = "" if self.free.host_bytes is None else f", of {size(self.free.host_bytes)} free"
+        free = "" if self.free.host_bytes is None else f", of {size(self.free.host_bytes)} free"
+        if layout.host_bytes:
             where = f"in host memory: history, {layout.host_frames} frames more, and one to swap through{free}"
-            rows.append(Item("further history", self.host_bytes, where))
+            rows.append(Item("further history", layout.host_bytes, where))
+        if self.disk is not None and layout.device_frames:
+            room = f"{WRITES_AHEAD + layout.bank_frames + 1} frames"
+            rows.append(Item("to and from the disk", self.on_the_way, f"in host memory: {room}{free}"))
+            alone = f", {layout.disk_frames} of them there alone" if layout.disk_frames else ""
+            where = f"in {self.disk.folder}: all of {self.prototypes} frames{alone}, and snapshots"
+            needed = self.disk.needed(layout, self.prototypes)
+            rows.append(Item("on disk", needed, f"{where}; {size(self.disk.free_bytes)} free"))
         width = max(len(row.name) for row in rows)
         return [
             f"Memory on {self.free.place}:",
@@ -123,25 +163,28 @@ def fit_history(
     other_items: Sequence[Item],
     free: FreeMemory,
     history_frames: int | None = None,
+    disk: Disk | None = None,
 ) -> Budget:
-    """Divides the history between device and host. As many frames as fit stay on the device; where a frame lies changes
-    no result.
+    """Divides the history between device, host and disk. As many frames as fit stay on the device, and of the others as
+    many as fit in host memory; where a frame lies changes no result.
 
     layout_of: gives the cache that a stream with these settings allocates.
     prototypes: how many the stream will leave behind. Beyond history_frames (None: all) the oldest is forgotten.
     other_items: what the device holds beside the cache.
+    disk: where all of the history is kept too; None: nowhere.
 
     Where the stream cannot fit, a ValueError shows the sum and says which setting to lower, and to what.
     """
     if settings.memory not in ("memflow", "full"):
-        return _checked(Budget(settings, layout_of(settings), tuple(other_items), free))
+        return _checked(Budget(settings, layout_of(settings), tuple(other_items), free, disk))
     history = prototypes if history_frames is None else min(history_frames, prototypes)
     bank_frames = min(settings.bank_frames, max(history, 1))
     least = max(1, bank_frames) + settings.window_frames // settings.chunk_frames - 1  # the bank, and the window's own
 
-    def budget(device_frames: int, host_frames: int) -> Budget:
-        divided = replace(settings, bank_frames=bank_frames, device_frames=device_frames, host_frames=host_frames)
-        return Budget(divided, layout_of(divided), tuple(other_items), free)
+    def budget(device_frames: int, host_frames: int, disk_frames: int = 0) -> Budget:
+        tiers = {"device_frames": device_frames, "host_frames": host_frames, "disk_frames": disk_frames}
+        divided = replace(settings, bank_frames=bank_frames, **tiers)
+        return Budget(divided, layout_of(divided), tuple(other_items), free, disk, prototypes)
 
     if settings.memory == "full":
         if history < prototypes:
@@ -149,11 +192,32 @@ def fit_history(
                 f"memory 'full' attends to all {prototypes} frames that this stream leaves behind, so --history-frames "
                 f"cannot be {history}; use --memory memflow"
             )
-        return _checked(budget(max(history, least), settings.host_frames))
+        return _checked_on_disk(_checked(budget(max(history, least), settings.host_frames)))
     history = max(history, least)
+    if disk is not None:
+        return _with_disk(budget, disk, history, least)
     smallest = _checked(budget(least, history - least))
     on_device = min(history, least + (free.bytes - smallest.device_bytes) // smallest.layout.bank_frame_bytes)
     return _checked_on_host(budget(on_device, history - on_device))
+
+
+def _with_disk(budget: Callable[[int, int, int], Budget], disk: Disk, history: int, least: int) -> Budget:
+    """Divides a history of so many frames, at least `least` on the device, over three tiers."""
+    if disk.divided is not None:
+        return _checked_on_disk(_checked_on_host(_checked(budget(*disk.divided))))
+    smallest = _checked(budget(least, 0, history - least))
+    free, frame = smallest.free, smallest.layout.bank_frame_bytes
+    # On a CPU device and host are one.
+    left = free.bytes - smallest.device_bytes - (smallest.on_the_way if free.host_bytes is None else 0)
+    on_device = min(history, least + max(0, left // frame), max(least, disk.device_frames or history))
+    if free.host_bytes is not None:
+        left = free.host_bytes - smallest.on_the_way
+    else:
+        left -= (on_device - least) * frame
+    in_host = max(0, min(history - on_device, left // frame - 1))
+    if disk.host_frames is not None:
+        in_host = min(in_host, disk.host_frames)
+    return _checked_on_disk(_checked_on_host(budget(on_device, in_host, history - on_device - in_host)))
 
 
 def _checked(budget: Budget) -> Budget:
@@ -184,11 +248,29 @@ def _checked_on_host(budget: Budget) -> Budget:
     if budget.host_bytes <= max(free, 0):
         return budget
     on_device, in_host = settings.device_frames, settings.host_frames
+    if budget.disk is not None:
+        raise ValueError(
+            f"{in_host} frames of the history in host memory, and those on their way to and from the disk, need "
+            f"{size(budget.host_bytes)} where {size(max(free, 0))} are free; lower --bank-frames or --host-frames"
+        )
     fits = on_device + max(0, free // frame - 1)
     raise ValueError(
         f"a history of {on_device + in_host} frames does not fit: {on_device} on the device, and the {in_host} in host "
         f"memory need ({in_host} + 1) x {size(frame)} = {size(budget.host_bytes)} where {size(max(free, 0))} are free; "
         f"lower --history-frames to {fits} (the oldest frames beyond are forgotten)"
+    )
+
+
+def _checked_on_disk(budget: Budget) -> Budget:
+    """The budget, if its history and snapshots fit on the disk; otherwise a ValueError that says so."""
+    if budget.disk is None:
+        return budget
+    needed, free = budget.disk.needed(budget.layout, budget.prototypes), budget.disk.free_bytes
+    if needed <= free:
+        return budget
+    raise ValueError(
+        f"a history of {budget.prototypes} frames needs {size(needed)} in {budget.disk.folder}, where {size(free)} are "
+        f"free: {size(record_bytes(budget.layout) * budget.layout.batch)} a frame; name a folder on another disk"
     )
 
 

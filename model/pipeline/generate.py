@@ -3,8 +3,8 @@
 import json
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ import torch
 
 from memflow_ops.environment import environment
 from memflow_ops.model.parallel.ranks import Ranks
-from memflow_ops.model.pipeline.plan import WanPlan
+from memflow_ops.model.pipeline.plan import WanPlan, identity
 from memflow_ops.model.pipeline.settings import FRAMES_PER_SECOND
 from memflow_ops.model.pipeline.sources import Parts, Sources
+from memflow_ops.model.stories.fragments import FragmentWriter
 from memflow_ops.model.stories.interrupts import Interrupts
 from memflow_ops.model.stories.run import write_stories
+from memflow_ops.model.stories.snapshots import Snapshots
 from memflow_ops.model.stories.video import VideoWriter, to_pixels
+from memflow_ops.model.streaming.chunk import Chunk
 from memflow_ops.model.streaming.latency import Latency
 from memflow_ops.model.streaming.settings import StreamSettings
-from memflow_ops.model.streaming.streamer import Chunk, Streamer
+from memflow_ops.model.streaming.streamer import Streamer
 from memflow_ops.model.wan.vae import StreamingDecoder
 
 HOW_MEASURED = (
@@ -47,6 +50,21 @@ class WanRun:
     interrupted: bool = False
     error: str | None = None
     problems: list[str] = field(default_factory=list)
+    memory: list[str] = field(default_factory=list)
+    """What the plan said of memory when the run began."""
+
+    def __post_init__(self) -> None:
+        self.memory = self.plan.budget.lines()
+
+    def saved(self) -> dict[str, Any]:
+        """What has been made so far, for a snapshot."""
+        chunks, memory = [chunk.saved() for chunk in self.chunks], self.memory
+        return {"chunks": chunks, "decode_seconds": self.decode_seconds, "frames": self.frames, "memory": memory}
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Goes on where another run was when it returned `saved`."""
+        self.chunks = [Chunk.restored(chunk) for chunk in saved["chunks"]]
+        self.decode_seconds, self.frames, self.memory = saved["decode_seconds"], saved["frames"], saved["memory"]
 
     def speed(self) -> dict[str, object] | None:
         return speed(self.chunks, self.decode_seconds, self.plan.settings, self.plan.together)
@@ -61,7 +79,7 @@ class WanRun:
             "frames_per_prompt": plan.options.frames_per_prompt,
             "sources": self.sources.described(),
             "settings": asdict(plan.settings),
-            "memory": plan.budget.lines(),
+            "memory": self.memory,
             "cache_bytes": plan.budget.layout.device_bytes + plan.budget.host_bytes,
             "compiled": plan.options.compiled,
             "stories_together": plan.together,
@@ -134,22 +152,83 @@ def generate_stories(
     report: is called with the first of the runs after every chunk. ranks: the processes that make the videos; this is
     the first of them, and the others `follow_stories`."""
     runs = [WanRun(plan, sources, parts.device) for plan in plans]
+    snapshots = plans[0].snapshots
+    if snapshots is not None:
+        with closing(snapshots):
+            _generate_with_snapshots(parts, runs, snapshots, report)
+        return runs
     writers = [video_writer(plan.folder / "video.mp4", plan.settings, parts.vae) for plan in plans]
 
     def rounds(interrupts: Interrupts) -> Iterator[None]:
-        for chunk, videos, seconds in stream_videos(parts, plans, interrupts, ranks):
-            for number, (run, writer, frames) in enumerate(zip(runs, writers, videos, strict=True)):
-                writer.write(frames)
-                run.chunks.append(chunk.of_story(number))
-                run.decode_seconds.append(seconds)
-                run.frames += len(frames)
-            yield
+        return _add_to(runs, writers, stream_videos(parts, plans, interrupts, ranks))
 
-    def files(run: WanRun) -> dict[str, bytes]:
-        return {"run.json": (json.dumps(run.record(), indent=1) + "\n").encode()}
-
-    write_stories(runs, writers, rounds, files, report)
+    write_stories(runs, writers, rounds, _files, report)
     return runs
+
+
+def _generate_with_snapshots(
+    parts: Parts, runs: Sequence[WanRun], snapshots: Snapshots, report: Callable[[WanRun], None] | None
+) -> None:
+    """Goes on where the last snapshot is, or begins, and takes others on the way."""
+    plans = [run.plan for run in runs]
+    writers = [fragment_writer(plan.folder / "video.mp4", plan.settings, parts.vae) for plan in plans]
+    with ExitStack() as opened:
+        for writer in writers:
+            opened.enter_context(writer.closed_on_error())
+        streamer, decoders = make_streamer(parts, plans), [StreamingDecoder(parts.vae) for _ in plans]
+        if snapshots.found is not None:
+            for run, writer, decoder, saved in zip(runs, writers, decoders, snapshots.found["stories"], strict=True):
+                run.restore(saved["run"])
+                writer.cut_back(saved["video"])
+                decoder.load_state_dict(saved["decoder"])
+            streamer.load_state_dict(snapshots.found["stream"])
+            snapshots.found = None
+
+    def rounds(interrupts: Interrupts) -> Iterator[None]:
+        videos = stream_videos(parts, plans, interrupts, streamer=streamer, decoders=decoders)
+        return _add_to(runs, writers, videos)
+
+    def state() -> dict[str, Any]:
+        stream = streamer.state_dict()
+        stories = [
+            {"run": run.saved(), "video": writer.position(), "decoder": decoder.state_dict()}
+            for run, writer, decoder in zip(runs, writers, decoders, strict=True)
+        ]
+        stores = stream["cache"].get("stores", [])
+        return {"done": len(runs[0].chunks), "stories": stories, "stream": stream, "stores": stores}
+
+    def snapshot(now: bool) -> None:
+        done = len(runs[0].chunks)
+        # Where the decoding of a chunk was interrupted, the stream is ahead of the videos, and the last snapshot stays.
+        if streamer.cache.committed == done and (now or snapshots.is_due(done)):
+            snapshots.save(state)
+
+    with closing(streamer):
+        write_stories(runs, writers, rounds, _files, report, snapshot=snapshot)
+    if not runs[0].interrupted:
+        snapshots.finish(identity(plans, runs[0].sources, parts.device))
+        for writer in writers:
+            writer.discard()
+
+
+def _add_to(
+    runs: Sequence[WanRun],
+    writers: Sequence[VideoWriter | FragmentWriter],
+    videos_by_chunk: Iterator[tuple[Chunk, list[np.ndarray], float]],
+) -> Iterator[None]:
+    """Adds every chunk to all runs and videos."""
+    for chunk, videos, seconds in videos_by_chunk:
+        for number, (run, writer, frames) in enumerate(zip(runs, writers, videos, strict=True)):
+            writer.write(frames)
+            run.chunks.append(chunk.of_story(number))
+            run.decode_seconds.append(seconds)
+            run.frames += len(frames)
+        yield
+
+
+def _files(run: WanRun) -> dict[str, bytes]:
+    """The content of every file beside the video, by name."""
+    return {"run.json": (json.dumps(run.record(), indent=1) + "\n").encode()}
 
 
 def follow_stories(parts: Parts, plans: Sequence[WanPlan], ranks: Ranks) -> None:
@@ -173,13 +252,27 @@ def video_writer(path: Path, settings: StreamSettings, vae: Any) -> VideoWriter:
     )
 
 
+def fragment_writer(path: Path, settings: StreamSettings, vae: Any) -> FragmentWriter:
+    """As `video_writer`, for a video that can go on."""
+    scale = vae.spatial_compression_ratio
+    return FragmentWriter(path, settings.height * scale, settings.width * scale, fps=FRAMES_PER_SECOND, scale=1)
+
+
 def stream_videos(
-    parts: Parts, plans: Sequence[WanPlan], interrupts: Interrupts, ranks: Ranks | None = None
+    parts: Parts,
+    plans: Sequence[WanPlan],
+    interrupts: Interrupts,
+    ranks: Ranks | None = None,
+    streamer: Streamer | None = None,
+    decoders: Sequence[StreamingDecoder] | None = None,
 ) -> Iterator[tuple[Chunk, list[np.ndarray], float]]:
     """Streams stories together. Yields each chunk, the video frames (F, H, W, 3) uint8 of every story, and the seconds
-    that decoding them took."""
-    decoders = [StreamingDecoder(parts.vae) for _ in plans]
-    for chunk in stream_chunks(parts, plans, interrupts, ranks):
+    that decoding them took.
+
+    streamer, decoders: go on where they are; None: new ones begin.
+    """
+    decoders = decoders or [StreamingDecoder(parts.vae) for _ in plans]
+    for chunk in stream_chunks(parts, plans, interrupts, ranks, streamer):
         with interrupts.allowed() if ranks is None else nullcontext():
             started = time.perf_counter()
             latents = chunk.frames.split(1)
@@ -188,21 +281,36 @@ def stream_videos(
         yield chunk, videos, seconds
 
 
+def make_streamer(parts: Parts, plans: Sequence[WanPlan], ranks: Ranks | None = None) -> Streamer:
+    """The stream of stories that are streamed together."""
+    first = plans[0]
+    return Streamer(
+        parts.model,
+        len(plans),
+        first.settings,
+        [plan.seed for plan in plans],
+        encode=parts.encode,
+        cuda_graphs=first.options.cuda_graphs,
+        ranks=ranks,
+        history_dir=None if first.snapshots is None else first.snapshots.folder,
+    )
+
+
 def stream_chunks(
-    parts: Parts, plans: Sequence[WanPlan], interrupts: Interrupts, ranks: Ranks | None = None
+    parts: Parts,
+    plans: Sequence[WanPlan],
+    interrupts: Interrupts,
+    ranks: Ranks | None = None,
+    streamer: Streamer | None = None,
 ) -> Iterator[Chunk]:
     """Streams stories together. Where several processes do, they agree between two chunks whether one of them has been
     interrupted, because none can leave a chunk that the others go on with."""
-    first = plans[0]
-    seeds = [plan.seed for plan in plans]
-    graphs = first.options.cuda_graphs
-    streamer = Streamer(
-        parts.model, len(plans), first.settings, seeds, encode=parts.encode, cuda_graphs=graphs, ranks=ranks
-    )
-    for prompts in zip(*(plan.prompts_by_chunk for plan in plans), strict=True):
+    streamer = streamer or make_streamer(parts, plans, ranks)
+    every = list(zip(*(plan.prompts_by_chunk for plan in plans), strict=True))
+    for index in range(streamer.cache.committed, len(every)):
         if ranks is not None and ranks.any(interrupts.waiting):
             interrupts.waiting = False
             raise KeyboardInterrupt
         with interrupts.allowed() if ranks is None else nullcontext():
-            chunk = streamer.next_chunk(prompts)
+            chunk = streamer.next_chunk(every[index], every[min(index + 1, len(every) - 1)])
         yield chunk

@@ -1,8 +1,12 @@
 """The streams that a file of stories needs: checked, and with their memory counted, before any weights are loaded."""
 
+import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from memflow_ops.cache.chosen import choice_bytes
 from memflow_ops.cache.released_layout import BankSchedule
@@ -13,6 +17,7 @@ from memflow_ops.model.checkpoints.pretrained import Pretrained
 from memflow_ops.model.parallel.ranks import check_ranks
 from memflow_ops.model.pipeline.budget import (
     Budget,
+    Disk,
     FreeMemory,
     Item,
     fit_history,
@@ -23,6 +28,7 @@ from memflow_ops.model.pipeline.budget import (
 from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT
 from memflow_ops.model.pipeline.sources import Sources
 from memflow_ops.model.stories.prompts import chunk_prompts
+from memflow_ops.model.stories.snapshots import HistoryOptions, Snapshots, run_in
 from memflow_ops.model.streaming.cuda_graphs import why_not_record
 from memflow_ops.model.streaming.inputs import find_condition
 from memflow_ops.model.streaming.settings import StreamSettings
@@ -59,6 +65,8 @@ class StreamOptions:
     """Processes that make each video together; see `memflow_ops.model.parallel`."""
     shard_weights: bool = False
     """Whether they share the weights too."""
+    history: HistoryOptions | None = None
+    """What is kept on disk; None: nothing."""
 
     def for_story(self, settings: StreamSettings, prompts: Sequence[str]) -> StreamSettings:
         """The settings of the stream of a story with these prompts."""
@@ -79,6 +87,8 @@ class WanPlan:
     """Of the stream that it is part of."""
     seed: int
     options: StreamOptions
+    snapshots: Snapshots | None = None
+    """Of its stream; keep the history on disk, and what an interrupted run goes on from."""
 
     @property
     def settings(self) -> StreamSettings:
@@ -124,13 +134,60 @@ def plan_streams(
         prompts = chunk_prompts([stories[numbers[0]]], options.frames_per_prompt, settings.chunk_frames)
         own = options.for_story(settings, stories[numbers[0]])
 
-        def budget_of(batch: int, chunks: int = len(prompts), own: StreamSettings = own) -> Budget:
-            return stream_budget(own, sources, pretrained, free, options, chunks, batch)
+        folders = {i: out if len(stories) == 1 else out / f"story-{i:03d}" for i in numbers}
+        disk = _disk(options.history, folders[numbers[0]].relative_to(out))
+
+        def budget_of(
+            batch: int, chunks: int = len(prompts), own: StreamSettings = own, disk: Disk | None = disk
+        ) -> Budget:
+            return stream_budget(own, sources, pretrained, free, options, chunks, batch, disk)
 
         budget = _budget_or_advice(budget_of, len(numbers))
-        folders = {i: out if len(stories) == 1 else out / f"story-{i:03d}" for i in numbers}
         streams.append([WanPlan(list(stories[i]), folders[i], budget, options.seed + i, options) for i in numbers])
     return streams
+
+
+def open_snapshots(plans: Sequence[WanPlan], out: Path, sources: Sources, device: torch.device) -> list[WanPlan]:
+    """The plans of a stream with its snapshots, opened and, where it goes on, found. A ValueError where the folder
+    cannot be used, or holds another run. Where no history is kept, the plans as they are."""
+    options = plans[0].options
+    if options.history is None:
+        return list(plans)
+    snapshots = options.history.snapshots(plans[0].folder.relative_to(out))
+    snapshots.begin(identity(plans, sources, device), options.history.resume)
+    return [replace(plan, snapshots=snapshots) for plan in plans]
+
+
+def identity(plans: Sequence[WanPlan], sources: Sources, device: torch.device) -> dict[str, Any]:
+    """What a run must have in common with the one that it goes on with."""
+    options = plans[0].options
+    return {
+        "prompts": [plan.prompts for plan in plans],
+        "seed": [plan.seed for plan in plans],
+        "frames_per_prompt": options.frames_per_prompt,
+        "settings": asdict(plans[0].settings),
+        "sources": {name: value for name, value in sources.described().items() if name != "dtype"},
+        "dtype": str(sources.torch_dtype(device)),
+        "device": device.type,
+        "compiled": options.compiled,
+    }
+
+
+def _disk(history: HistoryOptions | None, below: Path) -> Disk | None:
+    """The folder of a stream's history, with what is free there; None where none is kept."""
+    if history is None:
+        return None
+    folder = history.folder / below
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    # What an unfinished run has there already is not free, and is part of what the whole run needs.
+    own = sum(path.stat().st_size for path in folder.glob("*") if path.is_file())
+    found = run_in(folder) if history.resume else None
+    divided = None
+    if found is not None:
+        tiers = [found["run"].get("settings", {}).get(f"{tier}_frames") for tier in ("device", "host", "disk")]
+        divided = (tiers[0], tiers[1], tiers[2]) if all(isinstance(frames, int) for frames in tiers) else None
+    free = shutil.disk_usage(there).free + own
+    return Disk(folder, free, history.device_frames, history.host_frames, divided)
 
 
 def group_stories(stories: Sequence[Sequence[str]], batch: int) -> list[list[int]]:
@@ -164,8 +221,10 @@ def stream_budget(
     options: StreamOptions,
     chunks: int,
     batch: int,
+    disk: Disk | None = None,
 ) -> Budget:
-    """The memory of a stream of `batch` stories and `chunks` chunks. A ValueError where it does not fit, or where the
+    """The memory of a stream of `batch` stories and `chunks` chunks. disk: as for
+    `fit_history`. A ValueError where it does not fit, or where the
     parts of the pipeline do not fit one another."""
     dtype, config = sources.torch_dtype(free.device), pretrained.config
     find_condition(
@@ -201,4 +260,5 @@ def stream_budget(
         items,
         free,
         options.history_frames,
+        disk,
     )

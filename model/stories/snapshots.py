@@ -21,8 +21,24 @@ from memflow_ops.files import write_atomically
 from memflow_ops.state_file import load_state, save_state
 
 FORMAT = "memflow-ops run 1"
+RUN_FILE = "run.json"
 SHARE = 0.01
 """Of a run's time, for snapshots."""
+
+
+def run_in(folder: Path) -> dict[str, Any] | None:
+    """What the run in a folder is ("run"), and whether it is "finished"; None where there is none. A ValueError where
+    the file that says it is damaged."""
+    path = folder / RUN_FILE
+    try:
+        about = json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        raise ValueError(f"{path} is not of a run: expected the format {FORMAT!r}")
+    return about
 
 
 @dataclass(frozen=True)
@@ -56,8 +72,8 @@ class Snapshots:
         """Whether the run that `begin` was told of is complete already."""
         self.found: dict[str, Any] | None = None
         """The snapshot from which the run goes on."""
-        self._file, self._about = folder / "snapshot.safetensors", folder / "run.json"
-        self._resumed = False
+        self._file, self._about = folder / "snapshot.safetensors", folder / RUN_FILE
+        self._resumed = self._closed = False
         self._started = time.perf_counter()
         self._spent = self._last = 0.0  # seconds, of all and of the last one
 
@@ -69,25 +85,13 @@ class Snapshots:
             return [*self.folder.notes, f"Going on after chunk {self.found['done']}."]
         return [f"{self.path} has no snapshot yet, so the run begins anew."] if self._resumed else []
 
-    def about(self) -> dict[str, Any] | None:
-        """What the run in the folder is; None where there is none. A ValueError where the file is damaged."""
-        try:
-            about = json.loads(self._about.read_text())
-        except FileNotFoundError:
-            return None
-        except ValueError as error:
-            raise ValueError(f"{self._about} is damaged: {error}") from error
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
-            raise ValueError(f"{self._about} is not of a run: expected the format {FORMAT!r}")
-        return about
-
     def begin(self, run: Mapping[str, Any], resume: bool) -> None:
         """Begins a run, or with `resume` finds where the one in the folder is to go on, if it has got anywhere.
 
         run: what the run is, as JSON takes it. A ValueError where the folder has another run, or an unfinished one that
         is not to go on.
         """
-        found = self.about()
+        found = run_in(self.path)
         if found is not None and not found["finished"] and not resume and self._file.exists():
             raise ValueError(
                 f"{self.path} holds a run that was not finished: go on with it by --resume, or name another folder"
@@ -131,8 +135,10 @@ class Snapshots:
         self.folder.keep_only([])
 
     def close(self) -> None:
-        """Gives up the folder, when the caches that use it have too."""
-        self.folder.remove_user()
+        """Gives up the folder, when the caches that use it have too. Further calls do nothing."""
+        if not self._closed:
+            self._closed = True
+            self.folder.remove_user()
 
     def _write_about(self, run: Mapping[str, Any], finished: bool) -> None:
         about = {"format": FORMAT, "finished": finished, "run": run}

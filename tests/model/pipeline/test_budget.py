@@ -1,6 +1,7 @@
 """The arithmetic of memory: what is printed adds up, what cannot fit is refused with what would."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,7 +9,8 @@ import torch
 from memflow_ops.cache.chosen import ChosenBlocks, choice_bytes
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.layout import CacheLayout
-from memflow_ops.model.pipeline.budget import FreeMemory, Item, fit_history, size
+from memflow_ops.cache.store import HistoryFolder
+from memflow_ops.model.pipeline.budget import Disk, FreeMemory, Item, fit_history, size
 from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
@@ -162,3 +164,56 @@ def test_a_cpu_is_its_own_host():
 )
 def test_sizes_in_words(count, words):
     assert size(count) == words
+
+
+# ----------------------------------------------------------------------------------------------------------------- disk
+
+
+def with_disk(free, *, host_free=None, prototypes=40, disk_free=10**9, device=None, host=None, **changes):
+    disk = Disk(Path("history"), disk_free, device, host, changes.pop("divided", None))
+    memory = FreeMemory(torch.device("cpu"), free, host_free)
+    settings, items = replace(SETTINGS, **changes), [Item("the rest", OTHER)]
+    return fit_history(settings, lambda s: s.cache_layout(MODEL, 1), prototypes, items, memory, None, disk)
+
+
+ON_THE_WAY = (2 + 5 + 1) * 4096 * -(-(FRAME + MEAN) // 4096)
+
+
+def tiers(budget):
+    return budget.settings.device_frames, budget.settings.host_frames, budget.settings.disk_frames
+
+
+@pytest.mark.parametrize("host_free", [None, 10**9, ON_THE_WAY + 4 * FRAME, ON_THE_WAY])
+def test_what_fits_nowhere_else_is_on_disk_alone(host_free):
+    budget = with_disk(enough(12, 40) + ON_THE_WAY, host_free=host_free)
+    on_device, in_host, on_disk = tiers(budget)
+    assert on_device + in_host + on_disk == 40 and budget.device_bytes <= budget.free.bytes
+    if host_free is None:  # device and host are one
+        assert on_device == 12 and in_host == 0
+        assert budget.device_bytes + budget.host_bytes <= budget.free.bytes
+    else:
+        assert on_device >= 12 and in_host == min(40 - on_device, max(0, (host_free - ON_THE_WAY) // FRAME - 1))
+        assert budget.host_bytes <= host_free
+    assert tiers(with_disk(10**9, host_free=10**9, device=9, host=2)) == (9, 2, 29)
+    assert tiers(with_disk(10**9, host_free=10**9, divided=(8, 3, 29))) == (8, 3, 29)
+
+
+def test_the_plan_counts_all_three_tiers(tmp_path):
+    budget = with_disk(10**9, host_free=10**9, device=9, host=2)
+    text = "\n".join(budget.lines())
+    assert "history, 9 frames, 5 of them as the bank" in text and "history, 2 frames more" in text
+    assert "all of 40 frames, 29 of them there alone, and snapshots" in text and "to and from the disk" in text
+    record = budget.disk.needed(budget.layout, 1) - budget.disk.needed(budget.layout, 0)
+    assert record % 4096 == 0 and record >= FRAME + MEAN
+    assert size(budget.disk.needed(budget.layout, 40)) in text
+    cache = FrameCache(budget.layout, history=HistoryFolder(tmp_path))
+    assert cache._stores[0].layout.record_bytes == record
+
+
+def test_a_disk_that_is_too_small_is_refused():
+    needed = with_disk(10**9).disk.needed(with_disk(10**9).layout, 40)
+    assert with_disk(10**9, disk_free=needed)
+    with pytest.raises(ValueError, match=r"a history of 40 frames needs .* in history, where"):
+        with_disk(10**9, disk_free=needed - 1)
+    with pytest.raises(ValueError, match="lower --bank-frames or --host-frames"):
+        with_disk(10**9, host_free=ON_THE_WAY - 1)
