@@ -164,6 +164,8 @@ class LiveSession:
             for viewer in self._viewers:
                 viewer.close()
             self._viewers.clear()
+            for side in self._sides:
+                side.streamer.close()
             self._sides, self.rows, self._pictures = [], [], {}
             self._recording.close()
 
@@ -283,14 +285,12 @@ class LiveSession:
 
     def fork(self, prompt: str) -> "LiveSession":
         """Another session that goes on from here under another prompt. This one is not changed by it."""
-        kinds = self.kinds
-        child = LiveSession(self.world, self.limits, prompt, self.seed, baseline=len(kinds) > 1)
+        child = LiveSession(self.world, self.limits, prompt, self.seed, baseline=len(self.kinds) > 1)
         if not self._fresh and self._sides:
-            for kind, side in zip(kinds, self._sides, strict=True):
-                streamer, decoder = child._start(kind, self.seed)
-                streamer.load_state_dict(side.streamer.state_dict())
+            for side in self._sides:
+                decoder = self.world.decoder()
                 decoder.load_state_dict(side.decoder.state_dict())
-                child._sides.append(_Side(streamer, decoder))
+                child._sides.append(_Side(side.streamer.fork(), decoder))
             with self._lock:
                 child.rows, child._ends, child._pictures = list(self.rows), list(self._ends), dict(self._pictures)
                 child._frames, child._fresh = self._frames, False

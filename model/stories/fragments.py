@@ -82,17 +82,9 @@ class FragmentWriter:
         """Adds a fragment of frames (F, H, W, 3) uint8, RGB."""
         check_frames(frames, self.shape)
         self._begin()
-        content = self._encoded(frames)
-        fragment = bytearray()
-        for kind, start, end in _boxes(content, 0, len(content)):
-            if kind in (b"ftyp", b"moov") and self._fragments == 0:
-                fragment += content[start:end]
-            elif kind == b"moof":
-                ticks = _timescale(content) * self.frames // self.fps
-                fragment += _moved(content[start:end], self._fragments + 1, ticks)
-            elif kind == b"mdat":
-                fragment += content[start:end]
-        self._file.write(fragment)
+        place = {"first_frame": self.frames, "number": self._fragments}
+        start, fragment = encode_fragment(frames, fps=self.fps, scale=self.scale, threads=self._threads, **place)
+        self._file.write(fragment if self._fragments else start + fragment)
         self.frames += len(frames)
         self._fragments += 1
 
@@ -127,17 +119,6 @@ class FragmentWriter:
             self._file.truncate(0)
             self._file.seek(0)
 
-    def _encoded(self, frames: np.ndarray) -> bytes:
-        """An mp4 of one fragment, in memory."""
-        content = io.BytesIO()
-        flags = "frag_custom+empty_moov+default_base_moof+skip_trailer"
-        with av.open(content, "w", format="mp4", options={"movflags": flags}) as container:
-            stream = add_h264(container, self.shape, self.scale, self.fps, len(frames))
-            stream.codec_context.thread_count = self._threads
-            for frame in [*yuv_frames(frames, self.scale, first=0), None]:
-                container.mux(stream.encode(frame))
-        return content.getvalue()
-
     def __enter__(self) -> "FragmentWriter":
         return self
 
@@ -146,6 +127,34 @@ class FragmentWriter:
     ) -> None:
         with self._lock:
             self.close()
+
+
+def encode_fragment(
+    frames: np.ndarray, *, fps: int, scale: int, threads: int, first_frame: int, number: int
+) -> tuple[bytes, bytes]:
+    """Frames (F, H, W, 3) uint8, RGB, as a fragment, and what comes before the first fragment of a video.
+
+    The former is the same for all fragments of a video. fps: frames per second. scale: video pixels per side of a
+    pixel. threads: of the encoder, of which its slices depend. first_frame: the index in the video of the first of the
+    frames. number: that of the fragment, from 0.
+    """
+    content = io.BytesIO()
+    flags = "frag_custom+empty_moov+default_base_moof+skip_trailer"
+    with av.open(content, "w", format="mp4", options={"movflags": flags}) as container:
+        stream = add_h264(container, frames.shape[1:3], scale, fps, len(frames))
+        stream.codec_context.thread_count = threads
+        for frame in [*yuv_frames(frames, scale, first=0), None]:
+            container.mux(stream.encode(frame))
+    whole = content.getvalue()
+    start, fragment = bytearray(), bytearray()
+    for kind, begin, end in _boxes(whole, 0, len(whole)):
+        if kind in (b"ftyp", b"moov"):
+            start += whole[begin:end]
+        elif kind == b"moof":
+            fragment += _moved(whole[begin:end], number + 1, _timescale(whole) * first_frame // fps)
+        elif kind == b"mdat":
+            fragment += whole[begin:end]
+    return bytes(start), bytes(fragment)
 
 
 def _boxes(content: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
