@@ -4,6 +4,7 @@ Source of the consistency: VBench (arXiv 2311.17982), subject and background con
 features of two encoders.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 
 import numpy as np
@@ -51,12 +52,16 @@ def still_share(frames: np.ndarray) -> float:
     return float(np.mean(still))
 
 
-def interval(values: list[float], seed: int = 0, resamples: int = 2000) -> tuple[float, float] | None:
-    """The 95 % percentile bootstrap interval of the mean (Efron 1979); None of fewer than two values."""
-    if len(values) < 2:
+def interval(
+    cases: Tensor, statistic: Callable[[Tensor], Tensor], seed: int = 0, resamples: int = 2000
+) -> tuple[float, float] | None:
+    """The 95 % percentile bootstrap interval of a statistic of means (Efron 1979); None of fewer than two cases.
+
+    cases: (N, D). statistic: means (resamples, D) -> (resamples,).
+    """
+    if len(cases) < 2:
         return None
-    drawn = torch.tensor(values, dtype=torch.float64, device="cpu")
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    picks = torch.randint(len(values), (resamples, len(values)), generator=generator, device="cpu")
-    means = drawn[picks].mean(1).sort().values
-    return float(means[int(0.025 * resamples)]), float(means[int(0.975 * resamples) - 1])
+    picks = torch.randint(len(cases), (resamples, len(cases)), generator=generator, device="cpu")
+    ordered = statistic(cases[picks].mean(1)).sort().values
+    return float(ordered[int(0.025 * resamples)]), float(ordered[int(0.975 * resamples) - 1])

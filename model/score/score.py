@@ -1,8 +1,9 @@
 """A score of leaving and returning: does what comes back look as it did when it came first?
 
 For every return of a subject: how similar its frames are to those of its first appearance, to those of prompts that do
-not name it (chance), and to the first appearances of the others. `retained` puts the first on a scale from chance, 0,
-to the same picture, 1. A video that does not move is flagged and not scored: it is as similar to itself as can be.
+not name it (chance), and to the first appearances of the others. `retained` puts the mean of the first on a scale from
+that of chance, 0, to the same picture, 1. A video that does not move is flagged and not scored: it is as similar to
+itself as can be.
 """
 
 import json
@@ -51,12 +52,6 @@ class ScoredReturn:
     others: float | None
     """To the first appearance of the other subject that is most like it; None where there is no other. One that came
     together with this subject does not count."""
-
-    @property
-    def retained(self) -> float:
-        """0: as alike as by chance; 1: the same. 0 where chance leaves no room."""
-        room = 1 - self.chance
-        return (self.similarity - self.chance) / room if room > 1e-6 else 0.0
 
     @property
     def recognised(self) -> bool | None:
@@ -147,21 +142,37 @@ def score_return(there: ReturnOf, prompts: Sequence[str], named: Naming, feature
     )
 
 
+def retained(returns: Sequence[ScoredReturn]) -> tuple[float, tuple[float, float] | None] | None:
+    """(mean similarity - mean chance) / (1 - mean chance), 0 where chance leaves no room, and its 95 % percentile
+    bootstrap interval over returns; None of no return. A mean of single ratios would hang on the few returns whose
+    chance happens to be near 1."""
+    if not returns:
+        return None
+
+    def ratio(means: Tensor) -> Tensor:
+        """Means (..., 2) of similarity and chance -> (...)."""
+        similar, chance = means.unbind(-1)
+        room = 1 - chance
+        return torch.where(room > 1e-6, (similar - chance) / room.clamp(min=1e-6), torch.zeros_like(room))
+
+    pairs = torch.tensor([[x.similarity, x.chance] for x in returns], dtype=torch.float64, device="cpu")
+    return float(ratio(pairs.mean(0))), interval(pairs, ratio)
+
+
 def summarise(scored: Sequence[ScoredVideo], encoder: Encoder, background: Encoder | None = None) -> dict[str, Any]:
     """All videos together, as JSON. Frozen ones are named and not counted."""
     moving = [one for one in scored if not one.frozen]
     returns = [there for one in moving for there in one.returns]
-    retained = [there.retained for there in returns]
     recognised = [seen for there in returns if (seen := there.recognised) is not None]
     known = [one.cache_bytes for one in moving if one.cache_bytes]
-    mean = float(np.mean(retained)) if retained else None
+    mean, between = retained(returns) or (None, None)
     return {
         "encoder": encoder.name,
         "background_encoder": None if background is None else background.name,
         "frozen": [one.video for one in scored if one.frozen],
         "returns": len(returns),
         "retained": mean,
-        "retained_interval": interval(retained),
+        "retained_interval": between,
         "retained_per_gb": mean / (float(np.mean(known)) / 1e9) if mean is not None and known else None,
         "similarity": _mean([there.similarity for there in returns]),
         "chance": _mean([there.chance for there in returns]),
@@ -173,7 +184,7 @@ def summarise(scored: Sequence[ScoredVideo], encoder: Encoder, background: Encod
             {
                 **{name: value for name, value in asdict(one).items() if name != "returns"},
                 "frozen": one.frozen,
-                "returns": [{**asdict(there), "retained": there.retained} for there in one.returns],
+                "returns": [asdict(there) for there in one.returns],
             }
             for one in scored
         ],

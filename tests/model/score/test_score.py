@@ -8,7 +8,7 @@ import torch
 
 from memflow_ops.model.score.consistency import consistency, interval, similarity, still_share
 from memflow_ops.model.score.encoders import ToyJudge
-from memflow_ops.model.score.score import score_video, summarise
+from memflow_ops.model.score.score import retained, score_video, summarise
 from memflow_ops.model.score.subjects import ReturnOf, find_returns, prompt_frames, toy_naming, word_naming
 from memflow_ops.model.stories.video import to_pixels
 from memflow_ops.model.toy.world import LEFT, MIDDLE, RIGHT, render
@@ -54,22 +54,26 @@ def test_a_case_worked_out_by_hand():
     chance = (cos[60] + cos[90] + cos[30]) / 3  # 30 is 60 from the boat, 90 from nobody and 30 from the owl
     assert fox.chance == pytest.approx(chance, abs=1e-6)
     assert fox.others == pytest.approx(cos[30], abs=1e-6) and fox.recognised is False
-    assert fox.retained == pytest.approx((cos[30] - chance) / (1 - chance), abs=1e-6)
     # Pairs of equal frames: to the first, and to the one before.
     first = [1, 0, 0, cos[60], cos[60], cos[30], cos[30], cos[60], cos[60]]
     before = [1, 0, 1, 0, 1, 0, 1, cos[30], 1]
     expected = sum((a + b) / 2 for a, b in zip(first, before, strict=True)) / 9
     assert scored.subject_consistency == pytest.approx(expected, abs=1e-6)
     said = summarise([scored], Angles())
-    assert said["retained"] == pytest.approx(fox.retained) and said["retained_interval"] is None
+    assert said["retained"] == pytest.approx((cos[30] - chance) / (1 - chance), abs=1e-6)
+    assert said["retained_interval"] is None
     assert said["recognised"]["value"] == 0 and said["retained_per_gb"] is None
 
 
 def test_the_same_picture_is_1_chance_is_0_and_nothing_to_be_seen_is_no_chance():
     same = score_video("v", video([0, 90, None, 0, None]), STORY, NAMED, Angles()).returns[0]
-    assert same.retained == pytest.approx(1) and same.chance == pytest.approx(0, abs=1e-9) and same.recognised
-    gone = score_video("v", video([0, 90, None, 90, None]), STORY, NAMED, Angles()).returns[0]
-    assert gone.retained <= 0
+    assert retained([same])[0] == pytest.approx(1) and same.chance == pytest.approx(0, abs=1e-9) and same.recognised
+    gone = score_video("v", video([0, 90, None, 60, None]), STORY, NAMED, Angles()).returns[0]
+    similar, chance = math.cos(math.radians(60)), math.cos(math.radians(30))  # it looks like the boat now
+    assert retained([gone])[0] == pytest.approx((similar - chance) / (1 - chance), abs=1e-6)
+    value, (low, high) = retained([same, gone])
+    assert value == pytest.approx(((1 + similar) / 2 - chance / 2) / (1 - chance / 2), abs=1e-6)
+    assert (low, high) == pytest.approx((retained([gone])[0], 1))
 
 
 def test_vbench_consistency_takes_negative_cosines_as_0():
@@ -95,7 +99,7 @@ def test_a_frozen_video_is_flagged_and_not_rewarded():
     assert both["frozen"] == ["v"] and {**both, "videos": 0, "frozen": 0} == {**alone, "videos": 0, "frozen": 0}
     # One that moves by noise and never shows anything else gains nothing by it either.
     restless = score_video("v", video([0, 0, 0, 0, 0]), STORY, NAMED, Angles())
-    assert restless.returns[0].retained == 0 and not restless.frozen
+    assert retained(restless.returns)[0] == 0 and not restless.frozen
     brighter = frames // 2 + np.arange(10, dtype=np.uint8)[:, None, None, None]
     assert still_share(frames[:1]) == 1 and still_share(brighter) == 0
 
@@ -132,14 +136,11 @@ def test_a_video_that_ended_early_is_refused():
 
 
 def test_intervals_hold_the_mean_and_shrink():
-    few, many = [0.0, 1.0] * 5, [0.0, 1.0] * 100
-    for values in (few, many):
-        low, high = interval(values)
-        assert low < 0.5 < high
-    assert interval(many)[1] - interval(many)[0] < interval(few)[1] - interval(few)[0]
+    few, many = (interval(torch.tensor([[0.0], [1.0]] * n), lambda means: means[:, 0]) for n in (5, 100))
+    assert few[0] < many[0] < 0.5 < many[1] < few[1]
     # The standard error of 200 such values is 0.0354.
-    assert interval(many)[1] - 0.5 == pytest.approx(1.96 * 0.0354, rel=0.15)
-    assert interval([0.3]) is None
+    assert many[1] - 0.5 == pytest.approx(1.96 * 0.0354, rel=0.15)
+    assert interval(torch.tensor([[0.3]]), lambda means: means[:, 0]) is None
 
 
 def look(*characters):
