@@ -37,6 +37,12 @@ def select_rows_config(
 SPAN_BLOCKS = 256
 """Blocks of the bank that one program of span_kernel ranks in registers."""
 
+
+def part_totals_config() -> tuple[dict[str, int], dict[str, int]]:
+    """ROWS, COLUMNS and DIM_TILE of part_totals_kernel, and its launch options; as for span_kernel."""
+    return span_config()
+
+
 MERGE_LIMIT = 8192
 """The most candidates that one group may have in the last round: their keys fill the registers of a program."""
 

@@ -8,18 +8,22 @@ from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-Score = Literal["mean", "moments"]
-"""What the blocks of a bank are ranked by: their mean key, or the mean and the variance of their keys."""
+Score = Literal["mean", "moments", "normalised"]
+"""What the blocks of a bank are ranked by: their mean key; the mean and the variance of their keys; or the latter, with
+each part of a group's queries normalised by itself."""
 
 SCORES: tuple[Score, ...] = get_args(Score)
+
+PART_QUERIES = 32
+"""Consecutive queries of a group that the score "normalised" takes for one; the last part of a group may be shorter."""
 
 BankDtype = Literal["int8"]
 """What a bank may be stored in other than the dtype of the queries."""
 
 
 def descriptor_width(head_dim: int, score: Score) -> int:
-    """The numbers of a descriptor: the means of a block's keys, with "moments" followed by their variances."""
-    return 2 * head_dim if score == "moments" else head_dim
+    """The numbers of a descriptor: the means of a block's keys, other scores than "mean" need their variances too."""
+    return head_dim if score == "mean" else 2 * head_dim
 
 
 class Int8Bank(NamedTuple):
@@ -81,9 +85,9 @@ class Geometry:
 
     @property
     def last_block_score(self) -> float:
-        """What the score "moments" of a frame's last block has less than that of a whole block: log of its share."""
+        """What a frame's last block has less than a whole one in the scores that estimate a mass: log of its share."""
         last = self.frame_tokens - (self.blocks_per_frame - 1) * self.block_size
-        return math.log(last / self.block_size) if self.score == "moments" else 0.0
+        return 0.0 if self.score == "mean" else math.log(last / self.block_size)
 
     @property
     def sees_all(self) -> bool:
@@ -109,6 +113,11 @@ class Geometry:
     def bank_blocks(self, stored_frames: int) -> int:
         """The number of blocks of the bank."""
         return self.bank_frames(stored_frames) * self.blocks_per_frame
+
+    @property
+    def parts(self) -> int:
+        """The number of parts of a whole group that are normalised by themselves; 1 with the other scores."""
+        return -(-self.query_group // PART_QUERIES) if self.score == "normalised" else 1
 
     def query_groups(self, queries: int) -> int:
         """The number of groups that so many queries make."""

@@ -229,6 +229,8 @@ def shipped() -> dict[str, Plan]:
         "per query, int8": dict(int8=True, query_group=1),
         "per query, int8, float32": dict(int8=True, query_group=1, **single),
         "whole chunk, int8": dict(int8=True, query_group=QUERIES),
+        "bank, normalised": dict(score="normalised"),
+        "bank, normalised, frames by group": dict(score="normalised", by_group=True),
     }
     windows: dict[str, Plan] = {
         "window": window,

@@ -75,15 +75,18 @@ def plan_block_means(
     dtype: torch.dtype,
     second: Second = "none",
     factors: tuple[float, float] | None = None,
+    means: torch.Tensor | None = None,
 ) -> tuple[Launch, torch.Tensor]:
     """The launch that fills the means (B, N, H, D) of `dtype`, or with a second part (B, N, H, 2 D), and these.
 
-    See `describe_blocks`. factors: of the means and of the means of squares, for "square".
+    See `describe_blocks`. factors: of the means and of the means of squares, for "square". means: is filled, and
+    contiguous in its last dimension; None: a new tensor.
     """
     batch, length, heads, head_dim = tokens.shape
     blocks = length // frame_tokens * cdiv(frame_tokens, block_size) if frame_tokens else 0
     width = head_dim if second == "none" else 2 * head_dim
-    means = torch.empty((batch, blocks, heads, width), dtype=dtype, device=tokens.device)
+    if means is None:
+        means = torch.empty((batch, blocks, heads, width), dtype=dtype, device=tokens.device)
     columns = next_power_of_2(head_dim)
     arguments = dict(
         tokens=tokens,

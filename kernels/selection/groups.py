@@ -17,6 +17,7 @@ from memflow_ops.kernels.integers import cdiv
 from memflow_ops.kernels.launch import Launch, run_all
 from memflow_ops.kernels.primitives import row_pointers, strided
 from memflow_ops.kernels.selection.describe import plan_block_means
+from memflow_ops.kernels.selection.normalised import normalised_scores, plan_parts
 from memflow_ops.kernels.selection.ranking import fill_unused, place_top_k, sortable_key
 from memflow_ops.kernels.selection.rows import plan_select_rows
 from memflow_ops.kernels.selection.scores import (
@@ -53,6 +54,7 @@ def span_kernel(
     bank,  # DescribedBank
     indices,  # (B, H, G, spans * K) int32, contiguous
     candidate_keys,  # their keys, likewise; None where there is one span: then the indices are the selection
+    parts,  # Parts: means are of the parts of groups, and scores normalised; None: means are of groups
     groups,
     top_k,
     spans,
@@ -68,14 +70,20 @@ def span_kernel(
     batch = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) // spans * ROWS + tl.arange(0, ROWS)
     row_mask = rows < groups
-    mean_rows = row_pointers(means, batch, rows.to(tl.int64), head)
     descriptors = descriptors_of_head(bank, batch, head // HEADS_PER_KV_HEAD)
     blocks = span * COLUMNS + tl.arange(0, COLUMNS)
     valid_blocks, each = valid_blocks_of_rows(bank, batch, rows, row_mask, BY_GROUP)
     valid = blocks < valid_blocks
-    pointers = descriptor_pointers(descriptors, blocks, valid)
-    scores = score_tile(None, mean_rows, row_mask, pointers, valid, ROWS, COLUMNS, HEAD_DIM, DIM_TILE)
-    scores = add_length(scores, descriptors, blocks[None, :])
+    if parts is None:
+        mean_rows = row_pointers(means, batch, rows.to(tl.int64), head)
+        pointers = descriptor_pointers(descriptors, blocks, valid)
+        scores = score_tile(None, mean_rows, row_mask, pointers, valid, ROWS, COLUMNS, HEAD_DIM, DIM_TILE)
+        scores = add_length(scores, descriptors, blocks[None, :])
+    else:
+        scores = normalised_scores(
+            means, parts, descriptors, batch, head, tl.num_programs(1), rows, row_mask, blocks, valid,
+            ROWS, COLUMNS, HEAD_DIM, DIM_TILE,
+        )  # fmt: skip
     keys = tl.where(choosable(blocks, each, BY_GROUP), sortable_key(scores), 0).to(tl.uint32)
     chosen, places, taken = place_top_k(keys, top_k)
     offsets = (((batch * tl.num_programs(1) + head) * groups + rows) * spans + span) * top_k
@@ -113,19 +121,24 @@ def plan_select(
     if geometry.query_group == 1 and geometry.score == "mean":
         launch, indices = plan_select_rows(q, bank, top_k)
         return [launch], indices
-    batch, _, heads, _ = q.shape
-    mean_launch, means = plan_features(q, geometry)
+    batch, queries, heads, _ = q.shape
+    parts = None
+    if geometry.parts > 1:
+        launches, means, parts = plan_parts(q, bank, descriptors.shape[2], geometry)
+    else:
+        launch, means = plan_features(q, geometry)
+        launches = [launch]
     if geometry.query_group == 1:
         # The squares of queries do not fit in their dtype, so that these rows are not for the tensor cores.
         launch, indices = plan_select_rows(means, bank, top_k)
-        return [mean_launch, launch], indices
-    groups, blocks = means.shape[1], bank.frames * bank.blocks_per_frame
+        return [*launches, launch], indices
+    groups, blocks = geometry.query_groups(queries), bank.frames * bank.blocks_per_frame
     top_k = min(top_k, blocks)
-    spans = cdiv(blocks, SPAN_BLOCKS)
-    merging = merge_config(spans * top_k)
-    if spans > 1 and (2 * top_k > SPAN_BLOCKS or merging is None):
-        launch, indices = plan_select_rows(means, bank, top_k)  # registers do not hold so many candidates
-        return [mean_launch, launch], indices
+    spans, merging = cdiv(blocks, SPAN_BLOCKS), merge_config(cdiv(blocks, SPAN_BLOCKS) * top_k)
+    if not takes_spans(blocks, top_k):
+        assert parts is None, "the caller asks takes_spans before it ranks by parts"
+        launch, indices = plan_select_rows(means, bank, top_k)
+        return [*launches, launch], indices
     indices = torch.empty((batch, heads, groups, top_k), dtype=torch.int32, device=q.device)
     candidates, candidate_keys = indices, None
     if spans > 1:
@@ -137,6 +150,7 @@ def plan_select(
         bank=bank,
         indices=candidates,
         candidate_keys=candidate_keys,
+        parts=parts,
         groups=groups,
         top_k=top_k,
         spans=spans,
@@ -146,7 +160,7 @@ def plan_select(
         **tiles,
     )
     grid = (cdiv(groups, tiles["ROWS"]) * spans if top_k else 0, heads, batch)
-    launches = [mean_launch, Launch(span_kernel, grid, arguments, options)]
+    launches.append(Launch(span_kernel, grid, arguments, options))
     if spans > 1 and merging is not None:
         tiles, options = merging
         arguments = dict(
@@ -161,10 +175,16 @@ def plan_select(
     return launches, indices
 
 
+def takes_spans(blocks: int, top_k: int) -> bool:
+    """Whether registers hold the candidates of groups that choose top_k of so many blocks."""
+    spans, top_k = cdiv(blocks, SPAN_BLOCKS), min(top_k, blocks)
+    return spans <= 1 or (2 * top_k <= SPAN_BLOCKS and merge_config(spans * top_k) is not None)
+
+
 def plan_features(q: torch.Tensor, geometry: Geometry) -> tuple[Launch, torch.Tensor]:
     """The launch that fills what descriptors are multiplied with, and this: (B, G, H, D) float32, the group means.
 
-    With the score "moments" it is (B, G, H, 2 D): means times the scale s, means of squares times s^2 / 2.
+    With the other scores it is (B, G, H, 2 D): means times the scale s, means of squares times s^2 / 2.
     """
     scale, length = geometry.softmax_scale, q.shape[1]
     if geometry.score == "mean":
@@ -175,8 +195,8 @@ def plan_features(q: torch.Tensor, geometry: Geometry) -> tuple[Launch, torch.Te
 def select_blocks(q: torch.Tensor, descriptors: torch.Tensor, top_k: int, geometry: Geometry) -> torch.Tensor:
     """The `top_k` blocks of the bank with the highest scores, for every batch element, query head and query group.
 
-    q (B, Lq, H, D); descriptors (B, stored blocks, Hkv, D), or 2 D for the score "moments"; last dimensions contiguous.
-    Of the geometry the sizes, the slot table and the number of valid frames count, and the scale for "moments".
+    q (B, Lq, H, D); descriptors (B, stored blocks, Hkv, D), but for "mean" of width 2 D; last dimensions contiguous.
+    Of the geometry the sizes, the slot table and the number of valid frames count, and the scale but for "mean".
     -> (B, H, G, K) int32, K = min(top_k, blocks of the bank): indices in bank order, ascending, then -1. The score is
     the group's feature times the descriptor, accumulated in float32 (see `plan_features`). Equal scores go to the lower
     index, -0 equals +0, and NaN ranks below -inf. The host reads nothing back.

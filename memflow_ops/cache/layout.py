@@ -38,7 +38,7 @@ class CacheLayout:
     block_size: tokens of a block, the unit of selection.
     relevance_block_size: tokens that share one mean for retrieval; None: the frame has one mean.
     dtype: of keys, values, descriptors and means.
-    score: what blocks are ranked by, see `select_blocks`; with "moments" descriptors are twice as wide.
+    score: what blocks are ranked by, see `select_blocks`; but for "mean" descriptors are twice as wide.
     positions: where the bank stands in time, see `Positions`; "bounded" takes rotations of `rope_rotation`.
     copied_frames: frame places right before the local window, for copies of the blocks that a chunk attends to; see
         `ChosenBlocks`. They are no part of a saved state.

@@ -90,7 +90,8 @@ BlockScore = Annotated[
     Score,
     typer.Option(
         "--score",
-        help="What memory blocks are ranked by: mean (of their keys) or moments (mean and variance).",
+        help="What memory blocks are ranked by: mean (of their keys), moments (mean and variance), or normalised "
+        "(moments, for every 32 queries of a group by themselves).",
         metavar="NAME",
         rich_help_panel=MEMORY,
     ),

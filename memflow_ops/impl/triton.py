@@ -1,11 +1,16 @@
 """`impl="triton"`: our kernels. Triton is imported with this module and nowhere before it."""
 
+import torch
+
+from memflow_ops.geometry import Geometry
+from memflow_ops.impl.torch import selection
 from memflow_ops.kernels.attention.backward import attend_backward
 from memflow_ops.kernels.attention.plan import attend
 from memflow_ops.kernels.cache_write import write_projections
 from memflow_ops.kernels.retrieval.choose import retrieve_frames
 from memflow_ops.kernels.selection.describe import describe_blocks
-from memflow_ops.kernels.selection.groups import select_blocks
+from memflow_ops.kernels.selection.groups import select_blocks as _select_blocks
+from memflow_ops.kernels.selection.groups import takes_spans
 
 __all__ = [
     "attend",
@@ -15,3 +20,15 @@ __all__ = [
     "select_blocks",
     "write_projections",
 ]
+
+
+def select_blocks(q: torch.Tensor, descriptors: torch.Tensor, top_k: int, geometry: Geometry) -> torch.Tensor:
+    """See the kernels' `select_blocks`.
+
+    Where a group has several parts that are normalised by themselves, and more blocks are chosen than registers hold,
+    torch ranks them.
+    """
+    blocks = geometry.bank_blocks(descriptors.shape[1] // geometry.blocks_per_frame)
+    if geometry.parts > 1 and not takes_spans(blocks, top_k):
+        return selection.select_blocks(q, descriptors, top_k, geometry)
+    return _select_blocks(q, descriptors, top_k, geometry)

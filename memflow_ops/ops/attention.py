@@ -140,8 +140,8 @@ def memory_attention(
             window; for example queries rotated to another position, because the bank's keys are (see
             `CacheLayout.positions`). None: q does both. Not without a bank.
         memory_descriptors: what `describe_blocks(memory_k, block_size, frame_tokens)` gives, (B, N, Hkv, D), or for the
-            score "moments" what it gives with `moments=2`, (B, N, Hkv, 2 D). None: they are computed here. An int8 bank
-            needs them: its keys are what they differ from the means by.
+            other scores than "mean" what it gives with `moments=2`, (B, N, Hkv, 2 D). None: they are computed here. An
+            int8 bank needs them: its keys are what they differ from the means by.
         memory_k_scale, memory_v_scale: the scales of an int8 bank in the dtype of q, (B, N, Hkv, D) for every channel
             of the keys of a block and (B, Lm, Hkv) for every value: key = mean of its block + memory_k_scale *
             memory_k, and value = memory_v_scale * memory_v, rounded to the dtype of q. None: the bank is not int8.
@@ -168,9 +168,9 @@ def memory_attention(
             `window_slots[b, j]` of them, so that Lk is W * frame_tokens. With `seqused_k` the last frame may hold
             fewer. None: k and v are the window. Gradients have the shape of k; those of a frame that is there twice
             add up. Values are clamped to their range on the device; the host never reads them on CUDA.
-        score: what blocks are ranked by: `mean`, the dot product of mean query and mean key, or `moments`, an estimate
-            of the weight of a block's keys in the softmax that their variance and number have a part in; see
-            `select_blocks`.
+        score: what blocks are ranked by: `mean`, the dot product of mean query and mean key; `moments`, an estimate of
+            the weight of a block's keys in the softmax that their variance and number have a part in; or `normalised`,
+            the same for each part of a group by itself; see `select_blocks`.
         softmax_scale: the factor of the scores. None: 1/sqrt(D).
         return_lse: whether to return the LSE too.
         impl: `reference` (the specification), `torch`, `triton` (D up to 256, not float64) or `auto`. `auto` is

@@ -24,7 +24,7 @@ def describe_blocks(
             are free.
         block_size: tokens per block. A block never crosses a frame, so the last block of a frame may be shorter.
         frame_tokens: tokens per frame. None: k is one frame.
-        moments: 1 for means, which the score "mean" ranks by; 2 for means and variances, for the score "moments".
+        moments: 1 for means, which the score "mean" ranks by; 2 for means and variances, for the other scores.
         impl: `reference`, `torch`, `triton` or `auto`, as in `memory_attention`.
 
     Returns:
@@ -67,15 +67,18 @@ def select_blocks(
     With the score "mean" a group is described by the mean of its queries, and the score of a block is the dot product
     of the group's and the block's descriptor. With "moments" the score of a block of n keys is an estimate of the
     logarithm of all weight that its keys have in the softmax, log n + s q . mean + s^2 / 2 * sum(q^2 variance) with the
-    scale s, averaged over the queries q of the group; whatever is the same for all blocks is left out. Scores are at
+    scale s, averaged over the queries q of the group; whatever is the same for all blocks is left out. With
+    "normalised" each 32 consecutive queries of a group, a part, have such scores x, and the score of a block is the
+    logarithm of the sum over the parts of n exp(x) over the sum of exp(x) over all blocks, with the n queries of the
+    part: no part outvotes another by the size of its scores. Groups of one part are ranked as by moments. Scores are at
     least as exact as IEEE float32 (float64 for float64 inputs), whatever precision torch is told to use for products.
     Equal scores go to the lower block, -0 equals +0, and NaN ranks last. Every batch element and every query head
     selects for itself. Not differentiable.
 
     Args:
         q: queries (B, Lq, H, D).
-        descriptors: what `describe_blocks` gives, (B, N, Hkv, D), or for the score "moments" (B, N, Hkv, 2 D) with
-            variances. H is a multiple of Hkv.
+        descriptors: what `describe_blocks` gives, (B, N, Hkv, D), or but for the score "mean" (B, N, Hkv, 2 D)
+            with variances. H is a multiple of Hkv.
         top_k: the number of blocks for each group. All blocks are selected if there are fewer.
         query_group: the number of consecutive queries that share a selection. 1: every query has its own. None: all
             queries share one.
@@ -86,10 +89,10 @@ def select_blocks(
             None: it is frame j. Values are clamped to their range on the device; the host never reads them.
         blocks_per_frame: the number of blocks of a frame. None: the bank is one frame, or what block_size and
             frame_tokens say.
-        score: what blocks are ranked by, `mean` or `moments`.
-        softmax_scale: the scale s of "moments". None: 1/sqrt(D). The order of "mean" does not depend on it.
-        block_size, frame_tokens: tokens per block and per frame, both or neither. "moments" needs them where the last
-            block of a frame is shorter than the others. None: all blocks have the same length.
+        score: what blocks are ranked by, `mean`, `moments` or `normalised`.
+        softmax_scale: the scale s. None: 1/sqrt(D). The order of "mean" does not depend on it.
+        block_size, frame_tokens: tokens per block and per frame, both or neither. Other scores than "mean" need them
+            where the last block of a frame is shorter than the others. None: all blocks have the same length.
         impl: `reference`, `torch`, `triton` or `auto`, as in `memory_attention`.
 
     Returns:

@@ -18,13 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from memflow_ops import describe_blocks
-from memflow_ops.geometry import Score
+from memflow_ops.geometry import PART_QUERIES, Score
 
 Ranking = Literal["top", "moments", "normalised", "oracle", "random"]
-SCORE_OF: dict[Ranking, Score] = {"top": "mean", "moments": "moments"}
+SCORE_OF: dict[Ranking, Score] = {"top": "mean", "moments": "moments", "normalised": "normalised"}
 """The rankings that `select_blocks` makes, and the scores that they go by."""
-NORMALISED_QUERIES = 32
-"""Consecutive queries whose mean is normalised by itself in the ranking "normalised"."""
 ELEMENTS = 1 << 25
 """Numbers in the largest intermediate result: 128 MiB in float32. A few of that size are held at a time."""
 
@@ -33,9 +31,8 @@ class Choice(NamedTuple):
     """A way to choose blocks of the bank, for any budget."""
 
     blocks: Ranking
-    """those of the highest score by means or by moments, as `select_blocks`; by moments, normalised for every
-    NORMALISED_QUERIES queries (which `select_blocks` does not do); those of the most true mass; or random ones for
-    every query"""
+    """those of the highest score by means, by moments or normalised, as `select_blocks`; those of the most true mass;
+    or random ones for every query"""
     block_size: int
     query_group: int | None
     """consecutive queries that share a selection; None: the whole chunk"""
@@ -111,7 +108,7 @@ def choices_to_compare(
     shared = [(size, group) for size in block_sizes for group in query_groups] + [(frame_tokens, None)]
     found = {Choice("random", size, 1) for size, _ in shared}
     for size, group in shared:
-        several = group is None or group > NORMALISED_QUERIES  # of one mean, normalising keeps the order
+        several = group is None or group > PART_QUERIES  # of one part, normalising keeps the order
         found |= {
             Choice(blocks, size, group)
             for blocks in get_args(Ranking)
@@ -217,19 +214,12 @@ def _scores(call: SampledCall, choice: Choice, groups: list[Tensor]) -> Tensor:
 
 
 def _normalised(call: SampledCall, choice: Choice, group: Tensor) -> Tensor:
-    """The mass [H, N] that a group's queries [H, n, D] give to the blocks, estimated part by part.
-
-    A part's estimate is its score by moments over that of the window and the whole bank. Without it a part with large
-    scores outvotes the others, although each query has one mass of 1 to give.
-    """
-    mass = group.new_zeros(())
-    scale = call.q.shape[-1] ** -0.5
-    for part in group.split(NORMALISED_QUERIES, 1):
+    """The normalised score [H, N] of the blocks for a group's queries [H, n, D]."""
+    masses = []
+    for part in group.split(PART_QUERIES, 1):
         x = _log_masses(call, choice, part.mean(1, keepdim=True), part.square().mean(1, keepdim=True))[:, 0]
-        window = (scale * part @ _wide(call.k).mT).logsumexp(-1).mean(-1)  # [H]; -inf without a window
-        total = torch.logaddexp(window, x.logsumexp(-1))
-        mass = mass + part.shape[1] * (x - total[:, None]).exp()
-    return mass
+        masses.append(x - x.logsumexp(-1, keepdim=True) + math.log(part.shape[1]))
+    return torch.stack(masses).logsumexp(0)
 
 
 def _log_masses(call: SampledCall, choice: Choice, means: Tensor, squares: Tensor) -> Tensor:

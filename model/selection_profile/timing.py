@@ -41,7 +41,7 @@ def time_choices(
         described = describe_blocks(memory.keys, size, frame_tokens, moments=2)
         for choice in compared:
             if choice.block_size == size and choice.blocks in SCORE_OF:
-                descriptors = described if choice.blocks == "moments" else described[..., : q.shape[-1]].contiguous()
+                descriptors = described[..., : q.shape[-1]].contiguous() if choice.blocks == "top" else described
                 for top_k in budgets(frames * -(-frame_tokens // size))[1:]:
                     calls[choice, top_k] = _call(q, window, memory, descriptors, frame_tokens, choice, top_k)
     taken: dict[TimedSetting, list[float]] = {setting: [] for setting in calls}

@@ -85,8 +85,9 @@ class StreamSettings:
     selection: SelectionKind = "top"
     """The blocks that activation takes: those with the best scores, or as many random ones, which is a control."""
     score: Score = "mean"
-    """What activation ranks blocks by: their mean key, or the mean and the variance of their keys ("moments"), for
-    which the cache keeps a second number beside every mean; memflow only."""
+    """What activation ranks blocks by: their mean key, or the mean and the variance of their keys ("moments", and
+    "normalised" for every 32 queries of a group), for which the cache keeps a second number beside every mean; memflow
+    only."""
     bank_dtype: BankDtype | None = None
     """What sink and history are kept in: "int8", for about half the memory of a half precision, or the dtype of the
     model (None); memflow only."""

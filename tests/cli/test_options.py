@@ -75,6 +75,7 @@ def test_options_that_would_change_nothing_are_refused(tmp_path, monkeypatch, ca
         ("query_group", (16, None)),
         ("score", ("mean", "moments")),
         ("bank_dtype", (None, "int8")),
+        ("score", ("mean", "normalised")),
         ("reselect", ("step", "chunk")),
         ("positions", ("absolute", "bounded")),
         ("bank_schedule", ("interactive", "single-prompt")),

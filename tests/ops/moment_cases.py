@@ -1,4 +1,4 @@
-"""Selections by mean and variance against float64, for the tests of every implementation."""
+"""Selections by mean and variance, normalised or not, against float64, for the tests of every implementation."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class MomentCase:
     softmax_scale: float | None
     memory_frames: Tensor | None = None
     memory_slots: Tensor | None = None
+    score: str = "moments"
 
     def to(self, dtype: torch.dtype) -> MomentCase:
         return MomentCase(self.q.to(dtype), self.keys.to(dtype), *list(vars(self).values())[2:])
@@ -33,11 +34,12 @@ class MomentCase:
 
     def select(self, descriptors: Tensor, impl: str) -> Tensor:
         options = list(vars(self).items())[2:]
-        return memflow_ops.select_blocks(self.q, descriptors, score="moments", impl=impl, **dict(options))
+        return memflow_ops.select_blocks(self.q, descriptors, impl=impl, **dict(options))
 
     def scores(self, descriptors: Tensor) -> tuple[Tensor, Tensor]:
         """The score of every block of the bank for every group, (B, H, G, N) float64, -inf where it is not valid, and
-        the sum of the absolute values of all that is added up in it. Written once more, without our code."""
+        what rounding errors are relative to: the sum of the absolute values of all that is added up in it, or of
+        normalised scores twice the largest such sum and 1. Written once more, without our code."""
         q, table = self.q.double(), descriptors.double()
         queries, size = q.shape[1], q.shape[3]
         group = min(self.query_group or queries, queries)
@@ -49,16 +51,29 @@ class MomentCase:
             slots = self.memory_slots.clamp(0, frames.shape[1] - 1).long()
             frames = frames[torch.arange(len(q))[:, None], slots]
         keys = frames.flatten(1, 2).repeat_interleave(q.shape[2] // table.shape[2], 2)
-        features = torch.stack(
-            [torch.cat([scale * x.mean(1), scale**2 / 2 * x.square().mean(1)], -1) for x in q.split(group, 1)], 2
-        )  # [B, H, G, 2 D]
         share = (lengths / lengths[0]).log().repeat(frames.shape[1])
-        scores = torch.einsum("bhgd,bnhd->bhgn", features, keys) + share
-        added = torch.einsum("bhgd,bnhd->bhgn", features.abs(), keys.abs()) + share.abs()
+        invalid = torch.zeros(len(q), 1, len(share), dtype=torch.bool)
         if self.memory_frames is not None:
             valid = self.memory_frames.clamp(0, frames.shape[1]) * len(lengths)
-            scores.masked_fill_(torch.arange(len(share)) >= valid.view(-1, 1, 1, 1), -torch.inf)
-        return scores, added
+            invalid = torch.arange(len(share)) >= valid.view(-1, 1, 1)
+
+        def of_part(x: Tensor) -> tuple[Tensor, Tensor]:
+            feature = torch.cat([scale * x.mean(1), scale**2 / 2 * x.square().mean(1)], -1)  # [B, H, 2 D]
+            scores = torch.einsum("bhd,bnhd->bhn", feature, keys) + share
+            added = torch.einsum("bhd,bnhd->bhn", feature.abs(), keys.abs()) + share.abs()
+            return scores.masked_fill(invalid, -torch.inf), added
+
+        def of_group(x: Tensor) -> tuple[Tensor, Tensor]:
+            if self.score == "moments" or x.shape[1] <= 32:
+                return of_part(x)
+            parts = x.split(32, 1)
+            scores, added = zip(*map(of_part, parts), strict=True)
+            shares = [len_part * s.softmax(-1) for len_part, s in zip([p.shape[1] for p in parts], scores, strict=True)]
+            mass = torch.stack(shares).sum(0).log().masked_fill(invalid, -torch.inf)
+            return mass, 2 * (torch.stack(added).amax((0, 3), keepdim=True)[0] + 1).expand_as(mass)
+
+        groups = [of_group(x) for x in q.split(group, 1)]
+        return torch.stack([scores for scores, _ in groups], 2), torch.stack([added for _, added in groups], 2)
 
 
 @st.composite
@@ -80,6 +95,18 @@ def moment_cases(draw, head_dims: tuple[int, ...] = (4, 5, 16, 24)) -> MomentCas
         case.memory_slots = torch.randint(-1, frames + 1, (batch, number(1, 4)), dtype=torch.int32)
     if draw(st.booleans()):
         case.memory_frames = torch.randint(-1, frames + 2, (batch,), dtype=torch.int32)
+    return case
+
+
+@st.composite
+def normalised_cases(draw, head_dims: tuple[int, ...] = (4, 5, 16)) -> MomentCase:
+    """Groups of several parts, the last group and its last part short or not."""
+    case = draw(moment_cases(head_dims))
+    batch, _, heads, size = case.q.shape
+    queries = draw(st.integers(33, 110))
+    case.q = draw(st.sampled_from([1.0, 6.0])) * torch.randn(batch, queries, heads, size, dtype=torch.float64)
+    case.query_group = draw(st.sampled_from([None, 33, 50, 64, 96]))
+    case.score = "normalised"
     return case
 
 

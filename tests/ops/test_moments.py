@@ -1,4 +1,4 @@
-"""Descriptors with variances, and the score "moments" that ranks by them."""
+"""Descriptors with variances, and the scores "moments" and "normalised" that rank by them."""
 
 import math
 
@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moment_cases import MomentCase, assert_selected, moment_cases
+from moment_cases import MomentCase, assert_selected, moment_cases, normalised_cases
 
 import memflow_ops
 
@@ -53,8 +53,8 @@ def test_descriptors_with_variances_have_a_gradient(impl):
     assert torch.autograd.gradcheck(lambda x: memflow_ops.describe_blocks(x, 4, 5, moments=2, impl=impl), k)
 
 
-@given(moment_cases())
-@settings(max_examples=150)
+@given(st.one_of(moment_cases(), normalised_cases()))
+@settings(max_examples=200)
 def test_selections_are_those_of_float64_where_the_margin_is_clear(case):
     exact = case.descriptors("reference")
     assert_selected(case, exact, case.select(exact, "reference"))
@@ -122,8 +122,8 @@ def test_equal_scores_and_nan(impl):
         assert case.select(described, impl).flatten().tolist() == chosen
 
 
-@given(moment_cases(), st.sampled_from(["reference", "torch"]))
-@settings(max_examples=40)
+@given(st.one_of(moment_cases(), normalised_cases()), st.sampled_from(["reference", "torch"]))
+@settings(max_examples=60)
 def test_attention_is_that_of_its_parts(case, impl):
     size = case.q.shape[-1]
     values = torch.randn_like(case.keys)
@@ -131,7 +131,7 @@ def test_attention_is_that_of_its_parts(case, impl):
     empty = case.keys[:, :0]
     described = case.descriptors(impl)
     attend = lambda **more: memflow_ops.memory_attention(  # noqa: E731
-        case.q, empty, empty, case.keys, values, **options, score="moments", return_lse=True, impl=impl, **more
+        case.q, empty, empty, case.keys, values, **options, return_lse=True, impl=impl, **more
     )
     chosen = case.select(described, impl)
     sizes = {name: options[name] for name in ("block_size", "frame_tokens", "query_group", "memory_slots")}
@@ -148,11 +148,64 @@ def test_gradients_do_not_depend_on_how_blocks_were_ranked():
     """All blocks are chosen, so both scores give the same attention and the same gradients."""
     inputs = [torch.randn(1, n, 2, 4, dtype=torch.float64, requires_grad=True) for n in (6, 3, 3, 8, 8)]
     gradients = []
-    for score in ("mean", "moments"):
+    for score in ("mean", "moments", "normalised"):
         out = memflow_ops.memory_attention(*inputs, block_size=3, frame_tokens=4, score=score)
         gradients.append(torch.autograd.grad(out.square().sum(), inputs))
-    for ours, theirs in zip(*gradients, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    for all_three in zip(*gradients, strict=True):
+        for other in all_three[1:]:
+            torch.testing.assert_close(other, all_three[0], rtol=0, atol=0)
+
+
+@BOTH
+def test_a_group_of_one_part_is_ranked_as_by_moments(impl):
+    torch.manual_seed(0)
+    case = MomentCase(30 * torch.randn(2, 70, 2, 8), torch.randn(2, 60, 2, 8), 3, 4, 15, 32, None)
+    described = case.descriptors(impl)
+    expected = case.select(described, impl)
+    case.score = "normalised"
+    assert torch.equal(case.select(described, impl), expected)
+
+
+@BOTH
+def test_every_part_has_one_vote(impl):
+    """Two parts want block 1 and a third block 2, eight times as loud: by moments it outvotes them."""
+    q = torch.zeros(1, 96, 1, 4)
+    q[0, :64, 0, 1], q[0, 64:, 0, 2] = 4.0, 32.0
+    keys = 5 * torch.eye(4).view(1, 4, 1, 4)
+    case = MomentCase(q, keys, 1, 1, 4, None, None)
+    described = case.descriptors(impl)
+    assert case.select(described, impl).flatten().tolist() == [2]
+    case.score = "normalised"
+    assert case.select(described, impl).flatten().tolist() == [1]
+
+
+@BOTH
+def test_equal_blocks_tie_and_a_block_that_is_no_number_takes_no_votes(impl):
+    torch.manual_seed(0)
+    keys = torch.randn(1, 2, 2, 8).repeat(1, 6, 1, 1)
+    keys[:, 2] = torch.nan
+    case = MomentCase(3 * torch.randn(1, 80, 2, 8), keys, 1, 2, 12, 40, None, score="normalised")
+    described = case.descriptors(impl)
+    for top_k, chosen in ((1, [0]), (3, [0, 2, 3]), (5, [0, 2, 3, 4, 5])):
+        case.top_k = top_k
+        assert case.select(described, impl).view(-1, top_k).tolist() == [chosen] * 4
+    case.q[0, 50] = torch.nan  # in the second group, for which all blocks are alike then
+    case.top_k = 2
+    assert case.select(described, impl)[0].tolist() == [[[0, 2], [0, 1]]] * 2
+
+
+@BOTH
+def test_normalised_scores_of_any_size(impl):
+    """Whatever overflows or vanishes as a mass is still ranked."""
+    keys = torch.tensor([3.0, -2.0, 1.0, 0.0]).view(1, 4, 1, 1)
+    for factor in (1e4, 1e-30):
+        q = torch.full((1, 40, 1, 1), factor)
+        case = MomentCase(q, keys, 3, 1, 4, None, 1.0, score="normalised")
+        assert case.select(case.descriptors(impl), impl).flatten().tolist() == ([0, 2, 3] if factor > 1 else [0, 1, 2])
+    endless = torch.tensor([0.0, torch.inf, 1.0, -torch.inf]).view(1, 4, 1, 1)
+    described = torch.cat([endless, torch.zeros_like(endless)], -1)
+    case = MomentCase(torch.ones(1, 40, 1, 1), keys, 3, 1, 4, None, 1.0, score="normalised")
+    assert case.select(described, impl).flatten().tolist() == [0, 1, 2]
 
 
 Q, K = torch.randn(1, 4, 2, 8), torch.randn(1, 12, 2, 8)
@@ -165,7 +218,10 @@ BOTH_MOMENTS = memflow_ops.describe_blocks(K, 4, moments=2)
     [
         (lambda: memflow_ops.describe_blocks(K, 4, moments=3), r"moments must be 1 \(means\) or 2 .*, got 3"),
         (lambda: memflow_ops.describe_blocks(K, 4, moments=0), "moments must be at least 1, got 0"),
-        (lambda: memflow_ops.select_blocks(Q, MEANS, 1, score="max"), "score must be one of mean, moments, got 'max'"),
+        (
+            lambda: memflow_ops.select_blocks(Q, MEANS, 1, score="max"),
+            "score must be one of mean, moments, normalised, got 'max'",
+        ),
         (lambda: memflow_ops.select_blocks(Q, MEANS, 1, score="moments"), "must have 16 numbers, got 8"),
         (lambda: memflow_ops.select_blocks(Q, BOTH_MOMENTS, 1), "must have 8 numbers, got 16"),
         (lambda: memflow_ops.select_blocks(Q, MEANS, 1, block_size=4), "together or not at all, got 4 and None"),
@@ -174,7 +230,10 @@ BOTH_MOMENTS = memflow_ops.describe_blocks(K, 4, moments=2)
             "blocks_per_frame must be 3, as block_size=4 and frame_tokens=12 say, or None, got 2",
         ),
         (lambda: memflow_ops.select_blocks(Q, MEANS, 1, block_size=4, frame_tokens=20), "whole frames of 5 blocks"),
-        (lambda: memflow_ops.memory_attention(Q, K, K, score="top"), "score must be one of mean, moments, got 'top'"),
+        (
+            lambda: memflow_ops.memory_attention(Q, K, K, score="top"),
+            "score must be one of mean, moments, normalised, got 'top'",
+        ),
         (lambda: memflow_ops.memory_attention(Q, K, K, K, K, memory_descriptors=BOTH_MOMENTS), r"must have shape"),
     ],
 )

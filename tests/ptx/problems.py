@@ -15,6 +15,7 @@ import torch
 from attention_cases import Case, assert_within_tolerance, dense_attention, visible
 from cache_write_cases import assert_written
 from cache_write_cases import make_case as write_case
+from moment_cases import MomentCase, assert_selected
 from ptx_emulator.runner import emulated
 from retrieval_cases import assert_retrieves
 from retrieval_cases import make_case as retrieval_case
@@ -246,6 +247,21 @@ def selection(
     )
     got = ops.select_blocks(q, descriptors, top_k, impl="triton", **options)
     assert torch.equal(got, ops.select_blocks(q.double(), descriptors.double(), top_k, impl="reference", **options))
+
+
+def ranked_by_mass(
+    dtype: torch.dtype, score: str, group: int, *, queries: int = 90, frames: int = 4, top_k: int = 5, valid=None
+) -> None:
+    """select_blocks by an estimate of the blocks' mass, which approximations of exp and log have a part in.
+
+    Frames have a short last block. Equal to float64 wherever the margin is clear, which it mostly is.
+    """
+    q, keys = 3 * torch.randn(2, queries, 2, 64), torch.randn(2, frames * 18, 1, 64)
+    counts = None if valid is None else torch.tensor(valid, dtype=torch.int32)
+    case = MomentCase(q.to(dtype), keys.to(dtype), top_k, 4, 18, group, None, counts, score=score)
+    described = case.descriptors("torch")
+    groups = 4 * -(-queries // group)
+    assert 2 * assert_selected(case, described, case.select(described, "triton")) > groups
 
 
 def every_kind_of_score(dtype: torch.dtype, group: int, top_k: int) -> None:

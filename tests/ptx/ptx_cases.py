@@ -14,6 +14,7 @@ from problems import (
     description,
     every_kind_of_score,
     last_wave_split,
+    ranked_by_mass,
     resumed,
     retrieval,
     second_query,
@@ -98,6 +99,7 @@ case("backward", attention, BF16, queries=80, dense=40, bank=(2, 70, 32), backwa
 case("window in pages", attention, BF16, dense=72, pages=(24, [3, 0, 1]), backward=True, quick=True)
 case("selection of groups", selection, BF16, 16, frames=12, blocks=25, top_k=24, valid=(12, 5), slots=True, quick=True)
 case("selection per query", selection, BF16, 1, frames=5, blocks=25, top_k=6, valid=(4, 1), slots=True, quick=True)
+case("normalised", ranked_by_mass, BF16, "normalised", 70, queries=150, valid=(4, 3), quick=True)
 case("tie of groups of 120", tie_of_equal_groups, BF16, 120, quick=True)
 case("descriptors", description, BF16, 37, 16, 64, quick=True)
 case("cache write, clean pass", writing, BF16, frames=2, grid=(7, 8), heads=(3, 1), head_dim=64, quick=True,
@@ -139,6 +141,10 @@ for dtype, name in NAMES.items():
          slots=True, backward=True)  # fmt: skip
     case(f"selection of groups, {name}", selection, dtype, 8, frames=5, blocks=4, top_k=7, valid=(3, 5), slots=True)
     case(f"selection per query, {name}", selection, dtype, 1, frames=12, blocks=25, top_k=100, queries=20)
+    case(f"by moments, {name}", ranked_by_mass, dtype, "moments", 16)
+    case(f"by moments per query, {name}", ranked_by_mass, dtype, "moments", 1, queries=20)
+    case(f"normalised, {name}", ranked_by_mass, dtype, "normalised", 64)
+    case(f"normalised, many blocks, {name}", ranked_by_mass, dtype, "normalised", 90, frames=60, top_k=12)
     case(f"selection beyond the bank, {name}", selection, dtype, 16, frames=3, blocks=4, top_k=30, valid=(0, -1))
     case(
         f"selection per query beyond the bank, {name}", selection, dtype, 1, frames=3, blocks=4, top_k=30, valid=(2, 7)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from memflow_ops.geometry import Geometry
+from memflow_ops.geometry import PART_QUERIES, Geometry
 from memflow_ops.impl.precision import widened
 
 
@@ -34,6 +35,9 @@ def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry
     for every batch element, query head and query group:
         score of block j = feature of the group's queries . descriptor j
                            (score "moments": + log(tokens of the block / tokens of a whole block))
+        or, with the score "normalised" and several parts of PART_QUERIES queries in the group,
+                           log(sum over the parts of (its queries) exp(x_j) / (sum over blocks i of exp(x_i)))
+                           where x_j is the score "moments" of the part
         selected         = the top_k highest, equal scores to the lower block; in ascending order, then -1
     """
     batch, queries, heads, _ = q.shape
@@ -52,8 +56,13 @@ def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry
             for g in range(groups):
                 candidates = widened(descriptors[b, places[: valid[b][g] * blocks_per_frame], kv_head])
                 group = widened(q[b, g * geometry.query_group : (g + 1) * geometry.query_group, h])
-                scores = (candidates * feature(group, geometry)).sum(-1)
-                scores[blocks_per_frame - 1 :: blocks_per_frame] += geometry.last_block_score
+                parts = group.split(PART_QUERIES if geometry.parts > 1 else len(group))
+                of_parts = []
+                for part in parts:
+                    x = (candidates * feature(part, geometry)).sum(-1)
+                    x[blocks_per_frame - 1 :: blocks_per_frame] += geometry.last_block_score
+                    of_parts.append(x)
+                scores = of_parts[0] if len(parts) == 1 else normalised(of_parts, parts)
                 selected = sorted(best_first(scores)[:top_k])
                 selections.append(selected + [-1] * (entries - len(selected)))
     shape = (batch, heads, groups, entries)
@@ -70,6 +79,19 @@ def feature(group: Tensor, geometry: Geometry) -> Tensor:
         return group.mean(0)
     scale = geometry.softmax_scale
     return torch.cat([scale * group.mean(0), scale**2 / 2 * group.square().mean(0)])
+
+
+def normalised(scores: Sequence[Tensor], parts: Sequence[Tensor]) -> Tensor:
+    """The logarithm of the mass [N] that a group gives to each block: its parts' scores [N], each normalised by itself.
+
+    A block whose score is not a number has no part in the sum over the blocks.
+    """
+    masses = []
+    for x, part in zip(scores, parts, strict=True):
+        largest = torch.finfo(x.dtype).max
+        total = x.nan_to_num(nan=-torch.inf, posinf=torch.inf, neginf=-torch.inf).logsumexp(0)
+        masses.append(x - total.clamp(-largest, largest) + math.log(len(part)))
+    return torch.stack(masses).logsumexp(0)
 
 
 def best_first(scores: Tensor) -> list[int]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from memflow_ops.geometry import Geometry
+from memflow_ops.geometry import PART_QUERIES, Geometry
 from memflow_ops.impl.precision import wide_dtype
 from memflow_ops.impl.torch.gather import SCORE_ELEMENTS, on_host
 
@@ -66,21 +67,25 @@ def select_blocks(q: Tensor, descriptors: Tensor, top_k: int, geometry: Geometry
     # Selections must agree, whatever precision torch allows for float32 products (TF32, bfloat16). Asking for another
     # precision would change it for the whole process; float64 has no such setting, and is the more exact.
     table = descriptors.permute(0, 2, 3, 1).double()  # [B, Hkv, D, N]
-    features = _features(q, geometry).transpose(1, 2).unflatten(1, (table.shape[1], -1))  # [B, Hkv, rep, G, D or 2 D]
-    repeats, groups = features.shape[2:4]
+    parts = geometry.parts
+    features = _features(q, geometry).transpose(1, 2).unflatten(1, (table.shape[1], -1))  # [B, Hkv, rep, G * P, 2 D]
+    repeats, groups = features.shape[2], features.shape[3] // parts
     if not entries:
         return q.new_empty((batch, heads, groups, 0), dtype=torch.int32)
     valid = _valid_blocks(geometry, blocks)
     last_block = geometry.last_block_score
     found = []
-    step = max(1, SCORE_ELEMENTS // (batch * heads * blocks))
+    step = max(1, SCORE_ELEMENTS // (batch * heads * blocks * parts))
     for first in range(0, groups, step):
-        part = features[:, :, :, first : first + step]
+        some = features[:, :, :, first * parts : (first + step) * parts]
         counts = valid if valid is None or valid.shape[3] == 1 else valid[:, :, :, first : first + step]
-        scores = part.flatten(2, 3).double() @ table
+        scores = some.flatten(2, 3).double() @ table
         if last_block:
             scores[..., blocks_per_frame - 1 :: blocks_per_frame] += last_block
-        scores = scores.to(wide).unflatten(2, (repeats, -1))  # [B, Hkv, rep, g, N]
+        scores = scores.unflatten(2, (repeats, -1))  # [B, Hkv, rep, g * P, N]
+        if parts > 1:
+            scores = _normalised(scores, _part_lengths(q, geometry)[first : first + step], counts)
+        scores = scores.to(wide)  # [B, Hkv, rep, g, N]
         order = _highest(scores, entries, counts).sort(-1).values
         if counts is not None:
             order.masked_fill_(order >= counts, -1)
@@ -96,14 +101,55 @@ def _valid_blocks(geometry: Geometry, blocks: int) -> Tensor | None:
     return (memory_frames.clamp(0, frames) * geometry.blocks_per_frame).reshape(len(memory_frames), 1, 1, -1, 1)
 
 
+def _normalised(scores: Tensor, lengths: Tensor, valid: Tensor | None) -> Tensor:
+    """The scores [B, Hkv, rep, G, N] of groups, as for the reference, of those of their parts [B, Hkv, rep, G * P, N].
+
+    lengths: (G, P) queries of each part. valid: [B, 1, 1, 1 or G, 1], only so many blocks count; None: all.
+    """
+    scores = scores.unflatten(3, lengths.shape)  # [B, Hkv, rep, G, P, N]
+    counted = scores.isnan().logical_not_()
+    if valid is not None:
+        each = torch.arange(scores.shape[-1], dtype=torch.int64, device=scores.device)
+        counted &= each < valid.unsqueeze(4)
+    largest = torch.finfo(scores.dtype).max
+    totals = scores.masked_fill(~counted, -torch.inf).logsumexp(-1, keepdim=True).clamp_(-largest, largest)
+    masses = scores - totals + lengths.to(scores.dtype).log().unsqueeze(-1)
+    return masses.masked_fill((lengths == 0).unsqueeze(-1), -torch.inf).logsumexp(4)
+
+
+def _part_lengths(q: Tensor, geometry: Geometry) -> Tensor:
+    """The queries of each part of each group, (G, P) int64; the last group may lack parts."""
+    groups, group = geometry.query_groups(q.shape[1]), geometry.query_group
+    number = torch.arange(groups, dtype=torch.int64, device=q.device).unsqueeze(1)
+    first = torch.arange(geometry.parts, dtype=torch.int64, device=q.device) * PART_QUERIES
+    ends = (q.shape[1] - number * group).clamp(max=group)
+    return (ends - first).clamp(0, PART_QUERIES)
+
+
 def _features(q: Tensor, geometry: Geometry) -> Tensor:
-    """What descriptors are multiplied with: (B, G, H, D) means of queries, or [mean, square] as for the reference."""
+    """What descriptors are multiplied with: (B, G, H, D) means of queries, or [mean, square] as for the reference.
+
+    With several parts in a group those of the parts, (B, G * P, H, 2 D).
+    """
+    if geometry.parts > 1:
+        return _part_features(q, geometry)
     means = _group_means(q, geometry.query_group)
     if geometry.score == "mean":
         return means
     scale = geometry.softmax_scale
     squares = _group_means(q.to(wide_dtype(q.dtype)).square(), geometry.query_group)
     return torch.cat([scale * means, scale**2 / 2 * squares], -1)
+
+
+def _part_features(q: Tensor, geometry: Geometry) -> Tensor:
+    """The features (B, G * P, H, 2 D) of the parts of all groups; 0 for parts that the last group lacks."""
+    scale, group, parts = geometry.softmax_scale, geometry.query_group, geometry.parts
+    groups = geometry.query_groups(q.shape[1])
+    padded = F.pad(q.to(wide_dtype(q.dtype)), (0, 0, 0, 0, 0, groups * group - q.shape[1])).unflatten(1, (-1, group))
+    padded = F.pad(padded, (0, 0, 0, 0, 0, parts * PART_QUERIES - group)).unflatten(2, (parts, PART_QUERIES))
+    lengths = _part_lengths(q, geometry).clamp_(min=1).view(1, groups, parts, 1, 1)
+    means, squares = padded.sum(3) / lengths, padded.square().sum(3) / lengths
+    return torch.cat([scale * means, scale**2 / 2 * squares], -1).flatten(1, 2)
 
 
 def _group_means(q: Tensor, group: int) -> Tensor:

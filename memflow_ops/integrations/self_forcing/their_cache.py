@@ -45,7 +45,7 @@ class CacheAttention:
     """Whether the sink is attended to in full, as the checkpoints that have one were tuned. False: its blocks are
     chosen among like those of other old frames."""
     score: Score = "mean"
-    """What blocks are ranked by: their mean key, or the mean and the variance of their keys ("moments")."""
+    """What blocks are ranked by, as for `select_blocks`."""
     impl: str = "auto"
     """Implementation of `memory_attention`."""
     token_order: TokenOrderName = "raster"

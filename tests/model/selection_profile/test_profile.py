@@ -127,7 +127,7 @@ def test_a_profile_is_of_so_many_chunks_calls_heads_and_queries(model, spoken):
         assert row.share == pytest.approx(row.keys / (5 * 16))
         if row.share == 1:
             assert (row.captured, row.captured_p20, row.left_out, row.error) == (1, 1, 0, 0)
-        timed = row.blocks in ("top", "moments") and row.top_k > 0
+        timed = row.blocks in ("top", "moments", "normalised") and row.top_k > 0
         assert (row.ratio is not None) == (row.seconds is not None) == timed
         if row.ratio is not None:
             assert 0 < row.ratio_p20 <= row.ratio <= row.ratio_p80

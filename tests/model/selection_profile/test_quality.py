@@ -1,7 +1,6 @@
 """What selections keep, against cases worked out by hand and against the op itself."""
 
 import itertools
-import math
 
 import pytest
 import torch
@@ -136,23 +135,20 @@ def test_the_loudest_part_of_a_group_has_one_vote():
     assert moments == pytest.approx(32, abs=0.1)
 
 
-@pytest.mark.parametrize(("window", "queries"), [(0, 70), (6, 33)])
-def test_normalised_scores(window, queries):
-    """Part by part as the equation has it, blocks with a short last one in every frame."""
-    call = random_call(heads=2, queries=queries, window=window, frames=3, tokens=5)
-    expected = torch.zeros(2, 6, dtype=torch.float64)
-    for head, start in itertools.product(range(2), range(0, queries, 32)):
-        q = call.q[head, start : start + 32] / 2
-        scores = []
-        for frame, block in itertools.product(range(3), (slice(0, 4), slice(4, 5))):
-            keys = call.bank_k[head, frame, block]
-            variance = keys.var(0, unbiased=False)
-            scores.append(q.mean(0) @ keys.mean(0) + (q.square().mean(0) @ variance) / 2 + math.log(len(keys)))
-        x = torch.stack(scores)
-        near = (q @ call.k[head].T).logsumexp(-1).mean()
-        expected[head] += len(q) * (x - torch.logaddexp(near, x.logsumexp(0))).exp()
-    found = quality._scores(call, Choice("normalised", 4, None), [call.q])
-    torch.testing.assert_close(found[:, 0], expected)
+@pytest.mark.parametrize(("group", "queries"), [(None, 70), (40, 100)])
+def test_normalised_choices_are_those_of_the_op(group, queries):
+    """Groups of several parts; frames have a short last block."""
+    call = random_call(heads=2, queries=queries, window=3, frames=3, tokens=5)
+    choice = Choice("normalised", 4, group)
+    (measured,) = measure_call(call, [choice]).values()
+    descriptors = describe_blocks(as_op(call.bank_k), 4, 5, moments=2)
+    p = torch.softmax(call.q @ torch.cat([call.k, call.bank_k.flatten(1, 2)], 1).mT / 2, -1)[..., 3:]
+    masses = torch.stack([part.sum(-1) for part in p.split([4, 1] * 3, -1)], -1)  # [H, n, N]
+    for i, top_k in enumerate(measured.budgets[1:], 1):
+        options = {"query_group": group, "block_size": 4, "frame_tokens": 5, "impl": "reference"}
+        chosen = select_blocks(as_op(call.q), descriptors, top_k, score="normalised", **options)[0].long()
+        per_query = chosen.repeat_interleave(group or queries, 1)[:, :queries]
+        torch.testing.assert_close(measured.captured[i], masses.gather(2, per_query).sum((1, 2)))
 
 
 def test_the_oracle_is_the_best_choice_there_is():

@@ -4,8 +4,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from moment_cases import MomentCase, assert_selected, moment_cases
+from moment_cases import MomentCase, assert_selected, moment_cases, normalised_cases
 
+import memflow_ops
 from memflow_ops.geometry import Geometry
 from memflow_ops.impl.reference import selection
 from memflow_ops.kernels.selection.groups import select_blocks
@@ -77,6 +78,42 @@ def test_ranking_by_moments(case, dtype):
     low = case.to(dtype)
     described = low.descriptors("torch")
     assert_selected(low, described, low.select(described, "triton"))
+
+
+@settings(max_examples=12)
+@given(normalised_cases(head_dims=(16, 24)), st.sampled_from(DTYPES))
+def test_ranking_by_normalised_moments(case, dtype):
+    """Groups of several parts, the last ones short, and all else as by moments."""
+    low = case.to(dtype)
+    described = low.descriptors("torch")
+    assert_selected(low, described, low.select(described, "triton"))
+
+
+@pytest.mark.parametrize("top_k", [12, 200])
+def test_normalised_moments_over_many_spans(top_k):
+    """Totals are of several tiles of blocks; 200 of 300 blocks are more than registers hold."""
+    torch.manual_seed(7)
+    case = MomentCase(
+        3 * torch.randn(1, 90, 2, 16), torch.randn(1, 60 * 18, 1, 16), top_k, 4, 18, 70, None, score="normalised"
+    )
+    case.memory_frames = torch.tensor([59], dtype=torch.int32)
+    described = case.descriptors("torch")
+    assert assert_selected(case, described, case.select(described, "triton")) >= 3
+
+
+def test_equal_blocks_tie_in_normalised_moments_and_nan_has_no_vote():
+    torch.manual_seed(0)
+    keys = torch.randn(1, 2, 2, 16).repeat(1, 6, 1, 1)
+    keys[:, 2] = torch.nan
+    case = MomentCase(3 * torch.randn(1, 80, 2, 16), keys, 3, 2, 12, 40, None, score="normalised")
+    described = case.descriptors("torch")
+    assert case.select(described, "triton").view(-1, 3).tolist() == [[0, 2, 3]] * 4
+    by_group = torch.tensor([[1, 0]], dtype=torch.int32)
+    chosen = memflow_ops.select_blocks(
+        case.q, described, 3, query_group=40, block_size=2, frame_tokens=12, memory_frames=by_group,
+        score="normalised", impl="triton",
+    )  # fmt: skip
+    assert chosen[0].tolist() == [[[0, 2, 3], [-1, -1, -1]]] * 2
 
 
 @pytest.mark.parametrize("group", [1, 5], ids="group{}".format)
