@@ -26,7 +26,7 @@ from memflow_ops.cache.released_layout import ReleasedLayout
         ({"device_frames": 3}, ValueError, "= 4 frames .*, got 3"),
         ({"device_frames": 0, "host_frames": 1}, ValueError, "host_frames=1 needs device_frames > 0"),
         ({"dtype": torch.int8}, TypeError, "floating-point torch.dtype, got torch.int8"),
-        ({"score": "max"}, ValueError, "score must be one of mean, moments, got 'max'"),
+        ({"score": "max"}, ValueError, "score must be one of mean, moments, normalised, got 'max'"),
         ({"dtype": "float32"}, TypeError, "floating-point torch.dtype, got 'float32'"),
     ],
     ids=str,

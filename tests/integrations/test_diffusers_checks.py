@@ -94,7 +94,7 @@ def test_rope_that_is_replaced_after_memory_was_attached_is_refused(transformer)
     [
         ({"impl": "fast"}, ValueError, "impl must be one of"),
         ({"top_k": 0}, ValueError, "top_k must be at least 1"),
-        ({"score": "max"}, ValueError, "score must be one of mean, moments, got 'max'"),
+        ({"score": "max"}, ValueError, "score must be one of mean, moments, normalised, got 'max'"),
         ({"query_group": 0}, ValueError, "query_group must be at least 1"),
         ({"batch": 0}, ValueError, "batch must be positive"),
         ({"height": 4.0}, ValueError, "height is that of the latents"),
