@@ -178,11 +178,15 @@ def generate(
         ranks = join_ranks(context, ulysses, device, rank_timeout)
         if shard_weights and ranks is None:
             raise ValueError("--shard-weights deals the weights out to several processes, and there is one")
-        if shard_weights and compile:
-            raise ValueError("--compile has not been tried with --shard-weights: leave one of them out")
     count = 1 if ranks is None else ranks.count
     free = None if ranks is None else shared_memory(ranks)
     with one_line_errors() if ranks is None else agreed_errors(ranks):
+        if shard_weights and compile:
+            raise ValueError("--compile has not been tried with --shard-weights: leave one of them out")
+        if ranks is not None and (device_frames is not None or host_frames is not None):
+            raise ValueError(
+                "--device-frames and --host-frames are for one process: several keep the past in memory and snapshots"
+            )
         sources = Sources(checkpoint, text_encoder, vae, lora, lora_alpha, num_heads, dtype, text_len, ema)
         parts, streams = load_stories(
             read_stories(story, any_prompt),
@@ -295,8 +299,8 @@ def load_stories(
         make_folders([plan.folder for plan in plans], names)
     if writes and context is not None:
         context.with_resource(locked_folders([out, *(plan.folder for plan in plans)]))
-    for number, stream in enumerate(streams):
-        streams[number] = open_snapshots(stream, out, sources, free.device)
+    for number, stream in enumerate(streams if writes else ()):
+        streams[number] = open_snapshots(stream, sources, free.device)
         snapshots = streams[number][0].snapshots
         if snapshots is not None and context is not None:
             context.call_on_close(snapshots.close)
@@ -311,13 +315,13 @@ def _unfinished(streams: Sequence[list[WanPlan]]) -> list[list[WanPlan]]:
     """The streams that are not complete. Says where each goes on, and ends the command where nothing is left to do."""
     left = []
     for stream in streams:
-        snapshots = stream[0].snapshots
+        snapshots, history = stream[0].snapshots, stream[0].options.history
         if snapshots is not None:
             for words in snapshots.said():
                 typer.echo(words)
-            if snapshots.finished:
-                continue
-        left.append(stream)
+        finished = snapshots.finished if snapshots else history is not None and history.is_finished(stream[0].below)
+        if not finished:
+            left.append(stream)
     if not left:
         raise typer.Exit(0)
     return left

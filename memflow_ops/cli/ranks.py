@@ -87,9 +87,11 @@ def shared_memory(ranks: Ranks) -> FreeMemory:
 def agreed_errors(ranks: Ranks) -> Iterator[None]:
     """As `one_line_errors`, for all processes: where the code inside fails in one of them, the first such process
     prints its line, and all end. There must be no collective inside."""
-    words = ""
+    words, leaving = "", None
     try:
         yield
+    except typer.Exit as end:  # there is nothing to do
+        leaving = end
     except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
         words = str(error) or type(error).__name__
     said = ranks.tell(words)
@@ -98,6 +100,8 @@ def agreed_errors(ranks: Ranks) -> Iterator[None]:
         fail(words if ranks.rank == 0 else f"process {ranks.rank} of {ranks.count}: {words}", code=2)
     if failed:
         raise typer.Exit(2)
+    if leaving is not None:
+        raise leaving
 
 
 @contextmanager

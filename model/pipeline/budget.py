@@ -56,10 +56,14 @@ class Disk:
     """Prototypes in host memory at most; None: as many as fit."""
     divided: tuple[int, int, int] | None = None
     """On the device, in host memory and on disk alone, as a run that goes on had it; None: is found."""
+    processes: int = 1
+    """That make each video. Several keep nothing on disk but the snapshots, which have the whole history."""
 
     def needed(self, layout: CacheLayout, prototypes: int) -> int:
         """Bytes of so many prototypes and of the snapshots: the old one stays until the new one is whole."""
         kept = layout.sink_frames + layout.window_frames
+        if self.processes > 1:
+            return 2 * self.processes * (prototypes * layout.bank_frame_bytes + kept * layout.frame_bytes)
         return prototypes * record_bytes(layout) * layout.batch + 2 * kept * layout.frame_bytes
 
 
@@ -117,7 +121,7 @@ class Budget:
     def on_the_way(self) -> int:
         """Bytes of host memory for frames between device and disk."""
         layout = self.layout
-        if self.disk is None or not layout.device_frames:
+        if self.disk is None or self.disk.processes > 1 or not layout.device_frames:
             return 0
         return (WRITES_AHEAD + layout.bank_frames + 1) * record_bytes(layout) * layout.batch
 
@@ -144,9 +148,12 @@ class Budget:
             rows.append(Item("further history", layout.host_bytes, where))
         if self.disk is not None and layout.device_frames:
             room = f"{WRITES_AHEAD + layout.bank_frames + 1} frames"
-            rows.append(Item("to and from the disk", self.on_the_way, f"in host memory: {room}{free}"))
+            if self.on_the_way:
+                rows.append(Item("to and from the disk", self.on_the_way, f"in host memory: {room}{free}"))
             alone = f", {layout.disk_frames} of them there alone" if layout.disk_frames else ""
             where = f"in {self.disk.folder}: all of {self.prototypes} frames{alone}, and snapshots"
+            if self.disk.processes > 1:
+                where = f"in {self.disk.folder}: snapshots of {self.disk.processes} processes, with their whole history"
             needed = self.disk.needed(layout, self.prototypes)
             rows.append(Item("on disk", needed, f"{where}; {size(self.disk.free_bytes)} free"))
         width = max(len(row.name) for row in rows)
@@ -194,11 +201,11 @@ def fit_history(
             )
         return _checked_on_disk(_checked(budget(max(history, least), settings.host_frames)))
     history = max(history, least)
-    if disk is not None:
+    if disk is not None and (disk.processes == 1 or disk.divided is not None):
         return _with_disk(budget, disk, history, least)
     smallest = _checked(budget(least, history - least))
     on_device = min(history, least + (free.bytes - smallest.device_bytes) // smallest.layout.bank_frame_bytes)
-    return _checked_on_host(budget(on_device, history - on_device))
+    return _checked_on_disk(_checked_on_host(budget(on_device, history - on_device)))
 
 
 def _with_disk(budget: Callable[[int, int, int], Budget], disk: Disk, history: int, least: int) -> Budget:

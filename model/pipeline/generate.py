@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from memflow_ops.cache.store import HistoryFolder
 from memflow_ops.environment import environment
 from memflow_ops.model.parallel.ranks import Ranks
 from memflow_ops.model.pipeline.plan import WanPlan, identity
@@ -155,7 +156,7 @@ def generate_stories(
     snapshots = plans[0].snapshots
     if snapshots is not None:
         with closing(snapshots):
-            _generate_with_snapshots(parts, runs, snapshots, report)
+            _generate_with_snapshots(parts, runs, snapshots, report, ranks)
         return runs
     writers = [video_writer(plan.folder / "video.mp4", plan.settings, parts.vae) for plan in plans]
 
@@ -167,7 +168,11 @@ def generate_stories(
 
 
 def _generate_with_snapshots(
-    parts: Parts, runs: Sequence[WanRun], snapshots: Snapshots, report: Callable[[WanRun], None] | None
+    parts: Parts,
+    runs: Sequence[WanRun],
+    snapshots: Snapshots,
+    report: Callable[[WanRun], None] | None,
+    ranks: Ranks | None,
 ) -> None:
     """Goes on where the last snapshot is, or begins, and takes others on the way."""
     plans = [run.plan for run in runs]
@@ -175,7 +180,9 @@ def _generate_with_snapshots(
     with ExitStack() as opened:
         for writer in writers:
             opened.enter_context(writer.closed_on_error())
-        streamer, decoders = make_streamer(parts, plans), [StreamingDecoder(parts.vae) for _ in plans]
+        streamer, decoders = make_streamer(parts, plans, ranks), [StreamingDecoder(parts.vae) for _ in plans]
+        if ranks is not None:
+            ranks.any(snapshots.found is not None)  # tells the others
         if snapshots.found is not None:
             for run, writer, decoder, saved in zip(runs, writers, decoders, snapshots.found["stories"], strict=True):
                 run.restore(saved["run"])
@@ -185,7 +192,7 @@ def _generate_with_snapshots(
             snapshots.found = None
 
     def rounds(interrupts: Interrupts) -> Iterator[None]:
-        videos = stream_videos(parts, plans, interrupts, streamer=streamer, decoders=decoders)
+        videos = stream_videos(parts, plans, interrupts, ranks, streamer, decoders)
         return _add_to(runs, writers, videos)
 
     def state() -> dict[str, Any]:
@@ -200,7 +207,8 @@ def _generate_with_snapshots(
     def snapshot(now: bool) -> None:
         done = len(runs[0].chunks)
         # Where the decoding of a chunk was interrupted, the stream is ahead of the videos, and the last snapshot stays.
-        if streamer.cache.committed == done and (now or snapshots.is_due(done)):
+        due = streamer.cache.committed == done and (now or snapshots.is_due(done))
+        if due if ranks is None else ranks.any(due):
             snapshots.save(state)
 
     with closing(streamer):
@@ -232,11 +240,24 @@ def _files(run: WanRun) -> dict[str, bytes]:
 
 
 def follow_stories(parts: Parts, plans: Sequence[WanPlan], ranks: Ranks) -> None:
-    """Does the part of this process in what the first one generates. Raises a KeyboardInterrupt where that one was
-    interrupted."""
+    """Does the part of this process in what the first one generates, snapshots included. Raises a KeyboardInterrupt
+    where that one was interrupted."""
+    streamer, history = make_streamer(parts, plans, ranks), plans[0].options.history
+
+    def join_snapshot() -> None:
+        if history is not None and ranks.any(False):
+            streamer.state_dict()
+
+    if history is not None and ranks.any(False):
+        streamer.load_state_dict(history.snapshot(plans[0].below)["stream"])
     with Interrupts() as interrupts:
-        for _ in stream_chunks(parts, plans, interrupts, ranks):
-            pass
+        try:
+            for _ in stream_chunks(parts, plans, interrupts, ranks, streamer):
+                join_snapshot()
+        except KeyboardInterrupt:
+            if streamer.cache.committed:
+                join_snapshot()
+            raise
 
 
 def video_writer(path: Path, settings: StreamSettings, vae: Any) -> VideoWriter:
@@ -281,6 +302,14 @@ def stream_videos(
         yield chunk, videos, seconds
 
 
+def _history_folder(snapshots: Snapshots | None) -> HistoryFolder | None:
+    """Where a stream of one process keeps its history; None where it has none on disk, or goes on from a snapshot of
+    several processes, which have it in there."""
+    if snapshots is None or (snapshots.found is not None and not snapshots.found["stores"]):
+        return None
+    return snapshots.folder
+
+
 def make_streamer(parts: Parts, plans: Sequence[WanPlan], ranks: Ranks | None = None) -> Streamer:
     """The stream of stories that are streamed together."""
     first = plans[0]
@@ -292,7 +321,7 @@ def make_streamer(parts: Parts, plans: Sequence[WanPlan], ranks: Ranks | None = 
         encode=parts.encode,
         cuda_graphs=first.options.cuda_graphs,
         ranks=ranks,
-        history_dir=None if first.snapshots is None else first.snapshots.folder,
+        history_dir=None if ranks is not None else _history_folder(first.snapshots),
     )
 
 

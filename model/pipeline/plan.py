@@ -87,6 +87,8 @@ class WanPlan:
     """Of the stream that it is part of."""
     seed: int
     options: StreamOptions
+    below: Path = Path()
+    """The folder of its stream below the one of all files, and of its snapshots below that of all histories."""
     snapshots: Snapshots | None = None
     """Of its stream; keep the history on disk, and what an interrupted run goes on from."""
 
@@ -135,7 +137,8 @@ def plan_streams(
         own = options.for_story(settings, stories[numbers[0]])
 
         folders = {i: out if len(stories) == 1 else out / f"story-{i:03d}" for i in numbers}
-        disk = _disk(options.history, folders[numbers[0]].relative_to(out))
+        below = folders[numbers[0]].relative_to(out)
+        disk = _disk(options.history, below, options.ranks)
 
         def budget_of(
             batch: int, chunks: int = len(prompts), own: StreamSettings = own, disk: Disk | None = disk
@@ -143,17 +146,19 @@ def plan_streams(
             return stream_budget(own, sources, pretrained, free, options, chunks, batch, disk)
 
         budget = _budget_or_advice(budget_of, len(numbers))
-        streams.append([WanPlan(list(stories[i]), folders[i], budget, options.seed + i, options) for i in numbers])
+        streams.append(
+            [WanPlan(list(stories[i]), folders[i], budget, options.seed + i, options, below) for i in numbers]
+        )
     return streams
 
 
-def open_snapshots(plans: Sequence[WanPlan], out: Path, sources: Sources, device: torch.device) -> list[WanPlan]:
+def open_snapshots(plans: Sequence[WanPlan], sources: Sources, device: torch.device) -> list[WanPlan]:
     """The plans of a stream with its snapshots, opened and, where it goes on, found. A ValueError where the folder
     cannot be used, or holds another run. Where no history is kept, the plans as they are."""
     options = plans[0].options
     if options.history is None:
         return list(plans)
-    snapshots = options.history.snapshots(plans[0].folder.relative_to(out))
+    snapshots = options.history.snapshots(plans[0].below)
     snapshots.begin(identity(plans, sources, device), options.history.resume)
     return [replace(plan, snapshots=snapshots) for plan in plans]
 
@@ -173,8 +178,8 @@ def identity(plans: Sequence[WanPlan], sources: Sources, device: torch.device) -
     }
 
 
-def _disk(history: HistoryOptions | None, below: Path) -> Disk | None:
-    """The folder of a stream's history, with what is free there; None where none is kept."""
+def _disk(history: HistoryOptions | None, below: Path, processes: int) -> Disk | None:
+    """The folder of a stream's history, with what is free there; None where none is kept. processes: that make it."""
     if history is None:
         return None
     folder = history.folder / below
@@ -187,7 +192,7 @@ def _disk(history: HistoryOptions | None, below: Path) -> Disk | None:
         tiers = [found["run"].get("settings", {}).get(f"{tier}_frames") for tier in ("device", "host", "disk")]
         divided = (tiers[0], tiers[1], tiers[2]) if all(isinstance(frames, int) for frames in tiers) else None
     free = shutil.disk_usage(there).free + own
-    return Disk(folder, free, history.device_frames, history.host_frames, divided)
+    return Disk(folder, free, history.device_frames, history.host_frames, divided, processes)
 
 
 def group_stories(stories: Sequence[Sequence[str]], batch: int) -> list[list[int]]:

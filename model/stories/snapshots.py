@@ -3,7 +3,8 @@
 A folder holds the history of one stream (`HistoryFolder`) and
 
     run.json                what the run is: settings, prompts, seeds; and whether it is finished
-    snapshot.safetensors    all of it between two chunks, but for the history, which it names
+    snapshot.safetensors    all of it between two chunks, but for the history, which it names; where several processes
+                            make a video together, the history too
 
 Both are replaced whole. What is made after a snapshot is made again from it, to the same bits. Without a number of
 chunks, a snapshot is taken whenever all of them together have taken less than `SHARE` of the time.
@@ -21,7 +22,7 @@ from memflow_ops.files import write_atomically
 from memflow_ops.state_file import load_state, save_state
 
 FORMAT = "memflow-ops run 1"
-RUN_FILE = "run.json"
+RUN_FILE, SNAPSHOT_FILE = "run.json", "snapshot.safetensors"
 SHARE = 0.01
 """Of a run's time, for snapshots."""
 
@@ -58,6 +59,15 @@ class HistoryOptions:
         """Of the run whose files go to this path below the folder of all files."""
         return Snapshots(self.folder / below, self.every)
 
+    def is_finished(self, below: Path) -> bool:
+        """Whether that run is to go on and is complete, as one may see who has not opened its snapshots."""
+        found = run_in(self.folder / below) if self.resume else None
+        return found is not None and bool(found["finished"])
+
+    def snapshot(self, below: Path) -> dict[str, Any]:
+        """The last snapshot of that run, which another process has opened."""
+        return load_state(self.folder / below / SNAPSHOT_FILE)
+
 
 class Snapshots:
     """The snapshots of one run in a folder, which it has for itself until `close`.
@@ -72,7 +82,7 @@ class Snapshots:
         """Whether the run that `begin` was told of is complete already."""
         self.found: dict[str, Any] | None = None
         """The snapshot from which the run goes on."""
-        self._file, self._about = folder / "snapshot.safetensors", folder / RUN_FILE
+        self._file, self._about = folder / SNAPSHOT_FILE, folder / RUN_FILE
         self._resumed = self._closed = False
         self._started = time.perf_counter()
         self._spent = self._last = 0.0  # seconds, of all and of the last one

@@ -48,20 +48,22 @@ def test_two_processes_make_the_video_of_one(tmp_path, words):
     assert not list((tmp_path / "two").glob(".*"))
 
 
-def test_a_process_that_dies_ends_the_other_and_what_was_made_is_kept(tmp_path, words):
+def test_a_process_that_dies_ends_the_other_and_what_was_made_goes_on(tmp_path, words, capfd):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    out, long = tmp_path / "out", ("--frames-per-prompt", 3000)
-    command = list(map(str, [sys.executable, "-m", "memflow_ops", *words, *long, "--out", out]))
+    out, history = tmp_path / "out", tmp_path / "history"
+    words = [*words, "--frames-per-prompt", 30, "--steps", 1]
+    stored = ["--history-dir", history, "--snapshot-every", 2]
+    command = list(map(str, [sys.executable, "-m", "memflow_ops", *words, *stored, "--out", out]))
     processes = []
     try:
         for rank in "01":
             launched = environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
             launched.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             processes.append(subprocess.Popen(command, env=launched, stderr=subprocess.PIPE, text=True))
-        growing, deadline = out / "video.part.mp4", time.monotonic() + 200
-        while not (growing.exists() and growing.stat().st_size > 20_000):
+        deadline = time.monotonic() + 200
+        while not (history / "snapshot.safetensors").exists():
             assert time.monotonic() < deadline and processes[0].poll() is None, "nothing was made"
             time.sleep(0.1)
         processes[1].send_signal(signal.SIGKILL)
@@ -75,6 +77,18 @@ def test_a_process_that_dies_ends_the_other_and_what_was_made_is_kept(tmp_path, 
     record = json.loads((out / "run.json").read_text())
     assert record["interrupted"] and record["error"].startswith("LostRanks: another process has ended")
     assert len(read_video(out / "video.mp4")) == record["frames"] > 0
+
+    # One process goes on with what two have begun.
+    capfd.readouterr()
+    assert memflow(*words, *stored, "--out", out, "--resume") == 0
+    assert "Going on after chunk" in capfd.readouterr().out
+    # A video that can go on is encoded in other pieces, so the whole one is made in the same way.
+    assert memflow(*words, "--history-dir", tmp_path / "other", "--out", tmp_path / "whole") == 0
+    records = [json.loads((folder / "run.json").read_text()) for folder in (out, tmp_path / "whole")]
+    for a, b in zip(*(record["chunks"] for record in records), strict=True):
+        assert all(a[same] == b[same] for same in ("prompt", "first_frame", "retrieved", "candidates"))
+    pixels = [read_video(folder / "video.mp4").astype(int) for folder in (out, tmp_path / "whole")]
+    assert np.abs(pixels[0] - pixels[1]).mean() < 0.01 < pixels[0].std()
 
 
 @pytest.mark.parametrize(
