@@ -189,8 +189,13 @@ def fit_history(
     least = max(1, bank_frames) + settings.window_frames // settings.chunk_frames - 1  # the bank, and the window's own
 
     def budget(device_frames: int, host_frames: int, disk_frames: int = 0) -> Budget:
-        tiers = {"device_frames": device_frames, "host_frames": host_frames, "disk_frames": disk_frames}
-        divided = replace(settings, bank_frames=bank_frames, **tiers)
+        divided = replace(
+            settings,
+            bank_frames=bank_frames,
+            device_frames=device_frames,
+            host_frames=host_frames,
+            disk_frames=disk_frames,
+        )
         return Budget(divided, layout_of(divided), tuple(other_items), free, disk, prototypes)
 
     if settings.memory == "full":
