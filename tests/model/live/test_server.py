@@ -2,7 +2,9 @@
 
 import json
 import socket
+import threading
 import time
+from pathlib import Path
 
 import pytest
 from served import Served, hear, serving, until
@@ -191,11 +193,18 @@ def test_a_lost_connection_comes_back_to_its_session(served: Served):
 
 
 def test_sessions_come_and_go_without_growth(world):
+    def held():
+        """Open files and threads of this process."""
+        return len(list(Path("/proc/self/fd").iterdir())), threading.active_count()
+
     with serving(world, sessions=3, keep_seconds=0.0) as served:
-        for _ in range(20):
+        for number in range(20):
             with served.page() as ws:
                 hear(ws, "chunk")
             until(lambda: not served.engine._sessions)
+            if number == 1:
+                early = held()
+        until(lambda: held() <= early)
         assert served.engine.opened == 20 and served.engine.failed == 0
         with connect(f"ws://{served.address}/live") as ws:  # who says nothing has no session
             assert not served.engine._sessions
