@@ -39,6 +39,8 @@ HEADERS = {
 }
 OPENING_SECONDS = 10.0
 """Within which a connection must say what it wants."""
+SPARE_CONNECTIONS = 64
+"""Connections beyond those of all viewers; further ones are answered with 503."""
 MOST_REFUSALS = 50
 """Wrong messages after which a connection is closed."""
 REFUSED, NO_PLACE, TOO_MANY_REFUSALS = 4401, 4409, 4400
@@ -262,13 +264,14 @@ def serve(engine: Engine, listening: socket.socket, token: str | None, ping_seco
     """
     import uvicorn
 
-    host = listening.getsockname()[0]
+    host, limits = listening.getsockname()[0], engine.limits
     config = uvicorn.Config(
         make_app(engine, token, is_loopback(host)),
         log_level="warning",
         access_log=False,
         server_header=False,
         lifespan="off",
+        limit_concurrency=limits.sessions * limits.viewers + SPARE_CONNECTIONS,
         ws_max_size=MESSAGE_BYTES,
         ws_per_message_deflate=False,
         ws_ping_interval=ping_seconds,

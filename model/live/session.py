@@ -80,7 +80,7 @@ class LiveSession:
         self._viewers: set[Viewer] = set()
         self._idle_since: float | None = time.monotonic()
         self._paused_since: float | None = None
-        self._fresh = True
+        self._fresh, self._making = True, False
         self._sides: list[_Side] = []
         self._pictures: dict[int, bytes] = {}
         self._recording: Any = tempfile.TemporaryFile(prefix="memflow-live-")  # noqa: SIM115 (close() closes it)
@@ -128,13 +128,13 @@ class LiveSession:
                 self.prompt = prompt
                 for viewer in self._viewers:
                     viewer.drop_chunks()
-            self.say(type="prompt", prompt=prompt, takes_effect=len(self.rows))
+            self.say(type="prompt", prompt=prompt, takes_effect=len(self.rows) + self._making)
 
     def restart(self, seed: int | None = None) -> None:
         """Starts again from nothing, under the current prompt. seed: of the noise; None for the same."""
         with self._lock:
             self.seed = self.seed if seed is None else seed
-            self.ended, self._fresh, self.paused = "", True, False
+            self.ended, self._fresh, self._making, self.paused = "", True, False, False
             self.generation += 1
             self.latency = Latency(time.monotonic())
             self._paused_since = None
@@ -240,7 +240,7 @@ class LiveSession:
         """Makes the next chunk of every stream and sends it to all viewers."""
         with self._lock:
             prompt, seed, generation, fresh = self.prompt, self.seed, self.generation, self._fresh
-            self._fresh = False
+            self._fresh, self._making = False, True
         if fresh:
             self._sides = [_Side(*self._start(kind, seed)) for kind in self.kinds]
         started = time.monotonic()
@@ -252,6 +252,7 @@ class LiveSession:
         pictures = self._draw(chunks[0], videos[0])
         now = time.monotonic()
         with self._lock:
+            self._making = False
             if generation != self.generation or self._recording.closed:
                 return  # It was started again or closed in the meantime.
             row = {

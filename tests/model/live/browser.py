@@ -25,7 +25,7 @@ class Tab:
         self._last += 1
         self._ws.send(json.dumps({"id": self._last, "method": method, "params": parameters}))
         while True:
-            answer = json.loads(self._ws.recv(timeout=30))
+            answer = json.loads(self._ws.recv(timeout=60))
             if answer.get("id") == self._last:
                 assert "error" not in answer, answer
                 return answer["result"]
@@ -36,7 +36,7 @@ class Tab:
         assert "exceptionDetails" not in done, done["exceptionDetails"]
         return done["result"].get("value")
 
-    def until(self, expression, seconds=20.0):
+    def until(self, expression, seconds=60.0):
         """Waits until the expression is true; returns the seconds that it took."""
         started = time.monotonic()
         while not self.value(f"(() => {{ try {{ return Boolean({expression}); }} catch {{ return false; }} }})()"):
@@ -95,7 +95,7 @@ def browsing(folder):
     process = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
         said = Path(folder) / "DevToolsActivePort"
-        end = time.monotonic() + 30
+        end = time.monotonic() + 60
         while not (said.exists() and len(said.read_text().split()) > 1):
             assert process.poll() is None and time.monotonic() < end, "Chromium did not start"
             time.sleep(0.05)

@@ -53,7 +53,7 @@ def serving(world, token=None, ping_seconds=15.0, **limits):
             thread.join()
 
 
-def hear(ws, kind, seconds=20.0):
+def hear(ws, kind, seconds=60.0):
     """The next message of this type as JSON."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
@@ -66,7 +66,7 @@ def hear(ws, kind, seconds=20.0):
     raise AssertionError(f"no {kind} in {seconds} s")
 
 
-def until(true, seconds=20.0):
+def until(true, seconds=60.0):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"

@@ -47,7 +47,7 @@ def session(world, prompt="a ball in the meadow", seed=3, **limits):
     return LiveSession(world, Limits(**limits), prompt, seed, baseline=True)
 
 
-def until(true, seconds=20.0):
+def until(true, seconds=60.0):
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, "waited in vain"
@@ -243,7 +243,7 @@ def test_a_session_is_kept_for_a_page_that_comes_back(world):
         engine.wake()
         until(lambda: len(live.rows) >= 2)
         live.detach(page.viewer)
-        time.sleep(0.3)
+        until(lambda: not live._making)
         made = len(live.rows)
         time.sleep(0.5)
         assert len(live.rows) == made  # nobody watches, so nothing is made
