@@ -91,8 +91,10 @@ class LiveSession:
 
     def attach(self, viewer: Viewer) -> None:
         """A viewer comes. It is told where the session stands and gets the newest chunk at once. A ValueError where
-        there are too many."""
+        there are too many, or the session is over."""
         with self._lock:
+            if self._recording.closed:
+                raise ValueError("that session is over; a new one can be opened")
             if len(self._viewers) >= self.limits.viewers:
                 raise ValueError(f"{self.limits.viewers} viewers watch this session already, and it takes no more")
             self._keep_time(stopped=True)
@@ -154,7 +156,7 @@ class LiveSession:
     def end(self, why: str) -> None:
         """Makes no further chunk. Viewers are told why, and may start it again."""
         with self._lock:
-            self.ended = why
+            self.ended, self._making = why, False
             self.say(type="ended", why=why)
 
     def close(self) -> None:

@@ -225,11 +225,14 @@ def test_the_engine_makes_chunks_for_all_who_watch_and_frees_who_is_gone(world):
         with pytest.raises(ValueError, match="all 2 places are taken"):
             engine.open()
         gone = weakref.ref(both[0])
-        name = both[0].name
+        name, late = both[0].name, both[0].attach
         both[0].detach(pages[0].viewer)
         both[0].pause(False)
         del both[0]
         until(lambda: engine.find(name) is None)
+        with pytest.raises(ValueError, match="that session is over"):
+            late(pages[0].viewer)
+        del late
         until(lambda: gc.collect() >= 0 and gone() is None)
         made = len(both[0].rows)
         both[0].set_prompt("an empty sea")
