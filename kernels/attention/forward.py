@@ -78,6 +78,15 @@ def attend_tile(
 
 
 @triton.jit
+def load_queries(query_rows, row_mask, columns, HEAD_DIM: tl.constexpr, NEGATIVE_SCALE: tl.constexpr):
+    """The queries [BLOCK_M, DIM] behind pointers [BLOCK_M], negated for a negative scale."""
+    query = load_rows(query_rows, row_mask, columns, HEAD_DIM)
+    if NEGATIVE_SCALE:
+        query = cast(-query.to(tl.float32), query.dtype)  # the interpreter holds bfloat16 as bits
+    return query
+
+
+@triton.jit
 def write_result(state, out, lse, batch, head, rows, row_mask, HEAD_DIM: tl.constexpr, DIM: tl.constexpr):
     """Write out and lse of the rows where row_mask says so. Returns both. A row without any key: out 0, lse -inf."""
     columns = tl.arange(0, DIM)
@@ -97,6 +106,7 @@ def write_result(state, out, lse, batch, head, rows, row_mask, HEAD_DIM: tl.cons
 @triton.jit
 def attend_kernel(
     q,  # Strided (B, Lq, H, D)
+    window_q,  # Strided (B, Lq, H, D): what attends to the window; None: q
     window,  # Segment (B, Lk, Hkv, D), or without keys
     seqused,  # (B,) int32, contiguous: how many leading keys of the window are valid; None: all
     memory,  # Segment (B, stored frames * frame_tokens, Hkv, D), or without keys: no bank
@@ -140,10 +150,8 @@ def attend_kernel(
         lists = list_pointers(indices, batch, head, group)
         blocks = blocks_of(frames, batch, BLOCK_SIZE)
 
-    query = load_rows(query_rows, row_mask, columns, HEAD_DIM)  # [BLOCK_M, DIM]
+    query = load_queries(query_rows, row_mask, columns, HEAD_DIM, NEGATIVE_SCALE)
     # The softmax takes the maximum first, so its scale is above 0: the least for 0, and a sign goes to the query.
-    if NEGATIVE_SCALE:
-        query = cast(-query.to(tl.float32), query.dtype)  # the interpreter holds bfloat16 as bits
     query_tile = ForwardRows(query, tl.maximum(tl.abs(softmax_scale), 1.2e-38) * LOG2_E)
     continues = row_mask
     if partial is not None:
@@ -175,6 +183,10 @@ def attend_kernel(
                 )  # fmt: skip
 
     if window.k is not None:
+        if window_q is not None:
+            query_rows = row_pointers(window_q, batch, rows, head)
+            query = load_queries(query_rows, row_mask, columns, HEAD_DIM, NEGATIVE_SCALE)
+            query_tile = ForwardRows(query, query_tile.scale_log2)
         window = segment_of_head(window, batch, kv_head)
         state = walk_window(
             attend_tile, query_tile, state, window, count_valid_keys(seqused, batch, keys), rows, row_mask, queries,

@@ -56,16 +56,16 @@ def plan_attend(
     )  # fmt: skip
     short_blocks = by_row and geometry.block_size < tiles["BLOCK_N"]
     both = window.k is not None and memory.k is not None
-    if both and (short_blocks or is_int8 or memory_q is not None or geometry.window_keys(window.k) == 1):
-        # In one launch ptxas for sm_90 lets every product wait for the one before (C7515). Two forms of the queries are
-        # not taken by one launch. The state between two is float32: rounded to a half precision it would break the
-        # tolerance.
+    if both and (short_blocks or is_int8 or geometry.window_keys(window.k) == 1):
+        # In one launch ptxas for sm_90 lets every product wait for the one before (C7515). The state between two
+        # launches is float32: rounded to a half precision it would break the tolerance.
         first, *state = plan_attend(
             q if memory_q is None else memory_q, None, None, memory_k, memory_v, indices, geometry, resume,
             capability=capability, multiprocessors=multiprocessors, out_dtype=torch.float32,
         )  # fmt: skip
         then, out, lse = plan_attend(q, k, v, None, None, None, geometry, (state[0], state[1]), capability=capability)
         return [*first, *then], out, lse
+    window_q = q if both and memory_q is not None else None
     q = q if memory_q is None or memory.k is None else memory_q
     out = torch.empty((batch, queries, heads, head_dim), dtype=out_dtype or q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
@@ -85,6 +85,7 @@ def plan_attend(
             grid = (whole + splits * (all_tiles - whole), 1, 1)
     arguments = dict(
         q=strided(q),
+        window_q=None if window_q is None else strided(window_q),
         window=window,
         seqused=None if window.k is None else valid_keys_of(geometry),
         memory=memory,

@@ -1,4 +1,4 @@
-"""The kernels with a second query for the bank: a launch for the bank and one for the window, and their gradients."""
+"""The kernels with a second query for the bank: bank and window in one launch or in two, and their gradients."""
 
 import pytest
 import torch
@@ -8,6 +8,8 @@ from memory_q_cases import chosen, dense, in_dtype
 
 import memflow_ops
 from memflow_ops.cache import BlockSelection, attend_to_memory
+from memflow_ops.geometry import Geometry
+from memflow_ops.kernels.attention.plan import plan_attend
 
 
 def make_case(window: int, group: int | None) -> Case:
@@ -43,6 +45,17 @@ def test_out_and_gradients_are_as_exact_as_dense_attention(dtype, window, group,
     names = ("out", *case.tensors(), "memory_q")
     for name, got, low, right in zip(names, outputs(case, ours), yardstick, exact, strict=True):
         assert_within_tolerance(got.detach(), low.detach(), right.detach(), name)
+
+
+@pytest.mark.parametrize(("window", "launches"), [(70, 1), (1, 2)])
+def test_window_and_bank_are_one_launch_where_they_are_with_one_query(window, launches):
+    case = make_case(window, 16)
+    tensors = [x.float() for x in (*case.tensors().values(), case.options["memory_q"])]
+    geometry = Geometry(8, 20, 16, 0.25, memory_slots=case.options["memory_slots"])
+    indices = torch.zeros(1, 2, 2, 3, dtype=torch.int32)
+    for second in (None, tensors[5]):
+        planned, *_ = plan_attend(*tensors[:5], indices, geometry, None, second)
+        assert [step.kernel.fn.__name__ for step in planned] == ["attend_kernel"] * launches
 
 
 @pytest.mark.parametrize("query_group", [1, None])
