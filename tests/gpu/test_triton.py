@@ -238,7 +238,7 @@ def test_registered_rightly_and_compiled_whole(group):
     descriptors = ops.describe_blocks(memory_k, 64, 150)
     valid = torch.tensor([2], dtype=torch.int32, device="cuda")
     slots, sizes = torch.tensor([[1, 0]], dtype=torch.int32, device="cuda"), (2, 64, 150, group, 0.1, False)
-    bank = (memory_k, memory_v, None, descriptors)
+    bank = (memory_k, memory_v, None, descriptors, None, None)  # neither a second query nor int8
     arguments = (q, k, k, *bank, valid, slots, None, slots, *sizes, "mean", "triton", "auto")
     result = opcheck(torch.ops.memflow_ops.memory_attention.default, arguments)
     assert set(result.values()) == {"SUCCESS"}

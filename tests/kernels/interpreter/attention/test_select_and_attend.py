@@ -225,6 +225,7 @@ def test_the_op_is_registered_rightly(group):
     slots = torch.tensor([[1, 0]], dtype=torch.int32)
     used = torch.tensor([20], dtype=torch.int32)
     sizes = (2, 4, 12, group, 0.25, True)
-    arguments = (q, k, k, k, k, None, descriptors, frames, slots, used, slots, *sizes, "mean", "triton", "auto")
+    bank = (k, k, None, descriptors, None, None)  # neither a second query nor int8
+    arguments = (q, k, k, *bank, frames, slots, used, slots, *sizes, "mean", "triton", "auto")
     result = opcheck(torch.ops.memflow_ops.memory_attention.default, arguments)
     assert set(result.values()) == {"SUCCESS"}
