@@ -37,6 +37,7 @@ def compiled(compiling):
             ["block_means_kernel", "span_kernel", "merge_kernel", "attend_kernel", "merge_splits_kernel"],
         ),
         ("per query", ["select_rows_kernel", "union_kernel", "attend_kernel"]),
+        ("bank, int8", ["block_means_kernel", "span_kernel", "merge_kernel", "attend_kernel"]),
     ],
 )
 def test_shipped_configurations(compiled, case, kernels):

@@ -186,6 +186,40 @@ def compare(ours: dict[str, torch.Tensor], dense: dict[str, torch.Tensor], exact
             assert_within_tolerance(ours[name], dense[name], right, name)
 
 
+def int8_attention(dtype: torch.dtype, **options) -> None:
+    """memory_attention with an int8 bank; the scales of what no query sees are NaN, of keys and of values."""
+    given, descriptors, indices = attention_case(dtype, **options)
+    descriptors = descriptors.to(dtype)
+    size, frame = given.options["block_size"], given.options["frame_tokens"]
+    made = ops.quantise_memory(given.memory_k, given.memory_v, descriptors, block_size=size, frame_tokens=frame)
+    token = torch.arange(given.memory_k.shape[1])
+    block = token // frame * -(-frame // size) + token % frame // size
+    # With float32 between, as in the kernel, the numbers are rounded alike.
+    means, k_scale, v_scale = (x.float() for x in (descriptors, *made[2:]))
+    plain = replace(
+        given,
+        memory_k=(made.memory_k * k_scale[:, block] + means[:, block]).to(dtype),
+        memory_v=(made.memory_v * v_scale.unsqueeze(-1)).to(dtype),
+    )
+    of_values = unseen_is_nan(plain, indices).memory_v[..., 0].isnan()
+    of_blocks = torch.ones(descriptors.shape[:3], dtype=torch.bool)
+    for number in range(of_blocks.shape[1]):
+        of_blocks[:, number] = of_values[:, block == number].all(1)
+    scales = {
+        "memory_k_scale": made.memory_k_scale.masked_fill(of_blocks.unsqueeze(-1), torch.nan),
+        "memory_v_scale": made.memory_v_scale.masked_fill(of_values, torch.nan),
+    }
+    bank = {"memory_descriptors": descriptors, "return_lse": True}
+    ours = ops.memory_attention(
+        given.q, given.k, given.v, *made[:2], **given.options, **bank, **scales, impl="triton", dense_backend="own"
+    )
+    wide = plain.to(torch.float64)
+    bank["memory_descriptors"] = descriptors.double()
+    exact = ops.memory_attention(*wide.tensors().values(), **wide.options, **bank, impl="reference")
+    dense = dense_attention(plain, indices)
+    compare(*(dict(zip(("out", "lse"), x, strict=True)) for x in (ours, dense, exact)))
+
+
 def resumed(dtype: torch.dtype, **options) -> None:
     """attend_selected continues another kernel's softmax."""
     given, _, indices = attention_case(dtype, **options)

@@ -13,6 +13,7 @@ from problems import (
     attention,
     description,
     every_kind_of_score,
+    int8_attention,
     last_wave_split,
     ranked_by_mass,
     resumed,
@@ -92,6 +93,7 @@ NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 case("window", attention, BF16, dense=100, quick=True)
 case("window, causal, valid keys", attention, BF16, batch=2, dense=100, causal=True, used=(100, 37), quick=True)
 case("bank", attention, BF16, queries=128, bank=(3, 100, 64), slots=True, quick=True)
+case("bank, int8", int8_attention, BF16, queries=128, bank=(3, 100, 64), slots=True, quick=True)
 case("bank, candidates", with_candidates, BF16, bank=(9, 37, 8), top_k=7, slots=True, quick=True)
 case("per query", attention, BF16, queries=33, bank=(3, 37, 16), group=1, slots=True, quick=True)
 case("last wave split", last_wave_split, BF16, heads=(1, 1), queries=128, bank=(5, 37, 8), top_k=9, quick=True)
@@ -122,6 +124,10 @@ for dtype, name in NAMES.items():
          bank=(9, 37, 8), top_k=7, slots=True, valid=(9, 4))  # fmt: skip
     case(f"per query, {name}, D 128", attention, dtype, head_dim=128, queries=33, group=1, bank=(3, 136, 64), dense=33,
          slots=True)  # fmt: skip
+    case(f"bank, int8, {name}, D 128", int8_attention, dtype, heads=(4, 2), head_dim=128, queries=group + 8,
+         group=group, dense=70, bank=(4, 136, 64), top_k=5, slots=True, valid=(3,))  # fmt: skip
+    case(f"per query, int8, {name}, D 128", int8_attention, dtype, head_dim=128, queries=33, group=1,
+         bank=(3, 136, 64), dense=33, slots=True)  # fmt: skip
     case(f"groups of 4, {name}", attention, dtype, queries=68, group=4, bank=(2, 140, 32), top_k=3)
     case(f"last wave split, {name}", last_wave_split, dtype, batch=2, heads=(1, 1), head_dim=128, queries=128,
          bank=(5, 37, 8), top_k=9, slots=True)  # fmt: skip
@@ -165,6 +171,9 @@ for dtype, name in NAMES.items():
     case(f"retrieval, ties, {name}", retrieval, dtype, "linear", words=7, heads=(2, 2), head_dim=16, stored=40,
          whole_numbers=True)  # fmt: skip
 
+for block in (16, 24, 128):
+    case(f"bank, int8, blocks of {block}", int8_attention, BF16, head_dim=128, queries=128, group=128,
+         bank=(2, 140, block), top_k=6)  # fmt: skip
 for block in (16, 32, 128):
     case(
         f"bank, blocks of {block}", attention, BF16, head_dim=128, queries=128, group=128, bank=(2, 140, block), top_k=6
