@@ -127,8 +127,10 @@ def attend_config(
         block_n = min(block_n, max(next_power_of_2(int8_block), 16))
         if dtype == torch.float32:
             block_m = 16
-        elif by_row and head_dim > 64:
-            block_n = min(block_n, 32)  # nor do they beside 64 keys that are made from integers
+        elif head_dim > 64 and (by_row or capability < 90 or capability >= 120):
+            # Nor do they fit beside 64 keys that are made from integers. Without the products of warpgroups and of
+            # sm_100 every warp makes the numbers of all keys anew.
+            block_n = min(block_n, 32)
     if not by_row:
         block_m = min(block_m, max(next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
     if block_m <= 64 and dim <= 128 and dtype != torch.float32:

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from memflow_ops.geometry import Int8Bank
-from memflow_ops.kernels.primitives import Strided, cast, load_rows, mask_if, strided, strides_like
+from memflow_ops.kernels.primitives import Strided, cast, load_rows, mask_if, strided
 
 
 class Scales(NamedTuple):
@@ -27,7 +27,7 @@ def scales_of(int8: Int8Bank | None) -> Scales | None:
     """The argument tuple for a bank, None where it is not int8."""
     if int8 is None:
         return None
-    return Scales(strided(int8.descriptors), strided(int8.k_scale, like=int8.descriptors), strided(int8.v_scale))
+    return Scales(*map(strided, int8))  # with all of their strides: triton 3.6.0 compares no tuple that holds None
 
 
 @triton.jit
@@ -40,9 +40,10 @@ def at_head(tensor, batch, kv_head):
 @triton.jit
 def scales_of_head(scales, batch, kv_head):
     """The Scales of one batch element and head."""
-    k_scale = strides_like(scales.k_scale, scales.means)
     return Scales(
-        at_head(scales.means, batch, kv_head), at_head(k_scale, batch, kv_head), at_head(scales.v_scale, batch, kv_head)
+        at_head(scales.means, batch, kv_head),
+        at_head(scales.k_scale, batch, kv_head),
+        at_head(scales.v_scale, batch, kv_head),
     )
 
 
