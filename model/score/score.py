@@ -7,7 +7,7 @@ itself as can be.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,6 +20,8 @@ from memflow_ops.model.score.consistency import FROZEN_SHARE, consistency, inter
 from memflow_ops.model.score.subjects import Naming, ReturnOf, find_returns, prompt_frames
 from memflow_ops.model.toy.evaluation.figures import Proportion
 
+Features = Callable[[int, str | None], Tensor]
+"""The number of a prompt, and a subject or None for the whole frames -> features (F, D) of its frames."""
 LOOKS = 16
 """Frames of an appearance that are looked at, evenly spaced."""
 
@@ -120,8 +122,8 @@ def score_video(
     )
 
 
-def score_return(there: ReturnOf, prompts: Sequence[str], named: Naming, features: Any) -> ScoredReturn:
-    """Scores one return. features: (number of a prompt, subject or None) -> (F, D)."""
+def score_return(there: ReturnOf, prompts: Sequence[str], named: Naming, features: Features) -> ScoredReturn:
+    """Scores one return."""
     own = features(there.back, there.subject)
     elsewhere, others, met = [], {}, set()
     for number, prompt in enumerate(prompts):
