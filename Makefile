@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt
 STAMP := .venv/.installed-$(CONSTRAINTS)
 
-.PHONY: help demo live test interpreter ptx lint bench bench-compare where-memory-pays aot gpu-preflight gpu-test gpu-warm gpu-bench train docs pictures clean
+.PHONY: help demo live test interpreter ptx lint bench bench-compare where-memory-pays soak aot gpu-preflight gpu-test gpu-warm gpu-bench train docs pictures clean
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -59,6 +59,9 @@ bench-compare: $(STAMP)  ## the same, held against the stored results of this de
 
 where-memory-pays: $(STAMP)  ## the toy world's match rate against overhead, by bank and budget; writes bench/results
 	$(BIN)/python -m memflow_ops.bench.where_memory_pays $(PAYS_OPTIONS)
+
+soak: $(STAMP)  ## 2000 chunks with most of the past on disk, against all of it in memory; writes bench/results and a picture
+	$(BIN)/python -m memflow_ops.bench.soak $(SOAK_OPTIONS)
 
 # Without a network those that are not installed are left out.
 OTHER_TRITONS := .venv/triton-3.6.0 .venv/triton-3.9.0

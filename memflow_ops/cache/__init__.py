@@ -13,6 +13,7 @@ from memflow_ops.cache.policies import Coverage, DeviceChoice, DevicePolicy, Pol
 from memflow_ops.cache.released_cache import ReleasedCache
 from memflow_ops.cache.released_layout import BankSchedule, ReleasedLayout
 from memflow_ops.cache.ring import RingCache
+from memflow_ops.cache.store import HistoryFolder
 from memflow_ops.cache.views import Candidates, Memory
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "DeviceChoice",
     "DevicePolicy",
     "FrameCache",
+    "HistoryFolder",
     "Memory",
     "Policy",
     "Random",

@@ -108,9 +108,7 @@ class Snapshots:
             )
         self._resumed = resume
         if resume and found is not None:
-            own = json.loads(json.dumps(run))
-            other = [f"{name} {_brief(found['run'].get(name))}, here {_brief(own[name])}" for name in own]
-            other = [words for words, name in zip(other, own, strict=True) if found["run"].get(name) != own[name]]
+            other = _differences(found["run"], json.loads(json.dumps(run)))
             if other:
                 raise ValueError(f"{self.path} holds another run: {'; '.join(other)}")
             if found["finished"]:
@@ -153,6 +151,18 @@ class Snapshots:
     def _write_about(self, run: Mapping[str, Any], finished: bool) -> None:
         about = {"format": FORMAT, "finished": finished, "run": run}
         write_atomically(self._about, (json.dumps(about, indent=1) + "\n").encode())
+
+
+def _differences(found: Mapping[str, Any], own: Mapping[str, Any]) -> list[str]:
+    """In what a run differs from the one that was found, in words."""
+    words = []
+    for name, value in own.items():
+        before = found.get(name)
+        if isinstance(before, dict) and isinstance(value, dict):
+            words += _differences(before, value)
+        elif before != value:
+            words.append(f"{name} {_brief(before)}, here {_brief(value)}")
+    return words
 
 
 def _brief(value: object) -> str:

@@ -117,7 +117,7 @@ def test_killed_at_random_it_comes_to_the_same_files(tmp_path, command, weights)
     """`tests/cli/kill_at_random.py` does this at as many points as one likes."""
     assert memflow(*command("whole", "--no-baseline")) == 0
     choice = random.Random(0)
-    kill_and_resume(command("parts", "--no-baseline"), [choice.uniform(2, 5) for _ in range(3)])
+    kill_and_resume(command("parts", "--no-baseline"), [choice.uniform(3, 6) for _ in range(2)])
     assert_same_files(tmp_path / "parts", tmp_path / "whole", timeline=True)
 
 
@@ -150,7 +150,7 @@ def test_what_cannot_go_on_is_said_in_one_line(tmp_path, command, monkeypatch, c
     history, go_on = tmp_path / "parts-history", command("parts", "--no-baseline", "--resume")
     refused(capfd, "holds a run that was not finished: go on with it by --resume", *command("parts", "--no-baseline"))
     refused(capfd, "holds another run: seed 0, here 5", *go_on, "--seed", 5)
-    refused(capfd, "holds another run: settings ", *go_on, "--top-k", 5)
+    refused(capfd, "holds another run: top_k 8, here 5", *go_on, "--top-k", 5)
     refused(capfd, "holds another run: baseline False, here True", *command("parts", "--resume"))
     growing = tmp_path / "parts" / "video.part.mp4"
     content = growing.read_bytes()
