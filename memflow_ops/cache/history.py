@@ -10,7 +10,7 @@ from memflow_ops.cache.layout import CacheLayout
 from memflow_ops.cache.store import FrameStore
 
 
-@dataclass
+@dataclass(slots=True)
 class Prototype:
     """Where the first frame of a chunk is kept for one story: in a history slot, in host memory, or only on disk."""
 

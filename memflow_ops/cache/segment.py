@@ -15,7 +15,7 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,6 +46,14 @@ class StoredTensor:
     """In the record, in bytes."""
     size: int
     """In bytes."""
+
+
+class Record(NamedTuple):
+    """What a manifest says of a record."""
+
+    frame: int
+    crc32: int
+    means_crc32: int
 
 
 class RecordLayout:
@@ -103,8 +111,8 @@ class Segment:
 
     def __init__(self, path: Path, header: dict[str, Any], layout: RecordLayout):
         self.path, self.layout, self.identity = path, layout, str(header["id"])
-        self.records: list[dict[str, Any]] = []
-        """What the manifest says of every record: frame, crc32, means_crc32."""
+        self.records: list[Record] = []
+        """What the manifest says of every record."""
         self.writer: object = None
         """Who appends to it; anybody may read."""
         self._data = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -147,7 +155,7 @@ class Segment:
         with _in_words(path):
             if torn:
                 os.ftruncate(segment._manifest, whole)
-        segment.records = records
+        segment.records = [Record(line["frame"], line["crc32"], line["means_crc32"]) for line in records]
         if segment._allocated < len(records) * layout.record_bytes:
             raise StoreError(
                 f"{path} is cut short: its manifest names {len(records)} records of {layout.record_bytes} bytes, and "
@@ -169,10 +177,10 @@ class Segment:
             while done < size:
                 done += os.pwrite(self._data, buffer.memory[done:], start + done)
             os.fdatasync(self._data)
-            line = {"frame": frame, "crc32": zlib.crc32(buffer.memory)}
-            line["means_crc32"] = zlib.crc32(buffer.memory[: self.layout.means_bytes])
-            _write_all(self._manifest, checked_line(line))
-        self.records.append(line)
+            means = zlib.crc32(buffer.memory[: self.layout.means_bytes])
+            record = Record(frame, zlib.crc32(buffer.memory), means)
+            _write_all(self._manifest, checked_line(record._asdict()))
+        self.records.append(record)
         return number
 
     def read(self, number: int, buffer: Buffer, means_only: bool = False) -> None:
@@ -188,10 +196,10 @@ class Segment:
                 if not got:
                     raise StoreError(f"{self.path} is cut short in record {number}")
                 done += got
-        line = self.records[number]
-        if zlib.crc32(wanted) != line["means_crc32" if means_only else "crc32"]:
+        record = self.records[number]
+        if zlib.crc32(wanted) != (record.means_crc32 if means_only else record.crc32):
             raise StoreError(
-                f"{self.path} is damaged in record {number}, frame {line['frame']}: its checksum differs; this history "
+                f"{self.path} is damaged in record {number}, frame {record.frame}: its checksum differs; this history "
                 f"cannot be trusted"
             )
 

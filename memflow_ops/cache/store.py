@@ -231,7 +231,7 @@ class FrameStore:
         self._shared, self._own = list(parts), None
         everything: dict[int, tuple[Segment, int | Future[int]]] = {}
         for segment, count in parts:
-            everything |= {line["frame"]: (segment, i) for i, line in enumerate(segment.records[:count])}
+            everything |= {record.frame: (segment, i) for i, record in enumerate(segment.records[:count])}
         missing = [frame for frame in remembered if frame not in everything]
         if missing:
             raise StoreError(f"the history in {self.folder.path} does not have frames {missing}")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,26 +23,36 @@ def retrieve_frames(
     redundancy: float | None,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
-    if candidates is not None:
-        each = torch.arange(means.shape[1], dtype=torch.int64, device=means.device)[:, None]
-        means = means[:, each, candidates.clamp(0, means.shape[2] - 1).long()]
     wide = wide_dtype(text_keys.dtype, means.dtype)
+    layers = means_by_layer(means, candidates)
     if score == "coverage":
-        shares = word_shares(word_logits(text_keys, means, weights, softmax_scale, wide), text_lengths)
+        shares = word_shares(word_logits(text_keys, layers, weights, softmax_scale, wide), text_lengths)
         indices, scores = cover(shares, count), mean_share(shares, text_lengths)
     else:
-        scores = finite(mean_relevance(text_keys, means, text_lengths, weights, score, softmax_scale, wide))
+        scores = finite(mean_relevance(text_keys, layers, text_lengths, weights, score, softmax_scale, wide))
         cosines = None
         if redundancy is not None:
-            directions = F.normalize(frame_vectors(means, weights, wide), dim=-1)
+            every = torch.stack(list(means_by_layer(means, candidates)))
+            directions = F.normalize(frame_vectors(every, weights, wide), dim=-1)
             cosines = directions @ directions.mT
         indices = take_unlike(scores, cosines, count, redundancy)
     return indices.int(), scores.gather(1, indices)
 
 
+def means_by_layer(means: Tensor, candidates: Tensor | None) -> Iterator[Tensor]:
+    """The means (B, F, n, Hkv, D) of the candidates, layer by layer: a history may be long, and its means large."""
+    if candidates is None:
+        yield from means
+        return
+    each = torch.arange(means.shape[1], dtype=torch.int64, device=means.device)[:, None]
+    rows = candidates.clamp(0, means.shape[2] - 1).long()
+    for of_layer in means:
+        yield of_layer[each, rows]
+
+
 def mean_relevance(
     text_keys: Tensor,
-    means: Tensor,
+    layers: Iterable[Tensor],
     text_lengths: Tensor | None,
     weights: Tensor,
     score: str,
@@ -48,12 +60,11 @@ def mean_relevance(
     wide: torch.dtype,
 ) -> Tensor:
     """`frame_relevance` (B, F) in `wide`, averaged over the layers."""
-    scores = torch.zeros(means.shape[1:3], dtype=wide, device=means.device)
-    for text, of_layer in zip(
-        text_keys, means, strict=True
-    ):  # One layer at a time, because softmax makes words x blocks numbers of it.
-        scores += frame_relevance(text.to(wide), of_layer.to(wide), text_lengths, weights, score, softmax_scale)
-    return scores / len(means)
+    scores = torch.zeros((), dtype=wide, device=text_keys.device)
+    # One layer at a time, because softmax makes words x blocks numbers of it.
+    for text, of_layer in zip(text_keys, layers, strict=True):
+        scores = scores + frame_relevance(text.to(wide), of_layer.to(wide), text_lengths, weights, score, softmax_scale)
+    return scores / len(text_keys)
 
 
 def finite(scores: Tensor) -> Tensor:
@@ -66,10 +77,12 @@ def frame_vectors(means: Tensor, weights: Tensor, wide: torch.dtype) -> Tensor:
     return torch.einsum("lbfnkd,n->bflkd", means.to(wide), weights.to(wide)).flatten(2)
 
 
-def word_logits(text_keys: Tensor, means: Tensor, weights: Tensor, scale: float, wide: torch.dtype) -> Tensor:
+def word_logits(
+    text_keys: Tensor, layers: Iterable[Tensor], weights: Tensor, scale: float, wide: torch.dtype
+) -> Tensor:
     """Text key . mean key of the frame, averaged over heads and summed over layers, (B, Lt, F)."""
-    logits = torch.zeros((), dtype=wide, device=means.device)
-    for text, of_layer in zip(text_keys, means, strict=True):
+    logits = torch.zeros((), dtype=wide, device=text_keys.device)
+    for text, of_layer in zip(text_keys, layers, strict=True):
         frame_means = torch.einsum("bfnkd,n->bfkd", of_layer.to(wide), weights.to(wide))
         grouped = (
             text.to(wide).unflatten(2, (frame_means.shape[2], -1)).mean(3)
