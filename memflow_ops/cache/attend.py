@@ -131,15 +131,15 @@ def attend_to_memory(
         )
 
     turn = None if active is None else cache.bank_turn()
-    moved: list[tuple[Tensor, Tensor]] = []  # `rotation` as it is for the bank, once the first layer has worked it out
+    moved: list[tuple[Tensor, Tensor]] = []  # `rotation` as it is for the bank; the first layer of a pass works it out
 
     def attend(layer: int, q: Tensor, k: Tensor, v: Tensor, norm: QKNorm | None) -> Tensor:
         last = keys_only and layer == layout.layers - 1
         beside = reuse and chosen is not None and _lies_beside(chosen, cache)
         memory_q = None
         if turn is not None and (observe is not None or not (last or beside)) and not needs_grad(q, k, v):
-            if not moved:
-                moved.append(move_rotation(rotation, turn))
+            if layer == 0 or not moved:  # what a recording that failed has left is never read
+                moved[:] = [move_rotation(rotation, turn)]
             memory_q = q.new_empty(q.shape, dtype=layout.dtype)
         q = cache.write_projections(
             layer, q, k, v, rotation, norm, remember=remember,

@@ -190,6 +190,24 @@ def test_the_keys_set_aside_are_the_same_however_a_chunk_is_written():
         torch.testing.assert_close(other, staged[0], rtol=1e-6, atol=1e-6)
 
 
+def test_what_a_recording_that_failed_has_left_is_not_read(monkeypatch):
+    """A pass that could not be recorded is run again by the same `Attend`."""
+    selection, streamed = BlockSelection(4, 5), make()
+    rotation = opened(streamed, 9, selection)
+    attend = attend_to_memory(streamed.cache, rotation, selection)
+
+    def run(attend) -> list[Tensor]:
+        with torch.no_grad():
+            return [attend(layer, *numbers(77)) for layer in range(2)]
+
+    with monkeypatch.context() as patch:
+        garbage = lambda rotation, _: tuple(torch.full_like(part, torch.nan) for part in rotation)  # noqa: E731
+        patch.setattr("memflow_ops.cache.attend.move_rotation", garbage)
+        assert all(out.isnan().any() for out in run(attend))
+    for again, fresh in zip(run(attend), run(attend_to_memory(streamed.cache, rotation, selection)), strict=True):
+        assert torch.equal(again, fresh)
+
+
 def test_an_observer_sees_the_queries_that_choose():
     selection, seen = BlockSelection(4, 5), []
     streamed = make()

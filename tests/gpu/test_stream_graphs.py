@@ -17,6 +17,7 @@ MODES = {
     "none": ({"memory": "none"}, 3),
     "sink": ({"memory": "sink"}, 3),
     "memflow": ({"block_size": 4, "query_group": 6}, 3),
+    "memflow-bounded": ({"positions": "bounded", "block_size": 4, "query_group": 6}, 3),
     "memflow-host": ({"window_frames": 6, "device_frames": 4, "host_frames": 6, "stochastic": True}, 3),
     "per-query": ({"query_group": 1, "recache": False}, 2),
     "released": ({"memory": "released", "record_interval": 1, "bank_schedule": "single-prompt"}, 3),
