@@ -279,12 +279,15 @@ def test_package_does_without_them():
     """Everything imports with the extra's packages blocked, and says what to install when one is needed."""
     program = """
 import sys
-for name in ("diffusers", "transformers", "peft", "accelerate", "ftfy", "sentencepiece", "tokenizers"):
+others = ("starlette", "uvicorn", "websockets", "timm", "open_clip")
+for name in ("diffusers", "transformers", "peft", "accelerate", "ftfy", "sentencepiece", "tokenizers", *others):
     sys.modules[name] = None
 import memflow_ops, memflow_ops.cli
 import memflow_ops.integrations.diffusers, memflow_ops.integrations.self_forcing
 from memflow_ops.model.checkpoints.pretrained import load_pretrained
+from memflow_ops.model.live import checkpoint, engine
 from memflow_ops.model.pipeline import generate, verify
+from memflow_ops.model.score import encoders
 from memflow_ops.model.wan import text_encoder, transformer, vae
 assert load_pretrained("model/weights/toy.safetensors").config.out_dim == 3
 for load in (vae.load_vae, text_encoder.UMT5TextEncoder.from_folder):
