@@ -18,6 +18,7 @@ from memflow_ops.cli.options import (
     MEMORY,
     MEMORY_HELP,
     VIDEO,
+    BankDtypeName,
     Compile,
     CudaGraphs,
     Device,
@@ -30,6 +31,7 @@ from memflow_ops.cli.options import (
     NumHeads,
     TextLen,
     ToyWeights,
+    WanPositions,
     Width,
     as_settings,
     check_used,
@@ -176,6 +178,8 @@ def serve(
             rich_help_panel=MEMORY,
         ),
     ] = None,
+    bank_dtype: BankDtypeName = None,
+    positions: WanPositions = None,
     history_frames: HistoryFrames = None,
     baseline: Annotated[
         bool,
@@ -214,7 +218,9 @@ def serve(
             ) from error
         if token is not None and len(token) < SHORTEST_TOKEN:
             raise ValueError(f"a token has at least {SHORTEST_TOKEN} characters, got {len(token)}")
-        changes = as_settings(steps=steps, bank_frames=bank_frames, top_k=top_k)
+        changes = as_settings(
+            steps=steps, bank_frames=bank_frames, top_k=top_k, bank_dtype=bank_dtype, positions=positions
+        )
         given = typed(context)
         if checkpoint is None:
             _check_world(given, FOR_CHECKPOINTS, "without --checkpoint")

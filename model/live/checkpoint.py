@@ -20,7 +20,7 @@ from memflow_ops.model.pipeline.plan import TEXT_ENCODER_NAMES, StreamOptions, s
 from memflow_ops.model.pipeline.settings import FRAMES_PER_SECOND, wan_settings
 from memflow_ops.model.pipeline.sources import Sources, latent_size
 from memflow_ops.model.stories.video import to_pixels
-from memflow_ops.model.streaming.settings import StreamSettings
+from memflow_ops.model.streaming.settings import USED_BY, StreamSettings
 from memflow_ops.model.streaming.streamer import Streamer
 from memflow_ops.model.wan.text_encoder import UMT5TextEncoder, find_text_encoder
 from memflow_ops.model.wan.vae import StreamingDecoder, load_vae
@@ -71,7 +71,9 @@ def plan_wan(
     video, in pixels. text_device: where the text encoder stays. A ValueError where it does not fit.
     """
     latent_height, latent_width = latent_size(sources.vae, height, width)
-    settings = wan_settings(memory or pretrained.memory, **changes, height=latent_height, width=latent_width)
+    kind = memory or pretrained.memory
+    tuned = {"positions": pretrained.positions} if kind in USED_BY["positions"] else {}
+    settings = wan_settings(kind, **{**tuned, **changes}, height=latent_height, width=latent_width)
     settings = options.for_story(settings, ("one prompt", "and another"))
     items = []
     if text_device == free.device:

@@ -1,5 +1,7 @@
 """`memflow serve` with a real checkpoint's parts, small and random: what is typed becomes video over a socket."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -35,6 +37,8 @@ def world(pipeline):
     tight = FreeMemory(CPU, budget.device_bytes - free.bytes // 20, None)
     with pytest.raises(ValueError, match=r"needs"):
         plan_wan(sources, pretrained, tight, changes, sessions=40, **asked)
+    bounded = plan_wan(sources, replace(pretrained, positions="bounded"), free, changes, sessions=1, **asked)
+    assert (budget.settings.positions, bounded.settings.positions) == ("absolute", "bounded")
     return wan_world(sources, pretrained, budget.settings, CPU, CPU, options)
 
 

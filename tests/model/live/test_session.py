@@ -9,11 +9,13 @@ import weakref
 
 import numpy as np
 import pytest
+import torch
 from seen import video
 
 from memflow_ops.model.live.engine import Engine
 from memflow_ops.model.live.session import Limits, LiveSession
 from memflow_ops.model.live.viewer import MOST_NOTES, Viewer
+from memflow_ops.model.live.world import toy_world
 from memflow_ops.model.stories.video import to_pixels
 from memflow_ops.model.streaming.streamer import stream
 from memflow_ops.model.toy.language import embed_prompts
@@ -156,6 +158,20 @@ def test_a_fork_goes_on_from_here_and_leaves_its_origin_alone(world):
     assert [row["retrieved"] for row in child.rows] == [row["retrieved"] for row in same.rows]
     for one in (alone, live, child, same):
         one.close()
+
+
+def test_the_bank_may_be_int8_and_stand_at_bounded_positions():
+    world = toy_world(torch.device("cpu"), 40, changes={"steps": 2, "bank_dtype": "int8", "positions": "bounded"})
+    live = session(world)
+    for _ in range(4):
+        live.make_chunk()
+    child = live.fork(live.prompt)
+    for one in (live, child):
+        one.make_chunk()
+    assert b"".join(live.video()) == b"".join(child.video()) and live.rows[-1]["retrieved"]
+    assert live.timeline()["settings"]["bank_dtype"] == "int8"
+    live.close()
+    child.close()
 
 
 def test_a_restart_while_a_chunk_is_made_throws_that_chunk_away(world):
