@@ -82,6 +82,7 @@ setup(
     ],
     extras_require={
         "flash": ["flash-attn"],
+        "ray": ["ray>=2.60"],  # what tests/wan/test_ray.py ran with; it is not in [dev], so they are skipped without it
         "wan": wan,
         "live": live,
         "docs": ["mkdocs-material"],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -64,6 +65,7 @@ from memflow_ops.cli.ranks import (
     join_ranks,
     shared_memory,
 )
+from memflow_ops.cli.ray_stories import CpusPerStory, RayAddress, make_stories
 from memflow_ops.environment import pick_device
 from memflow_ops.files import locked_folders
 from memflow_ops.model.checkpoints.containers import EMA
@@ -71,10 +73,17 @@ from memflow_ops.model.checkpoints.pretrained import Pretrained
 from memflow_ops.model.parallel.ranks import TIMEOUT, Ranks
 from memflow_ops.model.pipeline import generate as pipeline
 from memflow_ops.model.pipeline.budget import FreeMemory
-from memflow_ops.model.pipeline.plan import StreamOptions, WanPlan, open_snapshots, plan_streams
+from memflow_ops.model.pipeline.plan import (
+    StreamOptions,
+    WanPlan,
+    group_stories,
+    open_snapshots,
+    plan_streams,
+    story_folders,
+)
 from memflow_ops.model.pipeline.settings import FRAMES_PER_PROMPT, WAN_SETTINGS, wan_settings
 from memflow_ops.model.pipeline.sources import Parts, Sources, latent_size, load_parts
-from memflow_ops.model.stories.prompts import read_stories
+from memflow_ops.model.stories.prompts import chunk_prompts, read_stories
 from memflow_ops.model.stories.run import make_folders
 from memflow_ops.model.streaming.settings import USED_BY, MemoryMode
 
@@ -141,6 +150,8 @@ def generate(
     ulysses: Ulysses = None,
     shard_weights: ShardWeights = False,
     rank_timeout: RankTimeout = TIMEOUT,
+    ray: RayAddress = None,
+    cpus_per_story: CpusPerStory = 1,
 ) -> None:
     """Generate a video of every story in a file, with a checkpoint of the Wan 2.1 family.
 
@@ -178,6 +189,10 @@ def generate(
         ranks = join_ranks(context, ulysses, device, rank_timeout)
         if shard_weights and ranks is None:
             raise ValueError("--shard-weights deals the weights out to several processes, and there is one")
+        if ray is not None and (ranks is not None or history_dir is None):
+            raise ValueError(
+                "--ray is for a command that torchrun has not started, and needs --history-dir, where stories go on"
+            )
     count = 1 if ranks is None else ranks.count
     free = None if ranks is None else shared_memory(ranks)
     with one_line_errors() if ranks is None else agreed_errors(ranks):
@@ -188,36 +203,41 @@ def generate(
                 "--device-frames and --host-frames are for one process: several keep the past in memory and snapshots"
             )
         sources = Sources(checkpoint, text_encoder, vae, lora, lora_alpha, num_heads, dtype, text_len, ema)
-        parts, streams = load_stories(
-            read_stories(story, any_prompt),
-            out,
-            sources,
-            settings,
-            StreamOptions(
-                seed,
-                frames_per_prompt,
-                history_frames,
-                cuda_graphs,
-                compile,
-                batch,
-                bank_schedule,
-                count,
-                shard_weights,
-                as_history(
-                    history_dir,
-                    device_frames=device_frames,
-                    host_frames=host_frames,
-                    every=snapshot_every,
-                    resume=resume,
-                ),
+        stories, memories, given = read_stories(story, any_prompt), () if memory is None else (memory,), typed(context)
+        options = StreamOptions(
+            seed,
+            frames_per_prompt,
+            history_frames,
+            cuda_graphs,
+            compile,
+            batch,
+            bank_schedule,
+            count,
+            shard_weights,
+            as_history(
+                None if history_dir is None else history_dir.absolute(),
+                device_frames=device_frames,
+                host_frames=host_frames,
+                every=snapshot_every,
+                resume=resume or ray is not None,
             ),
-            memories=() if memory is None else (memory,),
-            given=typed(context),
-            device=device,
-            context=context,
-            free=free,
-            ranks=ranks,
         )
+        if ray is not None:
+            work = RayWork(stories, out.absolute(), sources.absolute(), settings, options, memories, given, device)
+            names, chunks = work.open_folders(context)
+        else:
+            parts, streams = load_stories(
+                *(stories, out, sources, settings, options),
+                memories=memories,
+                given=given,
+                device=device,
+                context=context,
+                free=free,
+                ranks=ranks,
+            )
+    if ray is not None:
+        make_stories(work, names, chunks, ray, cpus_per_story, gpu=device != "cpu")
+        return
     if ranks is not None and ranks.rank:
         with ended_together(ranks):
             for plans in streams:
@@ -229,6 +249,51 @@ def generate(
 
     with nullcontext() if ranks is None else ended_together(ranks):
         _report(run_stories(streams, stream, _speed_so_far, _written))
+
+
+@dataclass(frozen=True)
+class RayWork:
+    """The stories of a command that actors of Ray make; see `ray_stories.Work`."""
+
+    stories: Sequence[Sequence[str]]
+    out: Path
+    sources: Sources
+    settings: Mapping[str, Any]
+    options: StreamOptions
+    memories: Sequence[str]
+    given: Collection[str]
+    device: str
+
+    def open_folders(self, context: typer.Context) -> tuple[list[str], list[int]]:
+        """Make the folders, and keep them for this command until it ends. Gives the names of the streams, and how many
+        chunks each has, in the order of the plans."""
+        places = story_folders(self.stories, self.out)
+        groups = group_stories(self.stories, self.options.batch)
+        make_folders(places, ("video.mp4", "run.json"))
+        context.with_resource(locked_folders([self.out, *places]))
+        size = WAN_SETTINGS.chunk_frames
+        chunks = [len(chunk_prompts([self.stories[of[0]]], self.options.frames_per_prompt, size)) for of in groups]
+        return [" and ".join(str(places[number]) for number in of) for of in groups], chunks
+
+    def load(self) -> tuple[list[str], Parts, list[list[WanPlan]]]:
+        """Plan all streams with the memory of the actor's machine, and load the parts."""
+        how = self.memories, self.given, self.device
+        free, pretrained, streams = plan_stories(
+            self.stories, self.out, self.sources, self.settings, self.options, *how
+        )
+        words = [described(pretrained), *_largest(streams).budget.lines()]
+        prompts = [prompt for story in self.stories for prompt in story]
+        return words, load_parts(self.sources, pretrained, prompts, free.device, self.options.compiled), streams
+
+    def described(self, run: pipeline.WanRun) -> str:
+        """The files of a story, in words."""
+        return _written(run)
+
+
+def _largest(streams: Sequence[Sequence[WanPlan]]) -> WanPlan:
+    """A plan of the stream that takes most memory."""
+    plans = [plan for stream in streams for plan in stream]
+    return max(plans, key=lambda plan: plan.budget.device_bytes + plan.budget.host_bytes)
 
 
 def _report(finished: Iterable[Sequence[pipeline.WanRun]]) -> None:
@@ -266,31 +331,15 @@ def load_stories(
     Gives the parts and the plans of every stream. Raises a ValueError or an OSError for what cannot work; a stream that
     does not fit into memory is refused before anything is on the device.
     """
-    sources.check()
-    latent_height, latent_width = latent_size(sources.vae, settings["height"], settings["width"])
-    settings = {**settings, "height": latent_height, "width": latent_width}
-    for memory in memories:
-        wan_settings(memory, **settings)  # refuses impossible settings before the weights are read
-    if memories:
-        check_used(given, memories)
-    free = free or FreeMemory.now(pick_device(device))
-    pretrained = sources.read()
-    if not memories:
-        check_used(given, [pretrained.memory], ", which this checkpoint was tuned for")
+    free, pretrained, streams = plan_stories(stories, out, sources, settings, options, memories, given, device, free)
     typer.echo(described(pretrained))
-    streams = []
-    for kind in dict.fromkeys(memories or (pretrained.memory,)):
-        tuned = {"positions": pretrained.positions} if kind in USED_BY["positions"] else {}
-        of_kind = wan_settings(kind, **{**tuned, **settings})
-        streams += plan_streams(stories, out, of_kind, sources, pretrained, free, options)
     plans = [plan for stream in streams for plan in stream]
-    largest = max(plans, key=lambda plan: plan.budget.device_bytes + plan.budget.host_bytes)
     if ranks is not None:
         heads = ranks.heads(pretrained.config.num_heads)
         typer.echo(
             f"{ranks.count} processes make each video, each with {heads.own} of {heads.whole} heads; of one of them:"
         )
-    typer.echo("\n".join(largest.budget.lines()))
+    typer.echo("\n".join(_largest(streams).budget.lines()))
     if options.batch > 1 and len(plans) > 1:
         several = "stream" if len(streams) == 1 else "streams"
         typer.echo(f"{len(plans)} stories in {len(streams)} {several}: those with equally many prompts run together")
@@ -309,6 +358,40 @@ def load_stories(
     return load_parts(
         sources, pretrained, prompts, free.device, options.compiled, ranks, options.shard_weights
     ), streams
+
+
+def plan_stories(
+    stories: Sequence[Sequence[str]],
+    out: Path,
+    sources: Sources,
+    settings: Mapping[str, Any],
+    options: StreamOptions,
+    memories: Sequence[str] = (),
+    given: Collection[str] = (),
+    device: str = "auto",
+    free: FreeMemory | None = None,
+) -> tuple[FreeMemory, Pretrained, list[list[WanPlan]]]:
+    """Read the weights into host memory and plan all streams; arguments and errors as for `load_stories`.
+
+    Gives the memory that was planned with, the weights, and the plans of every stream.
+    """
+    sources.check()
+    latent_height, latent_width = latent_size(sources.vae, settings["height"], settings["width"])
+    settings = {**settings, "height": latent_height, "width": latent_width}
+    for memory in memories:
+        wan_settings(memory, **settings)  # refuses impossible settings before the weights are read
+    if memories:
+        check_used(given, memories)
+    free = free or FreeMemory.now(pick_device(device))
+    pretrained = sources.read()
+    if not memories:
+        check_used(given, [pretrained.memory], ", which this checkpoint was tuned for")
+    streams = []
+    for kind in dict.fromkeys(memories or (pretrained.memory,)):
+        tuned = {"positions": pretrained.positions} if kind in USED_BY["positions"] else {}
+        of_kind = wan_settings(kind, **{**tuned, **settings})
+        streams += plan_streams(stories, out, of_kind, sources, pretrained, free, options)
+    return free, pretrained, streams
 
 
 def _unfinished(streams: Sequence[list[WanPlan]]) -> list[list[WanPlan]]:

@@ -136,7 +136,7 @@ def plan_streams(
         prompts = chunk_prompts([stories[numbers[0]]], options.frames_per_prompt, settings.chunk_frames)
         own = options.for_story(settings, stories[numbers[0]])
 
-        folders = {i: out if len(stories) == 1 else out / f"story-{i:03d}" for i in numbers}
+        folders = story_folders(stories, out)
         below = folders[numbers[0]].relative_to(out)
         disk = _disk(options.history, below, options.ranks)
 
@@ -193,6 +193,11 @@ def _disk(history: HistoryOptions | None, below: Path, processes: int) -> Disk |
         divided = (tiers[0], tiers[1], tiers[2]) if all(isinstance(frames, int) for frames in tiers) else None
     free = shutil.disk_usage(there).free + own
     return Disk(folder, free, history.device_frames, history.host_frames, divided, processes)
+
+
+def story_folders(stories: Sequence[Sequence[str]], out: Path) -> list[Path]:
+    """The folder of every story: `out` itself for a single one."""
+    return [out] if len(stories) == 1 else [out / f"story-{i:03d}" for i in range(len(stories))]
 
 
 def group_stories(stories: Sequence[Sequence[str]], batch: int) -> list[list[int]]:

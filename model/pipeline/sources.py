@@ -1,7 +1,7 @@
 """Where the parts of a pipeline (transformer, text encoder, VAE) lie on disk, and how they are loaded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +66,11 @@ class Sources:
                 f"condition, such as a picture, which is not given here; expected a text-to-video model"
             )
         return pretrained
+
+    def absolute(self) -> "Sources":
+        """The same with paths that do not depend on the working folder."""
+        paths: dict[str, Any] = {name: x.absolute() for name, x in vars(self).items() if isinstance(x, Path)}
+        return replace(self, **paths)
 
     def described(self) -> dict[str, object]:
         """For result files: names of files and folders without the path to them, which is private to the user."""

@@ -1,0 +1,238 @@
+"""`memflow generate --ray`: streams of stories wait in a queue, and actors of a Ray cluster make them.
+
+An actor loads the parts of the pipeline once and makes one stream after another, with the names, seeds and files of a
+serial run. Every stream has a folder of snapshots. When an actor dies, another one takes its place, and its stream goes
+on from the last snapshot; what is complete is not made again. So after Ctrl-C, or when the driver is killed, the same
+command goes on.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, NamedTuple, Protocol
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+from memflow_ops.cli.errors import fail
+from memflow_ops.cli.options import SPEED
+from memflow_ops.model.pipeline import generate as pipeline
+from memflow_ops.model.pipeline.plan import WanPlan, open_snapshots
+from memflow_ops.model.pipeline.sources import Parts, Sources
+
+RayAddress = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        help="Make the stories with actors of this Ray cluster: its address, auto (the one that this machine belongs "
+        "to) or local (one that is started here). Needs --history-dir, and always goes on with what is there.",
+        metavar="ADDRESS",
+        rich_help_panel=SPEED,
+    ),
+]
+CpusPerStory = Annotated[
+    float,
+    typer.Option(
+        "--cpus-per-story",
+        help="How many CPUs an actor of --ray takes; where the cluster has GPUs, and unless --device is cpu, it takes "
+        "one of them too.",
+        min=0.1,
+        metavar="X",
+        rich_help_panel=SPEED,
+    ),
+]
+ATTEMPTS = 3
+"""How often a stream is given to an actor before it is reported as failed, if the actors die of it."""
+STOPPING_SECONDS = 120.0
+"""How long Ctrl-C waits for the chunks that are being made."""
+POLL_SECONDS = 0.5
+
+
+class Work(Protocol):
+    """What an actor is to do, as the driver sends it."""
+
+    @property
+    def sources(self) -> Sources: ...
+
+    def load(self) -> tuple[list[str], Parts, list[list[WanPlan]]]:
+        """Plans all streams on the actor's machine, and loads the parts. The first are words for the user. A
+        ValueError, TypeError or OSError for what cannot be."""
+
+    def described(self, run: pipeline.WanRun) -> str:
+        """The files of a story that is made, in words."""
+
+
+class Made(NamedTuple):
+    """What an actor says of a stream that it has ended."""
+
+    words: list[str]
+    """Per story, for the user."""
+    error: str | None
+
+
+class Worker:
+    """The part of an actor: makes streams, and answers beside that how far it is."""
+
+    def __init__(self, work: Work):
+        self.work, self._stop, self._done = work, threading.Event(), 0
+        self.words: list[str] = []
+        self.refusal = ""
+        try:
+            self.words, self.parts, self.streams = work.load()
+        except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
+            self.refusal = str(error) or type(error).__name__
+
+    def about(self) -> tuple[list[str], str]:
+        """What there is to say of the streams, and why they cannot be made; "" where they can."""
+        return self.words, self.refusal
+
+    def make(self, number: int) -> Made:
+        """Makes the stream of this number, or goes on with it. What fails is told, and costs no other stream."""
+        self._done = 0
+
+        def report(run: pipeline.WanRun) -> None:
+            self._done = len(run.chunks)
+            if self._stop.is_set():
+                raise KeyboardInterrupt
+
+        if self.refusal:
+            return Made([], self.refusal)
+        try:
+            plans = open_snapshots(self.streams[number], self.work.sources, self.parts.device)
+            snapshots = plans[0].snapshots
+            if snapshots is not None and snapshots.finished:
+                snapshots.close()
+                return Made(snapshots.said(), None)
+            runs = pipeline.generate_stories(self.parts, plans, self.work.sources, report)
+        except Exception as error:
+            return Made([], f"{type(error).__name__}: {error}")
+        return Made([self.work.described(run) for run in runs], None)
+
+    def chunks(self) -> int:
+        """How many chunks the current stream has."""
+        return self._done
+
+    def stop(self) -> None:
+        """Ends the current stream after its chunk, and takes a snapshot."""
+        self._stop.set()
+
+
+def make_stories(work: Work, names: Sequence[str], chunks: Sequence[int], address: str, cpus: float, gpu: bool) -> None:
+    """Makes all streams, and prints each when it is complete. Ends the command with exit code 1 where one has failed,
+    and 130 after Ctrl-C.
+
+    names, chunks: of every stream. address: see `RayAddress`. cpus: that an actor takes. gpu: whether it takes a GPU
+    too, where the cluster has any. There are as many actors as streams, or as the cluster has room for.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError:
+        fail("--ray needs the package ray: pip install 'memflow-ops[ray]'", code=2)
+    place = {} if address == "local" else {"address": address}
+    try:
+        ray.init(**place, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        fail(f"no Ray cluster at {address}: {error}", code=2)
+    try:
+        room = ray.cluster_resources()
+        gpus = 1 if gpu and room.get("GPU", 0) else 0
+        count = min(len(names), int(room.get("CPU", 0) // cpus), int(room.get("GPU", 0)) if gpus else len(names))
+        if count < 1:
+            fail(f"an actor takes {cpus:g} CPUs, and the Ray cluster has {room.get('CPU', 0):g}", code=2)
+        # Two calls at a time: one makes a stream, and the other answers how far it is.
+        kind = ray.remote(Worker).options(num_cpus=cpus, num_gpus=gpus, max_concurrency=2)
+        failed = _Queue(ray, lambda: kind.remote(work), names, chunks).run(count)
+    finally:
+        ray.shutdown()
+    if failed:
+        fail("; ".join(failed), code=1)
+
+
+class _Queue:
+    """Which stream which actor is at."""
+
+    def __init__(self, ray: Any, start: Callable[[], Any], names: Sequence[str], chunks: Sequence[int]):
+        """start: starts an actor."""
+        self.ray, self.start, self.names, self.chunks = ray, start, names, chunks
+        self.waiting = deque(range(len(names)))
+        self.attempts = [0] * len(names)
+        self.running: dict[Any, tuple[Any, int]] = {}  # reference of the result -> actor, stream
+        self.done = [0] * len(names)  # chunks
+        self.failed: list[str] = []
+
+    def run(self, count: int) -> list[str]:
+        """Until nothing is left, with so many actors. Returns what has failed, in words."""
+        actors = [self.start() for _ in range(count)]
+        words, refusal = self.ray.get(actors[0].about.remote())
+        if refusal:
+            fail(refusal, code=2)
+        typer.echo("\n".join(words))
+        columns = TextColumn("{task.description}"), TextColumn("chunk"), MofNCompleteColumn(), BarColumn(bar_width=24)
+        try:
+            for actor in actors:
+                self._next(actor)
+            with Progress(*columns, console=Console(stderr=True)) as bar:
+                task = bar.add_task("", total=sum(self.chunks))
+                while self.running:
+                    self._collect()
+                    for actor, number in list(self.running.values()):
+                        self._ask(actor, number)
+                    words = f"{len(self.running)} actors, {len(self.waiting)} streams waiting"
+                    bar.update(task, completed=sum(self.done), description=words)
+        except KeyboardInterrupt:
+            self._stop()
+            fail("interrupted; what was made is kept, and the same command goes on", code=130)
+        return self.failed
+
+    def _collect(self) -> None:
+        """Takes what is ready, and gives the actor of it the next stream."""
+        ready, _ = self.ray.wait(list(self.running), timeout=POLL_SECONDS)
+        for reference in ready:
+            actor, number = self.running.pop(reference)
+            try:
+                made = self.ray.get(reference)
+            except self.ray.exceptions.RayActorError as error:
+                self._lost(number, error)
+                actor = self.start() if self.waiting else None
+            else:
+                self._told(number, made)
+            self._next(actor)
+
+    def _next(self, actor: Any) -> None:
+        """Gives an actor the next stream. One that has nothing left to do is let go."""
+        if self.waiting:
+            number = self.waiting.popleft()
+            self.attempts[number] += 1
+            self.running[actor.make.remote(number)] = actor, number
+
+    def _lost(self, number: int, error: Exception) -> None:
+        """The actor of a stream has died."""
+        if self.attempts[number] < ATTEMPTS:
+            self.waiting.appendleft(number)
+            typer.echo(f"An actor died at {self.names[number]}; another one goes on.", err=True)
+        else:
+            reason = " ".join(str(error).split())[:200]
+            self.failed.append(f"{self.names[number]}: {ATTEMPTS} actors died at it ({reason})")
+
+    def _told(self, number: int, made: Made) -> None:
+        self.done[number] = self.chunks[number]
+        for words in made.words:
+            typer.echo(words)
+        if made.error is not None:
+            self.failed.append(f"{self.names[number]}: {made.error}")
+
+    def _ask(self, actor: Any, number: int) -> None:
+        """How far an actor is. One that does not answer may be loading, or be dead, which `_collect` sees."""
+        try:
+            self.done[number] = self.ray.get(actor.chunks.remote(), timeout=POLL_SECONDS)
+        except self.ray.exceptions.RayError:
+            return
+
+    def _stop(self) -> None:
+        for actor, _ in self.running.values():
+            actor.stop.remote()
+        if self.running:
+            self.ray.wait(list(self.running), num_returns=len(self.running), timeout=STOPPING_SECONDS)
