@@ -87,3 +87,21 @@ def test_options_that_belong_to_the_other_world_are_refused(pipeline, capfd):
     ):
         assert memflow("serve", *words) == 2
         assert said in capfd.readouterr().err
+
+
+def test_the_command_counts_memory_loads_and_serves(pipeline, monkeypatch, capfd):
+    class Nobody:
+        def run(self, sockets):
+            assert sockets[0].getsockname()[0] == "127.0.0.1"
+            raise KeyboardInterrupt
+
+    served = []
+    monkeypatch.setattr("memflow_ops.model.live.server.serve", lambda engine, *_: served.append(engine) or Nobody())
+    parts = ("--checkpoint", pipeline, "--text-encoder", pipeline, "--vae", pipeline, "--device", "cpu")
+    options = ("--height", 32, "--width", 48, "--chunks", 10, "--sessions", 2, "--history-frames", 5, "--port", 0)
+    assert memflow("serve", *parts, *options) == 0
+    said = capfd.readouterr().out
+    for words in ("text encoder", "2 sessions", "streams at http://127.0.0.1:", "stopped"):
+        assert words in said, words
+    (engine,) = served
+    assert (engine.world.height, engine.world.width, engine.limits.chunks) == (32, 48, 10)
