@@ -24,7 +24,7 @@ def draw(out: Path) -> None:
         tempfile.TemporaryDirectory() as folder,
         serving(world) as served,
         browsing(folder) as browser,
-        browser.tab(f"http://{served.address}/", width=1000, height=900) as tab,
+        browser.tab(f"http://{served.address}/", width=1100, height=900) as tab,
     ):
         for prompt, chunks in STORY:
             tab.value(f"document.getElementById('prompt').value = '{prompt}'")

@@ -162,3 +162,18 @@ def test_the_keyboard_reaches_everything_and_narrow_pages_do_not_scroll_sideways
                           "!item.textContent.trim() && !item.labels?.length && !item.getAttribute('aria-label') "
                           "&& !item.getAttribute('aria-labelledby')).map((item) => item.id)")  # fmt: skip
         assert names == []
+
+
+def test_a_token_comes_with_the_address_and_does_not_stay_in_it(browser, world):
+    token = "a-token-of-enough-letters"
+    with serving(world, token=token) as served, browser.tab(f"http://{served.address}/#token={token}") as tab:
+        tab.until(PLAYS)
+        assert token not in tab.value("location.href") and name_of(tab)
+        size = tab.value("get(`sessions/${info.session}/video.mp4`).then((content) => content.size)")
+        assert size > 1000
+        tab.value("document.getElementById('fork').click()")
+        tab.until("document.querySelector('#status a')")
+        with browser.tab(tab.value("document.querySelector('#status a').href")) as other:
+            other.until(PLAYS)
+    with serving(world, token=token) as served, browser.tab(f"http://{served.address}/") as tab:
+        tab.until("document.getElementById('status').textContent.includes('token is missing or wrong')")
