@@ -203,7 +203,8 @@ def memory_attention(
         alibi_slopes=alibi_slopes,
         return_attn_probs=return_attn_probs,
     )
-    refuse_transforms("memory_attention", q, k, v, memory_k, memory_v, memory_q)
+    of_int8 = (memory_k_scale, memory_v_scale, None if memory_k_scale is None else memory_descriptors)
+    refuse_transforms("memory_attention", q, k, v, memory_k, memory_v, memory_q, *of_int8)
     q, k, v, memory_k, memory_v, memory_q, memory_descriptors, memory_k_scale, memory_v_scale = as_autocast_does(
         q, k, v, memory_k, memory_v, memory_q, memory_descriptors, memory_k_scale, memory_v_scale
     )
@@ -324,7 +325,8 @@ def attend_selected(
         if not isinstance(resume, (tuple, list)) or len(resume) != 2:
             raise TypeError(f"resume must be a pair (out, lse), got {type(resume).__name__}")
         resume_out, resume_lse = resume
-    refuse_transforms("attend_selected", q, k, v, resume_out, resume_lse)
+    of_int8 = (memory_k_scale, memory_v_scale, None if memory_k_scale is None else memory_descriptors)
+    refuse_transforms("attend_selected", q, k, v, resume_out, resume_lse, *of_int8)
     q, k, v, resume_out, memory_descriptors, memory_k_scale, memory_v_scale = as_autocast_does(
         q, k, v, resume_out, memory_descriptors, memory_k_scale, memory_v_scale
     )

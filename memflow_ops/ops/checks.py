@@ -25,11 +25,8 @@ def check_tensor(name: str, x: object, dims: str, like: Tensor | None = None, dt
     That means that it has the dtype and the device of `like`, which is q (None: any). dtype: what it has instead of a
     floating dtype, and of that of `like`.
     """
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a tensor ({dims.replace(' ', ', ')}), got {type(x).__name__}")
-    if x.is_nested or x.layout != torch.strided:
-        kind = "a nested tensor" if x.is_nested else f"one of layout {x.layout}"
-        raise TypeError(f"{name} must be a dense tensor, got {kind}: call to_dense() or to_padded_tensor() first")
+    _check_dense_tensor(name, x, dims)
+    assert isinstance(x, Tensor)
     words = dims.split()
     if x.dim() != len(words):
         raise ValueError(f"{name} must have {len(words)} dimensions ({', '.join(words)}), got shape {tuple(x.shape)}")
@@ -45,6 +42,14 @@ def check_tensor(name: str, x: object, dims: str, like: Tensor | None = None, dt
         if dtype is None and x.dtype != like.dtype:
             raise TypeError(f"{name} must have the dtype of q, {like.dtype}, got {x.dtype}")
         check_device(name, x, like)
+
+
+def _check_dense_tensor(name: str, x: object, dims: str) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor ({dims.replace(' ', ', ')}), got {type(x).__name__}")
+    if x.is_nested or x.layout != torch.strided:
+        kind = "a nested tensor" if x.is_nested else f"one of layout {x.layout}"
+        raise TypeError(f"{name} must be a dense tensor, got {kind}: call to_dense() or to_padded_tensor() first")
 
 
 def check_device(name: str, x: Tensor, like: Tensor) -> None:
@@ -196,9 +201,9 @@ def check_scales(
     batch, tokens, heads, size = memory_k.shape
     check_tensor("memory_k_scale", k_scale, "B N Hkv D", like=q)
     check_shape("memory_k_scale", k_scale, (batch, descriptors.shape[1], heads, size))
-    if not isinstance(v_scale, Tensor) or v_scale.dtype != q.dtype:
-        got = getattr(v_scale, "dtype", type(v_scale).__name__)
-        raise TypeError(f"memory_v_scale must have the dtype of q, {q.dtype}, got {got}")
+    _check_dense_tensor("memory_v_scale", v_scale, "B Lm Hkv")
+    if v_scale.dtype != q.dtype:
+        raise TypeError(f"memory_v_scale must have the dtype of q, {q.dtype}, got {v_scale.dtype}")
     check_shape("memory_v_scale", v_scale, (batch, tokens, heads))
     check_device("memory_v_scale", v_scale, q)
 

@@ -12,6 +12,7 @@ import torch
 from attention_cases import Case, assert_within_tolerance, cases, dense_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from int8_cases import int8_case
 from torch.library import opcheck
 
 import memflow_ops as ops
@@ -53,6 +54,21 @@ def test_kernels_are_as_exact_as_dense_attention(case, dtype):
     chosen = indices if indices.shape[-1] else None
     exact, exact_lse = dense_attention(low.to(torch.float64), chosen)
     assert_within_tolerance(out, dense_attention(low, chosen)[0], exact, repr(low))
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("group", [1, 128], ids="group{}".format)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_int8_bank_is_read_as_the_numbers_that_it_stands_for(dtype, group):
+    torch.manual_seed(4)
+    make = lambda tokens, heads: torch.randn(2, tokens, heads, 128).to(dtype)  # noqa: E731
+    options = dict(top_k=5, block_size=64, frame_tokens=150, query_group=group, memory_frames=None, softmax_scale=None)
+    options["memory_slots"] = torch.tensor([[3, 0, 2], [1, 1, 4]], dtype=torch.int32)
+    given = Case(make(200, 4), make(70, 2), make(70, 2), make(750, 2), make(750, 2), options)
+    int8, rounded = int8_case(given)
+    out, lse, indices = (x.cpu() for x in run_with_indices(on_gpu(int8)))
+    exact, exact_lse = dense_attention(rounded.to(torch.float64), indices)
+    assert_within_tolerance(out, dense_attention(rounded, indices)[0], exact, f"{dtype}, groups of {group}")
     torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-4, atol=1e-4)
 
 
