@@ -118,8 +118,8 @@ class Ranks:
     def tell(self, words: str) -> list[str]:
         """What every rank says, by rank."""
         said = words.encode()
-        row = torch.zeros(-self.least(-len(said)) or 1, dtype=torch.uint8)
-        row[: len(said)] = torch.tensor(list(said), dtype=torch.uint8)
+        row = torch.zeros(-self.least(-len(said)) or 1, dtype=torch.uint8, device="cpu")
+        row[: len(said)] = torch.tensor(list(said), dtype=torch.uint8, device="cpu")
         rows = self.gather(row.to(self.device)).cpu()
         return [bytes(row.tolist()).rstrip(b"\0").decode() for row in rows]
 

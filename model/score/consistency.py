@@ -62,6 +62,7 @@ def interval(
     if len(cases) < 2:
         return None
     generator = torch.Generator(device="cpu").manual_seed(seed)
-    picks = torch.randint(len(cases), (resamples, len(cases)), generator=generator, device="cpu")
+    size = (resamples, len(cases))
+    picks = torch.randint(len(cases), size, generator=generator, dtype=torch.int64, device="cpu")
     ordered = statistic(cases[picks].mean(1)).sort().values
     return float(ordered[int(0.025 * resamples)]), float(ordered[int(0.975 * resamples) - 1])
