@@ -28,6 +28,9 @@ from memflow_ops.model.stories.video import (
 )
 
 MOST_THREADS = 8
+KEY_FRAMES = 250
+"""The distance of key frames inside a fragment, whose first frame is always one. It is the same for all, because
+the header that they share depends on it."""
 
 
 class FragmentWriter:
@@ -84,7 +87,9 @@ class FragmentWriter:
         self._begin()
         place = {"first_frame": self.frames, "number": self._fragments}
         start, fragment = encode_fragment(frames, fps=self.fps, scale=self.scale, threads=self._threads, **place)
-        self._file.write(fragment if self._fragments else start + fragment)
+        left = memoryview(fragment if self._fragments else start + fragment)
+        while left:  # an unbuffered file may take a part
+            left = left[self._file.write(left) :]
         self.frames += len(frames)
         self._fragments += 1
 
@@ -141,7 +146,7 @@ def encode_fragment(
     content = io.BytesIO()
     flags = "frag_custom+empty_moov+default_base_moof+skip_trailer"
     with av.open(content, "w", format="mp4", options={"movflags": flags}) as container:
-        stream = add_h264(container, frames.shape[1:3], scale, fps, len(frames))
+        stream = add_h264(container, frames.shape[1:3], scale, fps, KEY_FRAMES)
         stream.codec_context.thread_count = threads
         for frame in [*yuv_frames(frames, scale, first=0), None]:
             container.mux(stream.encode(frame))

@@ -34,6 +34,17 @@ def command(tmp_path, weights):
     return words
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, weights):
+    """The files of a run without a baseline that was left alone."""
+    folder = tmp_path_factory.mktemp("whole")
+    story = write_story(folder / "story.jsonl", STORY)
+    words = ("toy", "generate", story, "--weights", weights, *OPTIONS, *TIERS, "--no-baseline")
+    assert memflow(*words, "--out", folder / "out", "--history-dir", folder / "history") == 0
+    assert [path.name for path in (folder / "history").iterdir()] == ["run.json"]
+    return folder / "out"
+
+
 def without_times(record):
     kept = {name: value for name, value in record.items() if name not in TIMES}
     kept["chunks"] = [{k: v for k, v in chunk.items() if k not in TIMES_OF_A_CHUNK} for chunk in record["chunks"]]
@@ -50,10 +61,11 @@ def assert_same_files(got, want, timeline=False):
 
 
 @pytest.mark.parametrize("baseline", [(), ("--no-baseline",)], ids=["baseline", "alone"])
-def test_stopped_again_and_again_it_comes_to_the_same_files(tmp_path, command, monkeypatch, capfd, baseline):
+def test_stopped_again_and_again_it_comes_to_the_same_files(tmp_path, command, whole, monkeypatch, capfd, baseline):
     """By Ctrl-C in any chunk, of the story or of its baseline, which may then be one ahead or behind."""
-    assert memflow(*command("whole", *baseline)) == 0
-    assert [path.name for path in (tmp_path / "whole-history").iterdir()] == ["run.json"]
+    if not baseline:
+        assert memflow(*command("whole")) == 0
+        whole = tmp_path / "whole"
     next_chunk, left = Streamer.next_chunk, 0
 
     def ending(streamer, *prompts):
@@ -75,13 +87,12 @@ def test_stopped_again_and_again_it_comes_to_the_same_files(tmp_path, command, m
         made = len(record["chunks"])
         assert len(read_video(tmp_path / "parts" / "video.mp4")) == 3 * made, "what was made can be seen meanwhile"
     assert stops >= 2
-    assert_same_files(tmp_path / "parts", tmp_path / "whole", timeline=bool(baseline))
+    assert_same_files(tmp_path / "parts", whole, timeline=bool(baseline))
     assert memflow(*command("parts", "--resume", *baseline)) == 0
     assert "is complete already" in capfd.readouterr().out
 
 
-def test_an_error_costs_what_came_after_the_snapshot_and_no_more(tmp_path, command, monkeypatch, capfd):
-    assert memflow(*command("whole", "--no-baseline")) == 0
+def test_an_error_costs_what_came_after_the_snapshot_and_no_more(tmp_path, command, whole, monkeypatch, capfd):
     next_chunk, calls = Streamer.next_chunk, []
 
     def failing(streamer, *prompts):
@@ -97,7 +108,7 @@ def test_an_error_costs_what_came_after_the_snapshot_and_no_more(tmp_path, comma
     said = capfd.readouterr()
     assert "out of everything" in said.err and "Going on after chunk 6" in said.out
     assert "1 records are dropped, which came after the snapshot and are made again" in said.out
-    assert_same_files(tmp_path / "parts", tmp_path / "whole", timeline=True)
+    assert_same_files(tmp_path / "parts", whole, timeline=True)
 
 
 def kill_and_resume(words, points, patience=300):
@@ -113,12 +124,11 @@ def kill_and_resume(words, points, patience=300):
     assert done.returncode == 0, done.stderr
 
 
-def test_killed_at_random_it_comes_to_the_same_files(tmp_path, command, weights):
+def test_killed_at_random_it_comes_to_the_same_files(tmp_path, command, whole):
     """`tests/cli/kill_at_random.py` does this at as many points as one likes."""
-    assert memflow(*command("whole", "--no-baseline")) == 0
     choice = random.Random(0)
     kill_and_resume(command("parts", "--no-baseline"), [choice.uniform(3, 6) for _ in range(2)])
-    assert_same_files(tmp_path / "parts", tmp_path / "whole", timeline=True)
+    assert_same_files(tmp_path / "parts", whole, timeline=True)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -203,12 +213,10 @@ def test_kinds_without_a_history_go_on_too(tmp_path, weights, monkeypatch):
         assert_same_files(parts, whole, timeline=True)
 
 
-def test_the_video_of_fragments_shows_what_the_other_does(tmp_path, command, weights):
-    assert memflow(*command("whole", "--no-baseline")) == 0
-    story = tmp_path / "story.jsonl"
-    words = ("toy", "generate", story, "--weights", weights, *OPTIONS, "--no-baseline", "--out", tmp_path / "plain")
-    assert memflow(*words) == 0
-    videos = [read_video(tmp_path / name / "video.mp4").astype(int) for name in ("whole", "plain")]
-    frames = [np.load(tmp_path / name / "frames.npz")["frames"] for name in ("whole", "plain")]
+def test_the_video_of_fragments_shows_what_the_other_does(tmp_path, whole, weights):
+    story, plain = write_story(tmp_path / "story.jsonl", STORY), tmp_path / "plain"
+    assert memflow("toy", "generate", story, "--weights", weights, *OPTIONS, "--no-baseline", "--out", plain) == 0
+    videos = [read_video(folder / "video.mp4").astype(int) for folder in (whole, plain)]
+    frames = [np.load(folder / "frames.npz")["frames"] for folder in (whole, plain)]
     assert (frames[0] == frames[1]).all(), "the history on disk changes no pixel"
     assert videos[0].shape == videos[1].shape and np.abs(videos[0] - videos[1]).mean() < 2
