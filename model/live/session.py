@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -220,21 +221,7 @@ class LiveSession:
     def video(self) -> Iterator[bytes]:
         """The whole video so far as a fragmented MP4 file, piece by piece."""
         with self._lock:
-            if self._recording.closed:
-                return iter(())
-            size, own = self._ends[-1] if self._ends else 0, os.dup(self._recording.fileno())
-
-        def pieces() -> Iterator[bytes]:
-            try:
-                yield self.encoder.start
-                at = 0
-                while at < size and (piece := os.pread(own, min(1 << 18, size - at), at)):
-                    yield piece
-                    at += len(piece)
-            finally:
-                os.close(own)
-
-        return pieces()
+            return iter(()) if self._recording.closed else chain([self.encoder.start], self._fragments())
 
     # --------------------------------------------------------------------------------------- the thread that works
 
@@ -287,9 +274,12 @@ class LiveSession:
                 self.end(f"the session has reached its {self.limits.chunks} chunks; start it again")
 
     def fork(self, prompt: str) -> "LiveSession":
-        """Another session that goes on from here under another prompt. This one is not changed by it."""
+        """Another session that goes on from here under another prompt. This one is not changed by it. A ValueError
+        where this one is started again in the meantime."""
         child = LiveSession(self.world, self.limits, prompt, self.seed, baseline=len(self.kinds) > 1)
-        if not self._fresh and self._sides:
+        if self._fresh or not self._sides:
+            return child
+        try:
             for side in self._sides:
                 decoder = self.world.decoder()
                 decoder.load_state_dict(side.decoder.state_dict())
@@ -297,8 +287,14 @@ class LiveSession:
             with self._lock:
                 child.rows, child._ends, child._pictures = list(self.rows), list(self._ends), dict(self._pictures)
                 child._frames, child._fresh = self._frames, False
-                _, *fragments = self.video()
-                child._recording.writelines(fragments)
+                fragments = self._fragments()
+            for piece in fragments:  # Without the lock: these may be many, and viewers come and go meanwhile.
+                child._recording.write(piece)
+            if self._fresh or child._recording.tell() != child._ends[-1]:
+                raise ValueError("the session was started again")
+        except BaseException:
+            child.close()
+            raise
         return child
 
     def _start(self, kind: str, seed: int) -> tuple[Streamer, Decoder]:
@@ -327,6 +323,20 @@ class LiveSession:
         elif not stopped and self._paused_since is not None:
             self.latency.hold(now - self._paused_since)
             self._paused_since = None
+
+    def _fragments(self) -> Iterator[bytes]:
+        """The recording so far, piece by piece, to be read without the lock."""
+        size = self._ends[-1] if self._ends else 0
+        own = os.fdopen(os.dup(self._recording.fileno()), "rb", buffering=0)
+
+        def pieces() -> Iterator[bytes]:
+            with own:
+                at = 0
+                while at < size and (piece := os.pread(own.fileno(), min(1 << 18, size - at), at)):
+                    yield piece
+                    at += len(piece)
+
+        return pieces()
 
     def _about(self) -> str:
         """What a page must know when it opens the session, or when it is started again."""

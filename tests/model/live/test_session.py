@@ -160,6 +160,24 @@ def test_a_fork_goes_on_from_here_and_leaves_its_origin_alone(world):
         one.close()
 
 
+def test_a_session_that_is_started_again_while_it_is_forked_gives_no_fork(world):
+    live = session(world)
+    live.make_chunk()
+    live.make_chunk()
+    fork = live._sides[0].streamer.fork
+
+    def restarted():
+        live.restart()
+        return fork()
+
+    live._sides[0].streamer.fork = restarted
+    with pytest.raises(ValueError, match="was started again"):
+        live.fork("an empty sea")
+    live.make_chunk()
+    assert [row["chunk"] for row in live.rows] == [0]
+    live.close()
+
+
 def test_the_bank_may_be_int8_and_stand_at_bounded_positions():
     world = toy_world(torch.device("cpu"), 40, changes={"steps": 2, "bank_dtype": "int8", "positions": "bounded"})
     live = session(world)
