@@ -11,7 +11,7 @@ from memflow_ops.model.streaming.settings import StreamSettings
 from memflow_ops.model.streaming.streamer import Chunk, Streamer
 from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 
-HEADS, LAYERS, CHUNKS = 4, 2, 8
+HEADS, LAYERS, CHUNKS = 4, 2, 7
 TEXT_LEN, TEXT_DIM = 3, 4
 PROMPTS = ["a ball", "a ball", "a box", "a box", "a box", "a ball", "a ring", "a ring"]
 
