@@ -21,7 +21,7 @@ FORMAT = "memflow-ops state 1"
 def save_state(path: Path, state: Any) -> int:
     """Writes a state whole or not at all: an older file stays until the new one is complete. Returns its bytes.
 
-    Every tensor has a CRC-32, and so has the JSON.
+    Every tensor has a CRC-32, and so has the JSON. An OSError where it cannot be written, on a full disk for one.
     """
     tensors: dict[str, Tensor] = {}
     text = json.dumps(_packed(state, tensors))
@@ -29,7 +29,10 @@ def save_state(path: Path, state: Any) -> int:
     about = {"format": FORMAT, "state": text, "checksums": json.dumps(sums)}
     about["checksum"] = str(zlib.crc32((about["state"] + about["checksums"]).encode()))
     with replacing(path) as temporary:
-        save_file(tensors, temporary, about)
+        try:
+            save_file(tensors, temporary, about)
+        except SafetensorError as error:
+            raise OSError(f"{path} cannot be written: {error}") from error
         return temporary.stat().st_size
 
 

@@ -5,7 +5,9 @@ import random
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from memflow_ops import state_file
 from memflow_ops.journal import checked_line, read_journal
 from memflow_ops.state_file import load_state, save_state
 
@@ -41,6 +43,20 @@ def test_a_state_that_cannot_be_written_leaves_the_old_one(tmp_path):
     with pytest.raises(TypeError, match=r"a state holds tensors, .* got object"):
         save_state(path, {"a": torch.zeros(3), "b": object()})
     assert same(load_state(path), {"a": torch.ones(3)})
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    path = tmp_path / "state.safetensors"
+    save_state(path, {"a": torch.ones(3)})
+
+    def full(tensors, target, about):
+        target.write_bytes(b"a part")
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(state_file, "save_file", full)
+    with pytest.raises(OSError, match=r"state.safetensors cannot be written: .* No space left on device"):
+        save_state(path, {"a": torch.zeros(3)})
+    assert same(load_state(path), {"a": torch.ones(3)}) and len(list(tmp_path.iterdir())) == 1
 
 
 def test_any_flipped_bit_of_a_state_is_seen(tmp_path):
