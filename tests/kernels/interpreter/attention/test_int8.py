@@ -184,3 +184,13 @@ def test_any_strides():
     int8 = Int8Bank(*map(scattered, geometry.int8))
     moved = attend(*map(scattered, tensors), indices, Geometry(*sizes, geometry.memory_slots, int8=int8))
     assert torch.equal(moved[0], plain[0]) and torch.equal(moved[1], plain[1])
+
+
+def test_a_second_query_reads_it():
+    torch.manual_seed(7)
+    arguments = case(torch.float32, dense=17, slots=True, queries=(8, 12))
+    q, k, v, *bank, indices, geometry = arguments
+    memory_q = torch.randn_like(q)
+    got = attend(*arguments, None, memory_q)
+    state = attend(q, k, v, None, None, indices, geometry)
+    check([memory_q, None, None, *bank, indices, geometry], got, resume=state)
