@@ -136,9 +136,9 @@ def another_prototype(patch: pytest.MonkeyPatch) -> None:
     """Another frame of the chunk is copied to the history."""
     copy = FrameCache._copy_from_ring
 
-    def another(cache, frame, places):
+    def another(cache, frame, places, *rest):
         chunk = cache.layout.chunk_frames
-        copy(cache, frame - frame % chunk + (frame + 1) % chunk, places)
+        copy(cache, frame - frame % chunk + (frame + 1) % chunk, places, *rest)
 
     patch.setattr(FrameCache, "_copy_from_ring", another)
 
@@ -147,8 +147,8 @@ def shifted_prototype(patch: pytest.MonkeyPatch) -> None:
     """The frame's keys arrive a token further on, which the means of the whole frame do not show."""
     copy = FrameCache._copy_from_ring
 
-    def shifted(cache, frame, places):
-        copy(cache, frame, places)
+    def shifted(cache, frame, places, *rest):
+        copy(cache, frame, places, *rest)
         for place in places:
             cache._places[0][:, :, place] = cache._places[0][:, :, place].roll(1, 2)
 
@@ -159,9 +159,9 @@ def without_descriptors(patch: pytest.MonkeyPatch) -> None:
     """A frame of the history keeps what its slot had."""
     copy = FrameCache._copy_from_ring
 
-    def undescribed(cache, frame, places):
+    def undescribed(cache, frame, places, *rest):
         before = cache._places[2].clone()
-        copy(cache, frame, places)
+        copy(cache, frame, places, *rest)
         cache._places[2].copy_(before)
 
     patch.setattr(FrameCache, "_copy_from_ring", undescribed)

@@ -31,8 +31,8 @@ def test_a_story_is_profiled(tmp_path, weights, story, capfd):
     assert said["sampling"] == {"chunks": 2, "calls": 2, "heads": 3, "queries": 512, "rounds": 1, "seed": 3}
     assert (said["bank_frames_with_sink"], said["frame_tokens"], len(said["chunks_measured"])) == (5, 64, 2)
     assert {(row["blocks"], row["block_size"], row["query_group"]) for row in said["rows"]} == {
-        ("top", 16, None), ("moments", 16, None), ("oracle", 16, None), ("random", 16, 1),
-        ("top", 64, None), ("moments", 64, None), ("oracle", 64, None), ("random", 64, 1),
+        ("top", 16, None), ("moments", 16, None), ("normalised", 16, None), ("oracle", 16, None), ("random", 16, 1),
+        ("top", 64, None), ("moments", 64, None), ("normalised", 64, None), ("oracle", 64, None), ("random", 64, 1),
     }  # fmt: skip
     assert [row["top_k"] for row in said["rankings"] if row["block_size"] == 16] == [1, 3]
     assert out.with_suffix(".png").read_bytes().startswith(b"\x89PNG")

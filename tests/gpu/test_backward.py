@@ -57,9 +57,12 @@ def arguments_of(group, wanted=(True,) * 5, frames=8):
     slots = torch.arange(frames, dtype=torch.int32, device="cuda")[None].flip(1).contiguous()
     descriptors = ops.describe_blocks(memory_k, 64, 1560)
     sizes = (64, 1560, group, 128**-0.5, False)
+    names = ("block_size", "frame_tokens", "query_group", "softmax_scale", "causal")
+    not_given = ("memory_q", "memory_k_scale", "memory_v_scale", "memory_frames", "seqused_k", "window_slots")
     out, lse, indices = registered.memory_attention(
-        q, k, v, memory_k, memory_v, descriptors, None, slots, None, None, 24, *sizes, "mean", "triton", "auto"
-    )
+        q, k, v, memory_k, memory_v, memory_descriptors=descriptors, memory_slots=slots, top_k=24, score="mean",
+        impl="triton", dense_backend="auto", **dict(zip(names, sizes, strict=True)), **dict.fromkeys(not_given),
+    )  # fmt: skip
     above = (torch.randn_like(out), torch.randn_like(lse))
     return *above, q, k, v, memory_k, memory_v, indices, slots, None, None, out, lse, list(wanted), *sizes, "triton"
 

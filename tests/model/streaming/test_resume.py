@@ -403,7 +403,7 @@ def live_bytes() -> int:
     gc.collect()
     storages = {}
     for candidate in gc.get_objects():
-        if type(candidate) is torch.Tensor:
+        if type(candidate) is torch.Tensor and candidate.layout == torch.strided:
             storage = candidate.untyped_storage()
             storages[storage.data_ptr()] = storage.nbytes()
     return sum(storages.values())
