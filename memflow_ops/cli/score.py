@@ -50,7 +50,7 @@ def score(
         typer.Option(
             help="Whom the story is about, as its prompts say it, such as 'red fox'. May be repeated.",
             metavar="WORDS",
-            show_default="the toy world's characters with --encoder toy",
+            show_default="the toy world's characters with --encoder toy, and no others",
         ),
     ] = None,
     out: Annotated[
@@ -73,7 +73,9 @@ def score(
       memflow score fox.mp4 fox.jsonl --encoder dino --subject 'red fox'
     """
     with one_line_errors():
-        named = toy_naming if encoder == TOY and not subject else word_naming(subject or [])
+        if encoder == TOY and subject:
+            raise ValueError("--encoder toy looks for the toy world's characters: leave --subject out")
+        named = toy_naming if encoder == TOY else word_naming(subject or [])
         stories = read_stories(story, parse_prompt if encoder == TOY else any_prompt)
         if not any(find_returns(prompts, named) for prompts in stories):
             raise ValueError(f"nobody leaves and returns in {story}: a prompt must name a subject that others did not")
@@ -86,7 +88,8 @@ def score(
         scored = []
         for path, prompts in zip(videos, stories, strict=True):
             words = path.name if len(videos) == 1 else f"{path.parent.name}/{path.name}"
-            scored.append(score_video(words, _read(path), prompts, named, looking, background, read_run(path)))
+            run = read_run(path, prompts)
+            scored.append(score_video(words, _read(path), prompts, named, looking, background, run))
     result = summarise(scored, looking, background)
     typer.echo(_table(result))
     if out is not None:

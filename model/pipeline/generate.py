@@ -81,7 +81,7 @@ class WanRun:
             "sources": self.sources.described(),
             "settings": asdict(plan.settings),
             "memory": self.memory,
-            "cache_bytes": plan.budget.layout.device_bytes + plan.budget.host_bytes,
+            "cache_bytes": plan.options.ranks * (plan.budget.layout.device_bytes + plan.budget.host_bytes),
             "compiled": plan.options.compiled,
             "stories_together": plan.together,
             "frames": self.frames,

@@ -75,8 +75,8 @@ class ScoredVideo:
     """Over the encoder for the background; None where there is none."""
     returns: list[ScoredReturn]
     """Empty for a frozen video."""
-    cache_bytes: int | None
-    """Of the stream, as its run.json says."""
+    cache_bytes: float | None
+    """Of the stream, as its run.json says; this story's part where several were streamed together."""
 
     @property
     def frozen(self) -> bool:
@@ -93,9 +93,16 @@ def score_video(
     run: Mapping[str, Any] | None = None,
 ) -> ScoredVideo:
     """Scores one video. frames (F, H, W, 3) uint8, RGB. run: the content of its run.json, if there is one."""
+    if run is not None and run.get("frames", len(frames)) != len(frames):
+        raise ValueError(
+            f"{video} has {len(frames)} frames, and the run.json beside it is of a video of {run['frames']}: move it "
+            f"away to do without"
+        )
     places = prompt_frames(len(frames), len(prompts), run)
     still = still_share(frames)
     cache = run.get("cache_bytes") if run else None
+    if cache:
+        cache /= run.get("stories_together", 1) if run else 1
     if still > FROZEN_SHARE:
         return ScoredVideo(video, len(frames), still, None, None, [], cache)
     known: dict[tuple[int, str | None], Tensor] = {}
@@ -193,8 +200,9 @@ def summarise(scored: Sequence[ScoredVideo], encoder: Encoder, background: Encod
     }
 
 
-def read_run(video: Path) -> dict[str, Any] | None:
-    """What run.json beside a video says; None where there is none. A ValueError where it is not one of ours."""
+def read_run(video: Path, prompts: Sequence[str]) -> dict[str, Any] | None:
+    """What run.json beside a video says; None where there is none. A ValueError where it is not one of ours, or of a
+    story with other prompts than these."""
     path = video.with_name("run.json")
     if not path.is_file():
         return None
@@ -206,6 +214,8 @@ def read_run(video: Path) -> dict[str, Any] | None:
         raise ValueError(
             f"{path} does not say how long the prompts were ({error}); move it away to do without"
         ) from error
+    if run.get("prompts", list(prompts)) != list(prompts):
+        raise ValueError(f"{path} is of a video of other prompts: name its own story, or move it away to do without")
     return run
 
 

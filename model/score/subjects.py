@@ -40,7 +40,8 @@ def word_naming(subjects: Sequence[str]) -> Naming:
         found[subject] = re.compile(rf"(?<!\w){words}(?!\w)", re.IGNORECASE)
 
     def named(prompt: str) -> list[str]:
-        return [subject for subject, pattern in found.items() if pattern.search(prompt)]
+        places = {subject: there.start() for subject, pattern in found.items() if (there := pattern.search(prompt))}
+        return sorted(places, key=places.__getitem__)
 
     return named
 
@@ -74,8 +75,9 @@ def prompt_frames(frames: int, prompts: int, run: Mapping[str, Any] | None = Non
             number for (number,) in chunk_prompts([[str(i) for i in range(prompts)]], latent, size) for _ in range(size)
         ]
         starts = [numbers.index(str(i)) if str(i) in numbers else len(numbers) for i in range(prompts)]
+        made = size * len(run["chunks"]) if "chunks" in run else len(numbers)  # fewer where it was interrupted
         # Wan's VAE makes one video frame of the first latent frame and four of every other one.
-        per_latent = 4 if frames > len(numbers) else 1
+        per_latent = 4 if frames > made else 1
         edges = [min(frames, per_latent * start - (per_latent - 1) * (start > 0)) for start in starts] + [frames]
     ranges = [range(start, stop) for start, stop in pairwise(edges)]
     empty = [i + 1 for i, here in enumerate(ranges) if not here]

@@ -111,6 +111,7 @@ def test_what_cannot_be_scored_is_refused_in_one_line(tmp_path, dino, moving, ca
         ((video, story, "--encoder", pickled, "--subject", "ball"), "no weights in safetensors"),
         ((video, story, "--encoder", named, "--subject", "ball"), "names neither an architecture of timm"),
         ((video, story, "--encoder", "toy"), "unknown word"),
+        ((video, story, "--encoder", "toy", "--subject", "ball"), "leave --subject out"),
     ):
         assert memflow("score", *words) == 2, words
         assert said in capfd.readouterr().err, words

@@ -1,5 +1,6 @@
 """The score: a case worked out by hand, VBench's formula, frozen videos, and who returns in a story."""
 
+import json
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from memflow_ops.model.score.consistency import consistency, interval, similarity, still_share
 from memflow_ops.model.score.encoders import ToyJudge
-from memflow_ops.model.score.score import retained, score_video, summarise
+from memflow_ops.model.score.score import read_run, retained, score_video, summarise
 from memflow_ops.model.score.subjects import ReturnOf, find_returns, prompt_frames, toy_naming, word_naming
 from memflow_ops.model.stories.video import to_pixels
 from memflow_ops.model.toy.world import LEFT, MIDDLE, RIGHT, render
@@ -110,6 +111,7 @@ def test_who_returns():
     assert find_returns(prompts, toy_naming) == [ReturnOf("ball", 0, 2, 1), ReturnOf("star", 2, 4, 1)]
     assert word_naming(["Red  fox", "fox"])("a red fox, a foxglove") == ["Red  fox", "fox"]
     assert word_naming(["fox"])("a foxglove") == []
+    assert word_naming(["owl", "fox"])("the fox and the owl") == ["fox", "owl"]  # as they stand in the prompt
     for wrong in ([], [" "]):
         with pytest.raises(ValueError, match="--subject"):
             word_naming(wrong)
@@ -133,6 +135,27 @@ def test_a_video_that_ended_early_is_refused():
     run = {"frames_per_prompt": 6, "settings": {"chunk_frames": 3}}
     with pytest.raises(ValueError, match="prompt 3 of 3 has none of them"):
         prompt_frames(12, 3, run)
+
+    # Nine video frames are three latent frames of Wan's, and not the nine that were to be made of three prompts.
+    run = {"frames_per_prompt": 3, "settings": {"chunk_frames": 3}, "chunks": [{}]}
+    with pytest.raises(ValueError, match="prompt 2 of 3 has none of them"):
+        prompt_frames(9, 3, run)
+
+
+def test_a_run_of_another_video_or_story_is_refused(tmp_path):
+    run = {"frames_per_prompt": 2, "settings": {"chunk_frames": 2}, "frames": 10, "prompts": STORY}
+    (tmp_path / "run.json").write_text(json.dumps(run))
+    assert read_run(tmp_path / "v.mp4", STORY) == run
+    with pytest.raises(ValueError, match="of a video of other prompts"):
+        read_run(tmp_path / "v.mp4", STORY[::-1])
+    with pytest.raises(ValueError, match=r"v has 10 frames, and the .* is of a video of 12"):
+        score_video("v", video([0, 90, None, 0, None]), STORY, NAMED, Angles(), run={**run, "frames": 12})
+
+
+def test_of_stories_that_are_streamed_together_each_has_its_part_of_the_cache():
+    run = {"frames_per_prompt": 2, "settings": {"chunk_frames": 2}, "cache_bytes": 6e9, "stories_together": 3}
+    scored = score_video("v", video([0, 90, None, 0, None]), STORY, NAMED, Angles(), run=run)
+    assert summarise([scored], Angles())["retained_per_gb"] == pytest.approx(0.5)
 
 
 def test_intervals_hold_the_mean_and_shrink():
