@@ -125,11 +125,13 @@ class Engine:
         return None
 
     def _make_chunk(self, session: LiveSession) -> None:
+        generation = session.generation
         try:
             session.make_chunk()
         except Exception as error:  # One session's failure, such as too little memory, must not end the others.
             self.failed += 1
-            session.end(f"the stream failed ({type(error).__name__}: {error}); start it again")
+            if session.generation == generation:  # else it has been started again already
+                session.end(f"the stream failed ({type(error).__name__}: {error}); start it again")
 
     def _forked(self, parent: LiveSession, prompt: str) -> LiveSession | str:
         try:

@@ -4,6 +4,7 @@ import asyncio
 import hmac
 import ipaddress
 import json
+import re
 import socket
 from contextlib import suppress
 from pathlib import Path
@@ -37,6 +38,7 @@ HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-store",
 }
+FRAME = re.compile(r"[0-9]{1,12}")
 OPENING_SECONDS = 10.0
 """Within which a connection must say what it wants."""
 SPARE_CONNECTIONS = 64
@@ -81,7 +83,8 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Starlette:
         if refusal := door.refusal(request):
             return refusal
         session = engine.find(request.path_params["name"])
-        content = session.picture(request.path_params["frame"]) if session else None
+        frame = request.path_params["frame"]
+        content = session.picture(int(frame)) if session and FRAME.fullmatch(frame) else None
         if content is None:
             return _refusal(404, "there is no picture of that frame")
         return Response(content, media_type="image/png", headers=HEADERS)
@@ -98,7 +101,7 @@ def make_app(engine: Engine, token: str | None, loopback: bool) -> Starlette:
         routes=[
             *(Route(path, file) for path in FILES),
             Route("/metrics.json", metrics),
-            Route("/sessions/{name}/pictures/{frame:int}", picture),
+            Route("/sessions/{name}/pictures/{frame}", picture),
             Route("/sessions/{name}/{kind}", download),
             WebSocketRoute("/live", talk),
         ]
@@ -120,13 +123,19 @@ class Door:
         """Another site that gives its own name this machine's address must not reach what only this machine may."""
         if not self._loopback:
             return True
-        name = urlsplit(f"//{request.headers.get('host', '')}").hostname
+        try:
+            name = urlsplit(f"//{request.headers.get('host', '')}").hostname
+        except ValueError:  # half an address of IPv6, for one
+            return False
         return name is not None and is_loopback(name)
 
     def knows_origin(self, request: HTTPConnection) -> bool:
         """A browser says which page opens a connection; only our own may. What is no browser says nothing."""
         origin = request.headers.get("origin")
-        return origin is None or urlsplit(origin).netloc == request.headers.get("host")
+        try:
+            return origin is None or urlsplit(origin).netloc == request.headers.get("host")
+        except ValueError:
+            return False
 
     def refusal(self, request: Request) -> Response | None:
         """What to answer to a request that may not come in; None where it may."""

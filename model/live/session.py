@@ -25,6 +25,8 @@ AHEAD_SECONDS = 1.5
 """Video that is made before it is shown, at most. A new prompt would cut off the rest."""
 ROWS_AT_ONCE = 60
 """Chunks that a page is told of when it opens a session that is there."""
+FIRST_SECONDS = 60.0
+"""For which a session that nobody has watched yet is kept at least, such as a fork whose page is still to be opened."""
 PICTURE_WIDTH = 104
 """Pixels that the pictures of past frames are wide at most."""
 
@@ -79,12 +81,13 @@ class LiveSession:
         self.latency = Latency(time.monotonic())
         self._lock = threading.RLock()
         self._viewers: set[Viewer] = set()
+        self._watched = False
         self._idle_since: float | None = time.monotonic()
         self._paused_since: float | None = None
         self._fresh, self._making = True, False
         self._sides: list[_Side] = []
         self._pictures: dict[int, bytes] = {}
-        self._recording: Any = tempfile.TemporaryFile(prefix="memflow-live-")  # noqa: SIM115 (close() closes it)
+        self._recording = _new_recording()
         self._ends: list[int] = []  # of the fragments in the recording, in bytes
         self._frames = 0
 
@@ -100,7 +103,7 @@ class LiveSession:
                 raise ValueError(f"{self.limits.viewers} viewers watch this session already, and it takes no more")
             self._keep_time(stopped=True)
             self._viewers.add(viewer)
-            self._idle_since = None
+            self._watched, self._idle_since = True, None
             self._keep_time(stopped=self.paused)
             viewer.offer(self._about())
             if self.rows and not self._fresh:
@@ -131,19 +134,24 @@ class LiveSession:
                 self.prompt = prompt
                 for viewer in self._viewers:
                     viewer.drop_chunks()
-            self.say(type="prompt", prompt=prompt, takes_effect=len(self.rows) + self._making)
+            if self.ended:
+                self.say(type="ended", why=self.ended)
+            else:
+                self.say(type="prompt", prompt=prompt, takes_effect=len(self.rows) + self._making)
 
     def restart(self, seed: int | None = None) -> None:
         """Starts again from nothing, under the current prompt. seed: of the noise; None for the same."""
         with self._lock:
+            if self._recording.closed:
+                return
             self.seed = self.seed if seed is None else seed
             self.ended, self._fresh, self._making, self.paused = "", True, False, False
             self.generation += 1
             self.latency = Latency(time.monotonic())
             self._paused_since = None
             self.rows, self._ends, self._pictures, self._frames = [], [], {}, 0
-            self._recording.truncate(0)
-            self._recording.seek(0)
+            self._recording.close()  # who is saving the old video reads it to its end
+            self._recording = _new_recording()
             for viewer in self._viewers:
                 viewer.drop_chunks()
                 viewer.offer(self._about())
@@ -186,7 +194,8 @@ class LiveSession:
     def over(self, now: float) -> bool:
         """Whether its last viewer has been gone for too long."""
         with self._lock:
-            return self._idle_since is not None and now - self._idle_since > self.limits.keep_seconds
+            keep = self.limits.keep_seconds if self._watched else max(self.limits.keep_seconds, FIRST_SECONDS)
+            return self._idle_since is not None and now - self._idle_since > keep
 
     def metrics(self) -> dict[str, Any]:
         """Its figures for /metrics.json. It is not named, because who knows the name can steer it."""
@@ -263,7 +272,9 @@ class LiveSession:
             self._recording.flush()
             self._ends.append(self._recording.tell())
             cut = bool(self.rows) and self.rows[-1]["prompt"] != prompt
-            self.latency.add(now - started, len(videos[0]) / self.world.fps, now, cut)
+            # A player that has been stopped in the meantime misses nothing.
+            arrived = now if self._paused_since is None else min(now, self._paused_since)
+            self.latency.add(now - started, len(videos[0]) / self.world.fps, arrived, cut)
             self.rows.append(row)
             self._pictures |= pictures
             self._frames += len(videos[0])
@@ -275,7 +286,9 @@ class LiveSession:
 
     def fork(self, prompt: str) -> "LiveSession":
         """Another session that goes on from here under another prompt. This one is not changed by it. A ValueError
-        where this one is started again in the meantime."""
+        where this one has ended, or is started again in the meantime."""
+        if self.ended:  # by its length, or by a chunk that only some of its streams have made
+            raise ValueError(self.ended)
         child = LiveSession(self.world, self.limits, prompt, self.seed, baseline=len(self.kinds) > 1)
         if self._fresh or not self._sides:
             return child
@@ -378,6 +391,11 @@ class LiveSession:
             "pictures": {frame: base64.b64encode(content).decode() for frame, content in shown.items()},
             "latency": {k: v for k, v in (self.latency.record() or {}).items() if k != "how"},
         }
+
+
+def _new_recording() -> Any:
+    """A file for fragments, which whoever makes it closes."""
+    return tempfile.TemporaryFile(prefix="memflow-live-")
 
 
 def _packed(about: dict[str, Any], fragment: bytes) -> bytes:

@@ -75,7 +75,8 @@ def test_only_the_page_is_served_whatever_is_asked_for(served: Served):
         assert "default-src 'none'" in headers["Content-Security-Policy"]
         assert b"http://" not in content and b"https://" not in content.replace(b'"https:"', b"")
     for path in ("/server.py", "/../server.py", "/%2e%2e/server.py", "/sessions/..%2f..%2fsetup/video.mp4",
-                 "/sessions/x/../../etc/passwd", "/sessions/nobody/video.mp4", "/page/live.js"):  # fmt: skip
+                 "/sessions/x/../../etc/passwd", "/sessions/nobody/video.mp4", "/page/live.js",
+                 "/sessions/nobody/pictures/-1", "/sessions/nobody/pictures/" + "1" * 5000):  # fmt: skip
         assert served.get(path)[0] == 404
 
 
@@ -144,6 +145,9 @@ def test_other_sites_cannot_open_a_session(served: Served):
     # A name of somebody else that leads to this machine.
     assert served.get("/", Host="example.org")[0] == 421
     assert served.get("/metrics.json", Host=f"example.org:{served.address[-5:]}")[0] == 421
+    assert served.get("/", Host="[::1")[0] == 421
+    with pytest.raises(InvalidStatus, match="403"), served.page(origin="http://[::1"):
+        pass
     port = served.address.rpartition(":")[2]
     assert served.get("/metrics.json", Host=f"localhost:{port}")[0] == 200
 

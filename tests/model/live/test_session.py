@@ -228,6 +228,67 @@ def test_a_session_ends_at_its_length_and_starts_again(world):
     live.close()
 
 
+def test_what_has_ended_is_not_forked_and_promises_no_prompt(world):
+    live, page = session(world, chunks=2), Page()
+    live.attach(page.viewer)
+    for _ in range(2):
+        live.make_chunk()
+    page.read()
+    live.set_prompt("an empty sea")
+    assert [words["type"] for words, _ in page.read()] == ["ended"]
+    with pytest.raises(ValueError, match="has reached its 2 chunks"):
+        live.fork("an empty sea")
+    live.restart()
+    live.make_chunk()
+    assert live.rows[0]["prompt"] == "an empty sea"
+    live.close()
+    live.restart()  # by a page that does not know yet
+    assert live._recording.closed
+
+
+def test_a_video_that_is_being_saved_is_not_mixed_with_the_one_after_a_restart(world):
+    live = session(world)
+    for _ in range(2):
+        live.make_chunk()
+    whole, saving = b"".join(live.video()), live.video()
+    pieces = [next(saving)]
+    live.restart(9)
+    for _ in range(3):
+        live.make_chunk()
+    assert b"".join([*pieces, *saving]) == whole
+    live.close()
+
+
+def test_a_chunk_that_comes_while_the_player_is_stopped_has_missed_nothing(world, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("memflow_ops.model.live.session.time.monotonic", lambda: now[0])
+    live, page = session(world), Page()
+    live.attach(page.viewer)
+    live.make_chunk()
+    decode = live.encoder.encode
+
+    def paused(*arguments):
+        live.pause(True)
+        now[0] += 50
+        return decode(*arguments)
+
+    live.encoder.encode = paused
+    live.make_chunk()
+    now[0] += 50
+    live.pause(False)
+    assert live.latency.missed == 0 and live.latency.ahead(now[0]) == pytest.approx(2 * 0.375)
+    live.close()
+
+
+def test_a_fork_waits_for_its_page_however_short_sessions_are_kept(world):
+    live, page = session(world, keep_seconds=0.0), Page()
+    assert not live.over(time.monotonic() + 50) and live.over(time.monotonic() + 70)
+    live.attach(page.viewer)
+    live.detach(page.viewer)
+    assert live.over(time.monotonic() + 0.1)
+    live.close()
+
+
 def test_pauses_and_absences_are_no_missed_deadlines(world, monkeypatch):
     now = [100.0]
     monkeypatch.setattr("memflow_ops.model.live.session.time.monotonic", lambda: now[0])
@@ -308,6 +369,23 @@ def test_what_fails_ends_one_session_and_no_other(world):
         engine.wake()
         until(lambda: bad.ended and len(good.rows) >= 2)
         assert "MemoryError: no room" in pages[0].read()[-1][0]["why"] and not good.ended
+
+
+def test_a_chunk_that_fails_after_a_restart_ends_nothing(world):
+    with Engine(world, Limits()) as engine:
+        live, page = engine.open(), Page()
+        make = live.make_chunk
+
+        def fail():
+            live.make_chunk = make
+            live.restart()
+            raise MemoryError("no room")
+
+        live.make_chunk = fail
+        live.attach(page.viewer)
+        engine.wake()
+        until(lambda: len(live.rows) >= 2)
+        assert not live.ended and engine.failed == 1
 
 
 def test_a_fork_by_the_engine_takes_a_place(world):
