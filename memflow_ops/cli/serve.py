@@ -8,6 +8,7 @@ from collections.abc import Collection
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import typer
 
@@ -218,6 +219,8 @@ def serve(
             ) from error
         if token is not None and len(token) < SHORTEST_TOKEN:
             raise ValueError(f"a token has at least {SHORTEST_TOKEN} characters, got {len(token)}")
+        if token is not None and not (token.isascii() and token.isprintable() and " " not in token):
+            raise ValueError("a token has letters, digits and signs of ASCII, and no spaces: pages send it in a header")
         changes = as_settings(
             steps=steps, bank_frames=bank_frames, top_k=top_k, bank_dtype=bank_dtype, positions=positions
         )
@@ -304,4 +307,4 @@ def _address(listening: socket.socket, token: str | None) -> str:
     """What is typed into a browser."""
     host, port = listening.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    return f"http://{host}:{port}/" + (f"#token={token}" if token else "")
+    return f"http://{host}:{port}/" + (f"#token={quote(token, safe='')}" if token else "")

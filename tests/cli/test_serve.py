@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from subprocess import PIPE, Popen
 from urllib.error import HTTPError
+from urllib.parse import parse_qs
 from urllib.request import Request, urlopen
 
 import pytest
 from command_line import memflow
 
+from memflow_ops.cli.serve import _address
 from memflow_ops.model.live.server import is_loopback
 
 ROOT = Path(__file__).parents[2]
@@ -44,8 +46,18 @@ def test_what_cannot_be_is_refused_in_one_line(capfd):
     assert f"cannot serve at 127.0.0.1, port {port}: Address already in use" in capfd.readouterr().err
     assert memflow("serve", "--token", "short") == 2
     assert "a token has at least 16 characters, got 5" in capfd.readouterr().err
+    for token in ("sixteen letters with spaces", "sechzehn-Zeichen-mit-ü"):
+        assert memflow("serve", "--token", token) == 2
+        assert "no spaces" in capfd.readouterr().err
     assert memflow("serve", "--weights", "nowhere.safetensors") == 2
     assert "nowhere.safetensors" in capfd.readouterr().err
+
+
+def test_the_address_carries_any_token():
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        address = _address(listening, "a+b/c==&d%20e#f")
+    fragment = address.partition("#")[2]
+    assert parse_qs(fragment) == {"token": ["a+b/c==&d%20e#f"]}
 
 
 def test_without_the_extra_it_says_what_to_install(capfd, monkeypatch):
