@@ -71,6 +71,8 @@ class Made(NamedTuple):
     words: list[str]
     """Per story, for the user."""
     error: str | None
+    refused: bool = False
+    """Whether the actor can make no stream at all, where its machine lacks a file for one."""
 
 
 class Worker:
@@ -99,7 +101,7 @@ class Worker:
                 raise KeyboardInterrupt
 
         if self.refusal:
-            return Made([], self.refusal)
+            return Made([], self.refusal, refused=True)
         try:
             plans = open_snapshots(self.streams[number], self.work.sources, self.parts.device)
             snapshots = plans[0].snapshots
@@ -162,11 +164,16 @@ class _Queue:
         self.running: dict[Any, tuple[Any, int]] = {}  # reference of the result -> actor, stream
         self.done = [0] * len(names)  # chunks
         self.failed: list[str] = []
+        self.refusal = ""
+        """Why an actor could not make anything."""
 
     def run(self, count: int) -> list[str]:
         """Until nothing is left, with so many actors. Returns what has failed, in words."""
         actors = [self.start() for _ in range(count)]
-        words, refusal = self.ray.get(actors[0].about.remote())
+        try:
+            words, refusal = self.ray.get(actors[0].about.remote())
+        except self.ray.exceptions.RayError as error:
+            fail(f"an actor died before it had loaded anything: {_brief(error)}", code=1)
         if refusal:
             fail(refusal, code=2)
         typer.echo("\n".join(words))
@@ -185,7 +192,7 @@ class _Queue:
         except KeyboardInterrupt:
             self._stop()
             fail("interrupted; what was made is kept, and the same command goes on", code=130)
-        return self.failed
+        return [*self.failed, *(f"{self.names[number]}: {self.refusal}" for number in self.waiting)]
 
     def _collect(self) -> None:
         """Takes what is ready, and gives the actor of it the next stream."""
@@ -194,16 +201,20 @@ class _Queue:
             actor, number = self.running.pop(reference)
             try:
                 made = self.ray.get(reference)
-            except self.ray.exceptions.RayActorError as error:
+            except self.ray.exceptions.RayError as error:  # the actor has died, or its machine has
                 self._lost(number, error)
                 actor = self.start() if self.waiting else None
             else:
-                self._told(number, made)
+                if made.refused:
+                    self._refused(number, str(made.error))
+                    actor = None
+                else:
+                    self._told(number, made)
             self._next(actor)
 
     def _next(self, actor: Any) -> None:
         """Gives an actor the next stream. One that has nothing left to do is let go."""
-        if self.waiting:
+        if self.waiting and actor is not None:
             number = self.waiting.popleft()
             self.attempts[number] += 1
             self.running[actor.make.remote(number)] = actor, number
@@ -214,8 +225,14 @@ class _Queue:
             self.waiting.appendleft(number)
             typer.echo(f"An actor died at {self.names[number]}; another one goes on.", err=True)
         else:
-            reason = " ".join(str(error).split())[:200]
-            self.failed.append(f"{self.names[number]}: {ATTEMPTS} actors died at it ({reason})")
+            self.failed.append(f"{self.names[number]}: {ATTEMPTS} actors died at it ({_brief(error)})")
+
+    def _refused(self, number: int, why: str) -> None:
+        """An actor cannot make any stream on its machine. It is let go, and its stream waits for the others."""
+        self.waiting.appendleft(number)
+        self.attempts[number] -= 1
+        self.refusal = why
+        typer.echo(f"An actor cannot make anything on its machine: {why}", err=True)
 
     def _told(self, number: int, made: Made) -> None:
         self.done[number] = self.chunks[number]
@@ -236,3 +253,8 @@ class _Queue:
             actor.stop.remote()
         if self.running:
             self.ray.wait(list(self.running), num_returns=len(self.running), timeout=STOPPING_SECONDS)
+
+
+def _brief(error: Exception) -> str:
+    """An error in a message, which is one line."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
