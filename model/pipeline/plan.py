@@ -160,6 +160,7 @@ def open_snapshots(plans: Sequence[WanPlan], sources: Sources, device: torch.dev
         return list(plans)
     snapshots = options.history.snapshots(plans[0].below)
     snapshots.begin(identity(plans, sources, device), options.history.resume)
+    snapshots.check_made(plan.folder / "video.mp4" for plan in plans)
     return [replace(plan, snapshots=snapshots) for plan in plans]
 
 

@@ -12,7 +12,7 @@ chunks, a snapshot is taken whenever all of them together have taken less than `
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,6 +121,16 @@ class Snapshots:
         self._file.unlink(missing_ok=True)
         self.folder.keep_only([])
         self._write_about(run, finished=False)
+
+    def check_made(self, videos: Iterable[Path]) -> None:
+        """A ValueError where the run is complete, and these videos of it are not there: they were written to another
+        folder, or deleted."""
+        missing = [video for video in videos if not video.is_file()] if self.finished else []
+        if missing:
+            raise ValueError(
+                f"the run in {self.path} is complete, and {missing[0]} is not there: name the folder that it was "
+                f"written to, or another --history-dir to make it again"
+            )
 
     def is_due(self, chunk: int) -> bool:
         """Whether a snapshot should be taken after so many chunks."""

@@ -68,6 +68,7 @@ def make_toy_plans(
         for plan in plans:
             assert plan.snapshots is not None
             plan.snapshots.begin(plan.identity(), history.resume)
+            plan.snapshots.check_made([plan.folder / "video.mp4"])
     return plans
 
 

@@ -90,6 +90,9 @@ def test_stopped_again_and_again_it_comes_to_the_same_files(tmp_path, command, w
     assert_same_files(tmp_path / "parts", whole, timeline=bool(baseline))
     assert memflow(*command("parts", "--resume", *baseline)) == 0
     assert "is complete already" in capfd.readouterr().out
+    (tmp_path / "parts" / "video.mp4").unlink()
+    assert memflow(*command("parts", "--resume", *baseline)) == 2
+    assert "parts/video.mp4 is not there" in capfd.readouterr().err
 
 
 def test_an_error_costs_what_came_after_the_snapshot_and_no_more(tmp_path, command, whole, monkeypatch, capfd):

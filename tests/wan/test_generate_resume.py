@@ -74,6 +74,9 @@ def test_stopped_in_any_way_it_comes_to_the_same_files(tmp_path, command, monkey
     capfd.readouterr()
     assert memflow(*command("parts", "--batch", batch, "--resume")) == 0
     assert capfd.readouterr().out.count("is complete already") == 3 - batch
+    # With the history of a run, but for another folder, it would leave nothing there.
+    assert memflow(*command("parts", "--batch", batch, "--resume", "--out", tmp_path / "elsewhere")) == 2
+    assert "elsewhere/story-000/video.mp4 is not there" in capfd.readouterr().err
 
 
 def test_a_run_that_goes_on_divides_its_history_as_before(tmp_path, command, monkeypatch, capfd):
