@@ -58,10 +58,10 @@ class SplitPolicy:
 def split_policy(policy: Policy | None, ranks: Ranks) -> Policy | None:
     """The policy, as all ranks can follow it together. A ValueError for one that is not known here, because it might
     choose other frames on every rank."""
-    if isinstance(policy, (Relevance, Coverage)):
-        return SplitPolicy(policy, ranks)
-    if policy is None or isinstance(policy, Random):
+    if policy is None or type(policy) is Random:
         return policy
+    if isinstance(policy, (Relevance, Coverage)) and type(policy) in (Relevance, Coverage):
+        return SplitPolicy(policy, ranks)
     raise ValueError(
         f"with several processes the bank is chosen by Relevance, Coverage or Random, got a {type(policy).__name__}: a "
         f"process sees the keys of its own heads only, and all must choose the same frames"

@@ -12,7 +12,9 @@ from split_streams import CASES, HEADS, LAYERS, STOPPED, cache_tensors, make_mod
 from memflow_ops.bench.scaling import Cost
 from memflow_ops.bench.sizes import Size
 from memflow_ops.cache.attend import HeadShare
+from memflow_ops.cache.policies import Coverage, Relevance
 from memflow_ops.model.parallel.ranks import check_ranks, launched_ranks, possible_ranks, rank_device
+from memflow_ops.model.parallel.retrieval import split_policy
 from memflow_ops.model.parallel.state import own_state
 
 HERE = Path(__file__).parent
@@ -138,6 +140,18 @@ def test_heads_that_cannot_be_dealt_out_are_refused_with_what_can(heads, possibl
     words = f"{', '.join(map(str, possible))} processes are possible" if possible else "only 1 process is possible"
     with pytest.raises(ValueError, match=f"{heads} attention heads cannot be dealt out to 7 processes: {words}"):
         check_ranks(heads, 7)
+
+
+@pytest.mark.parametrize("kind", [Relevance, Coverage])
+def test_a_policy_that_is_made_from_one_of_ours_is_refused(kind):
+    """It may choose otherwise, and this would be lost."""
+
+    class Mine(kind):
+        pass
+
+    assert split_policy(kind(2), None).policy.bank_frames == 2
+    with pytest.raises(ValueError, match="got a Mine"):
+        split_policy(Mine(2), None)
 
 
 def test_only_torchrun_makes_several():
