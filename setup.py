@@ -77,7 +77,7 @@ setup(
         "safetensors",
         "typer>=0.29",
         "rich",
-        "av>=14.0.1",  # FFmpeg 7.1: mp4 files that grow
+        "av>=15",  # what older ones encode in fragments of their own they cannot read
         "matplotlib",
     ],
     extras_require={
