@@ -128,7 +128,10 @@ def _stream_with_snapshots(
         return {**made, "streams": states, "stores": states[0]["cache"].get("stores", [])}
 
     def snapshot(now: bool) -> None:
-        if now or snapshots.is_due(len(run.chunks)):
+        # A stream that was interrupted between commit and return is ahead of the video, and the last snapshot stays.
+        made = len(run.chunks), len(run.baseline_frames)
+        in_step = all(stream.cache.committed == count for stream, count in zip(streams, made, strict=False))
+        if in_step and (now or snapshots.is_due(len(run.chunks))):
             snapshots.save(state)
 
     write_stories([run], [writer], partial(_rounds, run, streams, writer), _files, report, PICTURES, snapshot)
