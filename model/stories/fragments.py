@@ -8,6 +8,7 @@ that never stopped, as long as the number of the encoder's threads, of which its
 import io
 import os
 import struct
+import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +29,8 @@ from memflow_ops.model.stories.video import (
 )
 
 MOST_THREADS = 8
+PART_BYTES = 1 << 20
+"""What is read at a time of a video that goes on."""
 KEY_FRAMES = 250
 """The distance of key frames inside a fragment, whose first frame is always one. It is the same for all, because
 the header that they share depends on it."""
@@ -46,7 +49,7 @@ class FragmentWriter:
             raise ValueError(f"a yuv420p video has even sides, got {width} x {height} pixels times {scale}")
         self.path, self.growing = path, path.with_suffix(f".part{path.suffix}")
         self.shape, self.scale, self.fps = (height, width), scale, fps
-        self.frames = self._fragments = 0
+        self.frames = self._fragments = self._crc32 = 0
         self._threads = min(os.cpu_count() or 1, MOST_THREADS)
         self._lock = ExitStack()
         self._lock.enter_context(locked(path, wait=False))
@@ -59,18 +62,21 @@ class FragmentWriter:
         self._begin()
         os.fsync(self._file.fileno())
         size = os.fstat(self._file.fileno()).st_size
-        return {"bytes": size, "frames": self.frames, "fragments": self._fragments, "threads": self._threads}
+        made = {"frames": self.frames, "fragments": self._fragments, "threads": self._threads}
+        return {"bytes": size, "crc32": self._crc32, **made}
 
     def cut_back(self, position: Mapping[str, int]) -> None:
         """Goes back to where the video was, before anything has been written. An OSError where the file does not reach
-        as far."""
+        as far, or is not what was written until there."""
         size = os.fstat(self._file.fileno()).st_size
         if size < position["bytes"]:
             raise OSError(f"{self.growing} has {size} bytes, and the video that is to go on had {position['bytes']}")
+        if self._checksum(position["bytes"]) != position["crc32"]:
+            raise OSError(f"{self.growing} is not the video that is to go on, or is damaged: its checksum differs")
         self._file.truncate(position["bytes"])
         self._file.seek(position["bytes"])
         self.frames, self._fragments = position["frames"], position["fragments"]
-        self._threads = position["threads"]
+        self._threads, self._crc32 = position["threads"], position["crc32"]
 
     @contextmanager
     def closed_on_error(self) -> Iterator[None]:
@@ -88,6 +94,7 @@ class FragmentWriter:
         place = {"first_frame": self.frames, "number": self._fragments}
         start, fragment = encode_fragment(frames, fps=self.fps, scale=self.scale, threads=self._threads, **place)
         left = memoryview(fragment if self._fragments else start + fragment)
+        self._crc32 = zlib.crc32(left, self._crc32)
         while left:  # an unbuffered file may take a part
             left = left[self._file.write(left) :]
         self.frames += len(frames)
@@ -123,6 +130,15 @@ class FragmentWriter:
         if self._fragments == 0:
             self._file.truncate(0)
             self._file.seek(0)
+            self._crc32 = 0
+
+    def _checksum(self, size: int) -> int:
+        """The CRC-32 of so many bytes from the beginning of the file."""
+        crc32 = 0
+        self._file.seek(0)
+        while size and (part := self._file.read(min(size, PART_BYTES))):
+            crc32, size = zlib.crc32(part, crc32), size - len(part)
+        return crc32
 
     def __enter__(self) -> "FragmentWriter":
         return self

@@ -78,6 +78,20 @@ def test_a_video_that_is_shorter_than_it_was_is_refused(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_another_video_is_not_gone_on_with(tmp_path):
+    """Another run may have written to the folder meanwhile."""
+    positions = []
+    for frames in (chunks()[1], chunks()[2]):
+        with FragmentWriter(tmp_path / "v.mp4", SIZE, SIZE) as writer:
+            writer.write(frames)
+            positions.append(writer.position())
+            writer.write(frames)
+    with FragmentWriter(tmp_path / "v.mp4", SIZE, SIZE) as writer:
+        with pytest.raises(OSError, match=r"v\.part\.mp4 is not the video that is to go on, or is damaged"):
+            writer.cut_back(positions[0])
+        writer.cut_back(positions[1])
+
+
 def test_a_new_video_replaces_what_has_grown_before(tmp_path):
     (tmp_path / "v.part.mp4").write_bytes(b"of an earlier run" * 10000)
     assert whole(tmp_path / "v.mp4") == whole(tmp_path / "w.mp4")
