@@ -82,6 +82,7 @@ class FrameCache(RingCache):
         shape = (*sizes, layout.frame_tokens, *vectors) if layout.keeps_raw_keys else (0,)
         self._staged_keys = torch.empty(shape, dtype=layout.dtype, device=self.device)
         self._turn = torch.ones(layout.head_dim // 2, dtype=torch.complex64, device=self.device)
+        self._half_loaded = False  # whether a state could not be loaded to its end
         self._stores = [] if history is None or not layout.device_frames else self._make_stores(history)
         self._stories = [self._new_story(number) for number in range(layout.batch)]
         self._table = HistorySlotTable(layout, self.device, self._stories)
@@ -102,6 +103,7 @@ class FrameCache(RingCache):
     # ------------------------------------------------------------------------------------------------------ the chunk
 
     def begin_chunk(self) -> int:
+        self._check_loaded("begin_chunk")
         first_frame = super().begin_chunk()
         if self.layout.positions == "bounded":
             self._turn.copy_(frame_turn(self.layout.head_dim, -self._virtual_shift(), self.device))
@@ -323,6 +325,7 @@ class FrameCache(RingCache):
 
         The choice stays on the device where the policy can leave it there and no frame has to be moved.
         """
+        self._check_loaded("choose_bank")
         if policy is None or not self.candidate_frames()[0]:
             return Retrieved.nothing(self.layout.batch)
         if isinstance(policy, DevicePolicy) and self.moves_nothing():
@@ -414,6 +417,7 @@ class FrameCache(RingCache):
         when this returns. It can be loaded by a cache that has the same folder.
         """
         self._check_between_chunks("state_dict")
+        self._check_loaded("state_dict")
         layout = self.layout
         ring = range(self._ring_start, self._ring_start + len(self._ring))
         stored = min(layout.sink_frames, self._committed * layout.chunk_frames)
@@ -443,6 +447,8 @@ class FrameCache(RingCache):
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """As in `RingCache`. A StoreError where the history folder does not give what the state names; what it held
+        before is lost then, and the cache takes nothing but a state that can be loaded."""
         check_layout(self.layout, state.get("layout"))
         places = [place + self._copied_before(place) for place in state["places"]]
         check_places("pools", self._bank, places, state["pools"])
@@ -461,6 +467,7 @@ class FrameCache(RingCache):
         for story, history, host in zip(stories, state["history"], state["host"], strict=True):
             story.load(history, host)
             story.evicted = state["ever_evicted"]
+        self._half_loaded = True
         for number, (store, of_story) in enumerate(zip(self._stores, parts, strict=True)):
             store.go_on(of_story, stories[number].history)
             for prototype in stories[number].history.values():
@@ -474,8 +481,13 @@ class FrameCache(RingCache):
         self._stories[:] = stories  # in place, because the slot table follows this list
         self._go_on_after(state["committed"], frames)
         self._clear_bank()
+        self._half_loaded = False
 
     # ---------------------------------------------------------------------------------------------------------- details
+
+    def _check_loaded(self, what: str) -> None:
+        if self._half_loaded:
+            raise RuntimeError(f"{what}: a state could not be loaded to its end; load one that can be read")
 
     def _copied_before(self, place: int) -> int:
         """How many places for copies lie before a frame place of sink, ring or history. Saved places are counted

@@ -9,7 +9,7 @@ import pytest
 import torch
 from test_resume import assert_same, chunks_of, encode, make, model, prompts_of, settings_of  # noqa: F401
 
-from memflow_ops.cache.segment import Segment
+from memflow_ops.cache.segment import Segment, StoreError
 from memflow_ops.cache.store import HistoryFolder
 from memflow_ops.model.streaming.streamer import Streamer, stream
 
@@ -76,6 +76,26 @@ def test_all_of_the_past_on_the_device_is_kept_too(model, tmp_path):  # noqa: F8
     second.load_state_dict(state)
     for got, want in zip(chunks_of(second, 6), whole[8:], strict=True):
         assert_same(got, want)
+
+
+def test_a_state_that_cannot_be_read_leaves_nothing_that_could_go_on(model, tmp_path):  # noqa: F811
+    """Frames of two states would be mixed without a word."""
+    first = on_disk(model, tmp_path, {})
+    chunks_of(first, 10)
+    state = first.state_dict()
+    want = chunks_of(first, 3)
+    records = next(iter(first.history._segments.values())).path
+    content = records.read_bytes()
+    records.write_bytes(bytes([content[0] ^ 1]) + content[1:])
+    with pytest.raises(StoreError, match="is damaged in record 0"):
+        first.load_state_dict(state)
+    for doing in (lambda: chunks_of(first, 1), first.state_dict, first.cache.begin_chunk):
+        with pytest.raises(RuntimeError, match="a state could not be loaded to its end"):
+            doing()
+    records.write_bytes(content)
+    first.load_state_dict(state)
+    for got, other in zip(chunks_of(first, 3), want, strict=True):
+        assert_same(got, other)
 
 
 @pytest.mark.parametrize("disk", [True, False], ids=["on disk", "in memory"])
