@@ -145,7 +145,7 @@ def attend_to_memory(
             layer, q, k, v, rotation, norm, remember=remember,
             memory_rotation=None if memory_q is None else moved[0], memory_q=memory_q, impl=impl,
         )  # fmt: skip
-        if turn is not None and memory_q is None and not (last or beside):
+        if turn is not None and memory_q is None and (observe is not None or not (last or beside)):
             memory_q = move_frames(q, turn)
         memory = cache.memory(layer)
         if active is not None and active.random is not None and not reuse:

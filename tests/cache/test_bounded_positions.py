@@ -213,9 +213,14 @@ def test_an_observer_sees_the_queries_that_choose():
     streamed = make()
     rotation = opened(streamed, 9, selection)
     x = numbers(77)
-    attend_to_memory(streamed.cache, rotation, selection, observe=lambda *given: seen.append(given))(0, *x)
+    observed = {"observe": lambda *given: seen.append(given)}
+    attend_to_memory(streamed.cache, rotation, selection, **observed)(0, *x)
+    last = attend_to_memory(streamed.cache, rotation, selection, keys_only=True, **observed)
+    last(1, *x)
+    last(1, *x.clone().requires_grad_())
     turned = move_frames(apply_rotation(x[0], *rotation), frame_turn(SIZE, 2 - 24, torch.device("cpu")))
-    torch.testing.assert_close(seen[0][1], turned, rtol=1e-6, atol=1e-6)
+    for _, q, _ in seen:
+        torch.testing.assert_close(q, turned, rtol=1e-6, atol=1e-6)
 
 
 def test_a_saved_state_goes_on_and_one_of_other_positions_is_refused():
