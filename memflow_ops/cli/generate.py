@@ -216,6 +216,7 @@ def generate(
             shard_weights,
             as_history(
                 None if history_dir is None else history_dir.absolute(),
+                out,
                 device_frames=device_frames,
                 host_frames=host_frames,
                 every=snapshot_every,

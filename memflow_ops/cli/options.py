@@ -346,11 +346,14 @@ def as_settings(**options: Any) -> dict[str, Any]:
     return changes
 
 
-def as_history(folder: Path | None, **options: Any) -> HistoryOptions | None:
-    """What `HistoryOptions` takes. Raises a ValueError where there is no folder for what is asked."""
+def as_history(folder: Path | None, out: Path, **options: Any) -> HistoryOptions | None:
+    """What `HistoryOptions` takes. out: where the files of the stories go. Raises a ValueError where there is no folder
+    for what is asked, or where both are one, which has a run.json each."""
+    if folder is not None and folder.resolve() == out.resolve():
+        raise ValueError(f"--history-dir and --out are the same folder, {out}: name another one for the history")
     if folder is not None:
         return HistoryOptions(folder, **options)
-    given = [name for name, value in options.items() if value]
+    given = [name for name, value in options.items() if value is not None and value is not False]
     if given:
         names = ["snapshot_every" if name == "every" else name for name in given]
         raise ValueError(f"{named(names)} needs --history-dir, the folder that the past and its snapshots are kept in")

@@ -181,6 +181,7 @@ def generate(
             baseline=baseline,
             history=as_history(
                 history_dir,
+                out,
                 device_frames=device_frames,
                 host_frames=host_frames,
                 every=snapshot_every,

@@ -5,6 +5,7 @@ files of Self-Forcing, LongLive and MemFlow. `layouts` has their names of weight
 """
 
 import json
+import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 from memflow_ops.ops.checks import FLOATS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAMPLED = 256
+"""Numbers of a weight, and up to twice as many, that its fingerprint goes by."""
 _LORA_FILES = ("adapter_model", "pytorch_lora_weights")
 
 
@@ -66,6 +69,17 @@ class Pretrained:
     def parameters(self) -> int:
         """How many numbers the weights hold."""
         return sum(tensor.numel() for tensor in self.weights.values())
+
+    def fingerprint(self) -> str:
+        """Eight hexadecimal digits by which other weights of the same name are told from these: a CRC-32 of some
+        numbers of every weight, from all over it, because all of them would take seconds."""
+        total = 0
+        for name, weight in sorted(self.weights.items()):
+            flat = weight.detach().reshape(-1)
+            some = flat[:: flat.numel() // SAMPLED or 1].to(torch.float64).contiguous()
+            total = zlib.crc32(f"{name} {weight.dtype} {tuple(weight.shape)}".encode(), total)
+            total = zlib.crc32(some.numpy().data, total)
+        return f"{total:08x}"
 
 
 def read_pretrained(

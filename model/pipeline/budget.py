@@ -216,6 +216,12 @@ def fit_history(
 def _with_disk(budget: Callable[[int, int, int], Budget], disk: Disk, history: int, least: int) -> Budget:
     """Divides a history of so many frames, at least `least` on the device, over three tiers."""
     if disk.divided is not None:
+        asked = (disk.device_frames and max(least, disk.device_frames), disk.host_frames)
+        if any(most is not None and frames > most for frames, most in zip(disk.divided, asked, strict=False)):
+            raise ValueError(
+                f"the run in {disk.folder} keeps {disk.divided[0]} past frames on the device and {disk.divided[1]} in "
+                f"host memory, and goes on only with as many: give --device-frames and --host-frames as it was begun"
+            )
         return _checked_on_disk(_checked_on_host(_checked(budget(*disk.divided))))
     smallest = _checked(budget(least, 0, history - least))
     free, frame = smallest.free, smallest.layout.bank_frame_bytes

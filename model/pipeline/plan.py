@@ -91,6 +91,8 @@ class WanPlan:
     """The folder of its stream below the one of all files, and of its snapshots below that of all histories."""
     snapshots: Snapshots | None = None
     """Of its stream; keep the history on disk, and what an interrupted run goes on from."""
+    weights: str = ""
+    """The `Pretrained.fingerprint` of the transformer's weights."""
 
     @property
     def settings(self) -> StreamSettings:
@@ -131,7 +133,7 @@ def plan_streams(
     reason = why_not_record(free.device, settings, options.ranks)
     if options.cuda_graphs and reason:
         raise ValueError(f"no CUDA graphs for this stream: {reason}")
-    streams = []
+    streams, weights = [], pretrained.fingerprint()
     for numbers in group_stories(stories, options.batch):
         prompts = chunk_prompts([stories[numbers[0]]], options.frames_per_prompt, settings.chunk_frames)
         own = options.for_story(settings, stories[numbers[0]])
@@ -147,7 +149,10 @@ def plan_streams(
 
         budget = _budget_or_advice(budget_of, len(numbers))
         streams.append(
-            [WanPlan(list(stories[i]), folders[i], budget, options.seed + i, options, below) for i in numbers]
+            [
+                WanPlan(list(stories[i]), folders[i], budget, options.seed + i, options, below, weights=weights)
+                for i in numbers
+            ]
         )
     return streams
 
@@ -171,6 +176,8 @@ def identity(plans: Sequence[WanPlan], sources: Sources, device: torch.device) -
         "prompts": [plan.prompts for plan in plans],
         "seed": [plan.seed for plan in plans],
         "frames_per_prompt": options.frames_per_prompt,
+        "history_frames": options.history_frames,
+        "weights": plans[0].weights,
         "settings": asdict(plans[0].settings),
         "sources": {name: value for name, value in sources.described().items() if name != "dtype"},
         "dtype": str(sources.torch_dtype(device)),

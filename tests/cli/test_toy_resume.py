@@ -114,6 +114,26 @@ def test_an_error_costs_what_came_after_the_snapshot_and_no_more(tmp_path, comma
     assert_same_files(tmp_path / "parts", whole, timeline=True)
 
 
+@pytest.mark.parametrize("of_baseline", [False, True], ids=["story", "baseline"])
+def test_an_interruption_between_commit_and_return_loses_no_chunk(tmp_path, command, monkeypatch, of_baseline):
+    """The stream is then ahead of the video, and no snapshot may say that both are as far."""
+    more = () if of_baseline else ("--no-baseline",)
+    assert memflow(*command("whole", *more)) == 0
+    next_chunk = Streamer.next_chunk
+
+    def ending(streamer, *prompts):
+        made = next_chunk(streamer, *prompts)
+        if made.index == 6 and (streamer.settings.memory == "none") == of_baseline:
+            raise KeyboardInterrupt
+        return made
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Streamer, "next_chunk", ending)
+        assert memflow(*command("parts", "--snapshot-every", 2, *more)) == 130
+    assert memflow(*command("parts", "--snapshot-every", 2, "--resume", *more)) == 0
+    assert_same_files(tmp_path / "parts", tmp_path / "whole", timeline=not of_baseline)
+
+
 def kill_and_resume(words, points, patience=300):
     """Runs a command as a process of its own, kills it (SIGKILL) after so many seconds each time, and lets it go on."""
     run, resume = [sys.executable, "-m", "memflow_ops", *map(str, words)], []
@@ -169,6 +189,8 @@ def test_what_cannot_go_on_is_said_in_one_line(tmp_path, command, monkeypatch, c
     content = growing.read_bytes()
     growing.write_bytes(content[:-1])
     refused(capfd, "video.part.mp4 has ", *go_on, code=1)
+    growing.write_bytes(content[:2000] + bytes([content[2000] ^ 1]) + content[2001:])
+    refused(capfd, "video.part.mp4 is not the video that is to go on, or is damaged", *go_on, code=1)
     growing.write_bytes(content)
     snapshot = history / "snapshot.safetensors"
     whole = snapshot.read_bytes()
@@ -190,6 +212,8 @@ def test_what_cannot_go_on_is_said_in_one_line(tmp_path, command, monkeypatch, c
     [
         (("--resume",), "--resume needs --history-dir"),
         (("--snapshot-every", 3, "--host-frames", 2), "--host-frames, --snapshot-every needs --history-dir"),
+        (("--host-frames", 0), "--host-frames needs --history-dir"),
+        (("--history-dir", "out"), "--history-dir and --out are the same folder"),
         (("--history-dir", "h", "--device-frames", 2), "device_frames must hold the bank and the window's prototypes"),
         (("--history-dir", "h", "--host-frames", 2, "--memory", "sink"), "--host-frames would change nothing"),
     ],

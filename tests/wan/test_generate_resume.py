@@ -108,3 +108,32 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path,
     said = capfd.readouterr().err
     assert said.count("\n") == 1 and "a history of 8 frames needs" in said and "1,000 bytes are free" in said
     assert not (tmp_path / "out").exists()
+
+
+def test_other_weights_and_other_tiers_are_refused(tmp_path, command, monkeypatch, capfd):
+    """A checkpoint of the same name and sizes would make another video from the next chunk on."""
+    next_chunk, fingerprint = Streamer.next_chunk, plan.Pretrained.fingerprint
+
+    def ending(streamer, *prompts):
+        if streamer.cache.committed == 3:
+            raise KeyboardInterrupt
+        return next_chunk(streamer, *prompts)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Streamer, "next_chunk", ending)
+        assert memflow(*command("parts")) == 130
+
+    def other(pretrained):
+        pretrained.weights["head.head.bias"] = pretrained.weights["head.head.bias"] + 1
+        return fingerprint(pretrained)
+
+    capfd.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(plan.Pretrained, "fingerprint", other)
+        assert memflow(*command("parts", "--resume")) == 2
+    assert "holds another run: weights '" in capfd.readouterr().err
+    assert memflow(*command("parts", "--resume", "--history-frames", 5)) == 2
+    assert "holds another run: history_frames None, here 5" in capfd.readouterr().err
+    assert memflow(*command("parts", "--resume", "--host-frames", 0)) == 2
+    assert "keeps 4 past frames on the device and 1 in host memory" in capfd.readouterr().err
+    assert memflow(*command("parts", "--resume")) == 0

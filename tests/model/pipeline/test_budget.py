@@ -196,6 +196,10 @@ def test_what_fits_nowhere_else_is_on_disk_alone(host_free):
         assert budget.host_bytes <= host_free
     assert tiers(with_disk(10**9, host_free=10**9, device=9, host=2)) == (9, 2, 29)
     assert tiers(with_disk(10**9, host_free=10**9, divided=(8, 3, 29))) == (8, 3, 29)
+    assert tiers(with_disk(10**9, host_free=10**9, divided=(8, 3, 29), device=8, host=3)) == (8, 3, 29)
+    for fewer in ({"device": 7}, {"host": 2}):
+        with pytest.raises(ValueError, match="8 past frames on the device and 3 in host memory, and goes on only with"):
+            with_disk(10**9, host_free=10**9, divided=(8, 3, 29), **fewer)
 
 
 def test_the_plan_counts_all_three_tiers(tmp_path):
