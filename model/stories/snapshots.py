@@ -39,6 +39,8 @@ def run_in(folder: Path) -> dict[str, Any] | None:
         raise ValueError(f"{path} is damaged: {error}") from error
     if not isinstance(about, dict) or about.get("format") != FORMAT:
         raise ValueError(f"{path} is not of a run: expected the format {FORMAT!r}")
+    if not isinstance(about.get("finished"), bool) or not isinstance(about.get("run"), dict):
+        raise ValueError(f"{path} is damaged: it does not say what the run is, and whether it is finished")
     return about
 
 
@@ -99,9 +101,14 @@ class Snapshots:
         """Begins a run, or with `resume` finds where the one in the folder is to go on, if it has got anywhere.
 
         run: what the run is, as JSON takes it. A ValueError where the folder has another run, or an unfinished one that
-        is not to go on.
+        is not to go on, or a snapshot of which nothing says what it is of.
         """
         found = run_in(self.path)
+        if found is None and self._file.exists():
+            raise ValueError(
+                f"{self._file} is there and {self._about} is not, which says of what run: name another folder, or "
+                f"delete what is in this one"
+            )
         if found is not None and not found["finished"] and not resume and self._file.exists():
             raise ValueError(
                 f"{self.path} holds a run that was not finished: go on with it by --resume, or name another folder"

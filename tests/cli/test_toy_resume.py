@@ -185,6 +185,18 @@ def test_what_cannot_go_on_is_said_in_one_line(tmp_path, command, monkeypatch, c
     refused(capfd, "holds another run: seed 0, here 5", *go_on, "--seed", 5)
     refused(capfd, "holds another run: top_k 8, here 5", *go_on, "--top-k", 5)
     refused(capfd, "holds another run: baseline False, here True", *command("parts", "--resume"))
+    about = history / "run.json"
+    said = about.read_text()
+    for damage, words in (
+        (said[:-9], "run.json is damaged: "),
+        ("[]", "run.json is not of a run"),
+        ('{"format": "memflow-ops run 1", "finished": false}', "run.json is damaged: it does not say what the run is"),
+    ):
+        about.write_text(damage)
+        refused(capfd, words, *go_on)
+    about.unlink()
+    refused(capfd, "snapshot.safetensors is there and", *go_on)
+    about.write_text(said)
     growing = tmp_path / "parts" / "video.part.mp4"
     content = growing.read_bytes()
     growing.write_bytes(content[:-1])
