@@ -41,6 +41,7 @@ def test_two_processes_make_the_video_of_one(tmp_path, words):
     assert memflow(*words, "--out", tmp_path / "one") == 0
     one, two = (json.loads((tmp_path / name / "run.json").read_text()) for name in ("one", "two"))
     assert not two["interrupted"] and two["frames"] == one["frames"] == 69
+    assert two["cache_bytes"] == one["cache_bytes"]  # of all processes together
     for a, b in zip(one["chunks"], two["chunks"], strict=True):
         assert all(a[same] == b[same] for same in ("prompt", "first_frame", "retrieved", "candidates", "activation"))
     pixels = [read_video(tmp_path / name / "video.mp4").astype(int) for name in ("one", "two")]
