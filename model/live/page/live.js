@@ -255,7 +255,10 @@ function follow() {
     return item;
   });
   if (!items.length) {
-    items.push(element("li", info.kinds[0] === "memflow" ? "no older frames yet" : `memory "${info.kinds[0]}" retrieves nothing`));
+    const kind = info.kinds[0];
+    const chooses = kind === "memflow" || kind === "released";
+    const none = chooses ? "no older frames yet" : `memory "${kind}" retrieves nothing`;
+    items.push(element("li", row.retrieved.length ? `in the bank: frames ${row.retrieved.join(", ")}` : none));
     items[0].className = "nothing";
   }
   $("memory").dataset.chunk = row.chunk;

@@ -93,6 +93,16 @@ def test_the_strip_is_the_retrieval_report(browser, served):
         assert shares == [f"{int(100 * share + 0.5)} %" for share in row["activation"]]
 
 
+def test_a_bank_that_is_attended_to_in_full_is_named(browser):
+    import torch
+
+    released = toy_world(torch.device("cpu"), chunks=20, changes={"steps": 1, "memory": "released"})
+    with serving(released) as served, browser.tab(f"http://{served.address}/") as tab:
+        tab.until("document.getElementById('memory').textContent.startsWith('in the bank: frames 0')")
+        row = served.engine.find(name_of(tab)).rows[int(tab.value("document.getElementById('memory').dataset.chunk"))]
+        assert row["retrieved"] and not row["candidates"]
+
+
 def test_pause_restart_fork_and_refusals(browser, served):
     with browser.tab(f"http://{served.address}/") as tab:
         tab.until(PLAYS)
