@@ -385,8 +385,8 @@ def _prepare(
     model = load_model(weights or TOY_WEIGHTS, pick_device(device))
     settings.cache_layout(model, 1).check_room(model.patch_embedding.weight.device)
     name = str(weights) if weights else f"memflow_ops/model/weights/{TOY_WEIGHTS.name}"
-    digest = sha256(weights or TOY_WEIGHTS)
-    plans = make_toy_plans(stories, out, settings, weights=name, weights_sha256=digest, **planning)
+    digest, kind = sha256(weights or TOY_WEIGHTS), model.patch_embedding.weight.device.type
+    plans = make_toy_plans(stories, out, settings, weights=name, weights_sha256=digest, device=kind, **planning)
     for plan in plans:
         if plan.snapshots is not None:
             context.call_on_close(plan.snapshots.close)

@@ -42,6 +42,7 @@ def make_toy_plans(
     baseline: bool = True,
     weights: str = "",
     weights_sha256: str = "",
+    device: str = "",
     history: HistoryOptions | None = None,
 ) -> list[ToyPlan]:
     """Plans the stories and creates their folders. A folder that cannot be written to raises a ValueError.
@@ -60,7 +61,7 @@ def make_toy_plans(
         chunks = len(chunk_prompts([prompts], frames_per_prompt, settings.chunk_frames))
         room = _room(settings, chunks, history)
         folder = out if len(stories) == 1 else out / f"story-{i:03d}"
-        of_model = weights, weights_sha256
+        of_model = weights, weights_sha256, device
         plans.append(ToyPlan(list(prompts), folder, room, seed + i, frames_per_prompt, baseline, *of_model))
     make_folders([plan.folder for plan in plans], ("video.mp4", "frames.npz", "timeline.png", "run.json"))
     if history is not None:

@@ -38,6 +38,8 @@ class ToyPlan:
     weights: str = ""
     """the name of the weights in run.json"""
     weights_sha256: str = ""
+    device: str = ""
+    """the kind of device that it is made on"""
     snapshots: Snapshots | None = None
     """keep the history on disk, and what an interrupted run goes on from"""
 
@@ -49,6 +51,7 @@ class ToyPlan:
             "frames_per_prompt": self.frames_per_prompt,
             "baseline": self.baseline,
             "weights_sha256": self.weights_sha256,
+            "device": self.device,
             "settings": asdict(self.settings),
         }
 

@@ -194,6 +194,8 @@ def test_what_cannot_go_on_is_said_in_one_line(tmp_path, command, monkeypatch, c
     ):
         about.write_text(damage)
         refused(capfd, words, *go_on)
+    about.write_text(said.replace('"device": "cpu"', '"device": "cuda"'))
+    refused(capfd, "holds another run: device 'cuda', here 'cpu'", *go_on)
     about.unlink()
     refused(capfd, "snapshot.safetensors is there and", *go_on)
     about.write_text(said)
