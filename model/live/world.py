@@ -98,6 +98,6 @@ def toy_world(
         decoder=ToyPixels,
         record={
             **environment(device),
-            "weights": str(weights) if weights else f"memflow_ops/model/weights/{TOY_WEIGHTS.name}",
+            "weights": weights.name if weights else f"memflow_ops/model/weights/{TOY_WEIGHTS.name}",
         },
     )

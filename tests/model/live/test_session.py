@@ -18,6 +18,7 @@ from memflow_ops.model.live.viewer import MOST_NOTES, Viewer
 from memflow_ops.model.live.world import toy_world
 from memflow_ops.model.stories.video import to_pixels
 from memflow_ops.model.streaming.streamer import stream
+from memflow_ops.model.toy.checkpoint import TOY_WEIGHTS
 from memflow_ops.model.toy.language import embed_prompts
 
 REPORTED = ("retrieved", "relevance", "candidates", "activation")
@@ -80,6 +81,14 @@ def test_the_strip_is_the_retrieval_report_and_the_video_is_the_stream(world):
     assert shown.shape == (24, 256, 512, 3)
     assert np.abs(shown[:, :, :256].astype(int) - expected).mean() < 3
     assert np.abs(shown[:, :, 256:].astype(int) - expected)[-3:].mean() > 3  # without memory it is another video
+    live.close()
+
+
+def test_a_timeline_names_weights_without_the_path_to_them(tmp_path):
+    copy = tmp_path / "mine.safetensors"
+    copy.write_bytes(TOY_WEIGHTS.read_bytes())
+    live = session(toy_world(torch.device("cpu"), 4, copy))
+    assert live.timeline()["weights"] == "mine.safetensors" and str(tmp_path) not in json.dumps(live.timeline())
     live.close()
 
 
