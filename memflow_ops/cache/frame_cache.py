@@ -103,7 +103,7 @@ class FrameCache(RingCache):
     # ------------------------------------------------------------------------------------------------------ the chunk
 
     def begin_chunk(self) -> int:
-        self._check_loaded("begin_chunk")
+        self._check_usable("begin_chunk")
         first_frame = super().begin_chunk()
         if self.layout.positions == "bounded":
             self._turn.copy_(frame_turn(self.layout.head_dim, -self._virtual_shift(), self.device))
@@ -325,7 +325,7 @@ class FrameCache(RingCache):
 
         The choice stays on the device where the policy can leave it there and no frame has to be moved.
         """
-        self._check_loaded("choose_bank")
+        self._check_usable("choose_bank")
         if policy is None or not self.candidate_frames()[0]:
             return Retrieved.nothing(self.layout.batch)
         if isinstance(policy, DevicePolicy) and self.moves_nothing():
@@ -417,7 +417,7 @@ class FrameCache(RingCache):
         when this returns. It can be loaded by a cache that has the same folder.
         """
         self._check_between_chunks("state_dict")
-        self._check_loaded("state_dict")
+        self._check_usable("state_dict")
         layout = self.layout
         ring = range(self._ring_start, self._ring_start + len(self._ring))
         stored = min(layout.sink_frames, self._committed * layout.chunk_frames)
@@ -485,7 +485,9 @@ class FrameCache(RingCache):
 
     # ---------------------------------------------------------------------------------------------------------- details
 
-    def _check_loaded(self, what: str) -> None:
+    def _check_usable(self, what: str) -> None:
+        if self._stores and not self._leave_history.alive:
+            raise RuntimeError(f"{what}: the cache has been closed, and with it its history folder")
         if self._half_loaded:
             raise RuntimeError(f"{what}: a state could not be loaded to its end; load one that can be read")
 

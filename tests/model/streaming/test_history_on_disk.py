@@ -98,6 +98,16 @@ def test_a_state_that_cannot_be_read_leaves_nothing_that_could_go_on(model, tmp_
         assert_same(got, other)
 
 
+def test_a_stream_that_is_closed_says_so_before_it_makes_a_chunk(model, tmp_path):  # noqa: F811
+    first = on_disk(model, tmp_path, {})
+    second = first.fork()  # which keeps the folder open
+    first.close()
+    for doing in (lambda: chunks_of(first, 1), first.state_dict, first.fork):
+        with pytest.raises(RuntimeError, match="the cache has been closed"):
+            doing()
+    assert first.cache.committed == 0 and chunks_of(second, 1)
+
+
 @pytest.mark.parametrize("disk", [True, False], ids=["on disk", "in memory"])
 def test_two_continuations_of_one_past_do_not_disturb_each_other(model, tmp_path, disk):  # noqa: F811
     def begin(name):
