@@ -38,10 +38,13 @@ def as_autocast_does(*tensors: Any, to: torch.dtype | None = None) -> tuple[Any,
     if not dtypes or all(dtype == (to or dtypes[0]) for dtype in dtypes):
         return tensors
     kind = next(x.device.type for x in tensors if isinstance(x, Tensor))
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if kind not in _HAVE_AUTOCAST or not torch.is_autocast_enabled(kind):
         return tensors
     dtype = to or torch.get_autocast_dtype(kind)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _CAST_BY_AUTOCAST else x for x in tensors)
 
+
+# Asked here, because torch.compile of torch 2.11 cannot trace the question.
+_HAVE_AUTOCAST = frozenset(kind for kind in ("cpu", "cuda", "mps", "xpu") if torch.amp.is_autocast_available(kind))
 
 _CAST_BY_AUTOCAST = (torch.float16, torch.bfloat16, torch.float32)
