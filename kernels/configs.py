@@ -38,17 +38,12 @@ SPAN_BLOCKS = 256
 """Blocks of the bank that one program of span_kernel ranks in registers."""
 
 
-def part_totals_config() -> tuple[dict[str, int], dict[str, int]]:
-    """ROWS, COLUMNS and DIM_TILE of part_totals_kernel, and its launch options; as for span_kernel."""
-    return span_config()
-
-
 MERGE_LIMIT = 8192
 """The most candidates that one group may have in the last round: their keys fill the registers of a program."""
 
 
 def span_config() -> tuple[dict[str, int], dict[str, int]]:
-    """ROWS, COLUMNS and DIM_TILE of span_kernel, and its launch options. No more than 32 rows: see above."""
+    """ROWS, COLUMNS and DIM_TILE of span_kernel and part_totals_kernel, and launch options. No more than 32 rows: above."""
     return dict(ROWS=16, COLUMNS=SPAN_BLOCKS, DIM_TILE=16), dict(num_warps=8, num_stages=2)
 
 

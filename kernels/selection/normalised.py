@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from memflow_ops.geometry import PART_QUERIES, Geometry
-from memflow_ops.kernels.configs import part_totals_config
+from memflow_ops.kernels.configs import span_config
 from memflow_ops.kernels.integers import cdiv
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.primitives import row_pointers, strided
@@ -153,7 +153,7 @@ def plan_parts(
             launch, _ = plan_block_means(some, PART_QUERIES, length, torch.float32, "square", factors, of_some)
             launches.append(launch)
     totals = torch.empty((batch, heads, count), dtype=torch.float32, device=q.device)
-    tiles, options = part_totals_config()
+    tiles, options = span_config()
     arguments = dict(
         features=strided(features),
         bank=bank,
