@@ -43,7 +43,7 @@ MERGE_LIMIT = 8192
 
 
 def span_config() -> tuple[dict[str, int], dict[str, int]]:
-    """ROWS, COLUMNS and DIM_TILE of span_kernel and part_totals_kernel, and launch options. No more than 32 rows: above."""
+    """ROWS, COLUMNS and DIM_TILE of span_kernel and part_totals_kernel, and launch options. At most 32 rows: above."""
     return dict(ROWS=16, COLUMNS=SPAN_BLOCKS, DIM_TILE=16), dict(num_warps=8, num_stages=2)
 
 
