@@ -4,6 +4,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import re
 import stat
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -50,13 +51,32 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 def locked_folders(folders: Iterable[Path]) -> Iterator[None]:
     """Let only one process at a time write to these folders, which are there. Others get a ValueError.
 
-    The lock is a file in each folder, which is there while it is held.
+    The lock is a file in each folder, which is there while it is held. Temporary files of `replacing` whose process was
+    killed are deleted.
     """
     with ExitStack() as held:
         for folder in dict.fromkeys(folders):
             refusal = f"another process is writing to the folder {folder}: wait for it, or name another folder"
             held.enter_context(_held(folder / ".folder.lock", wait=False, refusal=refusal))
+            _delete_abandoned(folder)
         yield
+
+
+def _delete_abandoned(folder: Path) -> None:
+    for path in folder.glob(".*.tmp"):
+        number = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
+        if number and not _is_running(int(number[1])):
+            path.unlink(missing_ok=True)
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 @contextmanager

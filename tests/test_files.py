@@ -1,11 +1,13 @@
 """Files: a temporary name for each process, and a lock that one process holds at a time."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from memflow_ops.files import check_target, locked, write_atomically
+from memflow_ops.files import check_target, locked, locked_folders, write_atomically
 
 
 def test_two_processes_do_not_share_a_temporary_name(tmp_path, monkeypatch):
@@ -50,6 +52,18 @@ def test_the_lock_is_given_back_after_an_error(tmp_path):
         raise RuntimeError("a write failed")
     with locked(tmp_path / "bench.json", wait=False):
         pass
+
+
+def test_what_a_killed_process_left_half_written_is_deleted(tmp_path):
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    abandoned, running = (tmp_path / f".video.mp4.{number}.tmp" for number in (ended.pid, os.getpid()))
+    others = [tmp_path / name for name in (f"video.{ended.pid}.tmp", ".notes.tmp", f".video.mp4.{ended.pid}")]
+    for path in (abandoned, running, *others):
+        path.touch()
+    with locked_folders([tmp_path]):
+        assert not abandoned.exists()
+    assert all(path.exists() for path in (running, *others))
 
 
 def test_a_link_stays_one_and_its_target_is_written(tmp_path):

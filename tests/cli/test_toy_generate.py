@@ -115,7 +115,9 @@ def test_a_run_that_is_ended_leaves_a_playable_video(tmp_path, weights, end):
     story = write_story(tmp_path / "story.jsonl", STORY * 200)
     words = ("toy", "generate", story, "--out", tmp_path, "--weights", weights, "--device", "cpu")
     command = [sys.executable, "-m", "memflow_ops", *map(str, words), "--steps", "1", "--no-baseline"]
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests, and so the command, ignore SIGHUP
     running = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    signal.signal(signal.SIGHUP, before)
     growing = tmp_path / "video.part.mp4"
     patience = time.monotonic() + 500
     while not (growing.exists() and growing.stat().st_size > 4000):

@@ -21,6 +21,7 @@ RENAMED = [
     (r"(mul)\.(hi|wide)\.([su]\d+)", r"\1_\2_\3"),
     (r"(mad)\.wide\.([su]32)", r"\1_wide_\2"),
     (r"(div|rem|min|max)\.([su]\d+)", r"\1_\2"),
+    (r"(min|max)\.relu\.s32", r"\1_relu_s32"),
     (r"neg\.s(\d+)", r"neg_b\1"),
     (r"abs\.s32", "abs_s32"),
     (r"(and|or|xor)\.(?:b16|b32)", r"\1_b32"),

@@ -95,6 +95,11 @@ def cvt(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
             flags,
             size=SIZES[source],
         )
+    elif target in ("bf16", "f16") and source[0] in "su":
+        if rounding != ["rn"] or flags or SIZES[source] not in (2, 4):
+            return False
+        flags = ("BFLOAT16 " if target == "bf16" else "") + ("SIGNED" if source[0] == "s" else "")
+        assembler.emit("cvt_half_from_32", "R r", values, flags, size=SIZES[source])
     elif source == "f32":
         wide = SIZES[target] == 8
         if SIZES[target] < 4:

@@ -162,6 +162,14 @@ void op::cvt_f32_from_32(const Step& s) {
   else
     unary(s, [=](u32 a) { return as_bits(with_sign ? float(s32(a)) : float(a)); });
 }
+// An integer of up to 32 bits to a half precision, rounded once.
+void op::cvt_half_from_32(const Step& s) {
+  const bool with_sign = s.flag(SIGNED), bfloat16 = s.flag(BFLOAT16), is_short = s.instruction.size == 2;
+  unary(s, [=](u32 a) -> u32 {
+    double exact = with_sign ? (is_short ? s16(a) : s32(a)) : double(is_short ? u16(a) : a);
+    return to_half(round_to_odd(exact), bfloat16);
+  });
+}
 void op::cvt_f32_from_64(const Step& s) {
   bool with_sign = s.flag(SIGNED);
   u32* out = s.r(0);
