@@ -15,6 +15,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, CompiledKernel, make_backend
+from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.cache import get_cache_manager
 from triton.runtime.jit import create_function_from_signature
 
@@ -113,4 +114,5 @@ def launch_source(launch: Launch) -> ASTSource:
     bind = create_function_from_signature(kernel.signature, kernel.params, backend)
     bound, specialization, options = bind(**launch.arguments, **launch.compiler_options)
     _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, options)
-    return ASTSource(kernel, signature, constants, attributes)
+    made_of = GluonASTSource if kernel.is_gluon() else ASTSource
+    return made_of(kernel, signature, constants, attributes)

@@ -16,7 +16,7 @@ that follows it, and warns that 3.10 will not."""
 class Launch:
     """A jit kernel, its grid (programs per axis), all of its arguments by name, and num_warps and num_stages.
 
-    An argument may be a tuple, a named one too, of tensors, numbers, None and tuples.
+    An argument may be a tuple, a named one too, of tensors, numbers, None and tuples, or a tensor descriptor of Gluon.
     """
 
     kernel: Any
@@ -50,8 +50,9 @@ def run_all(steps: Iterable[Step]) -> None:
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[torch.Tensor]:
-    """The tensors among values and in tuples among them, in order."""
+    """The tensors among values, in tuples among them and behind tensor descriptors, in order."""
     for value in values:
+        value = getattr(value, "base", value) if hasattr(value, "block_shape") else value
         if isinstance(value, torch.Tensor):
             yield value
         elif isinstance(value, tuple):

@@ -18,6 +18,9 @@ REMOVABLE = (
     "wgmma_fence",
     "wgmma_commit_group",
     "wgmma_wait_group",
+    "mbarrier_arrive",
+    "mbarrier_arrive_expect_tx",
+    "mbarrier_try_wait",
 )
 HARMLESS = {
     "bar_sync": "Between two barriers that remain nothing is exchanged that they do not order, or both sides write the "
@@ -30,6 +33,9 @@ HARMLESS = {
     "wgmma_fence": "No register of the product was written since the fence before, or ptxas orders the write.",
     "wgmma_commit_group": "The product joins the next group, which is waited for.",
     "wgmma_wait_group": "The next wait comes before registers or shared memory are touched.",
+    "mbarrier_arrive": "Nobody waits for the phase that then does not end.",
+    "mbarrier_arrive_expect_tx": "Nobody waits for the phase that then does not end.",
+    "mbarrier_try_wait": "A slot is filled for the first time, or a wait for a later phase covers this one.",
 }
 """Why taking one out may change nothing."""
 
@@ -49,7 +55,7 @@ class Mutation:
         if (program.name, len(program.code)) != (self.kernel, self.length):
             return program
         code = program.code.copy()
-        code[self.pc]["opcode"] = OPCODES["removed"]
+        code[self.pc]["opcode"] = OPCODES["waited" if self.kind == "mbarrier_try_wait" else "removed"]
         return replace(program, code=code)
 
 

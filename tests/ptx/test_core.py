@@ -5,67 +5,10 @@ import pytest
 
 pytest.importorskip("triton")
 
-from ptx_emulator.assembler import assemble
 from ptx_emulator.build import why_not
-from ptx_emulator.execution import MODES, execute
-from ptx_emulator.memory import Stretch
+from small_programs import STORE, THREADS, out, run
 
 pytestmark = pytest.mark.skipif(bool(why_not()), reason=why_not() or "g++ is there")
-
-THREADS = 64
-
-
-def run(
-    body, buffers=(), *, threads=THREADS, grid=1, shared=512, capability=80, mode="plain", limit=100_000, gap=slice(0)
-):
-    """The names of what is found. buffers: arrays and whether they have been written; %rd30 and on point to them.
-
-    gap: bytes of each that belong to no element.
-
-    %r1 is the thread, %r2 and %rd1 four times that.
-    """
-    parameters = ",\n".join(f".param .u64 .ptr .global .align 1 p{i}" for i in range(len(buffers)))
-    loads = "\n".join(f"ld.param.b64 %rd{30 + i}, [p{i}];" for i in range(len(buffers)))
-    program = assemble(f""".version 8.0
-.target sm_80
-.address_size 64
-.extern .shared .align 16 .b8 global_smem[];
-.visible .entry k(
-{parameters}
-)
-.reqntid {threads}
-{{
-    .reg .pred %p<20>;
-    .reg .b16 %rs<20>;
-    .reg .b32 %r<300>;
-    .reg .b64 %rd<40>;
-    {loads}
-    mov.u32 %r1, %tid.x;
-    shl.b32 %r2, %r1, 2;
-    cvt.u64.u32 %rd1, %r2;
-    {body}
-    ret;
-}}
-""")
-    memory = [
-        Stretch(array.ctypes.data, np.ones(array.nbytes, np.uint8), np.full(array.nbytes, written, np.uint8), "x", None)
-        for array, written in buffers
-    ]
-    for stretch in memory:
-        stretch.allowed[gap] = 0
-    pointers = np.frombuffer(np.array([x.base for x in memory] + [0], np.uint64).tobytes(), np.uint8).copy()
-    done = execute(program, (grid, 1, 1), shared, pointers, memory, capability, MODES[mode], limit)
-    return {found.kind.name for found in done.found}
-
-
-def out():
-    return np.zeros(THREADS, np.int32)
-
-
-STORE = """
-    add.s64 %rd2, %rd30, %rd1;
-    st.global.b32 [%rd2], %r10;
-"""
 
 
 def test_a_store():
@@ -80,7 +23,7 @@ def test_an_unknown_instruction_is_an_error_with_its_line():
     for form in (
         "cvt.rz.bf16.f32 %rs1, %r1;",
         "add.rz.f32 %r3, %r1, %r1;",
-        "bar.sync 1;",
+        "bar.arrive 1, 64;",
         "ld.volatile.global.b32 %r1, [%rd1];",
     ):
         with pytest.raises(ValueError, match="of the PTX"):

@@ -13,7 +13,7 @@ from ptx_emulator import encodings
 from ptx_emulator.operations import FLAGS, OPCODES, OPERANDS
 from ptx_emulator.program import INSTRUCTION, SIZES, SPECIAL, Parameter, Program, Registers, number
 
-IGNORED = (".loc", ".pragma", ".file", ".section", ".maxntid", ".minnctapersm")
+IGNORED = (".loc", ".pragma", ".file", ".section", ".maxntid", ".minnctapersm", ".maxnreg")
 
 RENAMED = [
     (r"(add|sub)\.[su](\d+)", r"\1_b\2"),
@@ -54,6 +54,11 @@ class Assembler:
         self.operands: list[tuple[int, str]] = []
         self.text: list[str] = []
         self.branches: list[tuple[int, str]] = []
+        self.jumps: list[tuple[int, str]] = []
+        """Places of `operands` that are the targets of a table."""
+        self.tables: dict[str, list[str]] = {}
+        self.scopes: list[tuple[dict[str, int], int, int]] = []
+        """Of each block that is open: its labels, and how many branches and jumps there were before it."""
         self.guard = (-1, 0)
         self.source = self.now = ""
 
@@ -85,6 +90,33 @@ class Assembler:
             )
         )  # fmt: skip
         self.text.append(f"{self.now}  [{self.source}]")
+
+    def append_targets(self, labels: list[str]) -> None:
+        """Append targets to the operands of the last operation."""
+        row = self.rows[-1]
+        self.jumps += [(row["first"] + row["count"] + i, label) for i, label in enumerate(labels)]
+        at = row["first"] + row["count"]
+        self.operands[at:at] = [(0, "r")] * len(labels)
+        row["count"] += len(labels)
+        row["used"] += len(labels)
+
+    def open_block(self) -> None:
+        self.scopes.append(({}, len(self.branches), len(self.jumps)))
+
+    def close_block(self) -> None:
+        """Resolve the branches to labels of the block; the others are to labels around it."""
+        labels, branches, jumps = self.scopes.pop()
+        for row, label in self.branches[branches:]:
+            if label in labels:
+                self.rows[row]["immediate"] = labels[label]
+        for place, label in self.jumps[jumps:]:
+            if label in labels:
+                self.operands[place] = (labels[label], "r")
+        left = [branch for branch in self.branches[branches:] if branch[1] not in labels]
+        self.branches[branches:] = left
+        self.jumps[jumps:] = [jump for jump in self.jumps[jumps:] if jump[1] not in labels]
+        if not self.scopes and (self.branches or self.jumps):
+            raise ValueError(f"no label {(self.branches + self.jumps)[0][1]}")
 
     def instruction(self, head: str, values: tuple[str, ...]) -> None:
         """One instruction without its guard: its name with modifiers, and its operands."""
@@ -130,18 +162,25 @@ def split_operands(text: str) -> tuple[str, ...]:
 
 def assemble(ptx: str) -> Program:
     """Assemble the one kernel of a PTX module."""
-    assembler, labels, depth = Assembler(), {}, 0
+    assembler = Assembler()
     name = re.search(r"\.entry (\w+)", ptx)[1]
     threads = int(re.search(r"\.reqntid (\d+)", ptx)[1])
+    registers_stated = re.search(r"\.maxnreg (\d+)", ptx)
     offset = 0
     header = re.search(r"\.entry \w+\((.*?)\)", ptx, re.S)[1]
-    for type_, parameter in re.findall(r"\.param \.(\w+)[^,\n]*?\s(\w+)\s*(?:,|$)", header.strip(), re.MULTILINE):
-        size = SIZES[type_]
-        offset = -(-offset // size) * size
+    for declaration in filter(None, map(str.strip, header.split(","))):
+        type_, parameter, count = re.fullmatch(
+            r"\.param (?:\.align \d+ )?\.([a-z]+\d+)\b.*?\s(\w+)(?:\[(\d+)\])?", declaration
+        ).groups()
+        align = re.match(r"\.param \.align (\d+) ", declaration)
+        size = SIZES[type_] * int(count or 1)
+        align = int(align[1]) if align else size
+        offset = -(-offset // align) * align
         assembler.parameters[parameter] = Parameter(type_, offset, size)
         offset += size
     body = ptx.index("{", ptx.index(".reqntid"))
     first_line = ptx.count("\n", 0, body) + 1
+    unfinished = ""
     for line_number, line in enumerate(ptx[body:].split("\n"), first_line):
         code, _, comment = line.partition("//")
         code = code.strip()
@@ -149,24 +188,34 @@ def assemble(ptx: str) -> Program:
             assembler.source = comment.strip()
         if not code or code.startswith(IGNORED):
             continue
+        if unfinished or re.match(r"[$\w]+: \.branchtargets", code):
+            unfinished += code
+            if not code.endswith(";"):
+                continue
+            table, targets = re.fullmatch(r"([$\w]+): \.branchtargets(.*);", unfinished).groups()
+            assembler.tables[table] = [target.strip() for target in targets.split(",")]
+            unfinished = ""
+            continue
         label = re.match(r"([$\w]+):(?!:)", code)
         if label:
-            labels[label[1]] = len(assembler.rows)
+            assembler.scopes[-1][0][label[1]] = len(assembler.rows)
             code = code[label.end() :].strip()
         # Braces of blocks stand alone or before a statement; those of operands after a name.
         for statement in code.split(";"):
             statement = statement.strip()
             while statement[:1] in ("{", "}"):
-                depth += 1 if statement[0] == "{" else -1
+                if statement[0] == "{":
+                    assembler.open_block()
+                else:
+                    if len(assembler.scopes) == 1:
+                        assembler.source, assembler.guard, assembler.now = "", (-1, 0), "end"
+                        assembler.emit("ret")
+                    assembler.close_block()
                 statement = statement[1:].strip()
             if statement:
                 assembler.line(statement, line_number)
-        if depth == 0:
+        if not assembler.scopes:
             break
-    assembler.source, assembler.guard, assembler.now = "", (-1, 0), "end"
-    assembler.emit("ret")
-    for row, label in assembler.branches:
-        assembler.rows[row]["immediate"] = labels[label]
     registers = assembler.registers
     code = np.zeros(len(assembler.rows), INSTRUCTION)
     for column in INSTRUCTION.names:
@@ -185,5 +234,6 @@ def assemble(ptx: str) -> Program:
         parameters=list(assembler.parameters.values()),
         parameter_bytes=offset,
         threads=threads,
+        max_registers=int(registers_stated[1]) if registers_stated else 0,
         text=assembler.text,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ptx_emulator.operations import CORE
 from ptx_emulator.program import INSTRUCTION
-from ptx_emulator.structures import Finding, Job, Region
+from ptx_emulator.structures import Finding, Job, Region, TensorMap
 
 BUILD = Path(__file__).parents[3] / "build" / "ptx"
 # Every operation rounds for itself: the compiler must not fuse a product with a sum.
@@ -40,8 +40,8 @@ def core() -> ctypes.CDLL:
         (own / "core.so").replace(library)
         shutil.rmtree(own)
     loaded = ctypes.CDLL(str(library))
-    sizes = [loaded.size_of(number) for number in range(4)]
-    expected = [INSTRUCTION.itemsize, *(ctypes.sizeof(structure) for structure in (Region, Finding, Job))]
+    sizes = [loaded.size_of(number) for number in range(5)]
+    expected = [INSTRUCTION.itemsize, *(ctypes.sizeof(structure) for structure in (Region, Finding, Job, TensorMap))]
     assert sizes == expected, f"interface.h and structures.py disagree: {sizes} and {expected} bytes"
     return loaded
 

@@ -8,7 +8,8 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from ptx_emulator.operations import COMPARISONS, SIZES, UNSIGNED_COMPARISONS
+from ptx_emulator.operations import COMPARISONS, PARAMETERS, SIZES, UNSIGNED_COMPARISONS
+from ptx_emulator.program import number
 
 ALL_LANES = ("-1", "0xffffffff", "0xFFFFFFFF", "4294967295")
 ROUNDINGS = {"rzi": 0, "rni": 1, "rmi": 2, "rpi": 3}
@@ -33,6 +34,9 @@ def repeated(letter: str, count: int) -> str:
 def mov(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
     target, source = values
     wide = SIZES.get(parts[0]) == 8
+    if source in assembler.parameters:  # the address of a parameter
+        assembler.emit("mov_b64", "D d", (target, str(PARAMETERS + assembler.parameters[source].offset)))
+        return parts == ["b64"]
     if parts == ["pred"]:
         assembler.emit("mov_pred", "P p", values)
     elif target.startswith("{"):
@@ -183,12 +187,65 @@ def transfer(assembler: Any, loads: bool, parts: list[str], values: tuple[str, .
 
 
 def cp(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
+    if "bulk" in parts:
+        return tensor_copy(assembler, parts, values)
     target, target_offset = address(values[0])
     source, source_offset = address(values[1])
     size = values[3] if len(values) > 3 else "_"
     fields = dict(size=int(values[2], 0), kind=target_offset, immediate=source_offset)
     assembler.emit("cp_async", "r d r", (target, source, size), **fields)
     return parts[0] == "async" and parts[1] in ("ca", "cg") and parts[2:4] == ["shared", "global"]
+
+
+def tensor_copy(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
+    """`cp.async.bulk.tensor.2d.shared::cta.global.mbarrier::complete_tx::bytes [to], [map, {x, y}], [mbarrier]`"""
+    found = re.fullmatch(r"\[\s*([^,\s]+)\s*,\s*(\{.*\})\s*\]", values[1])
+    if not found:
+        return False
+    dimensions = int(parts[3].rstrip("d"))
+    tensor, places = found.groups()
+    coordinates = items(places)
+    (target, offset), (barrier, barrier_offset) = address(values[0]), address(values[2])
+    letters = f"r d {repeated('r', dimensions)} r"
+    assembler.emit("cp_async_bulk_tensor", letters, (target, tensor, *coordinates, barrier), width=dimensions)
+    known = parts[:3] == ["async", "bulk", "tensor"] and parts[4] in ("shared::cta", "shared::cluster")
+    known &= parts[5:] == ["global", "mbarrier::complete_tx::bytes"] and not offset and not barrier_offset
+    return known and len(coordinates) == dimensions and len(values) == 3
+
+
+def mbarrier(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
+    """init, inval, arrive, arrive.expect_tx and try_wait.parity of an mbarrier of this program."""
+    what = ".".join(part for part in parts if part not in ("shared::cta", "shared", "b64"))
+    if what == "init":
+        base, offset = address(values[0])
+        assembler.emit("mbarrier_init", "r", (base,), kind=offset, size=number(values[1]))
+    elif what == "inval":
+        base, offset = address(values[0])
+        assembler.emit("mbarrier_inval", "r", (base,), kind=offset)
+    elif what == "arrive" and values[0] == "_":
+        base, offset = address(values[1])
+        count = number(values[2]) if len(values) > 2 else 1
+        assembler.emit("mbarrier_arrive", "r", (base,), kind=offset, size=count)
+    elif what == "arrive.expect_tx" and values[0] == "_":
+        base, offset = address(values[1])
+        assembler.emit("mbarrier_arrive_expect_tx", "r r", (base, values[2]), kind=offset)
+    elif what == "try_wait.parity" and len(values) == 3:
+        base, offset = address(values[1])
+        assembler.emit("mbarrier_try_wait", "P r r", (values[0], base, values[2]), kind=offset)
+    else:
+        return False
+    return "shared::cta" in parts or "shared" in parts
+
+
+def setmaxnreg(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
+    assembler.emit("setmaxnreg", size=number(values[0]), kind=int(parts[0] == "inc"))
+    return parts[0] in ("inc", "dec") and parts[1:] == ["sync", "aligned", "u32"]
+
+
+def cvta(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
+    """Of the address of a parameter, which is generic here."""
+    assembler.emit("mov_b64", "D d", values)
+    return parts == ["param", "u64"]
 
 
 def matrix(loads: bool) -> Callable[[Any, list[str], tuple[str, ...]], bool]:
@@ -239,8 +296,10 @@ def barrier(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
     if parts[0] == "warp":
         assembler.emit("bar_warp_sync")
         return parts == ["warp", "sync"] and values[0] in ALL_LANES
-    assembler.emit("bar_sync")
-    return ".".join(parts) in ("sync", "cta.sync", "sync.aligned", "cta.sync.aligned") and values == ("0",)
+    which, threads = number(values[0]), number(values[1]) if len(values) > 1 else 0
+    assembler.emit("bar_sync", immediate=which, size=threads)
+    known = ".".join(parts) in ("sync", "cta.sync", "sync.aligned", "cta.sync.aligned")
+    return known and 0 <= which < 16 and threads % 32 == 0
 
 
 def fence(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
@@ -295,6 +354,14 @@ def bra(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
     return parts in ([], ["uni"])
 
 
+def brx(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
+    """`brx.idx index, table`, where the table is `table: .branchtargets a, b;`"""
+    targets = assembler.tables[values[1]]
+    assembler.emit("brx_idx", "r", values[:1])
+    assembler.append_targets(targets)
+    return parts == ["idx"]
+
+
 ENCODINGS: dict[str, Callable[[Any, list[str], tuple[str, ...]], bool]] = {
     "mov": mov,
     "setp": setp,
@@ -316,5 +383,9 @@ ENCODINGS: dict[str, Callable[[Any, list[str], tuple[str, ...]], bool]] = {
     "mma": mma,
     "wgmma": wgmma,
     "bra": bra,
+    "brx": brx,
+    "mbarrier": mbarrier,
+    "setmaxnreg": setmaxnreg,
+    "cvta": cvta,
     **{name: half(kind) for kind, name in enumerate(("fma", "mul", "add", "sub", "neg", "abs"))},
 }

@@ -17,7 +17,7 @@ FINDINGS = 256
 """The most that are kept of one launch."""
 
 LIMIT = 200_000_000
-"""Instructions that a warp may execute between two barriers."""
+"""Instructions that a warp may execute until it waits."""
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Mode:
     """How the hardware may behave, within its rules."""
 
     warp_order: int = 0
-    """Between barriers: 0 ascending, 1 descending, 2 random."""
+    """In which warps take turns: 0 ascending, 1 descending, 2 random."""
     program_order: int = 0
     """0 ascending, 1 descending."""
     approximation: int = 0
@@ -103,6 +103,8 @@ def execute(
         grid=tuple(grid),
         warps=program.threads // 32,
         parameters=parameters.ctypes.data,
+        parameter_bytes=len(parameters),
+        max_registers=program.max_registers,
         shared_bytes=shared_bytes,
         regions=ctypes.cast(regions, ctypes.c_void_p),
         region_count=len(memory),

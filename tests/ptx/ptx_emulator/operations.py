@@ -18,6 +18,9 @@ FLAGS: dict[str, int] = {
     )
 }
 
+PARAMETERS = int(re.search(r"PARAMETERS = (0x\w+)", (CORE / "interface.h").read_text(encoding="utf-8"))[1], 16)
+"""Where parameters lie for a kernel that takes the address of one."""
+
 COMPARISONS = ("eq", "ne", "lt", "le", "gt", "ge", "equ", "neu", "ltu", "leu", "gtu", "geu", "num", "nan")
 UNSIGNED_COMPARISONS = {"lo": "lt", "ls": "le", "hi": "gt", "hs": "ge"}
 

@@ -27,6 +27,7 @@ class Parameter:
     type: str
     offset: int
     size: int
+    """Bytes: 128 for a tensor map."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,8 @@ class Program:
     parameters: list[Parameter]
     parameter_bytes: int
     threads: int
+    max_registers: int
+    """Of a thread, as stated for setmaxnreg; 0: not at all."""
     text: list[str] = field(repr=False)
     """Each instruction as PTX, and the line of the kernel's source that it comes from."""
 

@@ -47,8 +47,8 @@ class Emulator:
             return
         compiled, flat = compile_to_ptx(launch, self.capability)
         program = self.change(compiled.program)
-        assert program.threads == 32 * launch.options["num_warps"]
-        parameters = parameter_bytes(program, flat)
+        assert program.threads == 32 * compiled.warps
+        parameters = parameter_bytes(compiled, flat)
         tensors = [(name, x) for name, value in launch.arguments.items() for x in tensors_in((value,))]
         memory = stretches(tensors, self.written)
         done = execute(program, launch.grid, compiled.shared_bytes, parameters, memory, self.capability, self.mode)

@@ -1,7 +1,7 @@
 """The structures of core/interface.h, field by field."""
 
 import ctypes
-from ctypes import c_int32, c_uint64, c_void_p
+from ctypes import c_int32, c_uint8, c_uint32, c_uint64, c_void_p
 
 
 class Region(ctypes.Structure):
@@ -13,6 +13,17 @@ class Finding(ctypes.Structure):
         *((name, c_int32) for name in ("kind", "pc", "other_pc", "program", "warp", "lane", "region")),
         ("address", c_uint64),
         ("count", c_uint64),
+    )
+
+
+class TensorMap(ctypes.Structure):
+    _fields_ = (
+        ("magic", c_uint32),
+        *((name, c_uint8) for name in ("dimensions", "element_size", "swizzle", "unused")),
+        ("base", c_uint64),
+        ("strides", c_uint64 * 4),
+        ("sizes", c_uint32 * 5),
+        ("box", c_uint32 * 5),
     )
 
 
@@ -32,6 +43,8 @@ class Job(ctypes.Structure):
         ("grid", c_int32 * 3),
         ("warps", c_int32),
         ("parameters", c_void_p),
+        ("parameter_bytes", c_int32),
+        ("max_registers", c_int32),
         ("shared_bytes", c_int32),
         ("regions", c_void_p),
         ("region_count", c_int32),

@@ -63,6 +63,21 @@ struct Finding {
   u64 address, count;
 };
 
+// What the driver encodes for tiled copies of a tensor, in the 128 bytes of a kernel's parameter. Dimension 0 is
+// contiguous; strides[i] is that of dimension i + 1. Elements outside of the tensor are copied as zeros.
+struct TensorMap {
+  u32 magic;
+  u8 dimensions, element_size, swizzle, unused;  // swizzle: 0, 32, 64 or 128 bytes
+  u64 base;
+  u64 strides[4];  // bytes
+  u32 sizes[5];    // elements
+  u32 box[5];
+};
+constexpr u32 TENSOR_MAP = 0x70616d74;
+
+// Where parameters lie for a kernel that takes the address of one.
+constexpr u64 PARAMETERS = 0x500000000000;
+
 // The constants of a register file lie behind its registers.
 struct Job {
   const Instruction* code;
@@ -79,6 +94,8 @@ struct Job {
   s32 grid[3];
   s32 warps;
   const u8* parameters;
+  s32 parameter_bytes;
+  s32 max_registers;  // of a thread at the start, which setmaxnreg changes; 0: not said
   s32 shared_bytes;
   const Region* regions;
   s32 region_count;

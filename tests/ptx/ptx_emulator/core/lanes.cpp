@@ -98,5 +98,5 @@ void op::membar(const Step&) {}  // memory is in order here; what orders warps i
 
 void op::fence_proxy_async(const Step& s) {
   s.warp.fences++;
-  s.warp.fence_epoch = s.machine.epoch;
+  s.warp.known_at_fence = s.warp.known;
 }

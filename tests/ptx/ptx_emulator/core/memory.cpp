@@ -93,31 +93,53 @@ bool Machine::read_shared(s32 pc, s32 lane, u32 address, u32 size, bool& undefin
   const Warp& reader = warps[current];
   for (u32 i = address; i < address + size; i++) {
     SharedByte& byte = shared_bytes[i];
-    if (byte.pending)
-      find(read_before_cp_async_landed, pc, byte.write_pc, lane, address);
+    const bool by_warp = byte.write_agent < job.warps;
+    if (byte.state == OF_MBARRIER)
+      find(mbarrier_accessed, pc, byte.write_pc, lane, address);
+    else if (byte.state == COPYING)
+      find(by_warp ? read_before_cp_async_landed : read_before_bulk_copy, pc, byte.write_pc, lane, address);
     else
       undefined |= !byte.defined;
-    if (byte.write_epoch == epoch) {
-      if (byte.write_warp != current)
-        find(shared_read_after_write, pc, byte.write_pc, lane, address);
-      else if (byte.write_lane != lane && byte.write_sync == reader.syncs && !by_wgmma)
-        find(warp_exchange_without_sync, pc, byte.write_pc, lane, address);
+    if (byte.write_agent != current) {
+      if (byte.write_time > reader.known[byte.write_agent])
+        find(by_warp ? shared_read_after_write : read_before_bulk_copy, pc, byte.write_pc, lane, address);
+    } else if (byte.write_time && byte.write_lane != lane && byte.write_sync == reader.syncs && !by_wgmma) {
+      find(warp_exchange_without_sync, pc, byte.write_pc, lane, address);
     }
-    if (by_wgmma && byte.defined && byte.write_epoch) {
-      // Either the writer has fenced since, or the reader after the barrier that followed the write.
-      bool fenced = warps[byte.write_warp].fences != byte.write_fences;
-      fenced |= reader.fences && reader.fence_epoch > byte.write_epoch;
+    if (by_wgmma && byte.defined && byte.write_time && by_warp) {
+      // Either the writer has fenced since, or the reader after it learned of the write.
+      bool fenced = warps[byte.write_agent].fences != byte.write_fences;
+      fenced |= byte.write_agent != current && reader.known_at_fence[byte.write_agent] >= byte.write_time;
       bool copied = job.code[byte.write_pc].opcode == OP_cp_async;
       Kind kind = copied ? wgmma_of_cp_async_without_proxy_fence : wgmma_without_proxy_fence;
       if (!fenced) find(kind, pc, byte.write_pc, lane, address);
     }
-    if (byte.read_epoch != epoch) byte.read_warps = 0;
-    byte.read_epoch = epoch;
-    byte.read_warps |= 1u << current;
     byte.read_pc = pc;
   }
+  std::fill_n(&read_times[current][address], size, reader.known[current]);
   if (undefined) find(undefined_shared_read, pc, -1, lane, address);
   return true;
+}
+
+// What stands against a write of the current warp, or of a bulk copy that it begins.
+void Machine::check_write(s32 pc, s32 lane, u32 address, u32 size, const u8* data, bool bulk) {
+  const Clock& known = warps[current].known;
+  for (u32 i = 0; i < size; i++) {
+    SharedByte& byte = shared_bytes[address + i];
+    const bool by_warp = byte.write_agent < job.warps;
+    bool same = data && byte.defined && shared[address + i] == data[i];
+    if (byte.state == OF_MBARRIER) find(mbarrier_accessed, pc, byte.write_pc, lane, address);
+    if (byte.state == COPYING)
+      find(by_warp ? write_before_cp_async_landed : write_before_bulk_copy, pc, byte.write_pc, lane, address);
+    if (byte.write_agent != current && byte.write_time > known[byte.write_agent])
+      find(!by_warp ? write_before_bulk_copy : same ? shared_same_value_twice : shared_write_after_write, pc,
+           byte.write_pc, lane, address);
+  }
+  for (s32 w = 0; w < job.warps; w++) {
+    const u32* times = &read_times[w][address];
+    if (w != current && std::any_of(times, times + size, [&](u32 time) { return time > known[w]; }))
+      find(bulk ? bulk_copy_over_reads : shared_write_after_read, pc, shared_bytes[address].read_pc, lane, address);
+  }
 }
 
 // Marks a write of the current warp; locks of products in flight are looked at here.
@@ -126,9 +148,9 @@ void Machine::mark_shared(s32 pc, s32 lane, u32 address, u32 size) {
   for (u32 i = address; i < address + size; i++) {
     SharedByte& byte = shared_bytes[i];
     if (locks[i / 16]) find(write_while_wgmma_reads, pc, -1, lane, address);
-    byte.write_epoch = epoch;
+    byte.write_time = writer.known[current];
     byte.write_pc = pc;
-    byte.write_warp = u8(current);
+    byte.write_agent = u8(current);
     byte.write_lane = u8(lane);
     byte.write_sync = writer.syncs;
     byte.write_fences = writer.fences;
@@ -140,16 +162,10 @@ bool Machine::write_shared(s32 pc, s32 lane, u32 address, u32 size, const u8* da
     find(shared_out_of_bounds, pc, -1, lane, address);
     return false;
   }
-  for (u32 i = 0; i < size; i++) {
-    SharedByte& byte = shared_bytes[address + i];
-    bool same = data && byte.defined && shared[address + i] == data[i];
-    if (byte.pending) find(write_before_cp_async_landed, pc, byte.write_pc, lane, address);
-    if (byte.write_epoch == epoch && byte.write_warp != current)
-      find(same ? shared_same_value_twice : shared_write_after_write, pc, byte.write_pc, lane, address);
-    if (byte.read_epoch == epoch && (byte.read_warps & ~(1u << current)))
-      find(shared_write_after_read, pc, byte.read_pc, lane, address);
-    byte.defined = !undefined;
-    byte.pending = !data;
+  check_write(pc, lane, address, size, data, false);
+  for (u32 i = address; i < address + size; i++) {
+    shared_bytes[i].defined = !undefined;
+    shared_bytes[i].state = data ? PLAIN : COPYING;
   }
   mark_shared(pc, lane, address, size);
   if (data)
@@ -168,10 +184,62 @@ void Machine::land(std::vector<AsyncCopy>& copies) {
   for (const AsyncCopy& copy : copies) {
     mark_shared(copy.pc, copy.lane, copy.target, copy.size);
     for (u32 i = copy.target; i < copy.target + copy.size; i++) {
-      shared_bytes[i].pending = 0;
+      shared_bytes[i].state = PLAIN;
       shared_bytes[i].defined = !copy.undefined;
     }
     std::memcpy(&shared[copy.target], copy.data, copy.size);
   }
   copies.clear();
+}
+
+// A product reads its operands until it has been waited for.
+void Machine::end_product(const Product& product) {
+  for (u32 chunk : product.chunks) {
+    locks[chunk]--;
+    u32 first = 16 * chunk, size = std::min(16u, u32(shared.size()) - first);
+    std::fill_n(&read_times[current][first], size, warps[current].known[current]);
+    for (u32 i = first; i < first + size; i++) shared_bytes[i].read_pc = u32(product.pc);
+  }
+}
+
+// A bulk copy writes from its issue on, in the name of the mbarrier that it reports to.
+void Machine::begin_bulk_copy(BulkCopy copy, Mbarrier& barrier, s32 lane) {
+  const u32 size = u32(copy.data.size());
+  if (u64(copy.target) + size > shared.size()) {
+    find(shared_out_of_bounds, copy.pc, -1, lane, copy.target);
+    return;
+  }
+  if (warps[barrier.warp].fences == barrier.fences) find(mbarrier_without_proxy_fence, copy.pc, barrier.pc, lane);
+  check_write(copy.pc, lane, copy.target, size, nullptr, true);
+  for (u32 i = copy.target; i < copy.target + size; i++) {
+    SharedByte& byte = shared_bytes[i];
+    if (locks[i / 16]) find(write_while_wgmma_reads, copy.pc, byte.read_pc, lane, i);
+    byte.write_time = barrier.phase;
+    byte.write_pc = u32(copy.pc);
+    byte.write_agent = u8(barrier.agent);
+    byte.defined = 0;
+    byte.state = COPYING;
+  }
+  std::memset(&shared[copy.target], 0x7f, size);
+  barrier.copied = barrier.phase;
+  bulk_copies.push_back(std::move(copy));
+}
+
+// What bulk copies write is there, and their mbarriers are told: in any order.
+void Machine::land_bulk_copies() {
+  while (!bulk_copies.empty()) {
+    size_t next = job.warp_order == 2 ? random() % bulk_copies.size() : 0;
+    BulkCopy copy = std::move(bulk_copies[next]);
+    bulk_copies.erase(bulk_copies.begin() + s64(next));
+    for (u32 i = 0; i < copy.data.size(); i++) {
+      shared[copy.target + i] = copy.data[i];
+      shared_bytes[copy.target + i].defined = copy.defined[i];
+      shared_bytes[copy.target + i].state = PLAIN;
+    }
+    auto barrier = mbarriers.find(copy.mbarrier);
+    if (barrier == mbarriers.end())
+      find(mbarrier_missing, copy.pc, -1, 0, copy.mbarrier);
+    else
+      copied(barrier->second, copy.pc, copy.mbarrier, s64(copy.data.size()));
+  }
 }

@@ -151,7 +151,7 @@ void op::wgmma(const Step& s) {
   s.needs_all_lanes();
   const int columns = s.instruction.size, registers = columns / 2;
   Warp& warp = s.warp;
-  Product product;
+  Product product{s.pc, {}, {}, {}};
   float a[16][K];
   static thread_local std::vector<float> b;
   std::vector<u8> bad_columns(columns);
@@ -232,7 +232,7 @@ void op::wgmma_wait_group(const Step& s) {
   auto& groups = s.warp.product_groups;
   while (s64(groups.size()) > s.instruction.immediate) {
     for (const Product& product : groups.front()) {
-      for (u32 chunk : product.chunks) s.machine.locks[chunk]--;
+      s.machine.end_product(product);
       for (s32 i : product.accumulators) s.warp.accumulating[i]--;
       for (s32 i : product.operands) s.warp.multiplying[i]--;
       s.warp.products_in_flight--;

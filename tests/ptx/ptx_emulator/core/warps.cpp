@@ -25,13 +25,15 @@ void choose_path(std::vector<Path>& paths) {
 
 bool accesses_memory(s32 opcode) {
   return opcode == OP_ld_global || opcode == OP_st_global || opcode == OP_ld_shared || opcode == OP_st_shared ||
-         opcode == OP_cp_async;
+         opcode == OP_cp_async || opcode == OP_cp_async_bulk_tensor || opcode == OP_mbarrier_init ||
+         opcode == OP_mbarrier_arrive || opcode == OP_mbarrier_arrive_expect_tx;
 }
 }  // namespace
 
 Machine::Machine(Job& given)
     : job(given), warps(given.warps), shared(given.shared_bytes), shared_bytes(given.shared_bytes) {
   locks.resize(job.shared_bytes / 16 + 1);
+  read_times.resize(job.warps);
   for (s32 i = 0; i < job.region_count; i++) global_pairs.emplace_back(job.regions[i].size / 2 + 1);
   random_state = job.seed * 0x9E3779B97F4A7C15ull + 1;
 }
@@ -60,6 +62,11 @@ void Machine::start(const u32 place[3]) {
   std::fill(shared.begin(), shared.end(), 0x7f);
   std::fill(shared_bytes.begin(), shared_bytes.end(), SharedByte{});
   std::fill(locks.begin(), locks.end(), 0);
+  for (auto& times : read_times) times.assign(job.shared_bytes, 0);
+  for (Barrier& barrier : barriers) barrier = Barrier{};
+  mbarriers.clear();
+  bulk_copies.clear();
+  agents = free_registers = 0;
   for (s32 w = 0; w < job.warps; w++) {
     Warp& warp = warps[w];
     warp = Warp{};
@@ -97,6 +104,10 @@ void Machine::start(const u32 place[3]) {
     }
     warp.paths = {{0, ALL}};
     warp.clock = 1;
+    warp.registers = job.max_registers;
+    warp.known.assign(job.warps + MBARRIERS, 0);
+    warp.known_at_fence = warp.known;
+    warp.known[w] = 1;
   }
 }
 
@@ -108,29 +119,33 @@ void Machine::run_program(u32 number, const u32 place[3]) {
   for (;;) {
     if (job.warp_order == 2)
       for (s32 i = job.warps - 1; i > 0; i--) std::swap(order[i], order[random() % (i + 1)]);
-    bool ran = false;
+    const u64 before = events;
+    bool ended = true;
     for (s32 w : order) {
       current = w;
       if (warps[w].ended) continue;
-      ran = true;
+      ended = false;
+      if (warps[w].waiting) continue;
       run_warp(warps[w]);
+      land_bulk_copies();
       if (stopped) return;
     }
-    if (!ran) break;
-    bool any_waits = false, any_ended = false;
-    for (s32 w = 0; w < job.warps; w++) {
-      any_waits |= warps[w].waiting;
-      any_ended |= warps[w].ended;
-      if (warps[w].waiting) current = w;
+    if (ended) break;
+    if (events == before) {
+      report_deadlock();
+      return;
     }
-    if (any_waits && any_ended) find(missing_arrivals, warps[current].paths[0].pc - 1);
-    for (Warp& warp : warps) {
-      warp.waiting = false;
-      warp.syncs++;
-    }
-    epoch++;
   }
   end_program();
+}
+
+// No warp can go on: each of them waits at a barrier, or for an mbarrier or registers.
+void Machine::report_deadlock() {
+  stopped = true;
+  for (current = 0; current < job.warps; current++) {
+    const Warp& warp = warps[current];
+    if (!warp.ended) find(warp.waiting ? missing_arrivals : endless_wait, warp.wait_pc);
+  }
 }
 
 void Machine::end_program() {
@@ -141,6 +156,9 @@ void Machine::end_program() {
     if (copies) find(cp_async_not_waited_for, job.code_length - 1);
     if (warp.products_in_flight) find(wgmma_not_waited_for, job.code_length - 1);
   }
+  current = 0;
+  for (auto& [address, barrier] : mbarriers)
+    if (barrier.copied > barrier.seen || barrier.bytes) find(bulk_copy_not_waited_for, barrier.pc, -1, 0, address);
 }
 
 // Registers of products in flight must be left alone, and wgmma must be told of ordinary writes to its registers.
@@ -187,11 +205,41 @@ void Machine::run_warp(Warp& warp) {
     }
     if (job.capability >= 90) track_registers(warp, instruction, pc);
     switch (instruction.opcode) {
-      case OP_bar_sync:
+      case OP_bar_sync:  // size: threads, 0 for all; immediate: which barrier
         if (lanes != ALL) find(divergent_sync, pc);
         warp.paths = {{pc + 1, ALL}};
-        warp.waiting = true;
+        at_barrier(warp, pc, s32(instruction.immediate), instruction.size ? instruction.size : 32 * job.warps);
         return;
+      case OP_mbarrier_try_wait:
+        if (!lanes || try_wait({*this, warp, instruction, job.operands + instruction.first, pc, active, lanes})) break;
+        warp.paths[0].pc = pc + 1;
+        return;
+      case OP_setmaxnreg:  // size: registers; kind: 1 for more of them
+        if (lanes != ALL) find(divergent_sync, pc);
+        if (set_registers(warp, pc, instruction.size, instruction.kind)) break;
+        warp.paths[0].pc = pc;
+        warp.wait_pc = pc;
+        return;
+      case OP_brx_idx: {  // operands: an index that all lanes share, and the targets, which are no registers
+        if (lanes == 0) break;
+        const s32* operands = job.operands + instruction.first;
+        const u32 *index = &warp.r32[size_t(operands[0]) * 32], chosen = index[first_lane(lanes)];
+        if (warp.undefined32[operands[0]] & lanes) find(undefined_branch, pc);
+        bool shared_by_all = true;
+        each_lane(lanes, [&](int l) { shared_by_all &= index[l] == chosen; });
+        if (!shared_by_all || lanes != active) find(divergent_sync, pc);
+        if (chosen >= u32(instruction.count - 1)) {
+          find(branch_out_of_table, pc, -1, first_lane(lanes), chosen);
+          stopped = true;
+          return;
+        }
+        pc = operands[1 + chosen];
+        if (warp.paths.size() > 1) {
+          warp.paths[0].pc = pc;
+          choose();
+        }
+        continue;
+      }
       case OP_bra:
         if (lanes == 0) break;
         if (lanes == active) {
@@ -214,6 +262,7 @@ void Machine::run_warp(Warp& warp) {
           warp.paths[0] = {pc + 1, active & ~lanes};
         if (warp.paths.empty()) {
           warp.ended = true;
+          events++;
           return;
         }
         choose();
@@ -227,9 +276,13 @@ void Machine::run_warp(Warp& warp) {
 
 // Handled above; the table wants a function for each operation.
 void op::bra(const Step&) {}
+void op::brx_idx(const Step&) {}
+void op::mbarrier_try_wait(const Step&) {}
+void op::setmaxnreg(const Step&) {}
 void op::ret(const Step&) {}
 void op::bar_sync(const Step&) {}
 void op::removed(const Step&) {}
+void op::waited(const Step& s) { s.set_p(0, ALL, 0); }  // an mbarrier_try_wait that does not wait
 
 // Runs all programs of a launch. 1: stopped at the limit of instructions.
 extern "C" int run_job(Job* job) {
@@ -244,6 +297,6 @@ extern "C" int run_job(Job* job) {
 }
 
 extern "C" int size_of(int structure) {
-  const int sizes[] = {sizeof(Instruction), sizeof(Region), sizeof(Finding), sizeof(Job)};
+  const int sizes[] = {sizeof(Instruction), sizeof(Region), sizeof(Finding), sizeof(Job), sizeof(TensorMap)};
   return sizes[structure];
 }
