@@ -3,9 +3,13 @@
     python -m memflow_ops.bench.where_memory_pays [--stories 8] [--lengths 24] [--banks 3 1 6 2] [--out FILE.json]
 
 Held-out stories are streamed with banks of several sizes and several numbers of activated blocks: those of the highest
-score by means (top) or by moments, and as many at random; without memory and with the whole history for comparison.
-Each setting is judged as `memflow toy evaluate` does, and is timed in turn with the others. Everything is written as
-soon as it is measured: after Ctrl-C the same command continues.
+score by means (top) or by moments, normalised where more queries share a choice than that changes nothing for
+(`--query-group`), and as many at random; without memory and with the whole history for comparison. Each setting is
+judged as `memflow toy evaluate` does, and is timed in turn with the others. Everything is written as soon as it is
+measured: after Ctrl-C the same command continues.
+
+All settings stream the same stories from the same noise, so they are compared return by return as well: how many of
+them one has got right and the other has not, and the p of a sign test (two-sided, exact) for that.
 """
 
 from __future__ import annotations
@@ -27,6 +31,7 @@ from memflow_ops.allocator import keep_freed_memory
 from memflow_ops.bench.harness.results import load, write_json
 from memflow_ops.environment import environment
 from memflow_ops.files import check_target, locked, sha256, write_atomically
+from memflow_ops.geometry import PART_QUERIES
 from memflow_ops.model.checkpoints.native import load_checkpoint
 from memflow_ops.model.plot_style import INK, PALE, new_figure, own_style, plain_panel, png
 from memflow_ops.model.streaming.settings import StreamSettings
@@ -42,8 +47,9 @@ BANKS = (3, 1, 6, 2)
 """Frames that are retrieved for a chunk, in the order in which they are measured."""
 TOP_K = (1, 2, 4, 8, 16)
 """Blocks that a query group activates; with every bank, all of its blocks are measured besides."""
-BLOCKS = ("top", "moments", "random")
+BLOCKS = ("top", "moments", "normalised", "random")
 """How blocks are chosen, in the order in which it is measured."""
+WORDS = {"moments": "by moments", "normalised": "by normalised scores", "random": "at random"}
 MEASURED = ("device", "date", "commit")
 """What every row and every time says of its own measurement."""
 COLOURS = {1: "#3d9a5f", 2: "#8a5bb5", 3: "#2f6fc4", 6: "#d9822b"}
@@ -64,7 +70,8 @@ class Setting:
     of: int = 0
     """Blocks of the sink and the bank."""
     blocks: str = ""
-    """Which blocks are activated: those of the highest score by means, `top`, or by `moments`, or `random` ones."""
+    """Which blocks are activated: those of the highest score by means, `top`, by `moments` or `normalised`, or `random`
+    ones."""
 
     @property
     def name(self) -> str:
@@ -81,18 +88,23 @@ class Setting:
         """A stream's settings with this memory."""
         if self.memory != "memflow":
             return MEMORY_KINDS[self.memory].change(settings)
-        how: dict[str, Any] = {"score": "moments"} if self.blocks == "moments" else {"selection": self.blocks}
+        scored = self.blocks in ("moments", "normalised")
+        how: dict[str, Any] = {"score": self.blocks} if scored else {"selection": self.blocks}
         return replace(settings, bank_frames=self.bank_frames, top_k=self.top_k, **how)
 
 
-def settings_of(banks: Sequence[int], top_k: Sequence[int], blocks_per_frame: int) -> list[Setting]:
-    """All settings, each once, in the order of the banks."""
+def settings_of(
+    banks: Sequence[int], top_k: Sequence[int], blocks_per_frame: int, query_group: int | None
+) -> list[Setting]:
+    """All settings, each once, in the order of the banks. query_group: None for one choice per chunk."""
+    several = query_group is None or query_group > PART_QUERIES  # of one part, normalising keeps the order
+    kinds = [kind for kind in BLOCKS if several or kind != "normalised"]
     found: list[Setting] = []
     for number, bank in enumerate(banks):
         if number == 1:
             found += [Setting("none"), Setting("full")]
         blocks = (TOY_SETTINGS.sink_frames + bank) * blocks_per_frame
-        found += [Setting("memflow", bank, k, blocks, kind) for k in top_k if k < blocks for kind in BLOCKS]
+        found += [Setting("memflow", bank, k, blocks, kind) for k in top_k if k < blocks for kind in kinds]
         found.append(Setting("memflow", bank, blocks, blocks, "top"))
     return list(dict.fromkeys([*found, Setting("none"), Setting("full")]))
 
@@ -118,10 +130,12 @@ def load_measured(target: Path) -> Measured:
     return measured
 
 
-def measure(measured: Measured, settings: Sequence[Setting], about: Measured, bar: Progress) -> Iterator[str]:
+def measure(
+    measured: Measured, settings: Sequence[Setting], stream: StreamSettings, about: Measured, bar: Progress
+) -> Iterator[str]:
     """Add the rows that are missing, and in the end the times; after each, yield in words what it was.
 
-    about: the head of the file.
+    stream: what the settings change. about: the head of the file.
     """
     model = load_checkpoint(TOY_WEIGHTS)
     count = {name: about[name] for name in ("stories", "seed", "lengths")}
@@ -133,7 +147,7 @@ def measure(measured: Measured, settings: Sequence[Setting], about: Measured, ba
             (row,) = evaluate_kinds(
                 model,
                 kinds=["memflow"],
-                settings=setting.change(TOY_SETTINGS),
+                settings=setting.change(stream),
                 **count,
                 report=lambda _, done, total: bar.update(chunks, completed=done, total=total),  # noqa: B023
             )
@@ -146,30 +160,53 @@ def measure(measured: Measured, settings: Sequence[Setting], about: Measured, ba
     kinds |= {setting.cost: MemoryKind("", setting.change) for setting in settings if setting.blocks != "random"}
     if kinds.keys() - measured["timings"].keys():
         bar.add_task("times", total=None)
-        timings = time_kinds(model, kinds)
+        timings = time_kinds(model, kinds, stream)
         measured["timings"] = {name: {**asdict(timing), **now} for name, timing in timings.items()}
         yield "times"
 
 
 def compared(rows: Measured) -> list[str]:
-    """In words, for every bank and number of blocks: those of the highest score by means, by moments and at random."""
+    """In words, for every bank and number of blocks: those of the highest score by means, the others beside them."""
     lines = []
     for row in rows.values():
         if row["blocks"] != "top" or not row["hue"]["count"]:
             continue
-        best, others = row["hue"], []
-        for blocks, words in (("moments", "by moments"), ("random", "at random")):
-            other = rows.get(replace(_setting(row), blocks=blocks).name)
-            if other is not None:
-                found = other["hue"]
-                apart = best["low"] > found["high"] or found["low"] > best["high"]
-                others.append(f"{words} {_percentage(found)}, {'apart' if apart else 'the intervals overlap'}")
-        if others:
-            lines.append(
-                f"bank of {row['bank_frames']}, {row['top_k']:>2} of {row['of']} blocks: {_percentage(best)} of "
-                f"{best['count']} returns have their hue; {'; '.join(others)}"
-            )
+        for look in ("hue", "pattern"):
+            best, others = row[look], []
+            for blocks, words in WORDS.items():
+                other = rows.get(replace(_setting(row), blocks=blocks).name)
+                if other is not None:
+                    found = other[look]
+                    apart = best["low"] > found["high"] or found["low"] > best["high"]
+                    others.append(
+                        f"{words} {_percentage(found)}, {'apart' if apart else 'the intervals overlap'}"
+                        f"{_paired(row.get(f'each_{look}'), other.get(f'each_{look}'))}"
+                    )
+            if others:
+                lines.append(
+                    f"bank of {row['bank_frames']}, {row['top_k']:>2} of {row['of']} blocks: {_percentage(best)} of "
+                    f"{best['count']} returns have their {look}; {'; '.join(others)}"
+                )
     return lines
+
+
+def _paired(first: str | None, second: str | None) -> str:
+    """In words, how the same returns went under two settings, each given as in `KindFigures.each_hue`.
+
+    None, and so nothing, where a row was stored before rows had that.
+    """
+    if first is None or second is None:
+        return ""
+    gained = sum(pair == ("0", "1") for pair in zip(first, second, strict=True))
+    lost = sum(pair == ("1", "0") for pair in zip(first, second, strict=True))
+    return f", {gained} gained and {lost} lost (p {sign_test(gained, lost):.2g})"
+
+
+def sign_test(gained: int, lost: int) -> float:
+    """How likely at least so uneven a split of the differing cases is where both are as likely: two-sided, exact."""
+    cases = gained + lost
+    tail = sum(math.comb(cases, rarer) for rarer in range(min(gained, lost) + 1)) / 2**cases
+    return min(1.0, 2 * tail)
 
 
 def _percentage(proportion: Mapping[str, Any]) -> str:
@@ -213,17 +250,16 @@ def draw(rows: Measured, timings: Measured) -> bytes:
 
 
 def _draw_bank(by_blocks: Any, by_time: Any, bank: int, rows: Measured, timings: Measured) -> None:
-    """A bank's lines: the blocks of the highest score by means and by moments, and blocks at random."""
+    """A bank's lines: the blocks of the highest score by means and by others, and blocks at random."""
     of_bank = [row for row in rows.values() if (row["memory"], row["bank_frames"]) == ("memflow", bank)]
-    for blocks, style in (("top", "-"), ("moments", (0, (6, 1.5, 1, 1.5))), ("random", (0, (1, 1.5)))):
+    styles = {"moments": (0, (6, 1.5, 1, 1.5)), "normalised": (0, (5, 2)), "random": (0, (1, 1.5))}
+    for blocks, style in {"top": "-", **styles}.items():
         line = [row for row in of_bank if row["blocks"] == blocks]
         if line and blocks != "top":  # However they are chosen, all blocks are all blocks.
             line += [row for row in of_bank if row["top_k"] == row["of"]]
         line.sort(key=lambda row: row["top_k"])
         look = {"color": COLOURS.get(bank, INK), "linestyle": style}
-        look["label"] = f"bank of {bank} frames" + {"moments": ", by moments", "random": ", blocks at random"}.get(
-            blocks, ""
-        )
+        look["label"] = f"bank of {bank} frames" + (f", {WORDS[blocks]}" if blocks in WORDS else "")
         if len(line) > 1 or blocks == "top":
             _draw_line(by_blocks, line, [row["top_k"] for row in line], look)
         timed = [row for row in line if _time_ratio(row, timings) is not None]
@@ -284,10 +320,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         measured = _measured_before(parser, given, about, stack)
         model = load_checkpoint(TOY_WEIGHTS)
         tokens = model.tokens(TOY_SETTINGS.height, TOY_SETTINGS.width)
-        settings = settings_of(given.banks, given.top_k, -(-tokens // TOY_SETTINGS.block_size))
+        blocks_per_frame = -(-tokens // TOY_SETTINGS.block_size)
+        settings = settings_of(given.banks, given.top_k, blocks_per_frame, given.query_group or None)
         keep_freed_memory()
         try:
-            _measure_and_write(measured, settings, about, given.out)
+            _measure_and_write(measured, settings, _stream_settings(given), about, given.out)
         except KeyboardInterrupt:
             same = "the same command without --restart" if given.restart else "the same command"
             found = f"what was measured is in {given.out}, {same} continues"
@@ -305,6 +342,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lengths", type=int, nargs="+", default=[24], help="of the stories, in prompts (24)")
     parser.add_argument("--banks", type=int, nargs="+", default=list(BANKS), help="frames retrieved (3 1 6 2)")
     parser.add_argument("--top-k", type=int, nargs="+", default=list(TOP_K), help="blocks (1 2 4 8 16); all are added")
+    parser.add_argument(
+        "--query-group",
+        type=int,
+        default=TOY_SETTINGS.query_group,
+        help="queries that share a choice of blocks, 0 for the whole chunk (16)",
+    )
     parser.add_argument("--seed", type=int, default=20_000, help="of stories and noise (20000)")
     parser.add_argument("--out", type=Path, default=RESULT)
     parser.add_argument("--restart", action="store_true", help="replace results of other stories or weights")
@@ -321,6 +364,8 @@ def _check_options(parser: argparse.ArgumentParser, given: argparse.Namespace) -
         values = getattr(given, name)
         if min(values if isinstance(values, list) else [values]) < 1:
             parser.error(f"--{name.replace('_', '-')} must be positive, got {values}")
+    if given.query_group < 0:
+        parser.error(f"--query-group must be positive, or 0 for the whole chunk, got {given.query_group}")
     if given.seed < 10_000:
         parser.error(f"seeds below 10000 are for training, got {given.seed}")
     if not have_returns(given.stories, given.seed, given.lengths):
@@ -331,6 +376,11 @@ def _check_options(parser: argparse.ArgumentParser, given: argparse.Namespace) -
         )
 
 
+def _stream_settings(given: argparse.Namespace) -> StreamSettings:
+    """What the settings of a memory change."""
+    return replace(TOY_SETTINGS, query_group=given.query_group or None)
+
+
 def _identity(given: argparse.Namespace) -> dict[str, Any]:
     """What results must have in common to stand in one file."""
     return {
@@ -338,7 +388,7 @@ def _identity(given: argparse.Namespace) -> dict[str, Any]:
         "lengths": given.lengths,
         "seed": given.seed,
         "weights": {"name": TOY_WEIGHTS.name, "sha256": sha256(TOY_WEIGHTS)},
-        "settings": asdict(TOY_SETTINGS),
+        "settings": asdict(_stream_settings(given)),
     }
 
 
@@ -373,11 +423,13 @@ def _measured_before(
     return measured
 
 
-def _measure_and_write(measured: Measured, settings: Sequence[Setting], about: dict[str, Any], out: Path) -> None:
+def _measure_and_write(
+    measured: Measured, settings: Sequence[Setting], stream: StreamSettings, about: dict[str, Any], out: Path
+) -> None:
     """Measure what is missing, and write results and picture after each step."""
     console = Console(stderr=True)
     with Progress(console=console) as bar:
-        for done in measure(measured, settings, about, bar):
+        for done in measure(measured, settings, stream, about, bar):
             write_json(out, without_nan({**measured, **about}))
             write_atomically(out.with_suffix(".png"), draw(measured["rows"], measured["timings"]))
             console.print(done)

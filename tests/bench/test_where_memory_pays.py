@@ -7,7 +7,7 @@ import matplotlib
 import pytest
 
 from memflow_ops.bench import where_memory_pays as pays
-from memflow_ops.bench.where_memory_pays import Setting, compared, draw, main, settings_of
+from memflow_ops.bench.where_memory_pays import Setting, compared, draw, main, settings_of, sign_test
 from memflow_ops.files import locked
 from memflow_ops.model.toy.evaluation.figures import KindFigures, KindTiming, Proportion
 from memflow_ops.model.toy.settings import TOY_SETTINGS
@@ -19,13 +19,21 @@ NAMES = [
 
 
 def test_settings_come_once():
-    found = settings_of([1, 2], [4, 16, 99], 4)
+    found = settings_of([1, 2], [4, 16, 99], 4, 16)
     assert [setting.name for setting in found] == [
         "bank 1, top 4 of 16", "bank 1, moments 4 of 16", "bank 1, random 4 of 16", "bank 1, top 16 of 16",
         "none", "full",
         "bank 2, top 4 of 20", "bank 2, moments 4 of 20", "bank 2, random 4 of 20",
         "bank 2, top 16 of 20", "bank 2, moments 16 of 20", "bank 2, random 16 of 20", "bank 2, top 20 of 20",
     ]  # fmt: skip
+
+
+def test_normalised_scores_are_measured_where_they_may_change_a_choice():
+    def kinds(query_group: int | None) -> list[str]:
+        return [setting.blocks for setting in settings_of([1], [4], 4, query_group)[:-3]]
+
+    assert kinds(32) == ["top", "moments", "random"]
+    assert kinds(33) == kinds(None) == ["top", "moments", "normalised", "random"]
 
 
 def test_a_setting_is_what_it_says():
@@ -37,13 +45,31 @@ def test_a_setting_is_what_it_says():
     settings = by_moments.change(TOY_SETTINGS)
     assert (settings.top_k, settings.selection, settings.score) == (4, "top", "moments")
     assert by_moments.cost == by_moments.name == "bank 6, moments 4 of 36"
+    assert replace(drawn, blocks="normalised").change(TOY_SETTINGS).score == "normalised"
     assert Setting("none").change(TOY_SETTINGS) == replace(TOY_SETTINGS, memory="none")
 
 
 def judged(value: float) -> KindFigures:
-    share = Proportion.of([True] * round(40 * value) + [False] * round(40 * (1 - value)))
+    right = round(40 * value)
+    share, each = Proportion.of([True] * right + [False] * (40 - right)), "1" * right + "0" * (40 - right)
     return KindFigures(
-        "memflow", share, 1.0, share, 0.2, 0.5, 0.2, share, share, {}, None, None, float("nan"), 0.5, [0] * 6
+        "memflow",
+        share,
+        1.0,
+        share,
+        0.2,
+        0.5,
+        0.2,
+        share,
+        share,
+        {},
+        None,
+        None,
+        float("nan"),
+        0.5,
+        [0] * 6,
+        each,
+        each,
     )
 
 
@@ -58,6 +84,7 @@ class Judge:
         if len(self.asked) == self.stop_before:
             raise KeyboardInterrupt
         self.asked.append((settings.memory, settings.bank_frames, settings.top_k, settings.selection, settings.score))
+        self.query_group = settings.query_group
         assert count == {"kinds": ["memflow"], "stories": 1, "lengths": [6], "seed": 20_000}
         report("memflow", 1, 2)
         random = settings.selection == "random"
@@ -69,7 +96,7 @@ def judge(monkeypatch) -> Judge:
     judge = Judge()
     monkeypatch.setattr(pays, "evaluate_kinds", judge.evaluate)
     monkeypatch.setattr(
-        pays, "time_kinds", lambda model, kinds: {name: KindTiming(0.1, 1.5, 1.4, 1.6) for name in kinds}
+        pays, "time_kinds", lambda model, kinds, settings: {name: KindTiming(0.1, 1.5, 1.4, 1.6) for name in kinds}
     )
     return judge
 
@@ -92,10 +119,25 @@ def test_a_run_goes_on_where_it_was_interrupted(tmp_path, judge, capsys):
     assert sorted(said["timings"]) == sorted(name for name in NAMES if "random" not in name)
     printed = capsys.readouterr().out
     assert "bank of 1,  2 of 16 blocks: 90 % (77-96) of 40 returns" in printed
-    assert "by moments 90 % (77-96), the intervals overlap; at random 40 % (26-55), apart" in printed
+    assert (
+        "by moments 90 % (77-96), the intervals overlap, 0 gained and 0 lost (p 1); "
+        "at random 40 % (26-55), apart, 0 gained and 20 lost (p 1.9e-06)" in printed
+    )
+    assert "of 40 returns have their pattern; by moments 90 %" in printed
 
     main([*SMALL, "--out", str(out)])
     assert len(judge.asked) == 6, "nothing is measured twice"
+
+
+def test_a_choice_shared_by_a_chunk_is_streamed_and_told_from_others(tmp_path, judge, capsys):
+    out = tmp_path / "pays.json"
+    main([*SMALL, "--query-group", "0", "--out", str(out)])
+    assert judge.query_group is None and json.loads(out.read_text())["settings"]["query_group"] is None
+    assert [asked[-1] for asked in judge.asked] == ["mean", "moments", "normalised", "mean", "mean", "mean", "mean"]
+    assert "by normalised scores 90 %" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        main([*SMALL, "--out", str(out)])
+    assert "other settings: say --restart" in capsys.readouterr().err
 
 
 def test_results_of_other_stories_are_not_mixed(tmp_path, judge, capsys):
@@ -167,7 +209,7 @@ def test_stories_without_returns_are_refused_in_a_line(tmp_path, judge, capsys):
 
 def test_what_nobody_could_judge_is_drawn_as_missing():
     nothing = {"value": None, "low": None, "high": None, "count": 0}
-    settings = settings_of([1], [2, 4], 4)
+    settings = settings_of([1], [2, 4], 4, 16)
     rows = {setting.name: {**vars(setting), "hue": nothing} for setting in settings}
     timings = {setting.cost: {"ratio": 1.5} for setting in settings}
     assert compared(rows) == []
@@ -179,7 +221,7 @@ def test_what_nobody_could_judge_is_drawn_as_missing():
 
 
 def test_the_picture_does_not_follow_the_users_style():
-    settings = settings_of([1], [2, 4], 4)
+    settings = settings_of([1], [2, 4], 4, 16)
     rows = {setting.name: {**vars(setting), "hue": vars(judged(0.9).hue)} for setting in settings}
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -188,7 +230,10 @@ def test_the_picture_does_not_follow_the_users_style():
         assert draw(rows, {}) == plain
 
 
-@pytest.mark.parametrize("options", [("--stories", "0"), ("--banks", "0"), ("--top-k", "2", "0"), ("--seed", "9999")])
+@pytest.mark.parametrize(
+    "options",
+    [("--stories", "0"), ("--banks", "0"), ("--top-k", "2", "0"), ("--seed", "9999"), ("--query-group", "-1")],
+)
 def test_bad_options_are_refused(tmp_path, judge, options):
     with pytest.raises(SystemExit) as end:
         main([*options, "--out", str(tmp_path / "pays.json")])
@@ -237,23 +282,26 @@ def test_overlapping_intervals_are_said():
 
     def rows(best: float, other: float) -> dict:
         return {
-            setting.name: {**vars(setting), "hue": vars(judged(value).hue)}
+            setting.name: {**vars(setting), "hue": vars(judged(value).hue), "pattern": vars(judged(value).pattern)}
             for setting, value in ((top, best), (drawn, other))
         }
 
-    assert compared(rows(0.9, 0.4))[0].endswith("apart")
+    assert compared(rows(0.9, 0.4))[0].endswith("apart"), "rows that were stored without each return have no pairs"
     assert compared(rows(0.9, 0.8))[0].endswith("the intervals overlap")
     only_one = {top.name: rows(0.9, 0.8)[top.name]}
     assert compared(only_one) == []
     assert draw(only_one, {}).startswith(b"\x89PNG")
 
 
+def test_differing_returns_are_judged_by_a_sign_test():
+    assert sign_test(0, 0) == sign_test(3, 3) == 1
+    assert sign_test(5, 0) == sign_test(0, 5) == 2 / 32
+    assert sign_test(1, 5) == 2 * (1 + 6) / 64
+
+
 def test_the_toy_world_is_streamed_for_real(tmp_path, monkeypatch):
     monkeypatch.setattr(pays, "TOY_SETTINGS", replace(TOY_SETTINGS, steps=1))
     monkeypatch.setattr("memflow_ops.model.toy.evaluation.evaluate.TIMED_CHUNKS", range(2, 4))
-    monkeypatch.setattr(
-        pays, "time_kinds", lambda *given, time=pays.time_kinds: time(*given, settings=pays.TOY_SETTINGS)
-    )
     out = tmp_path / "pays.json"
     main([*SMALL, "--out", str(out)])
     said = json.loads(out.read_text())

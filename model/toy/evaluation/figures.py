@@ -65,6 +65,11 @@ class KindFigures:
     """median hue change over a prompt, from its first to its last chunk"""
     hues: list[int]
     """first appearances per sixth of the colour circle, from 0, 60, ... 300 degrees on"""
+    each_hue: str
+    """`hue`, return by return: "1" where it is that of the first appearance, else "0". Kinds that stream the same
+    stories have the same returns, in the same order."""
+    each_pattern: str
+    """`pattern`, likewise"""
 
 
 @dataclass(frozen=True)

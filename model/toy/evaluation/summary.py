@@ -150,6 +150,8 @@ def summarise(
         copies=math.nan if copies is None else copies,
         drift=median([drift for it in everyone if (drift := _degrees(it.look, it.last_look)) is not None]),
         hues=[sixths.count(sixth) for sixth in range(6)],
+        each_hue="".join(str(int(it.same_hue)) for it in returns),
+        each_pattern="".join(str(int(it.same_pattern)) for it in returns),
     )
 
 

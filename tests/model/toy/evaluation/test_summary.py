@@ -26,6 +26,8 @@ def test_a_return_matches_within_30_degrees(turn, match):
     assert row.hue.value == row.pairs.value == match
     assert row.median_error == pytest.approx(abs(turn), abs=4)
     assert row.pattern.value == row.shape.value == 1
+    count = row.hue.count
+    assert (row.each_hue, row.each_pattern) == (str(int(match)) * count, "1" * count)
 
 
 def test_patterns_and_shapes_are_judged_apart_from_hues():
