@@ -75,7 +75,8 @@ class FrameCache(RingCache):
         means, rows = len(layout.relevance_lengths), layout.history_frames
         sizes = (layout.layers, layout.batch)
         vectors = (layout.kv_heads, layout.head_dim)
-        self._means = torch.empty(*sizes, rows, means, *vectors, dtype=layout.dtype, device=self.device)
+        # Zeros are written, so that this memory is taken at once: it would grow with every remembered frame otherwise.
+        self._means = torch.empty(*sizes, rows, means, *vectors, dtype=layout.dtype, device=self.device).zero_()
         self._staged_means = torch.empty(*sizes, means, *vectors, dtype=layout.dtype, device=self.device)
         # Keys of the open chunk's first frame without temporal rotation, as a history of bounded positions keeps them.
         # They are rotated once, from what the model made, because keys that are turned again and again drift.

@@ -12,10 +12,11 @@ import json
 import os
 import uuid
 import zlib
+from array import array
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,14 +47,6 @@ class StoredTensor:
     """In the record, in bytes."""
     size: int
     """In bytes."""
-
-
-class Record(NamedTuple):
-    """What a manifest says of a record."""
-
-    frame: int
-    crc32: int
-    means_crc32: int
 
 
 class RecordLayout:
@@ -111,8 +104,10 @@ class Segment:
 
     def __init__(self, path: Path, header: dict[str, Any], layout: RecordLayout):
         self.path, self.layout, self.identity = path, layout, str(header["id"])
-        self.records: list[Record] = []
-        """What the manifest says of every record."""
+        # What the manifest says of every record, in arrays, because there may be very many.
+        self.frames = array("q")
+        """The frame that each record is of."""
+        self._checksums, self._means_checksums = array("Q"), array("Q")
         self.writer: object = None
         """Who appends to it; anybody may read."""
         self._data = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
@@ -155,7 +150,8 @@ class Segment:
         with _in_words(path):
             if torn:
                 os.ftruncate(segment._manifest, whole)
-        segment.records = [Record(line["frame"], line["crc32"], line["means_crc32"]) for line in records]
+        for line in records:
+            segment._note(line["frame"], line["crc32"], line["means_crc32"])
         if segment._allocated < len(records) * layout.record_bytes:
             raise StoreError(
                 f"{path} is cut short: its manifest names {len(records)} records of {layout.record_bytes} bytes, and "
@@ -169,7 +165,7 @@ class Segment:
         Records are written one after another, all by one thread.
         """
         buffer.wait()
-        number = len(self.records)
+        number = len(self.frames)
         start, size = number * self.layout.record_bytes, self.layout.record_bytes
         with _in_words(self.path):
             self._allocate(start + size)
@@ -178,9 +174,9 @@ class Segment:
                 done += os.pwrite(self._data, buffer.memory[done:], start + done)
             os.fdatasync(self._data)
             means = zlib.crc32(buffer.memory[: self.layout.means_bytes])
-            record = Record(frame, zlib.crc32(buffer.memory), means)
-            _write_all(self._manifest, checked_line(record._asdict()))
-        self.records.append(record)
+            record = {"frame": frame, "crc32": zlib.crc32(buffer.memory), "means_crc32": means}
+            _write_all(self._manifest, checked_line(record))
+        self._note(**record)
         return number
 
     def read(self, number: int, buffer: Buffer, means_only: bool = False) -> None:
@@ -196,11 +192,10 @@ class Segment:
                 if not got:
                     raise StoreError(f"{self.path} is cut short in record {number}")
                 done += got
-        record = self.records[number]
-        if zlib.crc32(wanted) != (record.means_crc32 if means_only else record.crc32):
+        if zlib.crc32(wanted) != (self._means_checksums if means_only else self._checksums)[number]:
             raise StoreError(
-                f"{self.path} is damaged in record {number}, frame {record.frame}: its checksum differs; this history "
-                f"cannot be trusted"
+                f"{self.path} is damaged in record {number}, frame {self.frames[number]}: its checksum differs; this "
+                f"history cannot be trusted"
             )
 
     def sync(self) -> None:
@@ -213,13 +208,19 @@ class Segment:
         if self._data < 0:
             return
         try:
-            end = len(self.records) * self.layout.record_bytes
+            end = len(self.frames) * self.layout.record_bytes
             if os.fstat(self._data).st_size > end:
                 os.ftruncate(self._data, end)
         finally:
             for number in (self._data, self._manifest):
                 os.close(number)
             self._data = -1
+
+    def _note(self, frame: int, crc32: int, means_crc32: int) -> None:
+        """One more record is on the disk. `frames` comes last, because its length says how many there are."""
+        self._checksums.append(crc32)
+        self._means_checksums.append(means_crc32)
+        self.frames.append(frame)
 
     def _allocate(self, end: int) -> None:
         """Room on the disk for so many bytes, ahead of use, so that a full disk shows before a record is begun."""

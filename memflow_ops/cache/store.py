@@ -204,7 +204,7 @@ class FrameStore:
         parts = list(self._shared)
         if self._own is not None:
             self._own.sync()
-            parts.append((self._own, len(self._own.records)))
+            parts.append((self._own, len(self._own.frames)))
         return {"segments": [[segment.path.name, segment.identity, count] for segment, count in parts]}
 
     def opened(self, saved: Mapping[str, Any]) -> list[tuple[Segment, int]]:
@@ -214,9 +214,9 @@ class FrameStore:
             segment = self.folder.open_segment(name, self.about, self.layout)
             if segment.identity != identity:
                 raise StoreError(f"{segment.path} is of another run than the state that is loaded")
-            if len(segment.records) < count:
+            if len(segment.frames) < count:
                 raise StoreError(
-                    f"{segment.path} has {len(segment.records)} records, and the state that is loaded needs {count}"
+                    f"{segment.path} has {len(segment.frames)} records, and the state that is loaded needs {count}"
                 )
             parts.append((segment, count))
         return parts
@@ -231,14 +231,14 @@ class FrameStore:
         self._shared, self._own = list(parts), None
         everything: dict[int, tuple[Segment, int | Future[int]]] = {}
         for segment, count in parts:
-            everything |= {record.frame: (segment, i) for i, record in enumerate(segment.records[:count])}
+            everything |= {frame: (segment, i) for i, frame in enumerate(segment.frames[:count])}
         missing = [frame for frame in remembered if frame not in everything]
         if missing:
             raise StoreError(f"the history in {self.folder.path} does not have frames {missing}")
         self._index = {frame: everything[frame] for frame in remembered}
         if parts:
             segment, count = parts[-1]
-            if segment.writer in (None, self) and count == len(segment.records):
+            if segment.writer in (None, self) and count == len(segment.frames):
                 self._own = segment
                 segment.writer = self
                 self._shared.pop()

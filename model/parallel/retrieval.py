@@ -31,16 +31,17 @@ class SplitPolicy:
     ) -> DeviceChoice:
         """As `Policy.choose`, without reading the choice. text_keys: of this rank's heads, as the candidates' means."""
         text, frames = torch.stack(list(text_keys)), len(candidates.frames[0])
-        layers = retrieval.means_by_layer(candidates.stored, candidates.rows)
+        means, rows = candidates.stored, candidates.rows
         weights = block_weights(candidates.lengths, len(candidates.lengths), text)
-        wide = wide_dtype(text.dtype, candidates.stored.dtype)
+        wide = wide_dtype(text.dtype, means.dtype)
         scale, count = text.shape[-1] ** -0.5, min(self.policy.bank_frames, frames)
         if isinstance(self.policy, Coverage):
-            logits = self.ranks.mean(retrieval.word_logits(text, layers, weights, scale, wide))
+            logits = self.ranks.mean(retrieval.word_logits(text, means, rows, weights, scale, wide))
             shares = retrieval.word_shares(logits, text_lengths)
             indices, scores = retrieval.cover(shares, count), retrieval.mean_share(shares, text_lengths)
         else:
-            scores = retrieval.mean_relevance(text, layers, text_lengths, weights, self.policy.score, scale, wide)
+            of = (text_lengths, weights, self.policy.score, scale, wide)
+            scores = retrieval.mean_relevance(text, means, rows, *of)
             parts = [scores[..., None]]
             if self.policy.redundancy is not None:
                 vectors = retrieval.frame_vectors(candidates.means, weights, wide)

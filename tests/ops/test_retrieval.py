@@ -5,8 +5,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from retrieval_cases import assert_retrieves, make_case, retrieve_cases
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import memflow_ops
+from memflow_ops.impl.torch import retrieval
 
 SCORES = ["linear", "softmax", "coverage"]
 
@@ -114,3 +116,36 @@ def test_a_broken_frame_ranks_last(impl):
         indices, _ = memflow_ops.retrieve_frames(**case, count=6, score=score, impl=impl)
         assert score == "coverage" or indices[:, -1].tolist() == [2, 2]
         assert all(sorted(row) == list(range(6)) for row in indices.tolist())
+
+
+@pytest.mark.parametrize("score", ["linear", "coverage"])
+def test_a_long_history_is_compared_in_pieces_of_one_size(score, monkeypatch):
+    case = make_case(stored=40, candidates=23, parts=2, whole_numbers=True)
+    whole = memflow_ops.retrieve_frames(**case, count=5, score=score, impl="torch")
+    monkeypatch.setattr(retrieval, "PIECE", 4 * case["means"][0, :, 0].numel())
+    made = []
+
+    class Made(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if func in (torch.ops.aten.index.Tensor, torch.ops.aten.new_empty.default):
+                made.append(out.numel())
+            return out
+
+    with Made():
+        pieces = retrieval.retrieve_frames(
+            case["text_keys"],
+            case["means"],
+            case["candidates"],
+            case["text_lengths"],
+            torch.tensor([2 / 3, 1 / 3], dtype=torch.float64),
+            count=5,
+            score=score,
+            redundancy=None,
+            softmax_scale=8**-0.5,
+        )
+    room = case["means"][0, :, :, 0].numel()  # for all frames that are stored, whatever their number is now
+    assert made.count(room) == 1
+    assert max(numbers for numbers in made if numbers != room) == retrieval.PIECE
+    for got, want in zip(pieces, whole, strict=True):
+        torch.testing.assert_close(got, want)

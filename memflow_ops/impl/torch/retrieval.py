@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from memflow_ops.impl.precision import wide_dtype, without_autocast
+
+PIECE = 1 << 15
+"""Numbers of a layer's means that are gathered and averaged at a time on a CPU."""
 
 
 def retrieve_frames(
@@ -24,35 +25,53 @@ def retrieve_frames(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     wide = wide_dtype(text_keys.dtype, means.dtype)
-    layers = means_by_layer(means, candidates)
     if score == "coverage":
-        shares = word_shares(word_logits(text_keys, layers, weights, softmax_scale, wide), text_lengths)
+        shares = word_shares(word_logits(text_keys, means, candidates, weights, softmax_scale, wide), text_lengths)
         indices, scores = cover(shares, count), mean_share(shares, text_lengths)
     else:
-        scores = finite(mean_relevance(text_keys, layers, text_lengths, weights, score, softmax_scale, wide))
-        cosines = None
+        relevance = mean_relevance(text_keys, means, candidates, text_lengths, weights, score, softmax_scale, wide)
+        scores, cosines = finite(relevance), None
         if redundancy is not None:
-            every = torch.stack(list(means_by_layer(means, candidates)))
+            every = torch.stack([of_frames(of_layer, candidates) for of_layer in means])
             directions = F.normalize(frame_vectors(every, weights, wide), dim=-1)
             cosines = directions @ directions.mT
         indices = take_unlike(scores, cosines, count, redundancy)
     return indices.int(), scores.gather(1, indices)
 
 
-def means_by_layer(means: Tensor, candidates: Tensor | None) -> Iterator[Tensor]:
-    """The means (B, F, n, Hkv, D) of the candidates, layer by layer: a history may be long, and its means large."""
+def of_frames(of_layer: Tensor, candidates: Tensor | None) -> Tensor:
+    """The means (B, F, n, Hkv, D) of the candidates (B, F), of those (B, R, n, Hkv, D) that a layer stores."""
     if candidates is None:
-        yield from means
-        return
-    each = torch.arange(means.shape[1], dtype=torch.int64, device=means.device)[:, None]
-    rows = candidates.clamp(0, means.shape[2] - 1).long()
-    for of_layer in means:
-        yield of_layer[each, rows]
+        return of_layer
+    each = torch.arange(len(of_layer), dtype=torch.int64, device=of_layer.device)[:, None]
+    return of_layer[each, candidates.clamp(0, of_layer.shape[1] - 1).long()]
+
+
+def room_for_keys(means: Tensor, count: int, wide: torch.dtype) -> Tensor:
+    """Room for the mean keys of a layer, of all frames that are stored and of at least `count`."""
+    return means.new_empty(max(count, means.shape[2]) * means[0, :, 0, 0].numel(), dtype=wide)
+
+
+def mean_keys(of_layer: Tensor, candidates: Tensor | None, weights: Tensor, wide: torch.dtype, room: Tensor) -> Tensor:
+    """The mean key of every candidate, (B, D * Hkv, F) in `wide`, of a layer's means.
+
+    room: of `room_for_keys`; it is overwritten and returned. That, and pieces of one size, are taken from the heap
+    again and again. What grew with every chunk would leave it full of holes that nothing later fits into.
+    """
+    count = of_layer.shape[1] if candidates is None else candidates.shape[1]
+    size = max(1, PIECE // of_layer[:, 0].numel()) if of_layer.device.type == "cpu" else count
+    keys = room[: count * of_layer[:, 0, 0].numel()].view(len(of_layer), -1, count)
+    for start in range(0, count, size):
+        end = min(start + size, count)
+        of_piece = of_layer[:, start:end] if candidates is None else of_frames(of_layer, candidates[:, start:end])
+        keys[..., start:end] = torch.einsum("bfnkd,n->bdkf", of_piece.to(wide), weights.to(wide)).flatten(1, 2)
+    return keys
 
 
 def mean_relevance(
     text_keys: Tensor,
-    layers: Iterable[Tensor],
+    means: Tensor,
+    candidates: Tensor | None,
     text_lengths: Tensor | None,
     weights: Tensor,
     score: str,
@@ -60,10 +79,21 @@ def mean_relevance(
     wide: torch.dtype,
 ) -> Tensor:
     """`frame_relevance` (B, F) in `wide`, averaged over the layers."""
-    scores = torch.zeros((), dtype=wide, device=text_keys.device)
-    # One layer at a time, because softmax makes words x blocks numbers of it.
-    for text, of_layer in zip(text_keys, layers, strict=True):
-        scores = scores + frame_relevance(text.to(wide), of_layer.to(wide), text_lengths, weights, score, softmax_scale)
+    count = means.shape[2] if candidates is None else candidates.shape[1]
+    scores = torch.zeros(means.shape[1], count, dtype=wide, device=text_keys.device)
+    room = room_for_keys(means, count, wide)
+    # One layer at a time, because softmax makes words x blocks numbers of it, and of all frames at once.
+    for text, of_layer in zip(text_keys, means, strict=True):
+        text = text.to(wide)
+        if score == "softmax":
+            every = of_frames(of_layer, candidates).to(wide)
+            scores += frame_relevance(text, every, text_lengths, weights, score, softmax_scale)
+            continue
+        with without_autocast(text):
+            text_sum = _text_sum(*_without_padding(text, text_lengths), of_layer.shape[3])
+            of_frame = mean_keys(of_layer, candidates, weights, wide, room)
+            # An inner product of means: nothing of the size of text x history is made.
+            scores += torch.bmm(text_sum.mT.flatten(1)[:, None], of_frame)[:, 0] * softmax_scale
     return scores / len(text_keys)
 
 
@@ -78,16 +108,17 @@ def frame_vectors(means: Tensor, weights: Tensor, wide: torch.dtype) -> Tensor:
 
 
 def word_logits(
-    text_keys: Tensor, layers: Iterable[Tensor], weights: Tensor, scale: float, wide: torch.dtype
+    text_keys: Tensor, means: Tensor, candidates: Tensor | None, weights: Tensor, scale: float, wide: torch.dtype
 ) -> Tensor:
     """Text key . mean key of the frame, averaged over heads and summed over layers, (B, Lt, F)."""
-    logits = torch.zeros((), dtype=wide, device=text_keys.device)
-    for text, of_layer in zip(text_keys, layers, strict=True):
-        frame_means = torch.einsum("bfnkd,n->bfkd", of_layer.to(wide), weights.to(wide))
-        grouped = (
-            text.to(wide).unflatten(2, (frame_means.shape[2], -1)).mean(3)
-        )  # The mean over the heads that share a key head.
-        logits = logits + torch.einsum("bwkd,bfkd->bwf", grouped, frame_means) * (scale / grouped.shape[2])
+    count = means.shape[2] if candidates is None else candidates.shape[1]
+    logits = torch.zeros(*text_keys.shape[1:3], count, dtype=wide, device=text_keys.device)
+    room = room_for_keys(means, count, wide)
+    for text, of_layer in zip(text_keys, means, strict=True):
+        # The mean over the heads that share a key head.
+        grouped = text.to(wide).unflatten(2, (of_layer.shape[3], -1)).mean(3)
+        of_frame = mean_keys(of_layer, candidates, weights, wide, room)
+        logits += torch.bmm(grouped.mT.flatten(2), of_frame) * (scale / grouped.shape[2])
     return logits
 
 
@@ -146,22 +177,32 @@ def frame_relevance(
     softmax_scale: float,
 ) -> Tensor:
     wide = wide_dtype(text_q.dtype)
-    text_q, frame_keys = text_q.to(wide), frame_keys.to(wide)
-    batch, tokens, heads, _ = text_q.shape
-    positions = torch.arange(tokens, dtype=torch.int64, device=text_q.device)
-    if text_lengths is None:
-        share = text_q.new_full((batch, tokens), 1.0 / (tokens * heads))
-    else:
-        lengths = text_lengths.clamp(1, tokens).unsqueeze(1)
-        share = (positions < lengths).to(wide) / (lengths * heads)  # Padding takes no part.
-        text_q = torch.where((positions < lengths)[:, :, None, None], text_q, 0.0)
-    text_q = text_q.unflatten(2, (frame_keys.shape[3], -1))  # [B, Lt, Hkv, heads per key head, D]
+    text_q, share = _without_padding(text_q.to(wide), text_lengths)
+    frame_keys = frame_keys.to(wide)
     with without_autocast(text_q):
         if score == "linear":
             # An inner product of means: nothing of the size of text x history is made.
             frame_means = torch.einsum("bfnkd,n->bfkd", frame_keys, block_weights.to(wide))
-            text_sum = torch.einsum("btkgd,bt->bkd", text_q, share)
+            text_sum = _text_sum(text_q, share, frame_keys.shape[3])
             return torch.einsum("bkd,bfkd->bf", text_sum, frame_means) * softmax_scale
+        text_q = text_q.unflatten(2, (frame_keys.shape[3], -1))  # [B, Lt, Hkv, heads per key head, D]
         scores = torch.einsum("btkgd,bfnkd->btkgfn", text_q, frame_keys) * softmax_scale + block_weights.to(wide).log()
         mass = scores.flatten(4).softmax(-1).unflatten(4, frame_keys.shape[1:3]).sum(-1)
         return torch.einsum("btkgf,bt->bf", mass, share)
+
+
+def _without_padding(text_q: Tensor, text_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The text (B, Lt, H, D) with zeros for padding, and the share of each word in a mean over all of its heads, (B,
+    Lt)."""
+    batch, tokens, heads, _ = text_q.shape
+    if text_lengths is None:
+        return text_q, text_q.new_full((batch, tokens), 1.0 / (tokens * heads))
+    positions = torch.arange(tokens, dtype=torch.int64, device=text_q.device)
+    lengths = text_lengths.clamp(1, tokens).unsqueeze(1)
+    share = (positions < lengths).to(text_q.dtype) / (lengths * heads)  # Padding takes no part.
+    return torch.where((positions < lengths)[:, :, None, None], text_q, 0.0), share
+
+
+def _text_sum(text_q: Tensor, share: Tensor, kv_heads: int) -> Tensor:
+    """The words' mean (B, Hkv, D) over the heads that share a key head, each with its share."""
+    return torch.einsum("btkgd,bt->bkd", text_q.unflatten(2, (kv_heads, -1)), share)
