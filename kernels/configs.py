@@ -185,8 +185,9 @@ def _row(
     table: Mapping[int, Mapping[int, tuple[int, int, int, int]]], capability: int, head_dim: int
 ) -> tuple[int, int, int, int]:
     """The sizes for a head size; an unknown architecture takes the row of the next lower one."""
-    row = max((known for known in table if known <= capability), default=80)
-    return next(tiles for size, tiles in table[row].items() if head_dim <= size)
+    if capability not in table:
+        capability = max((known for known in table if known <= capability), default=80)
+    return next(tiles for size, tiles in table[capability].items() if head_dim <= size)
 
 
 def backward_keys_config(

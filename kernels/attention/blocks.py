@@ -55,8 +55,8 @@ def segment_of(k: torch.Tensor | None, v: torch.Tensor | None) -> Segment:
 
 def bank_of(k: torch.Tensor | None, v: torch.Tensor | None, geometry: Geometry) -> Segment:
     """As segment_of, for the keys and values of the bank, which may be int8."""
-    segment = segment_of(k, v)
-    return segment if segment.k is None else segment._replace(scales=scales_of(geometry.int8))
+    segment, int8 = segment_of(k, v), geometry.int8
+    return segment if segment.k is None or int8 is None else segment._replace(scales=scales_of(int8))
 
 
 def window_of(k: torch.Tensor | None, v: torch.Tensor | None, geometry: Geometry) -> Segment:

@@ -23,10 +23,8 @@ class Scales(NamedTuple):
     """Strided (B, L, Hkv)."""
 
 
-def scales_of(int8: Int8Bank | None) -> Scales | None:
-    """The argument tuple for a bank, None where it is not int8."""
-    if int8 is None:
-        return None
+def scales_of(int8: Int8Bank) -> Scales:
+    """The argument tuple for a bank that is int8."""
     return Scales(*map(strided, int8))  # with all of their strides: triton 3.6.0 compares no tuple that holds None
 
 

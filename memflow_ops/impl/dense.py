@@ -135,7 +135,8 @@ def why_not(backend: str, q: Tensor, k: Tensor, v: Tensor, geometry: Geometry | 
     if backend == "flash_attn":
         return ""
     # Torch asks for shapes and dtypes alone, so as many query heads as key heads can stand for the folded ones.
-    by_head = q[:, :, : k.shape[2]].transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    q = q if q.shape[2] == k.shape[2] else q[:, :, : k.shape[2]]
+    by_head = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     parameters = torch.backends.cuda.SDPAParams(*by_head, None, 0.0, False, False)
     can_use = {
         "cudnn": torch.backends.cuda.can_use_cudnn_attention,

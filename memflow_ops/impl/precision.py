@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_NOTHING = nullcontext()
+
 
 def without_autocast(x: Tensor) -> AbstractContextManager:
     """A context in which autocast leaves products alone on the device of x: inputs decide the precision."""
     kind = x.device.type
     if not torch.is_autocast_enabled(kind):
-        return nullcontext()  # The other takes 6 us of the host.
+        return _NOTHING  # The other takes 6 us of the host.
     return torch.autocast(kind, enabled=False)
 
 
@@ -34,8 +36,8 @@ def as_autocast_does(*tensors: Any, to: torch.dtype | None = None) -> tuple[Any,
     to: that dtype, which also tensors that agree are cast to; None: the dtype of autocast. As with autocast, float64
     stays as it is. So does what is no tensor or holds integers, and everything where autocast is off.
     """
-    dtypes = [x.dtype for x in tensors if isinstance(x, Tensor) and x.is_floating_point()]
-    if not dtypes or all(dtype == (to or dtypes[0]) for dtype in dtypes):
+    dtypes = {x.dtype for x in tensors if isinstance(x, Tensor) and x.is_floating_point()}
+    if not dtypes or (len(dtypes) == 1 and (to is None or to in dtypes)):
         return tensors
     kind = next(x.device.type for x in tensors if isinstance(x, Tensor))
     if kind not in _HAVE_AUTOCAST or not torch.is_autocast_enabled(kind):

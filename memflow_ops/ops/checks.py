@@ -27,16 +27,17 @@ def check_tensor(name: str, x: object, dims: str, like: Tensor | None = None, dt
     """
     _check_dense_tensor(name, x, dims)
     assert isinstance(x, Tensor)
-    words = dims.split()
-    if x.dim() != len(words):
+    if x.dim() != dims.count(" ") + 1:
+        words = dims.split()
         raise ValueError(f"{name} must have {len(words)} dimensions ({', '.join(words)}), got shape {tuple(x.shape)}")
     if dtype is not None and x.dtype != dtype:
         raise TypeError(f"{name} must be {str(dtype).removeprefix('torch.')} like the rest of the bank, got {x.dtype}")
     if dtype is None and x.dtype not in FLOATS:
         raise TypeError(f"{name} must be float16, bfloat16, float32 or float64, got {x.dtype}")
-    if x.shape[-1] == 0:
+    size = x.shape[-1]
+    if size == 0:
         raise ValueError(f"{name} must have a last dimension of at least 1, got shape {tuple(x.shape)}")
-    if x.stride(-1) != 1 and x.shape[-1] > 1:
+    if x.stride(-1) != 1 and size > 1:
         raise ValueError(f"{name} must be contiguous in its last dimension, got strides {x.stride()}")
     if like is not None:
         if dtype is None and x.dtype != like.dtype:
@@ -83,8 +84,8 @@ def check_frame_counts(memory_frames: object, q: Tensor, groups: int) -> None:
 
 
 def check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
-    if tuple(x.shape) != shape:
-        raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
+    if x.shape != shape:
+        raise ValueError(f"{name} must have shape {tuple(shape)}, got {tuple(x.shape)}")
 
 
 def check_positive(name: str, value: object) -> int:
@@ -151,12 +152,14 @@ def sizes_of_blocks(
 
 def check_heads(q: Tensor, k: Tensor, name: str) -> None:
     """k (B, ..., Hkv, D) has the batch and head size of q (B, Lq, H, D), and H is a multiple of Hkv."""
-    if k.shape[0] != q.shape[0]:
-        raise ValueError(f"{name} must have the batch size of q, {q.shape[0]}, got {k.shape[0]}")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"{name} must have the head size of q, {q.shape[-1]}, got {k.shape[-1]}")
-    if k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"the {q.shape[-2]} heads of q must be a multiple of the heads of {name}, got {k.shape[-2]}")
+    batch, *_, heads, size = q.shape
+    kv_batch, *_, kv_heads, kv_size = k.shape
+    if kv_batch != batch:
+        raise ValueError(f"{name} must have the batch size of q, {batch}, got {kv_batch}")
+    if kv_size != size:
+        raise ValueError(f"{name} must have the head size of q, {size}, got {kv_size}")
+    if kv_heads == 0 or heads % kv_heads:
+        raise ValueError(f"the {heads} heads of q must be a multiple of the heads of {name}, got {kv_heads}")
 
 
 def check_pair(k_name: str, k: object, v_name: str, v: object, q: Tensor, dtype: torch.dtype | None = None) -> None:
@@ -165,7 +168,7 @@ def check_pair(k_name: str, k: object, v_name: str, v: object, q: Tensor, dtype:
     check_tensor(v_name, v, "B L Hkv D", like=q, dtype=dtype)
     assert isinstance(k, Tensor) and isinstance(v, Tensor)
     check_heads(q, k, k_name)
-    check_shape(v_name, v, tuple(k.shape))
+    check_shape(v_name, v, k.shape)
 
 
 def check_bank(
@@ -182,8 +185,10 @@ def check_bank(
 
     Returns whether they are int8; `check_scales` does the rest then.
     """
-    is_int8 = any(isinstance(x, Tensor) and x.dtype == torch.int8 for x in (k, v))
+    is_int8 = torch.int8 in (getattr(k, "dtype", None), getattr(v, "dtype", None))
     check_pair(k_name, k, v_name, v, q, torch.int8 if is_int8 else None)
+    if not is_int8 and k_scale is None and v_scale is None:
+        return False
     scales = {"memory_k_scale": k_scale, "memory_v_scale": v_scale}
     for name, x in scales.items():
         if x is not None and not is_int8:
@@ -289,7 +294,7 @@ def check_descriptors(
     """
     check_tensor(name, descriptors, "B N Hkv D", like=like)
     batch, tokens, heads, size = memory_k.shape
-    widths = {descriptor_width(size, score) for score in scores}
+    widths = [descriptor_width(size, score) for score in scores]
     width = descriptors.shape[-1] if descriptors.shape[-1] in widths else min(widths)
     check_shape(name, descriptors, (batch, tokens // frame * -(-frame // block_size), heads, width))
 
@@ -311,7 +316,7 @@ def check_neutral(**given: Any) -> None:
 
 
 def _is_zero(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and value == 0
+    return (type(value) is float or isinstance(value, numbers.Real)) and value == 0
 
 
 def _is_everything(window_size: Any) -> bool:
