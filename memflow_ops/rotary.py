@@ -66,14 +66,32 @@ def frame_turn(head_dim: int, frames: int, device: torch.device) -> Tensor:
 
 
 def move_frames(x: Tensor, turn: Tensor) -> Tensor:
-    """Move rotated x (B, tokens, heads, head_dim) in time by a turn of `frame_turn`, in float32; in the dtype of x."""
-    return turn_pairs(x.float(), turn).to(x.dtype)
+    """Move rotated x (B, tokens, heads, head_dim) in time by a turn of `frame_turn`, in float32; in the dtype of x.
+
+    turn: all of it or its leading pairs; others stay as they are.
+    """
+    width = 2 * len(turn)
+    moved = turn_pairs(x[..., :width].float(), turn).to(x.dtype)
+    return moved if width == x.shape[-1] else torch.cat([moved, x[..., width:]], -1)
 
 
 def move_rotation(rotation: tuple[Tensor, Tensor], turn: Tensor) -> tuple[Tensor, Tensor]:
-    """The cosines and sines of `rope_rotation` moved in time by a turn of `frame_turn`."""
-    moved = torch.complex(*rotation) * turn
+    """The cosines and sines of `rope_rotation` moved in time by a turn of `frame_turn`, or by its leading pairs; as
+    many pairs as the turn has."""
+    cosines, sines = (part[..., : len(turn)] for part in rotation)
+    moved = torch.complex(cosines, sines) * turn
     return moved.real.contiguous(), moved.imag.contiguous()
+
+
+def with_other_pairs(leading: tuple[Tensor, Tensor], rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (1 or B, tokens, D / 2): of the leading pairs (1 or B, tokens, P), and `rotation`'s for the
+    others."""
+    batch = max(len(leading[0]), len(rotation[0]))
+    cosines, sines = (
+        torch.cat([x.expand(batch, -1, -1), rest[..., x.shape[-1] :].expand(batch, -1, -1)], -1)
+        for x, rest in zip(leading, rotation, strict=True)
+    )
+    return cosines, sines
 
 
 def without_time(rotation: tuple[Tensor, Tensor], tokens: int) -> tuple[Tensor, Tensor]:

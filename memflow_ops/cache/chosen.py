@@ -66,7 +66,8 @@ class ChosenBlocks:
                 self.layout.frame_tokens,
             )
             if turn is not None:
-                copies[0].copy_(move_frames(copies[0], turn.conj()))
+                moving = copies[0][..., : 2 * len(turn)]
+                moving.copy_(move_frames(moving, turn.conj()))
 
 
 def chosen_size(layout: CacheLayout, top_k: int, query_group: int | None) -> tuple[int, int]:

@@ -42,7 +42,7 @@ from memflow_ops.impl.precision import as_autocast_does
 from memflow_ops.ops.cache_write import QKNorm, quantise_memory, write_projections
 from memflow_ops.ops.registration.dispatch import needs_grad
 from memflow_ops.ops.selection import describe_blocks
-from memflow_ops.rotary import apply_rotation, frame_turn, without_time
+from memflow_ops.rotary import apply_rotation, frame_turn, time_pairs, without_time
 
 PLACE_TENSORS = ("keys", "values", "descriptors", "k_scale", "v_scale")
 """What the tensors of a frame place are called in a history on disk; the scales are those of an int8 bank."""
@@ -82,7 +82,9 @@ class FrameCache(RingCache):
         # They are rotated once, from what the model made, because keys that are turned again and again drift.
         shape = (*sizes, layout.frame_tokens, *vectors) if layout.keeps_raw_keys else (0,)
         self._staged_keys = torch.empty(shape, dtype=layout.dtype, device=self.device)
-        self._turn = torch.ones(layout.head_dim // 2, dtype=torch.complex64, device=self.device)
+        # Only the pairs of time turn, which come first. On a CPU the others are left out; kernels take all at once.
+        pairs = time_pairs(layout.head_dim) if self.device.type == "cpu" else layout.head_dim // 2
+        self._turn = torch.ones(pairs, dtype=torch.complex64, device=self.device)
         self._half_loaded = False  # whether a state could not be loaded to its end
         self._stores = [] if history is None or not layout.device_frames else self._make_stores(history)
         self._stories = [self._new_story(number) for number in range(layout.batch)]
@@ -107,7 +109,8 @@ class FrameCache(RingCache):
         self._check_usable("begin_chunk")
         first_frame = super().begin_chunk()
         if self.layout.positions == "bounded":
-            self._turn.copy_(frame_turn(self.layout.head_dim, -self._virtual_shift(), self.device))
+            turn = frame_turn(self.layout.head_dim, -self._virtual_shift(), self.device)
+            self._turn.copy_(turn[: len(self._turn)])
         return first_frame
 
     def _virtual_shift(self) -> int:

@@ -358,7 +358,8 @@ class RingCache(SavedByState, ABC):
     def bank_turn(self) -> Tensor | None:
         """What moves the open chunk's rotated queries in time to where they stand for the bank, see `move_frames`.
 
-        Complex64 (D / 2,), in a tensor that stays where it is and is overwritten. None: they stand where they are.
+        Complex64 (P,), of the leading P of the D / 2 pairs, in a tensor that stays where it is and is overwritten.
+        None: they stand where they are.
         """
         return None
 

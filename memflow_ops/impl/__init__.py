@@ -13,8 +13,9 @@ Every implementation has the same functions, which take arguments that the publi
 
 `k` and `v`, or `memory_k` and `memory_v`, are None where there is no dense segment or no bank; `resume` is the (out,
 lse) of attention over other keys; `memory_q` is what attends to the bank instead of q. `rotation` is the cosines and
-sines (1 or B, F * T, D / 2), `memory_rotation` those that the queries written to memory_q are turned by; `norm` is the
-two weights, None where there is nothing to normalise, and epsilon. All else has the shapes of the public operators.
+sines (1 or B, F * T, D / 2), `memory_rotation` those that the queries written to memory_q are turned by, or those of
+their leading pairs; `norm` is the two weights, None where there is nothing to normalise, and epsilon. All else has the
+shapes of the public operators.
 """
 
 from __future__ import annotations

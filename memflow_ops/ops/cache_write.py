@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,8 @@ def write_projections(
             tokens' keys before rotation, n = ceil(T / mean_size), computed in float32 and rounded once. Retrieval
             compares them with a prompt. None: no means are wanted.
         mean_size: tokens per mean. None: T.
-        memory_rotation: like rotation, for a second form of the queries; see `memory_q` of `memory_attention`.
+        memory_rotation: like rotation, for a second form of the queries; see `memory_q` of `memory_attention`. It may
+            have the angles of the leading pairs alone; the others are then turned as by rotation.
         memory_q: (B, F * T, H, D), which is written with the queries that memory_rotation has turned in place of
             rotation. Both are given, or neither.
         impl: `reference`, `torch`, `triton` or `auto`, as in `memory_attention`.
@@ -104,14 +106,14 @@ def write_projections(
         )
     for name, x in pools.items():
         checks.check_shape(name, x, (batch, memory_k.shape[1], kv_heads, size))
-    cosines, sines = _angles("rotation", rotation, q)
+    cosines, sines = _angles("rotation", rotation, q, (size // 2,))
     if (memory_rotation is None) != (memory_q is None):
         raise ValueError("memory_rotation and memory_q must be given together")
     second: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
     if memory_rotation is not None and memory_q is not None:
         checks.check_tensor("memory_q", memory_q, "B L H D", like=q)
         checks.check_shape("memory_q", memory_q, tuple(q.shape))
-        second = (*_angles("memory_rotation", memory_rotation, q), memory_q)
+        second = (*_angles("memory_rotation", memory_rotation, q, range(1, size // 2 + 1)), memory_q)
     checks.check_integers("places", places, (batch, frames), q)
     block_size = min(checks.check_positive("block_size", block_size), frame)
     mean_size = frame if mean_size is None else min(checks.check_positive("mean_size", mean_size), frame)
@@ -191,19 +193,22 @@ def _check_weight(name: str, weight: Tensor | None, x: Tensor) -> None:
         checks.check_device(f"{name} of norm", weight, x)
 
 
-def _angles(name: str, rotation: tuple[Tensor, Tensor], q: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (1 or B, L, 1, D / 2), checked, as (1 or B, L, D / 2), contiguous."""
-    cosines, sines = (_angle(f"{part} of {name}", x, q) for part, x in zip(("cosines", "sines"), rotation, strict=True))
+def _angles(name: str, rotation: tuple[Tensor, Tensor], q: Tensor, pairs: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Cosines and sines (1 or B, L, 1, P) of P pairs, one of `pairs`; checked, as (1 or B, L, P), contiguous."""
+    parts = zip(("cosines", "sines"), rotation, strict=True)
+    cosines, sines = (_angle(f"{part} of {name}", x, q, pairs) for part, x in parts)
     checks.check_shape(f"sines of {name}", sines, tuple(cosines.shape))
     return cosines, sines
 
 
-def _angle(name: str, x: object, q: Tensor) -> Tensor:
+def _angle(name: str, x: object, q: Tensor, pairs: Sequence[int]) -> Tensor:
     if not isinstance(x, Tensor) or x.dtype != torch.float32:
         got = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise TypeError(f"{name} must be a float32 tensor, got {got}")
-    expected = (q.shape[1], 1, q.shape[3] // 2)
-    if x.dim() != 4 or tuple(x.shape[1:]) != expected or x.shape[0] not in (1, q.shape[0]):
-        raise ValueError(f"{name} must have shape (1 or {q.shape[0]}, {expected}), got {tuple(x.shape)}")
+    expected = (q.shape[1], 1)
+    shape = tuple(x.shape)
+    if x.dim() != 4 or shape[1:3] != expected or shape[3] not in pairs or shape[0] not in (1, q.shape[0]):
+        most = f"{pairs[0]} to {pairs[-1]}" if len(pairs) > 1 else f"{pairs[0]}"
+        raise ValueError(f"{name} must have shape (1 or {q.shape[0]}, {q.shape[1]}, 1, {most}), got {shape}")
     checks.check_device(name, x, q)
     return x.flatten(2).contiguous()

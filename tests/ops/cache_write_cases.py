@@ -86,11 +86,13 @@ def make_case(
     with_norm: bool = True,
     fused: bool = False,
     moved: int = 0,
+    moved_pairs: int | None = None,
     seed: int = 0,
     **options: object,
 ) -> WriteCase:
-    """A case; with `moved`, the queries are also wanted so many frames earlier; with `fused`, q, k and v are parts of
-    one projection, like the fused projections of diffusers."""
+    """A case; with `moved`, the queries are also wanted so many frames earlier, by angles of their leading
+    `moved_pairs` pairs (None: of all); with `fused`, q, k and v are parts of one projection, like the fused projections
+    of diffusers."""
     generator = torch.Generator().manual_seed(seed)
     tokens = grid[0] * grid[1]
     random = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64)  # noqa: E731
@@ -105,7 +107,8 @@ def make_case(
     # Some frames have no place in the pool: their number lies below 0 or beyond its end.
     places = torch.stack([torch.randperm(pool_frames + 2, generator=generator)[:frames] - 1 for _ in range(batch)])
     if moved:
-        options["memory_rotation"] = rope_rotation(head_dim, positions[:1] - moved, *(torch.arange(n) for n in grid))
+        second = rope_rotation(head_dim, positions[:1] - moved, *(torch.arange(n) for n in grid))
+        options["memory_rotation"] = tuple(part[..., :moved_pairs] for part in second)
     norm = memflow_ops.QKNorm(1 + random(widths[0]) / 4, 1 + random(widths[1]) / 4, 1e-6) if with_norm else None
     return WriteCase(q, k, v, rotation, places.int(), pool_frames, tokens, norm, **options)
 
@@ -124,6 +127,7 @@ def write_cases(draw) -> WriteCase:
         with_norm=draw(st.booleans()),
         fused=draw(st.booleans()),
         moved=draw(st.sampled_from([0, 7, 99_000])),
+        moved_pairs=draw(st.sampled_from([None, 1])),
         seed=draw(st.integers(0, 99)),
         options={
             "block_size": draw(st.sampled_from([1, 4, 6, 16, 100])),

@@ -235,7 +235,7 @@ def write_with(**changes) -> None:
         ("places", lambda x: x.long(), TypeError, "places must be int32, got torch.int64"),
         ("places", lambda x: x[:, :1], ValueError, r"places must have shape \(2, 2\), got \(2, 1\)"),
         ("rotation", lambda r: (r[0].double(), r[1]), TypeError, "cosines of rotation must be a float32 tensor"),
-        ("rotation", lambda r: (r[0], r[1][:, 1:]), ValueError, r"sines of rotation must have shape \(1 or 2, \(24, 1"),
+        ("rotation", lambda r: (r[0], r[1][:, 1:]), ValueError, r"sines of rotation must have shape \(1 or 2, 24, 1"),
         ("memory_rotation", lambda _: None, ValueError, "memory_rotation and memory_q must be given together"),
         ("memory_rotation", lambda r: (r[0][:, 1:], r[1]), ValueError, "cosines of memory_rotation must have shape"),
         ("memory_q", lambda x: x[:, :12], ValueError, r"memory_q must have shape \(2, 24, 2, 16\)"),

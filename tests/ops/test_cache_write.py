@@ -10,7 +10,7 @@ import memflow_ops
 from memflow_ops.impl.torch.cache_write import write_frames_on_device
 from memflow_ops.model.wan.transformer import RMSNorm
 from memflow_ops.ops import registration
-from memflow_ops.rotary import apply_rotation, rope_rotation
+from memflow_ops.rotary import apply_rotation, rope_rotation, time_pairs
 
 
 @settings(max_examples=60)
@@ -127,3 +127,18 @@ def test_frames_are_written_where_a_tensor_says():
         got = pool.clone()
         write(got[1], places, new)
         assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("impl", ["reference", "torch"])
+def test_pairs_that_have_no_second_angle_are_turned_as_the_others(impl):
+    """Space does not turn with the frame, so that the pairs of time, which come first, are all that bounded positions
+    need; the numbers are the same to the bit."""
+    pairs = time_pairs(16)
+    assert 1 < pairs < 8
+    few, all_of_them = (make_case(batch=2, moved=7, moved_pairs=n).to(torch.bfloat16) for n in (pairs, None))
+    for case in (few, all_of_them):  # in one batch element as in the other, so that only time differs
+        case.rotation = tuple(part[:1] for part in case.rotation)
+    found, expected = few.run(impl), all_of_them.run(impl)
+    assert not torch.equal(found["memory_q"], found["q"])
+    for name, x in expected.items():
+        assert torch.equal(found[name], x), name

@@ -7,6 +7,7 @@ from torch import Tensor
 from memflow_ops.geometry import WriteTarget
 from memflow_ops.impl.precision import widened
 from memflow_ops.impl.reference.selection import describe_blocks
+from memflow_ops.rotary import with_other_pairs
 
 
 def write_projections(
@@ -28,7 +29,7 @@ def write_projections(
         the place's descriptors       = those of the blocks of the rotated keys
     for the first M frames:
         means = means of y of the keys
-    memory_q = y of the queries with each pair turned by its angle of memory_rotation
+    memory_q = y of the queries with each pair turned by its angle of memory_rotation, or of rotation where it has none
     returns the rotated q
     """
     memory_k, descriptors, frame_tokens = target.memory_k, target.descriptors, target.frame_tokens
@@ -53,7 +54,7 @@ def write_projections(
                 descriptors[b, place * len(described) : (place + 1) * len(described)] = described
     cosines, sines = memory_rotation
     if memory_q is not None and cosines is not None and sines is not None:
-        memory_q.copy_(rotated(plain_q, cosines, sines).to(q.dtype))
+        memory_q.copy_(rotated(plain_q, *with_other_pairs((cosines, sines), rotation)).to(q.dtype))
     return rotated(plain_q, *rotation).to(q.dtype).contiguous()
 
 

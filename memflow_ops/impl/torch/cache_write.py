@@ -51,7 +51,9 @@ def write_projections(
     rotated_q = _rotated(plain_q, *rotation, q.dtype)
     cosines, sines = memory_rotation
     if memory_q is not None and cosines is not None and sines is not None:
-        memory_q.copy_(_rotated(plain_q, cosines, sines, q.dtype))
+        width = 2 * cosines.shape[-1]
+        memory_q[..., :width] = _rotated(plain_q[..., :width], cosines, sines, q.dtype)
+        memory_q[..., width:] = rotated_q[..., width:]
     plain_k = _normalised(k, weight_k, eps)
     rotated_k = _rotated(plain_k, *rotation, k.dtype)
     frame_tokens = target.frame_tokens
