@@ -10,7 +10,7 @@ import math
 import pickle
 import re
 import zipfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -158,14 +158,8 @@ def count_numbers(path: Path, names: tuple[str, ...], beginnings: tuple[str, ...
 
 def read_shapes(path: Path, names: tuple[str, ...]) -> dict[str, tuple[int, ...]]:
     """The shape of every tensor of a file or folder, without its weights. names: as for `read_weights`."""
-    if path.is_dir():
-        index, files = _weights_in(path, names)
-        if index is not None:
-            files = [path / name for name in sorted(set(_listed(index).values()))]
-    else:
-        files = [path]
     shapes: dict[str, tuple[int, ...]] = {}
-    for file in files:
+    for file in _files_at(path, names):
         if is_safetensors(file):
             try:
                 with safe_open(file, framework="pt") as header:
@@ -176,6 +170,29 @@ def read_shapes(path: Path, names: tuple[str, ...]) -> dict[str, tuple[int, ...]
             _, weights, _ = _parts_of(_load_pt(file, "meta"), file, None, True)
             shapes |= {name: tuple(tensor.shape) for name, tensor in weights.items()}
     return shapes
+
+
+def mapped_weights(path: Path, names: tuple[str, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a file or folder, mapped: what is not looked at is not read. They are for the moment alone,
+    because what happens to the file happens to them. names: as for `read_weights`."""
+    for file in _files_at(path, names):
+        if is_safetensors(file):
+            try:
+                with safe_open(file, framework="pt", device="cpu") as opened:
+                    for name in opened.keys():  # noqa: SIM118
+                        yield name, opened.get_tensor(name)
+            except SafetensorError as error:
+                raise ValueError(f"{file} is not a safetensors file, or not all of one: {error}") from error
+        else:
+            yield from _parts_of(_load_pt(file, "cpu"), file, None, True)[1].items()
+
+
+def _files_at(path: Path, names: tuple[str, ...]) -> list[Path]:
+    """The file, or those of a folder that hold its weights."""
+    if not path.is_dir():
+        return [path]
+    index, files = _weights_in(path, names)
+    return files if index is None else [path / name for name in sorted(set(_listed(index).values()))]
 
 
 # -------------------------------------------------------------------------------------------------------------- folders

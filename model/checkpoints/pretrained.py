@@ -5,7 +5,6 @@ files of Self-Forcing, LongLive and MemFlow. `layouts` has their names of weight
 """
 
 import json
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from memflow_ops.model.checkpoints import native
 from memflow_ops.model.checkpoints.containers import EMA, PLAIN, WeightFile, read_weights
+from memflow_ops.model.checkpoints.fingerprint import fingerprint
 from memflow_ops.model.checkpoints.layouts import bare_name, diffusers_name, infer_config, is_diffusers, original_name
 from memflow_ops.model.checkpoints.lora import Lora, merge_lora, parse_lora, split_lora
 from memflow_ops.model.checkpoints.lora_config import config_of_metadata, read_lora_config
@@ -23,8 +23,6 @@ from memflow_ops.model.wan.transformer import CausalVideoModel, ModelConfig
 from memflow_ops.ops.checks import FLOATS
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAMPLED = 256
-"""Numbers of a weight, and up to twice as many, that its fingerprint goes by."""
 _LORA_FILES = ("adapter_model", "pytorch_lora_weights")
 
 
@@ -71,15 +69,8 @@ class Pretrained:
         return sum(tensor.numel() for tensor in self.weights.values())
 
     def fingerprint(self) -> str:
-        """Eight hexadecimal digits by which other weights of the same name are told from these: a CRC-32 of some
-        numbers of every weight, from all over it, because all of them would take seconds."""
-        total = 0
-        for name, weight in sorted(self.weights.items()):
-            flat = weight.detach().reshape(-1)
-            some = flat[:: flat.numel() // SAMPLED or 1].to(torch.float64).contiguous()
-            total = zlib.crc32(f"{name} {weight.dtype} {tuple(weight.shape)}".encode(), total)
-            total = zlib.crc32(some.numpy().data, total)
-        return f"{total:08x}"
+        """Of the weights, a LoRA included; see `fingerprint`."""
+        return fingerprint(self.weights.items())
 
 
 def read_pretrained(

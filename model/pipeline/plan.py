@@ -1,8 +1,8 @@
 """The streams that a file of stories needs: checked, and with their memory counted, before any weights are loaded."""
 
 import shutil
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from memflow_ops.cache.chosen import choice_bytes
 from memflow_ops.cache.released_layout import BankSchedule
 from memflow_ops.environment import why_not_compile
 from memflow_ops.model.checkpoints.containers import count_numbers
+from memflow_ops.model.checkpoints.fingerprint import fingerprint_of_files
 from memflow_ops.model.checkpoints.native import empty_model
 from memflow_ops.model.checkpoints.pretrained import Pretrained
 from memflow_ops.model.parallel.ranks import check_ranks
@@ -91,8 +92,8 @@ class WanPlan:
     """The folder of its stream below the one of all files, and of its snapshots below that of all histories."""
     snapshots: Snapshots | None = None
     """Of its stream; keep the history on disk, and what an interrupted run goes on from."""
-    weights: str = ""
-    """The `Pretrained.fingerprint` of the transformer's weights."""
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """The fingerprint of the weights of each part, where the run may be gone on with."""
 
     @property
     def settings(self) -> StreamSettings:
@@ -133,7 +134,8 @@ def plan_streams(
     reason = why_not_record(free.device, settings, options.ranks)
     if options.cuda_graphs and reason:
         raise ValueError(f"no CUDA graphs for this stream: {reason}")
-    streams, weights = [], pretrained.fingerprint()
+    streams = []
+    weights = {} if options.history is None else fingerprints(sources, pretrained)
     for numbers in group_stories(stories, options.batch):
         prompts = chunk_prompts([stories[numbers[0]]], options.frames_per_prompt, settings.chunk_frames)
         own = options.for_story(settings, stories[numbers[0]])
@@ -177,13 +179,25 @@ def identity(plans: Sequence[WanPlan], sources: Sources, device: torch.device) -
         "seed": [plan.seed for plan in plans],
         "frames_per_prompt": options.frames_per_prompt,
         "history_frames": options.history_frames,
-        "weights": plans[0].weights,
+        **{f"weights of the {part}": mark for part, mark in plans[0].weights.items()},
         "settings": asdict(plans[0].settings),
         "sources": {name: value for name, value in sources.described().items() if name != "dtype"},
         "dtype": str(sources.torch_dtype(device)),
         "device": device.type,
         "compiled": options.compiled,
     }
+
+
+def fingerprints(sources: Sources, pretrained: Pretrained) -> dict[str, str]:
+    """Of the weights of every part: marks by which others under the same name are known."""
+    encoder, _ = find_text_encoder(sources.text_encoder)
+    marks = {
+        "transformer": pretrained.fingerprint(),
+        "text encoder": fingerprint_of_files(encoder, ("model",), TEXT_ENCODER_NAMES),
+    }
+    if sources.vae is not None:
+        marks["VAE"] = fingerprint_of_files(find_vae(sources.vae)[0], ("diffusion_pytorch_model",), VAE_NAMES)
+    return marks
 
 
 def _disk(history: HistoryOptions | None, below: Path, processes: int) -> Disk | None:

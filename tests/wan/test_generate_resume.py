@@ -1,9 +1,11 @@
 """`memflow generate --resume` on a small random pipeline."""
 
 import json
+from contextlib import contextmanager
 
 import pytest
 from command_line import memflow
+from safetensors.torch import load_file, save_file
 
 from memflow_ops.model.pipeline import budget, generate, plan
 from memflow_ops.model.stories.video import read_video
@@ -110,8 +112,21 @@ def test_a_disk_that_is_too_small_is_refused_before_anything_is_loaded(tmp_path,
     assert not (tmp_path / "out").exists()
 
 
-def test_other_weights_and_other_tiers_are_refused(tmp_path, command, monkeypatch, capfd):
-    """A checkpoint of the same name and sizes would make another video from the next chunk on."""
+@contextmanager
+def changed(file, name):
+    """A file of weights with another number in one of them, until the end."""
+    content = file.read_bytes()
+    try:
+        weights = load_file(file)
+        weights[name] = weights[name] + 1
+        save_file(weights, file, {"format": "pt"})
+        yield
+    finally:
+        file.write_bytes(content)
+
+
+def test_other_weights_and_other_tiers_are_refused(tmp_path, command, pipeline, monkeypatch, capfd):
+    """Parts of the same names and sizes would make another video from the next chunk on."""
     next_chunk, fingerprint = Streamer.next_chunk, plan.Pretrained.fingerprint
 
     def ending(streamer, *prompts):
@@ -131,7 +146,14 @@ def test_other_weights_and_other_tiers_are_refused(tmp_path, command, monkeypatc
     with monkeypatch.context() as patched:
         patched.setattr(plan.Pretrained, "fingerprint", other)
         assert memflow(*command("parts", "--resume")) == 2
-    assert "holds another run: weights '" in capfd.readouterr().err
+    assert "holds another run: weights of the transformer '" in capfd.readouterr().err
+    with changed(pipeline / "text_encoder" / "model.safetensors", "encoder.final_layer_norm.weight"):
+        assert memflow(*command("parts", "--resume")) == 2
+    said = capfd.readouterr().err
+    assert "holds another run: weights of the text encoder '" in said and "VAE" not in said and said.count("\n") == 1
+    with changed(pipeline / "vae" / "diffusion_pytorch_model.safetensors", "decoder.conv_out.bias"):
+        assert memflow(*command("parts", "--resume")) == 2
+    assert "holds another run: weights of the VAE '" in capfd.readouterr().err
     assert memflow(*command("parts", "--resume", "--history-frames", 5)) == 2
     assert "holds another run: history_frames None, here 5" in capfd.readouterr().err
     assert memflow(*command("parts", "--resume", "--host-frames", 0)) == 2
