@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -28,17 +28,27 @@ _NAME = re.compile(r"history-(\d+)-(\d+)\.bin")
 
 
 class HistoryFolder:
-    """A folder of histories, which this process has for itself while it is open: another one gets a ValueError.
+    """A folder of histories, which has one user at a time: a second one, in this process or another, gets a ValueError.
 
     path: is created. notes: what was dropped when files were opened, in words.
     """
+
+    _open_here: ClassVar[set[Path]] = set()
+    """The folders that this process has open, so that it is not told to wait for itself."""
 
     def __init__(self, path: Path | str):
         self.path, self.notes = Path(path), list[str]()
         check_folder(self.path)
         self.path.mkdir(parents=True, exist_ok=True)
+        self._resolved = self.path.resolve()
+        if self._resolved in self._open_here:
+            raise ValueError(
+                f"the folder {self.path} holds the history of another stream of this process: close that one, let it "
+                f"fork, or name another folder"
+            )
         self._open = ExitStack()
         self._open.enter_context(locked_folders([self.path]))
+        self._open_here.add(self._resolved)
         # One writer, so that the lines of a manifest come in the order of the records.
         self.writer = ThreadPoolExecutor(1, "history-writer")
         self.readers = ThreadPoolExecutor(READERS, "history-reader")
@@ -93,6 +103,7 @@ class HistoryFolder:
             segment.close()
         self._segments.clear()
         self._open.close()
+        self._open_here.discard(self._resolved)
 
 
 class FrameStore:

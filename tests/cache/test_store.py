@@ -265,12 +265,16 @@ def test_a_disk_that_fills_up_in_a_manifest_line(tmp_path, monkeypatch):
     assert "torn" in folder.notes[0]
 
 
-def test_two_processes_on_one_folder_get_one_line(tmp_path):
+def test_a_second_user_of_a_folder_gets_one_line(tmp_path):
     cache, naive = make(HistoryFolder(tmp_path))
     run_chunks(cache, naive, 3)
     program = f"from memflow_ops.cache.store import HistoryFolder; HistoryFolder({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert f"ValueError: another process is writing to the folder {tmp_path}" in done.stderr
+    own = tmp_path / "below" / ".."
+    (tmp_path / "below").mkdir()
+    with pytest.raises(ValueError, match="holds the history of another stream of this process: close that one"):
+        HistoryFolder(own)
     cache.close()
     HistoryFolder(tmp_path).close()
 

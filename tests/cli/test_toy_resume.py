@@ -1,6 +1,8 @@
 """`memflow toy generate --resume`: what was stopped, in whatever way, comes out as if it had never been."""
 
+import errno
 import json
+import os
 import random
 import signal
 import subprocess
@@ -176,6 +178,28 @@ def refused(capfd, words, *command, code=2):
     assert memflow(*command) == code
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("memflow: ")]
     assert len(said) == 1 and words in said[0], said
+
+
+def test_a_full_disk_ends_a_run_that_goes_on_when_there_is_room(tmp_path, command, whole, monkeypatch, capfd):
+    """One line says it, all that was made is kept, and it comes to the same files in the end."""
+    pwrite, records = os.pwrite, 0
+
+    def full(*arguments):
+        nonlocal records
+        records += 1
+        if records > 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return pwrite(*arguments)
+
+    every = ("--no-baseline", "--snapshot-every", 2)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        refused(capfd, "is full: the history cannot grow there", *command("parts", *every), code=1)
+    history, made = tmp_path / "parts-history", tmp_path / "parts"
+    assert (history / "snapshot.safetensors").exists() and (made / "video.part.mp4").exists()
+    assert memflow(*command("parts", *every, "--resume")) == 0
+    assert "Going on after chunk " in capfd.readouterr().out
+    assert_same_files(made, whole, timeline=True)
 
 
 def test_what_cannot_go_on_is_said_in_one_line(tmp_path, command, monkeypatch, capfd):

@@ -215,7 +215,7 @@ def test_an_interrupted_chunk_is_made_again(model, tmp_path):  # noqa: F811
 
 def test_the_folder_is_for_one_stream_at_a_time_and_for_kinds_with_a_history(model, tmp_path):  # noqa: F811
     first = on_disk(model, tmp_path, {})
-    with pytest.raises(ValueError, match="another process is writing to the folder"):
+    with pytest.raises(ValueError, match="holds the history of another stream of this process"):
         on_disk(model, tmp_path, {})
     first.close()
     with pytest.raises(ValueError, match="disk_frames=40 needs a history folder"):
