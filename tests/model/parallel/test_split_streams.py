@@ -19,6 +19,9 @@ from memflow_ops.model.parallel.state import own_state
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
+FEW = 8
+"""Codes of keys, and as many of values, of an int8 bank that may differ between processes after a chunk, of several
+hundred new ones."""
 CHECKS = (
     "exchange",
     "gradients",
@@ -47,7 +50,7 @@ def made(tmp_path_factory) -> Path:
         for rank in range(4)
     ]
     try:
-        errors = [worker.communicate(timeout=300)[1] for worker in workers]
+        errors = [worker.communicate(timeout=900)[1] for worker in workers]
     finally:
         for worker in workers:
             worker.kill()
@@ -60,22 +63,40 @@ def of_ranks(made: Path, case: str, count: int) -> list[dict]:
     return [torch.load(made / f"{case}-{count}-{rank}.pt", weights_only=True) for rank in range(count)]
 
 
+def run_alone(case: str, codes: list[dict]) -> dict:
+    """What one process makes of a case. codes: what several have in an int8 bank after each chunk.
+
+    A number on the border between two codes may be rounded to either, and one code more or less moves the next latents
+    by far more than 1e-5. So the two may differ by 1 in a few new ones of each chunk; all that follows goes by those of
+    the several processes.
+    """
+    want = run(make_streamer(make_model(case), case), codes=codes)
+    for mine, other in zip(want["codes"], codes, strict=True):
+        assert mine["places"] == other["places"]
+        for own, theirs in zip(mine["codes"], other["codes"], strict=True):
+            moved = (own.int() - theirs.int()).abs()
+            assert moved.max() <= 1 and moved.sum() <= FEW
+    return want
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_a_split_stream_is_that_of_one_process(made, case):
     """Latents to rounding; banks, the blocks that were activated and all else that a chunk tells to the letter. The
     ranks hold the same to the bit."""
-    want = run(make_streamer(make_model(), case))
-    assert want["frames"].std() > 0.1
-    if CASES[case].get("memory", "memflow") in ("memflow", "released"):
-        assert all(want["told"][-1]["retrieved"])
+    want = None
     for count in (2, 4):
         got = of_ranks(made, case, count)
+        if want is None or got[0]["codes"]:
+            want = run_alone(case, got[0]["codes"])
         for one in got:
             assert torch.equal(one["frames"], got[0]["frames"])
             assert all(one[same] == got[0][same] for same in ("told", "scores", "banks"))
             assert [len(noted) for noted in one["collectives"]] == [len(noted) for noted in got[0]["collectives"]]
         torch.testing.assert_close(got[0]["frames"], want["frames"], rtol=0, atol=1e-5)
         assert got[0]["told"] == want["told"] and got[0]["banks"] == want["banks"]
+        assert want["frames"].std() > 0.1
+        if CASES[case].get("memory", "memflow") in ("memflow", "released"):
+            assert all(want["told"][-1]["retrieved"])
         for scores, expected in zip(got[0]["scores"], want["scores"], strict=True):
             for story, of in zip(scores, expected, strict=True):
                 assert story == pytest.approx(of, abs=1e-5)
@@ -91,14 +112,18 @@ def test_a_rank_holds_its_part_of_the_past(made, case):
 @pytest.mark.parametrize("case", STOPPED)
 def test_what_four_processes_have_saved_two_and_one_continue(made, case):
     state = torch.load(made / f"{case}-state.pt", weights_only=True)
-    whole, one = (make_streamer(make_model(), case) for _ in range(2))
-    run(whole, 5)
-    assert state["cache"]["layout"] == whole.state_dict()["cache"]["layout"]
+    one = make_streamer(make_model(case), case)
+    assert state["cache"]["layout"] == one.state_dict()["cache"]["layout"]
     one.load_state_dict(state)
-    want = run(whole)
-    for got in (run(one), *of_ranks(made, f"{case}, resumed", 2)):
-        torch.testing.assert_close(got["frames"], want["frames"], rtol=0, atol=1e-5)
-        assert got["told"] == want["told"] and got["banks"] == want["banks"]
+    before, want = of_ranks(made, case, 4)[0]["codes"][:5], None
+    pair = of_ranks(made, f"{case}, resumed", 2)
+    assert torch.equal(pair[0]["frames"], pair[1]["frames"])
+    for got in (run(one), pair[0]):
+        if want is None or got["codes"]:
+            want = run_alone(case, [*before, *got["codes"]])
+        frames = got["frames"].shape[2]
+        torch.testing.assert_close(got["frames"], want["frames"][:, :, -frames:], rtol=0, atol=1e-5)
+        assert got["told"] == want["told"][5:] and got["banks"] == want["banks"][-len(got["banks"]) :]
     with pytest.raises(ValueError, match="of a cache with kv_heads=4, here 6"):
         own_state(state["cache"], HeadShare(0, 2, 6))
 
