@@ -14,6 +14,10 @@ NAME_BYTES = 255
 """The bytes that a file's name may have on the file systems of Linux."""
 
 
+class InUse(ValueError):
+    """Another process is writing what this one wants to write."""
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary name to write to, and rename the file in the end, so that nobody ever sees a part of it.
@@ -40,7 +44,7 @@ def replacing(path: Path) -> Iterator[Path]:
 def locked(path: Path, wait: bool = True) -> Iterator[None]:
     """Let only one process at a time be inside for this path, where it may read the file and write it anew.
 
-    Others wait, or with wait=False get a ValueError. The lock is a file beside `path`, which is there while it is held.
+    Others wait, or with wait=False get an `InUse`. The lock is a file beside `path`, which is there while it is held.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _held(_beside(path, ".lock"), wait, f"another process is writing {path}: wait for it, or name another file"):
@@ -49,7 +53,7 @@ def locked(path: Path, wait: bool = True) -> Iterator[None]:
 
 @contextmanager
 def locked_folders(folders: Iterable[Path]) -> Iterator[None]:
-    """Let only one process at a time write to these folders, which are there. Others get a ValueError.
+    """Let only one process at a time write to these folders, which are there. Others get an `InUse`.
 
     The lock is a file in each folder, which is there while it is held. Temporary files of `replacing` whose process was
     killed are deleted.
@@ -58,11 +62,13 @@ def locked_folders(folders: Iterable[Path]) -> Iterator[None]:
         for folder in dict.fromkeys(folders):
             refusal = f"another process is writing to the folder {folder}: wait for it, or name another folder"
             held.enter_context(_held(folder / ".folder.lock", wait=False, refusal=refusal))
-            _delete_abandoned(folder)
+            delete_abandoned(folder)
         yield
 
 
-def _delete_abandoned(folder: Path) -> None:
+def delete_abandoned(folder: Path) -> None:
+    """Delete the temporary files of `replacing` in a folder whose process was killed. Nobody on another machine may be
+    writing there: only the processes of this one are known."""
     for path in folder.glob(".*.tmp"):
         number = re.fullmatch(r"\..+\.(\d+)\.tmp", path.name)
         if number and not _is_running(int(number[1])):
@@ -81,13 +87,13 @@ def _is_running(process: int) -> bool:
 
 @contextmanager
 def _held(lock: Path, wait: bool, refusal: str) -> Iterator[None]:
-    """Hold the lock, which is a file. refusal: what the ValueError says where another holds it and wait is False."""
+    """Hold the lock, which is a file. refusal: what the `InUse` says where another holds it and wait is False."""
     while True:
         with open(lock, "w") as file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ValueError(refusal) from None
+                raise InUse(refusal) from None
             except OSError as error:
                 if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                     raise  # Otherwise this file system has no locks, as some of clusters: better none than no file.

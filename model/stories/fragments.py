@@ -18,13 +18,14 @@ from typing import Any
 import av
 import numpy as np
 
-from memflow_ops.files import locked, replacing
+from memflow_ops.files import delete_abandoned, locked, replacing
 from memflow_ops.model.stories.video import (
     FRAMES_PER_SECOND,
     SCALE,
     add_h264,
     check_frames,
     file_name,
+    growing,
     yuv_frames,
 )
 
@@ -47,12 +48,13 @@ class FragmentWriter:
         """As for `VideoWriter`."""
         if height * scale % 2 or width * scale % 2:
             raise ValueError(f"a yuv420p video has even sides, got {width} x {height} pixels times {scale}")
-        self.path, self.growing = path, path.with_suffix(f".part{path.suffix}")
+        self.path, self.growing = path, growing(path)
         self.shape, self.scale, self.fps = (height, width), scale, fps
         self.frames = self._fragments = self._crc32 = 0
         self._threads = min(os.cpu_count() or 1, MOST_THREADS)
         self._lock = ExitStack()
         self._lock.enter_context(locked(path, wait=False))
+        delete_abandoned(path.parent)  # of an actor that was killed; its command has locked the folder once for all
         # Unbuffered, so that a process that is killed leaves all that it has written. What is there of an earlier run
         # is kept for `cut_back` until the first fragment is written.
         self._file = open(self.growing, "r+b" if self.growing.exists() else "w+b", buffering=0)  # noqa: SIM115

@@ -19,6 +19,7 @@ from typing import Any
 
 from memflow_ops.cache.store import HistoryFolder
 from memflow_ops.files import write_atomically
+from memflow_ops.model.stories.video import growing
 from memflow_ops.state_file import load_state, save_state
 
 FORMAT = "memflow-ops run 1"
@@ -120,24 +121,27 @@ class Snapshots:
                 raise ValueError(f"{self.path} holds another run: {'; '.join(other)}")
             if found["finished"]:
                 self.finished = True
+                self._delete()  # if it was killed before it had
                 return
             if self._file.exists():
                 self.found = load_state(self._file)
                 self.folder.keep_only(self.found["stores"])
                 return
-        self._file.unlink(missing_ok=True)
-        self.folder.keep_only([])
+        self._delete()
         self._write_about(run, finished=False)
 
     def check_made(self, videos: Iterable[Path]) -> None:
         """A ValueError where the run is complete, and these videos of it are not there: they were written to another
         folder, or deleted."""
-        missing = [video for video in videos if not video.is_file()] if self.finished else []
+        made = list(videos) if self.finished else []
+        missing = [video for video in made if not video.is_file()]
         if missing:
             raise ValueError(
                 f"the run in {self.path} is complete, and {missing[0]} is not there: name the folder that it was "
                 f"written to, or another --history-dir to make it again"
             )
+        for video in made:
+            growing(video).unlink(missing_ok=True)  # if the run was killed before it had
 
     def is_due(self, chunk: int) -> bool:
         """Whether a snapshot should be taken after so many chunks."""
@@ -153,17 +157,26 @@ class Snapshots:
         self._last = time.perf_counter() - started
         self._spent += self._last
 
+    def take_in(self, found: dict[str, Any]) -> None:
+        """Replaces the snapshot that was found by one that holds its history, and deletes the files that it named."""
+        save_state(self._file, found)
+        self.folder.keep_only([])
+        self.found = found
+
     def finish(self, run: Mapping[str, Any]) -> None:
         """The run is complete: its snapshot and history are deleted, and that it is done is noted."""
         self._write_about(run, finished=True)
-        self._file.unlink(missing_ok=True)
-        self.folder.keep_only([])
+        self._delete()
 
     def close(self) -> None:
         """Gives up the folder, when the caches that use it have too. Further calls do nothing."""
         if not self._closed:
             self._closed = True
             self.folder.remove_user()
+
+    def _delete(self) -> None:
+        self._file.unlink(missing_ok=True)
+        self.folder.keep_only([])
 
     def _write_about(self, run: Mapping[str, Any], finished: bool) -> None:
         about = {"format": FORMAT, "finished": finished, "run": run}

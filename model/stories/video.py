@@ -40,7 +40,7 @@ class VideoWriter:
         is a key frame. fps: frames per second."""
         if height * scale % 2 or width * scale % 2:
             raise ValueError(f"a yuv420p video has even sides, got {width} x {height} pixels times {scale}")
-        self.path, self.growing = path, path.with_suffix(f".part{path.suffix}")
+        self.path, self.growing = path, growing(path)
         self.shape, self.scale, self.frames = (height, width), scale, 0
         # hybrid_fragmented: the file consists of fragments while it grows, and has one index when it is closed.
         self._lock = ExitStack()
@@ -94,6 +94,11 @@ class VideoWriter:
     ) -> None:
         with self._lock:
             self.close()
+
+
+def growing(path: Path) -> Path:
+    """The name under which a video grows."""
+    return path.with_suffix(f".part{path.suffix}")
 
 
 def add_h264(container: Any, shape: tuple[int, int], scale: int, fps: int, key_frames: int) -> Any:

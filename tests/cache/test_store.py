@@ -270,7 +270,7 @@ def test_a_second_user_of_a_folder_gets_one_line(tmp_path):
     run_chunks(cache, naive, 3)
     program = f"from memflow_ops.cache.store import HistoryFolder; HistoryFolder({str(tmp_path)!r})"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
-    assert f"ValueError: another process is writing to the folder {tmp_path}" in done.stderr
+    assert f"InUse: another process is writing to the folder {tmp_path}" in done.stderr
     own = tmp_path / "below" / ".."
     (tmp_path / "below").mkdir()
     with pytest.raises(ValueError, match="holds the history of another stream of this process: close that one"):
