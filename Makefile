@@ -5,7 +5,7 @@ BIN := .venv/bin
 CONSTRAINTS ?= constraints.txt
 STAMP := .venv/.installed-$(CONSTRAINTS)
 
-.PHONY: help demo live test interpreter ptx lint bench bench-compare where-memory-pays soak aot gpu-preflight gpu-test gpu-warm gpu-bench train docs pictures clean
+.PHONY: help demo live test ray interpreter ptx lint bench bench-compare where-memory-pays soak aot gpu-preflight gpu-test gpu-warm gpu-bench train docs pictures clean
 help:  ## list these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 20
 
@@ -24,6 +24,15 @@ live: $(STAMP)  ## a page on which you type the next prompt while the toy world 
 # One thread per process (tests/conftest.py) and a process per core: two threads on tensors this small only wait.
 test: $(STAMP)  ## every test
 	$(BIN)/python -m pytest --numprocesses auto --dist worksteal $(TEST_OPTIONS)
+
+# In a folder of its own, so that `make test` takes no longer where this has been called before.
+RAY := .venv/ray
+
+$(RAY): $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) --target $@ 'ray>=2.60'
+
+ray: $(RAY)  ## memflow generate --ray: actors, commands and writes that are killed, on this machine; make test skips it
+	PYTHONPATH=$(CURDIR)/$(RAY) $(BIN)/python -m pytest tests/wan/test_ray.py $(TEST_OPTIONS)
 
 # Other tritons than the one of this torch, each in a folder of its own.
 .venv/triton-%: $(STAMP)

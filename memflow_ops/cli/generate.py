@@ -276,13 +276,14 @@ class RayWork:
         chunks = [len(chunk_prompts([self.stories[of[0]]], self.options.frames_per_prompt, size)) for of in groups]
         return [" and ".join(str(places[number]) for number in of) for of in groups], chunks
 
-    def load(self) -> tuple[list[str], Parts, list[list[WanPlan]]]:
-        """Plan all streams with the memory of the actor's machine, and load the parts."""
-        how = self.memories, self.given, self.device
+    def load(self, sharing: int) -> tuple[list[str], Parts, list[list[WanPlan]]]:
+        """Plan all streams with an actor's part of the memory of its machine, and load the parts."""
+        how = self.memories, self.given, self.device, FreeMemory.now(pick_device(self.device)).shared_by(sharing)
         free, pretrained, streams = plan_stories(
             self.stories, self.out, self.sources, self.settings, self.options, *how
         )
-        words = [described(pretrained), *_largest(streams).budget.lines()]
+        shared = f"Up to {sharing} actors of this machine divide its memory; of one of them:"
+        words = [described(pretrained), *([shared] if sharing > 1 else []), *_largest(streams).budget.lines()]
         prompts = [prompt for story in self.stories for prompt in story]
         return words, load_parts(self.sources, pretrained, prompts, free.device, self.options.compiled), streams
 

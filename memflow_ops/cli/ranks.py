@@ -76,11 +76,9 @@ def _silent() -> Iterator[None]:
 def shared_memory(ranks: Ranks) -> FreeMemory:
     """What every process may plan with: the least that one of them has, where those of one machine divide its host
     memory."""
-    free = FreeMemory.now(ranks.device)
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count))
-    if free.host_bytes is None:
-        return FreeMemory(free.device, ranks.least(free.bytes // here), None)
-    return FreeMemory(free.device, ranks.least(free.bytes), ranks.least(free.host_bytes // here))
+    free = FreeMemory.now(ranks.device).shared_by(int(os.environ.get("LOCAL_WORLD_SIZE", ranks.count)))
+    host = None if free.host_bytes is None else ranks.least(free.host_bytes)
+    return FreeMemory(free.device, ranks.least(free.bytes), host)
 
 
 @contextmanager

@@ -9,8 +9,9 @@ command goes on.
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple, Protocol
 
 import typer
@@ -19,6 +20,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from memflow_ops.cli.errors import fail
 from memflow_ops.cli.options import SPEED
+from memflow_ops.files import InUse
 from memflow_ops.model.pipeline import generate as pipeline
 from memflow_ops.model.pipeline.plan import WanPlan, open_snapshots
 from memflow_ops.model.pipeline.sources import Parts, Sources
@@ -48,6 +50,8 @@ ATTEMPTS = 3
 """How often a stream is given to an actor before it is reported as failed, if the actors die of it."""
 STOPPING_SECONDS = 120.0
 """How long Ctrl-C waits for the chunks that are being made."""
+IN_USE_SECONDS = 60.0
+"""How long an actor waits for a stream that another process has open."""
 POLL_SECONDS = 0.5
 
 
@@ -57,9 +61,9 @@ class Work(Protocol):
     @property
     def sources(self) -> Sources: ...
 
-    def load(self) -> tuple[list[str], Parts, list[list[WanPlan]]]:
-        """Plans all streams on the actor's machine, and loads the parts. The first are words for the user. A
-        ValueError, TypeError or OSError for what cannot be."""
+    def load(self, sharing: int) -> tuple[list[str], Parts, list[list[WanPlan]]]:
+        """Plans all streams on the actor's machine, whose memory so many actors divide, and loads the parts. The first
+        are words for the user. A ValueError, TypeError or OSError for what cannot be."""
 
     def described(self, run: pipeline.WanRun) -> str:
         """The files of a story that is made, in words."""
@@ -75,15 +79,49 @@ class Made(NamedTuple):
     """Whether the actor can make no stream at all, where its machine lacks a file for one."""
 
 
+class Crew(NamedTuple):
+    """The actors of a command."""
+
+    cpus: float
+    """That an actor takes."""
+    gpus: int
+    """That an actor takes, 0 or 1."""
+    most: int
+    """Actors at a time."""
+
+    def room(self, resources: Mapping[str, float]) -> int:
+        """How many actors so many CPUs and GPUs are enough for."""
+        cpus = int(resources.get("CPU", 0) / self.cpus + 1e-6)  # 1 / 0.1 are ten, although 1 // 0.1 is nine
+        return min(self.most, cpus, int(resources.get("GPU", 0) / self.gpus) if self.gpus else cpus)
+
+    def on_cluster(self, nodes: Iterable[Mapping[str, Any]]) -> int:
+        """How many actors these nodes, as `ray.nodes` tells them, have room for at a time."""
+        return min(self.most, sum(self.room(node["Resources"]) for node in nodes if node["Alive"]))
+
+    def beside(self, nodes: Iterable[Mapping[str, Any]], node_id: str) -> int:
+        """How many actors may come to be on the machine of a node at a time, one there included. Nodes of one address
+        are one machine.
+
+        It is what there is room for and not what is there, because an actor takes its share of the memory when it
+        begins, and others may come later, also in place of those that have died.
+        """
+        alive = [node for node in nodes if node["Alive"]]
+        address = next((node["NodeManagerAddress"] for node in alive if node["NodeID"] == node_id), None)
+        return max(1, self.on_cluster(node for node in alive if node["NodeManagerAddress"] == address))
+
+
 class Worker:
     """The part of an actor: makes streams, and answers beside that how far it is."""
 
-    def __init__(self, work: Work):
+    def __init__(self, work: Work, crew: Crew):
+        import ray
+
         self.work, self._stop, self._done = work, threading.Event(), 0
         self.words: list[str] = []
         self.refusal = ""
         try:
-            self.words, self.parts, self.streams = work.load()
+            sharing = crew.beside(ray.nodes(), ray.get_runtime_context().get_node_id())
+            self.words, self.parts, self.streams = work.load(sharing)
         except (ValueError, TypeError, OSError, ModuleNotFoundError) as error:
             self.refusal = str(error) or type(error).__name__
 
@@ -103,7 +141,7 @@ class Worker:
         if self.refusal:
             return Made([], self.refusal, refused=True)
         try:
-            plans = open_snapshots(self.streams[number], self.work.sources, self.parts.device)
+            plans = self._open(number)
             snapshots = plans[0].snapshots
             if snapshots is not None and snapshots.finished:
                 snapshots.close()
@@ -112,6 +150,17 @@ class Worker:
         except Exception as error:
             return Made([], f"{type(error).__name__}: {error}")
         return Made([self.work.described(run) for run in runs], None)
+
+    def _open(self, number: int) -> list[WanPlan]:
+        """The plans of a stream with its snapshots. An actor of a command that was killed, or that has only been lost
+        sight of, may have them for a while yet."""
+        deadline = time.monotonic() + IN_USE_SECONDS
+        while True:
+            try:
+                return open_snapshots(self.streams[number], self.work.sources, self.parts.device)
+            except InUse:
+                if self._stop.wait(POLL_SECONDS) or time.monotonic() > deadline:
+                    raise
 
     def chunks(self) -> int:
         """How many chunks the current stream has."""
@@ -136,17 +185,19 @@ def make_stories(work: Work, names: Sequence[str], chunks: Sequence[int], addres
     place = {} if address == "local" else {"address": address}
     try:
         ray.init(**place, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        fail(f"no Ray cluster at {address}: {error}", code=2)
+    except Exception as error:  # Ray raises bare ones too, for a node that does not come up in time for one
+        fail(f"no Ray cluster at {address}: {_brief(error)}", code=2)
     try:
-        room = ray.cluster_resources()
-        gpus = 1 if gpu and room.get("GPU", 0) else 0
-        count = min(len(names), int(room.get("CPU", 0) // cpus), int(room.get("GPU", 0)) if gpus else len(names))
+        nodes = ray.nodes()
+        crew = Crew(cpus, 1 if gpu and ray.cluster_resources().get("GPU", 0) else 0, len(names))
+        count = crew.on_cluster(nodes)
         if count < 1:
-            fail(f"an actor takes {cpus:g} CPUs, and the Ray cluster has {room.get('CPU', 0):g}", code=2)
+            has = max((node["Resources"].get("CPU", 0) for node in nodes if node["Alive"]), default=0)
+            beside = " beside its GPU" if crew.gpus else ""
+            fail(f"an actor takes {cpus:g} CPUs{beside}, and a machine of the Ray cluster has {has:g} at most", code=2)
         # Two calls at a time: one makes a stream, and the other answers how far it is.
-        kind = ray.remote(Worker).options(num_cpus=cpus, num_gpus=gpus, max_concurrency=2)
-        failed = _Queue(ray, lambda: kind.remote(work), names, chunks).run(count)
+        kind = ray.remote(Worker).options(num_cpus=cpus, num_gpus=crew.gpus, max_concurrency=2)
+        failed = _Queue(ray, lambda: kind.remote(work, crew), names, chunks).run(count)
     finally:
         ray.shutdown()
     if failed:

@@ -38,6 +38,13 @@ class FreeMemory:
     def now(cls, device: torch.device) -> "FreeMemory":
         return cls(device, free_bytes(device), free_host_bytes() if device.type == "cuda" else None)
 
+    def shared_by(self, processes: int) -> "FreeMemory":
+        """The part of one of so many processes on this machine, which divide its host memory; a CUDA device is of one
+        process alone."""
+        if self.host_bytes is None:
+            return replace(self, bytes=self.bytes // processes)
+        return replace(self, host_bytes=self.host_bytes // processes)
+
     @property
     def place(self) -> str:
         """The device in words."""

@@ -159,6 +159,13 @@ def test_a_cpu_is_its_own_host():
         plan(enough(10, 40), host_free=None)
 
 
+def test_processes_of_a_machine_divide_what_the_host_has():
+    """A CUDA device is of one process; a CPU's memory is the host's."""
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert FreeMemory(cuda, 90, 70).shared_by(3) == FreeMemory(cuda, 90, 23)
+    assert FreeMemory(cpu, 90, None).shared_by(4) == FreeMemory(cpu, 22, None)
+
+
 @pytest.mark.parametrize(
     "count, words", [(0, "0 bytes"), (1023, "1,023 bytes"), (1536, "1.5 KiB"), (2**41, "2,048.0 GiB")]
 )
