@@ -414,11 +414,12 @@ class FrameCache(RingCache):
 
     # -------------------------------------------------------------------------------------------------------- the state
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, in_full: bool = False) -> dict[str, Any]:
         """As in `RingCache`. The choice of a bank is no part of the state, because every chunk makes its own.
 
         With a history folder the state names the records of the history instead of holding it; they are on the disk
-        when this returns. It can be loaded by a cache that has the same folder.
+        when this returns. It can be loaded by a cache that has the same folder. in_full: it holds the history in any
+        case, for a cache without a folder.
         """
         self._check_between_chunks("state_dict")
         self._check_usable("state_dict")
@@ -428,7 +429,8 @@ class FrameCache(RingCache):
         sink = range(layout.sink_frames - stored, layout.sink_frames)
         self._table.read()
         kept = [(story, prototype) for story in self._stories for prototype in story.history.values()]
-        if self._stores:
+        named = self._stores and not in_full
+        if named:
             kept = []  # the records of the store have their keys, values and means
         places = sorted({*sink, *(story.place_of(p) for story, p in kept if p.slot is not None)})
         if layout.bank_dtype is None:
@@ -446,8 +448,8 @@ class FrameCache(RingCache):
             "rows": rows,
             "means": save_places([self._means], rows),
             "history": [story.saved_history() for story in self._stories],
-            "host": [story.saved_host() for story in self._stories],
-            "stores": [store.saved() for store in self._stores],
+            "host": [story.saved_host(in_full) for story in self._stories],
+            "stores": [store.saved() for store in self._stores] if named else [],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -124,12 +124,12 @@ class Story:
         """Frame, row, last use and slot of every prototype."""
         return [(p.frame, p.row, p.last_used, p.slot) for p in self.history.values()]
 
-    def saved_host(self) -> list[tuple[Tensor, ...]]:
+    def saved_host(self, in_full: bool = False) -> list[tuple[Tensor, ...]]:
         """What every prototype has in host memory, copied, so that a frame that comes back changes no saved state;
-        nothing where a store has it."""
-        if self.store is not None:
+        nothing where a store has it. in_full: what only the store has is read from it."""
+        if self.store is not None and not in_full:
             return [() for _ in self.history]
-        return [tuple(tensor.clone() for tensor in p.host) for p in self.history.values()]
+        return [self._copied(p) if in_full and p.only_on_disk else _clones(p.host) for p in self.history.values()]
 
     def load(self, history: Iterable[tuple[int, int, int, int | None]], host: Iterable[tuple[Tensor, ...]]) -> None:
         """Fills a story without history with what `saved_history` and `saved_host` have returned.
@@ -165,6 +165,14 @@ class Story:
         self._fill(slot, buffer.tensors[1:])  # its means come first, and have a row of their own
         buffer.note_copy()
         self.store.give_back(buffer)
+
+    def _copied(self, prototype: Prototype) -> tuple[Tensor, ...]:
+        """What a prototype that is only on disk has in each pool, in host memory."""
+        assert self.store is not None, f"frame {prototype.frame} is nowhere"
+        buffer = self.store.take(prototype.frame)
+        copies = _clones(buffer.tensors[1:])
+        self.store.give_back(buffer)
+        return copies
 
     def _move_off_device(self, prototype: Prototype, returning: Prototype | None) -> None:
         """Moves a prototype to host memory, or leaves it on disk alone.
@@ -211,6 +219,10 @@ class Story:
             self.free_host.append(prototype.host)
         if self.store is not None:
             self.store.forget(prototype.frame)
+
+
+def _clones(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.clone() for tensor in tensors)
 
 
 def _first_free(used: Iterable[int | None], count: int) -> int | None:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.store import HistoryFolder
 from memflow_ops.environment import environment
 from memflow_ops.model.parallel.ranks import Ranks
@@ -182,6 +183,8 @@ def _generate_with_snapshots(
             opened.enter_context(writer.closed_on_error())
         streamer, decoders = make_streamer(parts, plans, ranks), [StreamingDecoder(parts.vae) for _ in plans]
         if ranks is not None:
+            if snapshots.found is not None and snapshots.found["stores"]:
+                _take_in_history(parts, plans, snapshots)
             ranks.any(snapshots.found is not None)  # tells the others
         if snapshots.found is not None:
             for run, writer, decoder, saved in zip(runs, writers, decoders, snapshots.found["stories"], strict=True):
@@ -217,6 +220,17 @@ def _generate_with_snapshots(
         snapshots.finish(identity(plans, runs[0].sources, parts.device))
         for writer in writers:
             writer.discard()
+
+
+def _take_in_history(parts: Parts, plans: Sequence[WanPlan], snapshots: Snapshots) -> None:
+    """Takes the history that one process has kept in files into the snapshot, where several find their heads of it."""
+    found = snapshots.found
+    assert found is not None
+    layout = plans[0].settings.cache_layout(parts.model, len(plans))
+    with closing(FrameCache(layout, "cpu", snapshots.folder)) as cache:
+        cache.load_state_dict(found["stream"]["cache"])
+        history = cache.state_dict(in_full=True)
+    snapshots.take_in({**found, "stream": {**found["stream"], "cache": history}, "stores": []})
 
 
 def _add_to(

@@ -166,8 +166,12 @@ def open_snapshots(plans: Sequence[WanPlan], sources: Sources, device: torch.dev
     if options.history is None:
         return list(plans)
     snapshots = options.history.snapshots(plans[0].below)
-    snapshots.begin(identity(plans, sources, device), options.history.resume)
-    snapshots.check_made(plan.folder / "video.mp4" for plan in plans)
+    try:
+        snapshots.begin(identity(plans, sources, device), options.history.resume)
+        snapshots.check_made(plan.folder / "video.mp4" for plan in plans)
+    except BaseException:
+        snapshots.close()
+        raise
     return [replace(plan, snapshots=snapshots) for plan in plans]
 
 
@@ -213,6 +217,11 @@ def _disk(history: HistoryOptions | None, below: Path, processes: int) -> Disk |
     if found is not None:
         tiers = [found["run"].get("settings", {}).get(f"{tier}_frames") for tier in ("device", "host", "disk")]
         divided = (tiers[0], tiers[1], tiers[2]) if all(isinstance(frames, int) for frames in tiers) else None
+        if divided is not None and divided[2] and processes > 1:
+            raise ValueError(
+                f"the run in {folder} keeps {divided[2]} past frames on disk alone, which only one process does: go on "
+                f"with one"
+            )
     free = shutil.disk_usage(there).free + own
     return Disk(folder, free, history.device_frames, history.host_frames, divided, processes)
 

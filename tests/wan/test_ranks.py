@@ -13,6 +13,7 @@ import pytest
 from command_line import memflow, write_story
 
 from memflow_ops.model.stories.video import read_video
+from memflow_ops.model.streaming.streamer import Streamer
 
 STORY = ["A ball in the meadow", "the sea at night", "the ball returns"]
 SMALL = ("--height", 32, "--width", 48, "--frames-per-prompt", 6, "--device", "cpu", "--bank-frames", 2, "--top-k", 3)
@@ -49,23 +50,38 @@ def test_two_processes_make_the_video_of_one(tmp_path, words):
     assert not list((tmp_path / "two").glob(".*"))
 
 
-def test_a_process_that_dies_ends_the_other_and_what_was_made_goes_on(tmp_path, words, capfd):
+def test_a_process_that_dies_ends_the_other_and_what_was_made_goes_on(tmp_path, words, capfd, monkeypatch):
+    """One process begins, two go on until one of them is killed, and one goes on again."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     out, history = tmp_path / "out", tmp_path / "history"
     words = [*words, "--frames-per-prompt", 30, "--steps", 1]
     stored = ["--history-dir", history, "--snapshot-every", 2]
-    command = list(map(str, [sys.executable, "-m", "memflow_ops", *words, *stored, "--out", out]))
-    processes = []
+    next_chunk = Streamer.next_chunk
+
+    def interrupted(streamer, *prompts):
+        if streamer.cache.committed == 7:
+            raise KeyboardInterrupt
+        return next_chunk(streamer, *prompts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Streamer, "next_chunk", interrupted)
+        assert memflow(*words, *stored, "--out", out) == 130
+    assert len(list(history.glob("history-*"))) == 2
+
+    command = list(map(str, [sys.executable, "-m", "memflow_ops", *words, *stored, "--out", out, "--resume"]))
+    snapshot, processes = history / "snapshot.safetensors", []
     try:
         for rank in "01":
             launched = environment(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE="2", LOCAL_WORLD_SIZE="2")
             launched.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
             processes.append(subprocess.Popen(command, env=launched, stderr=subprocess.PIPE, text=True))
-        deadline = time.monotonic() + 200
-        while not (history / "snapshot.safetensors").exists():
+        deadline, taken_in = time.monotonic() + 200, None
+        while taken_in in (None, snapshot.stat().st_mtime_ns):
             assert time.monotonic() < deadline and processes[0].poll() is None, "nothing was made"
+            if not list(history.glob("history-*")):  # they keep the history in the snapshot
+                taken_in = taken_in or snapshot.stat().st_mtime_ns
             time.sleep(0.1)
         processes[1].send_signal(signal.SIGKILL)
         _, said = processes[0].communicate(timeout=60)

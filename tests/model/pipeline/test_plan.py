@@ -1,5 +1,6 @@
 """The plans of streams: what follows from a story and what the user has asked for."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,10 @@ import torch
 
 from memflow_ops.model.checkpoints.pretrained import Pretrained
 from memflow_ops.model.pipeline.budget import FreeMemory, model_items
-from memflow_ops.model.pipeline.plan import StreamOptions, plan_streams
+from memflow_ops.model.pipeline.plan import StreamOptions, _disk, plan_streams
 from memflow_ops.model.pipeline.settings import wan_settings
 from memflow_ops.model.pipeline.sources import Sources
+from memflow_ops.model.stories.snapshots import FORMAT, HistoryOptions
 from memflow_ops.model.wan.transformer import ModelConfig
 
 
@@ -62,3 +64,19 @@ def test_a_model_that_takes_a_picture_is_refused_before_anything_is_loaded():
             free,
             StreamOptions(),
         )
+
+
+def test_several_processes_do_not_go_on_with_what_one_keeps_on_disk_alone(tmp_path):
+    """They keep all of the past in memory and in their snapshots."""
+    folder = tmp_path / "history"
+    folder.mkdir()
+
+    def divided(disk_frames, processes):
+        settings = {"device_frames": 4, "host_frames": 1, "disk_frames": disk_frames}
+        about = {"format": FORMAT, "finished": False, "run": {"settings": settings}}
+        (folder / "run.json").write_text(json.dumps(about))
+        return _disk(HistoryOptions(folder, resume=True), Path(), processes).divided
+
+    assert divided(7, 1) == (4, 1, 7) and divided(0, 2) == (4, 1, 0)
+    with pytest.raises(ValueError, match="keeps 7 past frames on disk alone, which only one process does: go on with"):
+        divided(7, 2)

@@ -65,6 +65,25 @@ def test_stopped_and_resumed_it_gives_the_same_bits(model, tmp_path, changes):  
         second.close()
 
 
+@pytest.mark.parametrize("changes", [{}, {"bank_dtype": "int8"}], ids=["", "int8"])
+def test_a_state_in_full_goes_on_without_the_folder(model, tmp_path, changes):  # noqa: F811
+    """As several processes go on with what one has begun: with all of the history in memory, to the same bits."""
+    tiers = {**changes, "host_frames": 42, "disk_frames": 0}
+    first = on_disk(model, tmp_path / "first", tiers)
+    chunks_of(first, 15)
+    named = first.state_dict()
+    first.close()
+    again = on_disk(model, tmp_path / "first", tiers)
+    again.load_state_dict(named)  # leaves on disk what was in host memory
+    state = {**named, "cache": again.cache.state_dict(in_full=True)}
+    whole = chunks_of(again, 6)
+    again.close()
+    second = make(model, {**TIERS, **tiers})
+    second.load_state_dict(state)
+    for got, want in zip(chunks_of(second, 6), whole, strict=True):
+        assert_same(got, want)
+
+
 def test_all_of_the_past_on_the_device_is_kept_too(model, tmp_path):  # noqa: F811
     changes = {"memory": "full", "device_frames": 30, "host_frames": 0, "disk_frames": 0}
     whole = chunks_of(make(model, {"memory": "full"}), 14)
