@@ -127,6 +127,10 @@ def outcomes_of(found: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     return done
 
 
+# Triton 3.9 takes the second one from sm_90 on, earlier versions from sm_100 on.
+_PTXAS_SETTINGS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+
+
 def system_ptxas() -> str:
     """The path of a ptxas that does not come with Triton; "" if there is none."""
     return shutil.which("ptxas") or shutil.which("/usr/local/cuda/bin/ptxas") or ""
@@ -146,7 +150,7 @@ def run_all(run: Run, missing: bool = False) -> dict[str, Any]:
     ptxas, second = system_ptxas(), {}  # type: tuple[str, dict[str, dict[str, Any]]]
     if broken and ptxas:
         seen = len(lines(run.outcomes))
-        run.alone(broken, {"TRITON_PTXAS_PATH": ptxas})
+        run.alone(broken, dict.fromkeys(_PTXAS_SETTINGS, ptxas))
         second = outcomes_of(lines(run.outcomes)[seen:])
     return {
         **{name: sorted(test for test, of in first.items() if of["outcome"] == name) for name in _BAD},

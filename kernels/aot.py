@@ -14,6 +14,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource, CompiledKernel, make_backend
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.runtime.cache import get_cache_manager
@@ -97,10 +98,10 @@ def disassemble(compiled: CompiledKernel, option: str) -> str:
 
 
 def ptxas_log(compiled: CompiledKernel) -> str:
-    """What ptxas says about the kernel for sm_90; triton throws it away."""
+    """What the ptxas of triton says about the kernel for sm_90; triton throws it away. Its wheels hold several."""
     with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
         Path(file.name).write_text(compiled.asm["ptx"])
-        command = [triton.knobs.nvidia.ptxas.path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
+        command = [get_ptxas(90).path, "-v", "--gpu-name=sm_90a", file.name, "-o", "/dev/null"]
         return subprocess.run(command, check=True, capture_output=True, text=True).stderr
 
 

@@ -24,10 +24,12 @@ def kth_key(keys, k):
     """The k-th largest key [ROWS] of each row of keys [ROWS, COLUMNS], 0 where there are fewer; k [ROWS] at least 1."""
     kth = tl.full([keys.shape[0]], 0, tl.uint32)
     bit = tl.full([keys.shape[0]], 0x80000000, tl.uint32)
+    # LLVM of triton 3.9.0 counts what it knows to be 0 or 1 as bits, which it puts together in local memory.
+    one = tl.minimum(k, 1)
     for _ in range(32):  # from the highest bit down: a bit is set if k keys are then still as large
         trial = kth | bit
         bit = bit >> 1
-        reach = tl.sum((keys >= trial[:, None]).to(tl.int32), 1)
+        reach = tl.sum(tl.where(keys >= trial[:, None], one[:, None], 0), 1)
         kth = tl.where(reach >= k, trial, kth)
     return kth
 
