@@ -50,67 +50,65 @@ def wan_layer(frames: int = 8):
     return make(4680), make(3 * 4680), make(3 * 4680), make(frames * 1560), make(frames * 1560)
 
 
-def arguments_of(group, wanted=(True,) * 5, frames=8):
-    """Of the operator, for such a layer; the selection is one of the kernels'."""
+def arguments_of(group, frames=8):
+    """Of `attend_backward` by name, for such a layer; the selection is one of the kernels'."""
     q, k, v, memory_k, memory_v = (x.detach() for x in wan_layer(frames))
     group = group or 4680
     slots = torch.arange(frames, dtype=torch.int32, device="cuda")[None].flip(1).contiguous()
     descriptors = ops.describe_blocks(memory_k, 64, 1560)
-    sizes = (64, 1560, group, 128**-0.5, False)
-    names = ("block_size", "frame_tokens", "query_group", "softmax_scale", "causal")
+    sizes = {"block_size": 64, "frame_tokens": 1560, "query_group": group, "softmax_scale": 128**-0.5, "causal": False}
+    tensors = {"q": q, "k": k, "v": v, "memory_k": memory_k, "memory_v": memory_v, "memory_slots": slots}
     not_given = ("memory_q", "memory_k_scale", "memory_v_scale", "memory_frames", "seqused_k", "window_slots")
     out, lse, indices = registered.memory_attention(
-        q, k, v, memory_k, memory_v, memory_descriptors=descriptors, memory_slots=slots, top_k=24, score="mean",
-        impl="triton", dense_backend="auto", **dict(zip(names, sizes, strict=True)), **dict.fromkeys(not_given),
+        **tensors, **sizes, memory_descriptors=descriptors, top_k=24, score="mean", impl="triton", dense_backend="auto",
+        **dict.fromkeys(not_given),
     )  # fmt: skip
-    above = (torch.randn_like(out), torch.randn_like(lse))
-    return *above, q, k, v, memory_k, memory_v, indices, slots, None, None, out, lse, list(wanted), *sizes, "triton"
+    above = {"grad_out": torch.randn_like(out), "grad_lse": torch.randn_like(lse), "out": out, "lse": lse}
+    rest = {"indices": indices, "seqused_k": None, "window_slots": None, "wanted": [True] * 5, "impl": "triton"}
+    return {**tensors, **sizes, **above, **rest}
 
 
 @GROUPS
 def test_same_bits_without_a_host_sync_and_in_a_graph_that_follows_the_selection(group):
     arguments = arguments_of(group)
-    first = registered.attend_backward(*arguments)
+    first = registered.attend_backward(**arguments)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        second = registered.attend_backward(*arguments)
+        second = registered.attend_backward(**arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = registered.attend_backward(*arguments)
+        captured = registered.attend_backward(**arguments)
     graph.replay()
     for a, b, c in zip(first, second, captured, strict=True):
         assert a.isfinite().all() and torch.equal(a, b) and torch.equal(a, c)
-    indices = arguments[7]
+    indices = arguments["indices"]
     indices.copy_(torch.where(indices % 3 == 0, -1, indices))
     graph.replay()
-    for a, c in zip(registered.attend_backward(*arguments), captured, strict=True):
+    for a, c in zip(registered.attend_backward(**arguments), captured, strict=True):
         assert torch.equal(a, c)
 
 
 @GROUPS
 def test_a_wan_layer_agrees_with_torch(group):
     """In float32 on a few heads, over the blocks that our kernels chose."""
-    arguments = list(arguments_of(group, frames=3))
+    arguments = arguments_of(group, frames=3)
+    group = arguments["query_group"]
     heads = lambda x: x[:, :, :2].float().contiguous() if x.dim() == 4 else x[:, :2].contiguous()  # noqa: E731
-    grad, grad_lse, *tensors = (heads(x) for x in arguments[:7])
-    indices, slots = arguments[7][:, :2].contiguous(), arguments[8]
-    *sizes, _ = arguments[14:]
-    reach = 512 // sizes[2] * sizes[2] or 4680
-    tensors[0], grad, grad_lse = tensors[0][:, :reach], grad[:, :reach], grad_lse[..., :reach]
-    indices = indices[:, :, : -(-reach // sizes[2])].contiguous()
-    window = ops.memory_attention(*tensors[:3], return_lse=True, impl="torch")
-    names = ("block_size", "frame_tokens", "query_group", "softmax_scale")
-    out, lse = ops.attend_selected(tensors[0], *tensors[3:], indices, memory_slots=slots, resume=window, impl="torch",
-                                   **dict(zip(names, sizes[:4], strict=True)))  # fmt: skip
-    found, expected = (
-        registered.attend_backward(
-            grad, grad_lse, *tensors, indices, slots, None, None, out, lse, [True] * 5, *sizes, impl
-        )
-        for impl in ("triton", "torch")
+    few = {name: heads(arguments[name]) for name in ("grad_out", "grad_lse", "q", "k", "v", "memory_k", "memory_v")}
+    reach = 512 // group * group or 4680
+    few |= {"q": few["q"][:, :reach], "grad_out": few["grad_out"][:, :reach], "grad_lse": few["grad_lse"][..., :reach]}
+    indices = arguments["indices"][:, :2, : -(-reach // group)].contiguous()
+    window = ops.memory_attention(few["q"], few["k"], few["v"], return_lse=True, impl="torch")
+    sizes = {name: arguments[name] for name in ("block_size", "frame_tokens", "query_group", "softmax_scale")}
+    out, lse = ops.attend_selected(
+        few["q"], few["memory_k"], few["memory_v"], indices, memory_slots=arguments["memory_slots"], resume=window,
+        impl="torch", **sizes,
     )  # fmt: skip
+    few |= {"indices": indices, "out": out, "lse": lse}
+    found, expected = (registered.attend_backward(**{**arguments, **few, "impl": impl}) for impl in ("triton", "torch"))
     for mine, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, theirs, atol=1e-4 * float(theirs.abs().max()), rtol=1e-3)
 
@@ -134,14 +132,17 @@ def test_through_a_layer(how):
 
 @pytest.mark.parametrize("group", [1, 64])
 def test_registered_rightly(group):
-    arguments = list(arguments_of(group, frames=1))
-    for i in range(13):
-        if i not in (7, 8, 9, 10):
-            arguments[i] = arguments[i][:, :300, :2] if arguments[i].dim() == 4 else arguments[i][:, :2, :300]
-    arguments[5], arguments[6] = arguments[5][:, :150], arguments[6][:, :150]
-    arguments[7] = arguments[7][:, :2, : -(-300 // group), :3].clamp(max=2).contiguous()
-    arguments[15] = 150
-    result = opcheck(torch.ops.memflow_ops.attend_backward.default, tuple(arguments))
+    arguments = arguments_of(group, frames=1)
+    for name in ("grad_out", "q", "k", "v", "out"):
+        arguments[name] = arguments[name][:, :300, :2]
+    for name in ("memory_k", "memory_v"):
+        arguments[name] = arguments[name][:, :150, :2]
+    for name in ("grad_lse", "lse"):
+        arguments[name] = arguments[name][:, :2, :300]
+    arguments["indices"] = arguments["indices"][:, :2, : -(-300 // group), :3].clamp(max=2).contiguous()
+    arguments["frame_tokens"] = 150
+    operator = torch.ops.memflow_ops.attend_backward.default
+    result = opcheck(operator, tuple(arguments[argument.name] for argument in operator._schema.arguments))
     assert set(result.values()) == {"SUCCESS"}
 
 
