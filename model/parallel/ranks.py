@@ -24,6 +24,9 @@ TIMEOUT = 600.0
 LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun puts into the environment of every process that it starts."""
 
+OF_A_COLLECTIVE = r"(?i)gloo|nccl|processgroup"
+"""What errors of collectives say that are not ours but torch's, those that gather weights for one."""
+
 # torch 2.13 gave it this name, and warns of the one before.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 
@@ -51,11 +54,14 @@ class LostRanks(RuntimeError):
 
 
 @contextmanager
-def lost_if_it_fails() -> Iterator[None]:
-    """Raises a `LostRanks` where the collective inside fails."""
+def lost_if_it_fails(saying: str = "") -> Iterator[None]:
+    """Raises a `LostRanks` where the collective inside fails. saying: a regular expression of what torch's error must
+    say, where other code inside may fail too."""
     try:
         yield
     except RuntimeError as error:
+        if isinstance(error, LostRanks) or not (isinstance(error, dist.DistError) or re.search(saying, str(error))):
+            raise
         # The first line, without the place in the source of the backend that it begins with.
         reason = re.sub(r"^\[[^]]*\]\s*", "", str(error)).strip().partition("\n")[0] or type(error).__name__
         raise LostRanks(f"another process has ended or did not answer in time ({reason})") from error

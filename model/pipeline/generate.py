@@ -15,7 +15,7 @@ import torch
 from memflow_ops.cache.frame_cache import FrameCache
 from memflow_ops.cache.store import HistoryFolder
 from memflow_ops.environment import environment
-from memflow_ops.model.parallel.ranks import Ranks
+from memflow_ops.model.parallel.ranks import OF_A_COLLECTIVE, Ranks, lost_if_it_fails
 from memflow_ops.model.pipeline.plan import WanPlan, identity
 from memflow_ops.model.pipeline.settings import FRAMES_PER_SECOND
 from memflow_ops.model.pipeline.sources import Parts, Sources
@@ -354,6 +354,6 @@ def stream_chunks(
         if ranks is not None and ranks.any(interrupts.waiting):
             interrupts.waiting = False
             raise KeyboardInterrupt
-        with interrupts.allowed() if ranks is None else nullcontext():
+        with interrupts.allowed() if ranks is None else lost_if_it_fails(OF_A_COLLECTIVE):
             chunk = streamer.next_chunk(every[index], every[min(index + 1, len(every) - 1)])
         yield chunk

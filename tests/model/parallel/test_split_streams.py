@@ -7,13 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from split_streams import CASES, HEADS, LAYERS, STOPPED, cache_tensors, make_model, make_streamer, run
 
 from memflow_ops.bench.scaling import Cost
 from memflow_ops.bench.sizes import Size
 from memflow_ops.cache.attend import HeadShare
 from memflow_ops.cache.policies import Coverage, Relevance
-from memflow_ops.model.parallel.ranks import check_ranks, launched_ranks, possible_ranks, rank_device
+from memflow_ops.model.parallel.ranks import (
+    OF_A_COLLECTIVE,
+    LostRanks,
+    check_ranks,
+    launched_ranks,
+    lost_if_it_fails,
+    possible_ranks,
+    rank_device,
+)
 from memflow_ops.model.parallel.retrieval import split_policy
 from memflow_ops.model.parallel.state import own_state
 
@@ -177,6 +186,18 @@ def test_a_policy_that_is_made_from_one_of_ours_is_refused(kind):
     assert split_policy(kind(2), None).policy.bank_frames == 2
     with pytest.raises(ValueError, match="got a Mine"):
         split_policy(Mine(2), None)
+
+
+def test_an_error_of_a_collective_is_told_from_others():
+    """Weights that are dealt out are gathered by torch, beside the passes."""
+    peer = "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4801"
+    for error in (RuntimeError(peer), dist.DistBackendError("the watchdog has given up")):
+        with pytest.raises(LostRanks, match="another process has ended"), lost_if_it_fails(OF_A_COLLECTIVE):
+            raise error
+    for error in (RuntimeError("CUDA out of memory"), LostRanks("another process has ended (gloo)")):
+        with pytest.raises(type(error)) as raised, lost_if_it_fails(OF_A_COLLECTIVE):
+            raise error
+        assert raised.value is error
 
 
 def test_only_torchrun_makes_several():
