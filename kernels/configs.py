@@ -71,6 +71,11 @@ ATTEND_TILES = {
     100: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     120: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},  # 99 KB of shared memory, as sm_86 and sm_89
 }
+# The kernel of the forward pass by compute capability, for launches that both can do: "triton" is attend_kernel, and
+# "gluon" is hopper_attend_kernel, which takes sm_90 and which no GPU has run.
+FORWARD = {90: "triton"}
+# hopper_attend_kernel: BLOCK_N and slots for tiles by head size. Shorter blocks have smaller tiles, and more of them.
+HOPPER_TILES = {64: (128, 4), 128: (64, 4)}
 # backward_queries_kernel: likewise.
 BACKWARD_QUERIES_TILES = {
     80: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
@@ -133,6 +138,19 @@ def attend_config(
         # Heads of 256 dimensions stay at 8 warps: 4 spill registers.
         warps = 4
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim), dict(num_warps=warps, num_stages=stages), by_row
+
+
+def hopper_config(capability: int, dtype: torch.dtype, head_dim: int, block_size: int | None) -> tuple[int, int] | None:
+    """BLOCK_N and STAGES of hopper_attend_kernel; None: attend_kernel. block_size: of the bank, None for a window."""
+    if FORWARD.get(capability) != "gluon" or dtype == torch.float32 or head_dim not in HOPPER_TILES:
+        return None
+    block_n, stages = HOPPER_TILES[head_dim]
+    if block_size is not None:
+        while block_n > 64 and block_size % block_n:
+            block_n, stages = block_n // 2, stages * 2
+        if block_size % block_n:
+            return None
+    return block_n, stages
 
 
 SPLIT_ROWS = 128

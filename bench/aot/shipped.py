@@ -9,6 +9,7 @@ from memflow_ops.geometry import Geometry, Int8Bank, Score, WriteTarget, descrip
 from memflow_ops.kernels.attention.backward import plan_attend_backward
 from memflow_ops.kernels.attention.plan import plan_attend
 from memflow_ops.kernels.cache_write import plan_write_projections
+from memflow_ops.kernels.configs import FORWARD
 from memflow_ops.kernels.launch import Launch
 from memflow_ops.kernels.retrieval.choose import plan_retrieve_frames
 from memflow_ops.kernels.selection.describe import plan_block_means
@@ -91,6 +92,20 @@ def window(capability: int, *, causal: bool = False, used: bool = False, paged: 
     )  # fmt: skip
     launches, *_ = plan_attend(q, k, k, None, None, None, geometry, capability=capability)
     return launches
+
+
+def in_gluon(plan: Plan) -> Plan:
+    """The plan as it is where the table takes the kernel for Hopper."""
+
+    def planned(capability: int) -> list[Launch]:
+        before = dict(FORWARD)
+        FORWARD[90] = "gluon"
+        try:
+            return plan(capability)
+        finally:
+            FORWARD.update(before)
+
+    return planned
 
 
 def cache_write(
@@ -240,6 +255,15 @@ def shipped() -> dict[str, Plan]:
         "window, paged": partial(window, paged=True),
         "window, paged, causal, used keys": partial(window, causal=True, used=True, paged=True),
     }
+    gluon: dict[str, Plan] = {
+        "window, in Gluon": in_gluon(window),
+        "bank, in Gluon": in_gluon(case()),
+        "bank in order, in Gluon": in_gluon(case(in_order=True)),
+        "bank, float16, in Gluon": in_gluon(case(**half)),
+        "bank, 64 dims, in Gluon": in_gluon(case(head_dim=64)),
+        "bank, 12 heads on 4, in Gluon": in_gluon(case(heads=(12, 4))),
+        "bank, blocks of 128, in Gluon": in_gluon(case(block_size=128)),
+    }
     launches = {name: case(**options) for name, options in sizes.items()}
     prototypes = (cached(3120, 12, 128), 64, FRAME_TOKENS, torch.bfloat16)
     descriptors = lambda _: [plan_block_means(*prototypes)[0]]  # noqa: E731
@@ -290,4 +314,4 @@ def shipped() -> dict[str, Plan]:
     }
     gradients = {name: partial(backward, **options) for name, options in backwards.items()}
     described = {"descriptors": descriptors, "descriptors, moments": variances}
-    return {**described, **windows, **launches, **writes, **retrievals, **gradients}
+    return {**described, **windows, **gluon, **launches, **writes, **retrievals, **gradients}

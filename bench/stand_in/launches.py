@@ -151,11 +151,13 @@ def compile_kernel(kernel: Kernel, stubs: bool = False) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
     from triton.runtime.driver import driver
 
     driver.set_active(Driver(kernel.capability))
     function = getattr(importlib.import_module(kernel.module), kernel.name)
-    source = ASTSource(function, kernel.signature, kernel.constants, kernel.attributes)
+    made_of = GluonASTSource if function.is_gluon() else ASTSource
+    source = made_of(function, kernel.signature, kernel.constants, kernel.attributes)
     known = False
 
     def listen(*, cache_hit: bool, **_: Any) -> None:

@@ -5,6 +5,7 @@ import torch
 from memflow_ops.geometry import Geometry
 from memflow_ops.kernels.attention.blocks import Segment, bank_of, frames_of, plan_unions, valid_keys_of, window_of
 from memflow_ops.kernels.attention.forward import attend_kernel
+from memflow_ops.kernels.attention.hopper_plan import plan_hopper_attend
 from memflow_ops.kernels.attention.split import plan_merge_splits
 from memflow_ops.kernels.configs import (
     attend_config,
@@ -69,6 +70,14 @@ def plan_attend(
     q = q if memory_q is None or memory.k is None else memory_q
     out = torch.empty((batch, queries, heads, head_dim), dtype=out_dtype or q.dtype, device=q.device)
     lse = torch.empty((batch, heads, queries), dtype=torch.float32, device=q.device)
+    if not both and out.dtype == q.dtype and (window.k is not None or memory.k is not None):
+        segment = memory if window.k is None else window
+        hopper = plan_hopper_attend(
+            q, segment, frames if window.k is None else None, indices, geometry, resume, query_group, out, lse,
+            capability or capability_of(q),
+        )  # fmt: skip
+        if hopper is not None:
+            return [hopper], out, lse
     launches, unions = [], None
     if by_row and indices is not None:
         launch, unions = plan_unions(indices, queries, query_group, blocks, tiles["BLOCK_M"])

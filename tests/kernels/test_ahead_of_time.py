@@ -38,6 +38,8 @@ def compiled(compiling):
         ),
         ("per query", ["select_rows_kernel", "union_kernel", "attend_kernel"]),
         ("bank, int8", ["block_means_kernel", "span_kernel", "merge_kernel", "attend_kernel"]),
+        ("window, in Gluon", ["hopper_attend_kernel"]),
+        ("bank, in Gluon", ["block_means_kernel", "span_kernel", "merge_kernel", "hopper_attend_kernel"]),
     ],
 )
 def test_shipped_configurations(compiled, case, kernels):
@@ -46,7 +48,7 @@ def test_shipped_configurations(compiled, case, kernels):
     for name, machine in machines:
         assert machine.spills == 0 and machine.stack_bytes == 0, name
         assert machine.remarks == () and hazards(machine.code) == [], name
-        if name in ("attend_kernel", "select_rows_kernel"):
+        if name in ("attend_kernel", "select_rows_kernel", "hopper_attend_kernel"):
             assert machine.opcodes["HGMMA"] >= 8, name
             assert 0 < machine.loop_opcodes["HGMMA"] <= machine.opcodes["HGMMA"], name
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -105,10 +106,12 @@ def verdicts(case: str, capability: int) -> list[tuple[Mutation, str]]:
     return [(mutation, subject.verdict(mutation)) for mutation in subject.mutations]
 
 
-def kinds_seen(case: str, capability: int, kernel: str) -> dict[str, set[str]]:
+def kinds_seen(case: str, capability: int, kernel: str, kinds: Collection[str] = REMOVABLE) -> dict[str, set[str]]:
     """By kind of instruction, the verdicts until one of them is seen."""
     subject, found = Subject.of(case, capability), {}
     for mutation in subject.mutations:
+        if mutation.kind not in kinds:
+            continue
         kind = found.setdefault(mutation.kind, set())
         if mutation.kernel == kernel and "seen" not in kind:
             kind.add(subject.verdict(mutation))

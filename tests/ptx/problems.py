@@ -6,6 +6,7 @@ is NaN, in the bank and in the window.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from unittest.mock import patch
@@ -240,6 +241,12 @@ def with_candidates(dtype: torch.dtype, **options) -> None:
     """A selection in several launches: spans of 32 blocks, and a last round over what they leave."""
     with patch.object(configs, "SPAN_BLOCKS", 32), patch.object(groups, "SPAN_BLOCKS", 32):
         attention(dtype, **options)
+
+
+def in_gluon(problem: Callable[..., None], *args, **options) -> None:
+    """A problem of attention where the table takes the kernel for Hopper; on other architectures as ever."""
+    with patch.dict(configs.FORWARD, {90: "gluon"}):
+        problem(*args, **options)
 
 
 def last_wave_split(dtype: torch.dtype, **options) -> None:

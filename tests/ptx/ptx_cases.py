@@ -13,6 +13,7 @@ from problems import (
     attention,
     description,
     every_kind_of_score,
+    in_gluon,
     int8_attention,
     last_wave_split,
     ranked_by_mass,
@@ -88,6 +89,14 @@ def run(name: str, capability: int, mode: str = "plain") -> Outcome:
     return Outcome(error, faults, notes, kernels, time.process_time() - start)
 
 
+# Longer walks than there are slots; a second head, whose keys are further on; ragged tiles and rows.
+IN_GLUON = ("window, in Gluon", "bank, in Gluon", "resumed, in Gluon")
+case("window, in Gluon", in_gluon, attention, BF16, batch=2, head_dim=128, queries=140, dense=300)
+case("bank, in Gluon", in_gluon, attention, BF16, head_dim=128, queries=136, group=128, bank=(3, 136, 64), top_k=9,
+     slots=True)  # fmt: skip
+case("resumed, in Gluon", in_gluon, resumed, FP16, batch=2, heads=(4, 2), queries=100, group=100, dense=50,
+     bank=(3, 300, 128), top_k=9, slots=True, valid=(3, 0), scale=-0.1)  # fmt: skip
+
 NAMES = {BF16: "bf16", FP16: "fp16", FP32: "fp32"}
 # Of each kind the shortest for `make test`.
 case("window", attention, BF16, dense=100, quick=True)
@@ -133,6 +142,14 @@ for dtype, name in NAMES.items():
          bank=(5, 37, 8), top_k=9, slots=True)  # fmt: skip
     case(f"resumed, {name}", resumed, dtype, head_dim=128, queries=80, dense=50, bank=(3, 70, 32))
     case(f"resumed per query, {name}", resumed, dtype, queries=20, group=1, dense=50, bank=(3, 37, 16))
+    if dtype != FP32:
+        case(f"window, in Gluon, {name}", in_gluon, attention, dtype, queries=70, dense=1100)
+        case(f"bank, in Gluon, {name}", in_gluon, attention, dtype, batch=2, queries=260, group=80,
+             bank=(9, 140, 64), top_k=20, valid=(9, 2), slots=True)  # fmt: skip
+        case(f"bank of large blocks, in Gluon, {name}, D 128", in_gluon, attention, dtype, head_dim=128, queries=128,
+             group=128, bank=(3, 700, 256), top_k=6)  # fmt: skip
+        case(f"resumed, in Gluon, {name}, D 128", in_gluon, resumed, dtype, head_dim=128, queries=80, group=80,
+             dense=50, bank=(3, 70, 64))  # fmt: skip
     case(f"negative scale, {name}", attention, dtype, dense=40, bank=(2, 50, 32), scale=-0.3)
     case(f"not aligned, {name}", attention, dtype, queries=80, dense=40, bank=(2, 50, 32), shifted=True, backward=True)
     case(f"not aligned per query, {name}, D 17", attention, dtype, head_dim=17, queries=40, group=1, bank=(2, 50, 32),

@@ -27,6 +27,7 @@ MUTATED = (
     "selection per query",
     "cache write, clean pass",
     "retrieval, coverage",
+    "bank, in Gluon",
 )
 """The cases from whose kernels instructions are taken out."""
 

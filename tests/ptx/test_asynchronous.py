@@ -321,7 +321,7 @@ def test_registers_that_warps_hand_over():
 
 def test_a_branch_by_a_table():
     body = """
-    $L_table: .branchtargets
+$L_table:{}.branchtargets
         $L_a,
         $L_b;
     shr.u32 %r3, %r1, 5;
@@ -333,10 +333,11 @@ $L_b:
     mov.b32 %r10, 8;
 $L_c:
 """
-    result = out()
-    assert run(body + STORE, [(result, 0)]) == set()
-    assert (result == np.repeat([7, 8], 32)).all()
-    assert "branch_out_of_table" in run(body + STORE, [(np.zeros(96, np.int32), 0)], threads=96)
+    for between in (" ", "\n"):
+        result = out()
+        assert run(body.format(between) + STORE, [(result, 0)]) == set()
+        assert (result == np.repeat([7, 8], 32)).all()
+    assert "branch_out_of_table" in run(body.format(" ") + STORE, [(np.zeros(96, np.int32), 0)], threads=96)
 
 
 def test_labels_belong_to_their_block():

@@ -16,6 +16,15 @@ def test_each_kind_is_missed(compiling, capability, kinds):
     assert all("seen" in found[kind] for kind in kinds), found
 
 
+SLOTS = {"mbarrier_arrive", "mbarrier_arrive_expect_tx", "mbarrier_try_wait", "wgmma_wait_group", "fence_proxy_async"}
+
+
+def test_what_keeps_slots_apart_is_missed(compiling):
+    """In the kernel for Hopper, of which a slot that is released too early or not waited for is the risk."""
+    found = compiling(mutations.kinds_seen, "bank, in Gluon", 90, "hopper_attend_kernel", SLOTS)
+    assert set(found) == SLOTS and all("seen" in found[kind] for kind in SLOTS), found
+
+
 def test_fences_between_copies_and_products_are_missed(compiling):
     """They stand twice: one before the loop, and one in it. Keys come by cp.async, so this is noted and no fault."""
     found = compiling(mutations.without_all, "window", 90, "attend_kernel", "fence_proxy_async")

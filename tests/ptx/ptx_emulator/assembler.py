@@ -180,7 +180,7 @@ def assemble(ptx: str) -> Program:
         offset += size
     body = ptx.index("{", ptx.index(".reqntid"))
     first_line = ptx.count("\n", 0, body) + 1
-    unfinished = ""
+    unfinished = last_label = ""
     for line_number, line in enumerate(ptx[body:].split("\n"), first_line):
         code, _, comment = line.partition("//")
         code = code.strip()
@@ -188,6 +188,8 @@ def assemble(ptx: str) -> Program:
             assembler.source = comment.strip()
         if not code or code.startswith(IGNORED):
             continue
+        if code.startswith(".branchtargets"):  # its label is on the line before
+            code = f"{last_label}: {code}"
         if unfinished or re.match(r"[$\w]+: \.branchtargets", code):
             unfinished += code
             if not code.endswith(";"):
@@ -198,7 +200,8 @@ def assemble(ptx: str) -> Program:
             continue
         label = re.match(r"([$\w]+):(?!:)", code)
         if label:
-            assembler.scopes[-1][0][label[1]] = len(assembler.rows)
+            last_label = label[1]
+            assembler.scopes[-1][0][last_label] = len(assembler.rows)
             code = code[label.end() :].strip()
         # Braces of blocks stand alone or before a statement; those of operands after a name.
         for statement in code.split(";"):

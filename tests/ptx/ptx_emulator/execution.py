@@ -16,8 +16,8 @@ from ptx_emulator.structures import Finding, Job, Region
 FINDINGS = 256
 """The most that are kept of one launch."""
 
-LIMIT = 200_000_000
-"""Instructions that a warp may execute until it waits."""
+LIMIT = 20_000_000
+"""Instructions that a warp of a program may execute."""
 
 
 @dataclass(frozen=True)

@@ -105,7 +105,7 @@ struct Job {
   s32 approximation;  // 0 correctly rounded, 1 anywhere within the documented bounds, 2 at their upper end, 3 lower
   s32 truncate;       // tensor cores: 0 an exact sum rounded once, 1 cut off as the hardware does
   u64 seed;
-  u64 limit;  // instructions of a warp between two barriers
+  u64 limit;  // instructions of a warp
   Finding* findings;
   s32 finding_capacity, finding_count;
   u64* executed;  // by instruction, how often a warp executed it

@@ -87,7 +87,8 @@ struct Warp {
   std::vector<u32> undefined32, undefined64, undefined_pred;  // likewise
   std::vector<Path> paths;  // sorted; the one that is furthest behind runs
   bool ended, waiting;
-  s32 wait_pc;  // of the instruction at which it last waited
+  u64 executed;  // instructions
+  s32 wait_pc;   // of the instruction at which it last waited
   s32 registers;
   Clock known, known_at_fence;  // its own entry is its time
   u32 syncs, fences;

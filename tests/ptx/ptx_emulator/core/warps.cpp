@@ -184,8 +184,8 @@ void Machine::run_warp(Warp& warp) {
     pc = warp.paths[0].pc;
     active = warp.paths[0].lanes;
   };
-  for (u64 count = 0; !stopped; count++) {
-    if (count > job.limit) {
+  for (; !stopped; warp.executed++) {
+    if (warp.executed > job.limit) {
       find(too_many_instructions, pc);
       stopped = true;
       return;
