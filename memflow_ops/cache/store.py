@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, ClassVar
+from weakref import WeakValueDictionary
 
 from torch import Tensor
 
@@ -33,8 +34,9 @@ class HistoryFolder:
     path: is created. notes: what was dropped when files were opened, in words.
     """
 
-    _open_here: ClassVar[set[Path]] = set()
-    """The folders that this process has open, so that it is not told to wait for itself."""
+    _open_here: ClassVar[WeakValueDictionary[Path, "HistoryFolder"]] = WeakValueDictionary()
+    """The folders that this process has open, so that it is not told to wait for itself. One that was lost without
+    `close`, as after an error, has given up its lock."""
 
     def __init__(self, path: Path | str):
         self.path, self.notes = Path(path), list[str]()
@@ -48,7 +50,7 @@ class HistoryFolder:
             )
         self._open = ExitStack()
         self._open.enter_context(locked_folders([self.path]))
-        self._open_here.add(self._resolved)
+        self._open_here[self._resolved] = self
         # One writer, so that the lines of a manifest come in the order of the records.
         self.writer = ThreadPoolExecutor(1, "history-writer")
         self.readers = ThreadPoolExecutor(READERS, "history-reader")
@@ -103,7 +105,7 @@ class HistoryFolder:
             segment.close()
         self._segments.clear()
         self._open.close()
-        self._open_here.discard(self._resolved)
+        self._open_here.pop(self._resolved, None)
 
 
 class FrameStore:
