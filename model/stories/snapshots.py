@@ -102,15 +102,8 @@ class Snapshots:
         """Begins a run, or with `resume` finds where the one in the folder is to go on, if it has got anywhere.
 
         run: what the run is, as JSON takes it. A ValueError where the folder has another run, or an unfinished one that
-        is not to go on, or a snapshot of which nothing says what it is of. An error gives up the folder.
+        is not to go on, or a snapshot of which nothing says what it is of.
         """
-        try:
-            self._begin(run, resume)
-        except BaseException:
-            self.close()
-            raise
-
-    def _begin(self, run: Mapping[str, Any], resume: bool) -> None:
         found = run_in(self.path)
         if found is None and self._file.exists():
             raise ValueError(

@@ -7,7 +7,7 @@ noise, chunk by chunk in turn with the first, so that both meet the same load of
 import io
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing
+from contextlib import ExitStack, closing
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -65,11 +65,16 @@ def make_toy_plans(
         plans.append(ToyPlan(list(prompts), folder, room, seed + i, frames_per_prompt, baseline, *of_model))
     make_folders([plan.folder for plan in plans], ("video.mp4", "frames.npz", "timeline.png", "run.json"))
     if history is not None:
-        plans = [replace(plan, snapshots=history.snapshots(plan.folder.relative_to(out))) for plan in plans]
-        for plan in plans:
-            assert plan.snapshots is not None
-            plan.snapshots.begin(plan.identity(), history.resume)
-            plan.snapshots.check_made([plan.folder / "video.mp4"])
+        with ExitStack() as closed_on_error:
+            for i, plan in enumerate(plans):
+                snapshots = history.snapshots(plan.folder.relative_to(out))
+                closed_on_error.callback(snapshots.close)
+                plans[i] = replace(plan, snapshots=snapshots)
+            for plan in plans:
+                assert plan.snapshots is not None
+                plan.snapshots.begin(plan.identity(), history.resume)
+                plan.snapshots.check_made([plan.folder / "video.mp4"])
+            closed_on_error.pop_all()
     return plans
 
 
