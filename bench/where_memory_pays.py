@@ -6,7 +6,8 @@ Held-out stories are streamed with banks of several sizes and several numbers of
 score by means (top) or by moments, normalised where more queries share a choice than that changes nothing for
 (`--query-group`), and as many at random; without memory and with the whole history for comparison. Each setting is
 judged as `memflow toy evaluate` does, and is timed in turn with the others. Everything is written as soon as it is
-measured: after Ctrl-C the same command continues.
+measured: after Ctrl-C the same command continues, on another machine too. Every row names its device, and all times are
+of one.
 
 All settings stream the same stories from the same noise, so they are compared return by return as well: how many of
 them one has got right and the other has not, and the p of a sign test (two-sided, exact) for that.
@@ -413,12 +414,6 @@ def _measured_before(
         parser.error(
             f"{given.out} has results with other {', '.join(changed)}: say --restart to replace them, or --out "
             f"another file"
-        )
-    devices = {row["device"] for row in measured["rows"].values()} - {about["device"]}
-    if devices:
-        parser.error(
-            f"{given.out} was measured on {', '.join(map(str, devices))}, this is {about['device']}: go on there, or "
-            f"say --restart to replace it, or --out another file"
         )
     return measured
 

@@ -41,7 +41,7 @@ class Machine:
     code: list[Instruction] = field(repr=False)
     remarks: tuple[str, ...]
     """What ptxas has to say about products of warpgroups (sm_90), by its numbers: C7510 and C7515, they wait for one
-    another; C7517, it had to add a wait."""
+    another; C7517, it had to add a wait; C7519, a fence."""
 
     @property
     def spills(self) -> int:

@@ -67,7 +67,7 @@ def capability_of(tensor: torch.Tensor) -> int:
 # 4 warps do not hold the state of 128 rows in registers, and 128 keys do not fit beside it.
 ATTEND_TILES = {
     80: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},
-    90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
+    90: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (128, 64, 8, 2)},
     100: {64: (128, 64, 8, 3), 128: (128, 64, 8, 3), 256: (64, 64, 8, 2)},
     120: {64: (128, 64, 8, 3), 128: (128, 64, 8, 2), 256: (64, 32, 8, 2)},  # 99 KB of shared memory, as sm_86 and sm_89
 }
@@ -79,16 +79,16 @@ HOPPER_TILES = {64: (128, 4), 128: (64, 4)}
 # backward_queries_kernel: likewise.
 BACKWARD_QUERIES_TILES = {
     80: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
-    90: {64: (128, 64, 8, 2), 128: (128, 64, 8, 3), 256: (64, 32, 8, 1)},
+    90: {64: (128, 64, 8, 2), 128: (128, 64, 8, 3), 256: (128, 32, 8, 2)},
     100: {64: (128, 64, 8, 2), 128: (128, 64, 8, 2), 256: (64, 32, 8, 1)},
     120: {64: (128, 64, 8, 2), 128: (128, 32, 8, 2), 256: (64, 32, 8, 1)},
 }
 # backward_keys_kernel: BLOCK_N keys, whose gradients are the state, and BLOCK_M queries at a time.
 BACKWARD_KEYS_TILES = {
     80: {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (32, 64, 8, 1)},
-    90: {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
+    90: {64: (64, 128, 8, 3), 128: (64, 128, 8, 2), 256: (32, 64, 8, 2)},
     100: {64: (64, 128, 8, 2), 128: (64, 128, 8, 2), 256: (32, 64, 8, 1)},
-    120: {64: (64, 128, 8, 2), 128: (32, 128, 8, 2), 256: (16, 32, 8, 1)},
+    120: {64: (64, 128, 8, 2), 128: (64, 64, 8, 2), 256: (16, 32, 8, 1)},
 }
 # The same where a block has at most half of these BLOCK_N keys: 8 warps would hold everything twice.
 BACKWARD_BLOCK_TILES = {
@@ -131,12 +131,16 @@ def attend_config(
             # Nor do they fit beside 64 keys that are made from integers. Without the products of warpgroups and of
             # sm_100 every warp makes the numbers of all keys anew.
             block_n = min(block_n, 32)
-    if not by_row:
+    large = dim > 128 and dtype != torch.float32 and 90 <= capability < 100
+    if by_row and large:
+        block_m, block_n = 64, 32  # cursors do not fit in registers beside the state of 128 rows
+    elif not by_row:
         block_m = min(block_m, max(next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
-    if block_m <= 64 and dim <= 128 and dtype != torch.float32:
+    if block_m <= 64 and (dim <= 128 or (large and table is ATTEND_TILES and not by_row)) and dtype != torch.float32:
         # Two groups of four warps would split the keys of so few rows, and ptxas serialises their products (C7515).
-        # Heads of 256 dimensions stay at 8 warps: 4 spill registers.
+        # Other heads of 256 dimensions stay at 8 warps: 4 spill registers.
         warps = 4
+        block_n = min(block_n, 32) if large else block_n
     return dict(BLOCK_M=block_m, BLOCK_N=block_n, DIM=dim), dict(num_warps=warps, num_stages=stages), by_row
 
 

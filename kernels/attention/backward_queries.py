@@ -140,6 +140,7 @@ def backward_queries_kernel(
     indices,  # Strided (B, H, G, K) int32
     unions,  # Unions of the tiles, or None: the rows of a tile share a selection
     terms,  # (B, H, Lq) int64 of row_terms_kernel
+    others,  # Strided (B, Lq, H, D) float32: the gradient that arrives over other keys, added to this; None: 0
     grad_q,  # Strided (B, Lq, H, D)
     queries,
     keys,  # Lk
@@ -201,8 +202,10 @@ def backward_queries_kernel(
 
     grad_rows = row_pointers(grad_q, batch, rows, head)
     mask = row_mask[:, None] & (columns < HEAD_DIM)[None, :]
-    scaled = cast(grad_query * softmax_scale, grad_q.pointer.dtype.element_ty)
-    tl.store(grad_rows[:, None] + columns[None, :], scaled, mask=mask)
+    grad_query *= softmax_scale
+    if others is not None:
+        grad_query += load_rows(row_pointers(others, batch, rows, head), row_mask, columns, HEAD_DIM)
+    tl.store(grad_rows[:, None] + columns[None, :], cast(grad_query, grad_q.pointer.dtype.element_ty), mask=mask)
 
 
 def plan_row_terms(
@@ -238,8 +241,13 @@ def plan_backward_queries(
     geometry: Geometry,
     *,
     capability: int | None = None,
+    others: torch.Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> tuple[list[Launch], torch.Tensor]:
-    """The launches that fill the gradient of q, in order, and that gradient."""
+    """The launches that fill the gradient of q, in order, and that gradient.
+
+    others: a gradient (B, Lq, H, D) in float32 over other keys, added to it. out_dtype: None: that of q.
+    """
     batch, queries, heads, head_dim = q.shape
     if memory.k is None or indices is None:
         frames = indices = None
@@ -248,10 +256,20 @@ def plan_backward_queries(
     else:
         frames, entries = frames_of(memory.k, geometry), indices.shape[-1]
         blocks, query_group = geometry.bank_blocks(frames.stored), geometry.query_group
-    grad_q = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     tiles, options, by_row = attend_config(
         capability or capability_of(q), q.dtype, head_dim, query_group, queries, BACKWARD_QUERIES_TILES
     )
+    if indices is not None and window.k is not None and by_row and geometry.block_size < tiles["BLOCK_N"]:
+        # As in the forward pass: in one launch ptxas for sm_90 lets every product wait for the one before (C7515).
+        first, others = plan_backward_queries(
+            grad_out, terms, q, Segment(), memory, indices, geometry,
+            capability=capability, others=others, out_dtype=torch.float32,
+        )  # fmt: skip
+        then, grad_q = plan_backward_queries(
+            grad_out, terms, q, window, Segment(), None, geometry, capability=capability, others=others
+        )
+        return [*first, *then], grad_q
+    grad_q = torch.empty(q.shape, dtype=out_dtype or q.dtype, device=q.device)
     launches, unions = [], None
     if by_row and indices is not None:
         launch, unions = plan_unions(indices, queries, query_group, blocks, tiles["BLOCK_M"])
@@ -266,6 +284,7 @@ def plan_backward_queries(
         indices=None if indices is None else strided(indices),
         unions=unions,
         terms=terms,
+        others=None if others is None else strided(others),
         grad_q=strided(grad_q),
         queries=queries,
         keys=0 if window.k is None else geometry.window_keys(window.k),

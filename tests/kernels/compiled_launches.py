@@ -54,6 +54,12 @@ def window_and_blocks_of_16_together() -> list[tuple[str, Machine]]:
     return compiled([replace(bank, arguments=both)])
 
 
+def backward_of_window_and_blocks_of_16() -> list[tuple[str, Machine]]:
+    """Those that make the gradient of the queries."""
+    launches = table.backward(90, dense=True, query_group=16, block_size=16)
+    return compiled([launch for launch in launches if "queries" in launch.kernel.fn.__name__])
+
+
 def float32_per_query() -> list[tuple[str, Machine]]:
     return compiled(table.memory_attention(90, dtype=torch.float32, query_group=1))
 

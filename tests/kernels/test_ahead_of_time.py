@@ -124,6 +124,8 @@ def test_products_of_window_and_bank_do_not_wait_for_one_another(compiled):
     assert all(machine.remarks == () for machine in machines)
     ((_, together),) = compiled(compiled_launches.window_and_blocks_of_16_together)
     assert "C7515" in together.remarks
+    gradients = compiled(compiled_launches.backward_of_window_and_blocks_of_16)
+    assert [machine.remarks for _, machine in gradients] == [(), ()]
 
 
 def test_the_main_loop_is_the_one_with_the_products():
@@ -144,8 +146,11 @@ def test_the_representative_cases_are_shipped_ones():
 def test_what_the_gate_objects_to():
     row = dict(registers=100, spills=0, shared_bytes=1000, HGMMA=8, loop_instructions=50, barriers_outside=20)
     table_of = lambda **changed: {"sm_90": {"bank: attend_kernel": {**row, **changed}}}  # noqa: E731
-    keys = {"sm_90": {"backward: backward_keys_kernel": {**row, "remarks": ["C7517"]}}}
+    keys = {"sm_90": {"backward: backward_keys_kernel": {**row, "remarks": ["C7517", "C7519"]}}}
     assert complaints("3.7.1", keys, {}) == []
+    assert complaints("3.9.0", table_of(spills=30, loop_spills=1), {}, strict=False) == []
+    (line,) = complaints("3.9.0", table_of(spills=2, loop_spills=2), {}, strict=False)
+    assert "2 spills in the main loop" in line
     stored = {"3.7.1": table_of()}
     assert complaints("3.7.1", table_of(registers=110, loop_instructions=55), stored) == []
     for changed, words in (
