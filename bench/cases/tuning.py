@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -21,21 +22,24 @@ TILES: tuple[Tile, ...] = ((128, 64, 8, 2), (128, 64, 8, 4), (128, 32, 8, 4), (6
 
 
 @contextmanager
-def configured(tile: Tile | None = None, most_splits: int | None = None) -> Iterator[None]:
-    """Plan launches of the attention kernel with this tile and at most so many splits of the last wave.
+def configured(tile: Tile | None = None, most_splits: int | None = None, forward: str | None = None) -> Iterator[None]:
+    """Plan launches of the attention kernel with this tile, at most so many splits of the last wave, and this kernel.
 
-    None: as configs.py has it.
+    forward: "gluon" or "triton", on sm_90. None: as configs.py has it.
     """
     from memflow_ops.kernels import configs  # Triton need not be installed where no kernel is measured.
 
-    tiles, splits = dict(configs.ATTEND_TILES), configs.MAX_SPLITS
+    tiles, splits, kernels = dict(configs.ATTEND_TILES), configs.MAX_SPLITS, dict(configs.FORWARD)
     try:
         if tile is not None:
             configs.ATTEND_TILES.update({capability: {256: tile} for capability in tiles})
         if most_splits is not None:
             configs.MAX_SPLITS = most_splits
+        if forward is not None:
+            configs.FORWARD[90] = forward
         yield
     finally:
+        configs.FORWARD.update(kernels)
         configs.ATTEND_TILES.update(tiles)
         configs.MAX_SPLITS = splits
 
@@ -53,6 +57,8 @@ def tiles(size: Size, dtype: torch.dtype, device: torch.device, seed: int, *, ba
         shipped = selected_alone(given if over == "groups" else given.with_query_group(1))
     tries = {"{} x {}, {} warps, {} stages".format(*tile): under(shipped, tile) for tile in TILES}
     tries["the last wave not split"] = under(shipped, most_splits=1)
+    if over != "queries" and device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0):
+        tries["the kernel in Gluon"] = under(shipped, forward="gluon")
     contenders, left_out = {OURS: shipped}, {}
     for name, contender in tries.items():
         try:
@@ -63,15 +69,15 @@ def tiles(size: Size, dtype: torch.dtype, device: torch.device, seed: int, *, ba
     return Built(contenders, left_out)
 
 
-def under(contender: Contender, tile: Tile | None = None, most_splits: int | None = None) -> Contender:
-    """The same contender, called and checked under another configuration."""
+def under(contender: Contender, *configuration: Any, **more: Any) -> Contender:
+    """The same contender, called and checked under another configuration, see `configured`."""
 
     def call() -> object:
-        with configured(tile, most_splits):
+        with configured(*configuration, **more):
             return contender.call()
 
     def check() -> None:
-        with configured(tile, most_splits):
+        with configured(*configuration, **more):
             contender.check()
 
     return replace(contender, call=call, check=check)

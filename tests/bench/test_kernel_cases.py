@@ -39,6 +39,9 @@ def test_a_configuration_holds_for_the_calls_inside_and_no_longer():
     with tuning.configured((128, 32, 8, 4), most_splits=1):
         assert planned() == [128, 32, 8, 4] and split() == 1
     assert planned() == before != [128, 32, 8, 4] and split() == splits > 1
+    with tuning.configured(forward="gluon"):
+        assert configs.hopper_config(90, torch.bfloat16, 128, 64) == (64, 4) and planned() == before
+    assert configs.hopper_config(90, torch.bfloat16, 128, 64) is None
 
 
 def test_without_triton_the_kernels_are_not_measured(monkeypatch):
