@@ -13,6 +13,7 @@ def run(
     buffers=(),
     *,
     tensor_map=None,
+    address_bits=64,
     threads=THREADS,
     max_registers=0,
     grid=1,
@@ -26,7 +27,7 @@ def run(
 
     gap: bytes of each that belong to no element.
 
-    tensor_map: 128 bytes; %rd29 has their address.
+    tensor_map: 128 bytes; %rd29 has their address, which comes from one in 32 bits or in 64 (`address_bits`).
 
     %r1 is the thread, %r2 and %rd1 four times that.
     """
@@ -35,7 +36,8 @@ def run(
         declared = [".param .align 64 .b8 map[128]", *declared]
     loads = "\n".join(f"ld.param.b64 %rd{30 + i}, [p{i}];" for i in range(len(buffers)))
     if tensor_map is not None:
-        loads += "mov.b64 %rd28, map; cvta.param.u64 %rd29, %rd28;"
+        wide = "mov.b64 %rd28, map;" if address_bits == 64 else "mov.b32 %r299, map; cvt.u64.u32 %rd28, %r299;"
+        loads += wide + "cvta.param.u64 %rd29, %rd28;"
     maximum = f".maxnreg {max_registers}" if max_registers else ""
     program = assemble(f""".version 8.0
 .target sm_80

@@ -51,13 +51,21 @@ PROPER = dict(
 )
 
 
-def copied(swizzle=0, width=32, mode="plain", **changes):
+def copied(swizzle=0, width=32, mode="plain", address_bits=64, **changes):
     """What is in shared memory after the copy of a box of 256 bytes out of a tensor (6, 48) of int16, and findings."""
     source, result = np.arange(1, 6 * 48 + 1, dtype=np.int16).reshape(6, 48), out()
     given = tensor_map(source.ctypes.data, 2, (6, 48), (48, 1), (128 // width, width), swizzle)
     body = ONE_COPY.format(**{**PROPER, **changes}) + STORE
-    found = run(body, [(result, 0), (source, 1)], tensor_map=given, capability=90, mode=mode)
+    of_map = dict(tensor_map=given, address_bits=address_bits)
+    found = run(body, [(result, 0), (source, 1)], **of_map, capability=90, mode=mode)
     return source, result.view(np.int16).reshape(-1, width), found
+
+
+def test_a_tensor_map_may_be_addressed_in_32_bits():
+    """As triton 3.9 does it."""
+    _, wide, found = copied()
+    _, narrow, also_found = copied(address_bits=32)
+    assert np.array_equal(wide, narrow) and wide.any() and not found and not also_found
 
 
 @pytest.mark.parametrize("mode", ["plain", "hard", "reverse"])

@@ -34,9 +34,10 @@ def repeated(letter: str, count: int) -> str:
 def mov(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
     target, source = values
     wide = SIZES.get(parts[0]) == 8
-    if source in assembler.parameters:  # the address of a parameter
-        assembler.emit("mov_b64", "D d", (target, str(PARAMETERS + assembler.parameters[source].offset)))
-        return parts == ["b64"]
+    if source in assembler.parameters:  # where a parameter lies in their own space, in either width
+        place = str(assembler.parameters[source].offset)
+        assembler.emit("mov_b64" if wide else "mov_b32", "D d" if wide else "R r", (target, place))
+        return parts in (["b64"], ["b32"])
     if parts == ["pred"]:
         assembler.emit("mov_pred", "P p", values)
     elif target.startswith("{"):
@@ -243,8 +244,8 @@ def setmaxnreg(assembler: Any, parts: list[str], values: tuple[str, ...]) -> boo
 
 
 def cvta(assembler: Any, parts: list[str], values: tuple[str, ...]) -> bool:
-    """Of the address of a parameter, which is generic here."""
-    assembler.emit("mov_b64", "D d", values)
+    """From the space of the parameters to a generic address."""
+    assembler.emit("add_b64", "D d d", (*values, str(PARAMETERS)))
     return parts == ["param", "u64"]
 
 
