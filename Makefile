@@ -58,7 +58,7 @@ lint: $(STAMP)  ## ruff and mypy
 CASES := -m pytest bench/test_cases.py -o addopts= -q --import-mode=importlib -p no:cacheprovider \
 	--benchmark-columns=median,iqr,rounds
 
-# BENCH_OPTIONS: --size NAME, --case PART, --rounds N, --out FOLDER
+# BENCH_OPTIONS: --size NAME, --case PART, --contender PART, --rounds N, --out FOLDER
 bench: $(STAMP)  ## what memory costs against every alternative; writes bench/results and its report.html
 	$(BIN)/python $(CASES) $(BENCH_OPTIONS)
 	$(BIN)/memflow bench --stored

@@ -14,6 +14,7 @@ def pytest_addoption(parser):
     group = parser.getgroup("memflow bench")
     group.addoption("--size", action="append", default=[], choices=GROUPS, help="of the cases; may be repeated")
     group.addoption("--case", default="", help="part of a case's name")
+    group.addoption("--contender", action="append", default=[], help="part of a contender's name; may be repeated")
     group.addoption("--rounds", type=int, default=None, help="of timing; default: each case has its own")
     group.addoption("--device", default="auto")
     group.addoption("--out", type=Path, default=RESULTS, help="folder of the results")
@@ -24,7 +25,7 @@ def pytest_configure(config):
     option = config.getoption
     try:
         config.stash[_SESSION] = Session(
-            *(option(name) for name in ("device", "size", "case", "rounds", "out", "compare"))
+            *(option(name) for name in ("device", "size", "case", "rounds", "out", "compare", "contender"))
         )
     except (ValueError, OSError) as error:
         raise pytest.UsageError(str(error)) from error

@@ -13,7 +13,7 @@ import torch
 
 from memflow_ops.allocator import keep_freed_memory
 from memflow_ops.bench.cases.registry import GROUPS, chosen
-from memflow_ops.bench.cases.streams import HISTORY_ROUNDS
+from memflow_ops.bench.cases.streams import GROWING, HISTORY_ROUNDS
 from memflow_ops.bench.harness.case import Case
 from memflow_ops.bench.harness.ceilings import copy_ceiling, product_ceiling
 from memflow_ops.bench.harness.contest import Contest
@@ -30,7 +30,8 @@ class Session:
 
     device: as `pick_device` takes it. groups: of the registry; none stands for all but the tiny ones. named: part of
     the names of the cases. rounds: of timing; None for each case's own. out: the folder of the results. compare: the
-    stored results are going to be compared with, and not replaced. Raises ValueError for what cannot be measured,
+    stored results are going to be compared with, and not replaced. contenders: only those with one of these in their
+    name are timed, beside ours and the baseline; none stands for all. Raises ValueError for what cannot be measured,
     compared or written, before anything is measured.
     """
 
@@ -42,9 +43,11 @@ class Session:
         rounds: int | None = None,
         out: Path = RESULTS,
         compare: bool = False,
+        contenders: Sequence[str] = (),
     ):
         self.device = pick_device(device)
         self.cases = chosen(self.device.type, groups or DEFAULT_GROUPS, named)
+        self.contenders = contenders
         self.rounds = self._checked(rounds)
         # For all contenders, because page faults would be half of the spread.
         kept = keep_freed_memory()
@@ -62,10 +65,14 @@ class Session:
             return None
         if rounds < 1:
             raise ValueError(f"rounds must be positive, got {rounds}")
-        room = min((HISTORY_ROUNDS // 2 * case.rounds for case in self.cases if case.level == "stream"), default=rounds)
+        grow = [case for case in self.cases if case.level == "stream" and self._times(GROWING)]
+        room = min((HISTORY_ROUNDS // 2 * case.rounds for case in grow), default=rounds)
         if rounds > room:
             raise ValueError(f"the history of a stream has room for {room} rounds, got {rounds}; see --case for others")
         return rounds
+
+    def _times(self, contender: str) -> bool:
+        return not self.contenders or any(part in contender for part in self.contenders)
 
     def rounds_of(self, case: Case) -> int:
         return self.rounds or case.rounds
@@ -76,7 +83,7 @@ class Session:
             self.ceilings["gbs"] = copy_ceiling(self.device)
         if (product := f"tflops_{case.dtype}") not in self.ceilings:
             self.ceilings[product] = product_ceiling(self.device, case.dtype)
-        return Contest(case, self.device)
+        return Contest(case, self.device, self._times)
 
     def rows(self, contest: Contest, more: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
         """The rows of results of what has been timed. more: what else they say, such as the clock."""
@@ -85,7 +92,7 @@ class Session:
     def finish(self, contest: Contest, more: Mapping[str, object] | None = None) -> list[dict[str, Any]]:
         """Keep a case's rows in the device's file, and return them. more: as for `rows`."""
         rows = self.rows(contest, more)
-        keep(self.target, rows, self.ceilings, self.about)
+        keep(self.target, rows, self.ceilings, self.about, some=bool(self.contenders))
         return rows
 
     def worse(self, contest: Contest) -> str:

@@ -23,6 +23,8 @@ _VIDEO_FRAMES = 4  # What Wan's VAE makes of a latent frame.
 _TEXT_TOKENS = 512
 # Calls of a stream before the first that is timed: the one that is checked, and one that records its CUDA graphs.
 _CHECKED = {"cpu": 1, "cuda": 2}
+GROWING = "full"
+"""The contender whose history grows with every chunk."""
 HISTORY_ROUNDS = 4
 """A `full` stream reserves room in its history for this many times its case's timed rounds."""
 
@@ -153,7 +155,7 @@ class ChunkOfStream:
         self.reselects_once = variant.reselect == "chunk"
         parameter = next(model.parameters())
         self.device, self.dtype = parameter.device, parameter.dtype
-        grows = variant.memory == "full"
+        grows = variant.memory == GROWING
         self.early = _CHECKED[self.device.type] + rounds // 2 if grows else 0
         """Prototypes that the history lacks at first."""
         own, window = variant.of(size), size.window_frames // size.chunk_frames

@@ -8,11 +8,12 @@ larger together than the L2 cache.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 
-from memflow_ops.bench.harness.case import OURS, Case
+from memflow_ops.bench.harness.case import OURS, Built, Case
 from memflow_ops.bench.harness.statistics import in_turn, paired, quantiles
 from memflow_ops.bench.harness.timing import captured, seconds_of
 
@@ -21,18 +22,21 @@ _CACHES, _MOST_COPIES = 2, 8
 
 
 class Contest:
-    """A case on a device, built and checked. `before`, `ours` and `after` together are a round."""
+    """A case on a device, built and checked. `before`, `ours` and `after` together are a round.
 
-    def __init__(self, case: Case, device: torch.device):
-        self.case, self.device = case, device
-        self.built = case.build(device, 0)
+    wanted: whether a contender is timed, by its name; None for all of them. Ours and the baseline always are.
+    """
+
+    def __init__(self, case: Case, device: torch.device, wanted: Callable[[str], bool] | None = None):
+        self.case, self.device, self.wanted = case, device, wanted
+        self.built = self._built(0)
         for name, contender in self.built.contenders.items():
             try:
                 contender.check()
             except AssertionError as error:
                 raise AssertionError(f"{case.name}, {name}: {error}") from error
         copies = [self.built.contenders]
-        copies += [case.build(device, seed).contenders for seed in range(1, self._copies_of_inputs())]
+        copies += [self._built(seed).contenders for seed in range(1, self._copies_of_inputs())]
         self.calls = {
             name: [
                 captured(of[name].call, device) if device.type == "cuda" and contender.graph else of[name].call
@@ -41,6 +45,12 @@ class Contest:
             for name, contender in self.built.contenders.items()
         }
         self.start_over()
+
+    def _built(self, seed: int) -> Built:
+        built = self.case.build(self.device, seed)
+        names = list(built.contenders)
+        kept = {*names[:2], *filter(self.wanted or names.__contains__, names)}
+        return replace(built, contenders={name: built.contenders[name] for name in names if name in kept})
 
     def _copies_of_inputs(self) -> int:
         contenders = self.built.contenders.values()

@@ -118,14 +118,25 @@ def _has(found: object, types: Mapping[str, Any]) -> bool:
     )
 
 
-def keep(target: Path, rows: Sequence[ResultRow], ceilings: Mapping[str, float], about: Mapping[str, object]) -> None:
+def keep(
+    target: Path,
+    rows: Sequence[ResultRow],
+    ceilings: Mapping[str, float],
+    about: Mapping[str, object],
+    some: bool = False,
+) -> None:
     """Replace the rows of the same cases in a file, and add their ratios to the history of the commit in `about`.
+
+    some: not all of the contenders were timed; the rows of the others stay, and say when they were.
 
     Two processes that keep results in one file wait for each other, so that neither loses the other's rows.
     """
     with locked(target):
         kept = load_bench(target)
-        cases = {row["case"] for row in rows}
+        cases, timed = {row["case"] for row in rows}, {(row["case"], row["contender"]) for row in rows}
+        others = [row for row in kept["rows"] if row["case"] not in cases]
+        same = [row for row in kept["rows"] if row["case"] in cases] if some else []
+        stay = [row for row in same if (row["case"], row["contender"]) not in timed]
         history = list(kept["history"])
         if not history or history[-1]["commit"] != about["commit"]:
             history.append({"commit": about["commit"], "date": about["date"], "ratios": {}})
@@ -133,7 +144,7 @@ def keep(target: Path, rows: Sequence[ResultRow], ceilings: Mapping[str, float],
         result = {
             "device": about["device"],
             "ceilings": {**kept["ceilings"], **ceilings},
-            "rows": [*(row for row in kept["rows"] if row["case"] not in cases), *rows],
+            "rows": [*others, *rows, *stay],
             "history": history,
         }
         write_json(target, result)

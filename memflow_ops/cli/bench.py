@@ -37,6 +37,14 @@ def bench(
         str,
         typer.Option(help="Measure only cases with this in their name, such as stream/ or float32.", metavar="TEXT"),
     ] = "",
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Time only contenders with this in their name, beside ours and the baseline. May be repeated.",
+            show_default="all",
+            metavar="TEXT",
+        ),
+    ] = None,
     rounds: Annotated[
         int | None,
         typer.Option(help="Rounds of timing.", min=1, show_default="each case has its own number", metavar="N"),
@@ -68,12 +76,12 @@ def bench(
     failed: dict[str, str] = {}
     if stored:
         with one_line_errors():
-            unused = [name for name in ("size", "case", "rounds") if name in typed(context)]
+            unused = [name for name in ("size", "case", "contender", "rounds") if name in typed(context)]
             if unused:
                 raise ValueError(f"{named(unused)} would change nothing with --stored, which measures nothing")
     else:
         with one_line_errors():
-            session = run.Session(device, size or [], case, rounds, folder)
+            session = run.Session(device, size or [], case, rounds, folder, contenders=contender or [])
         failed, interrupted = _measure(session)
         if not session.target.is_file():  # not one case was finished
             _end(failed, interrupted)

@@ -17,6 +17,10 @@ CEILINGS = {"tflops_float32": 1.0, "gbs": 1.0}
         (["--size", "huge"], "sizes are tiny, tiny-kernels, wan-1.3b, long, kernels, got huge"),
         (["--case", "nothing"], "no case of the sizes wan-1.3b, long, kernels with 'nothing' in its name runs on cpu"),
         (["--case", "stream/", "--rounds", "99"], "has room for 10 rounds, got 99"),
+        (
+            ["--case", "stream/", "--contender", "sink", "--contender", "ful", "--rounds", "99"],
+            "has room for 10 rounds",
+        ),
         (["--stored", "--out", "nowhere"], "run `memflow bench`"),
         (["--out", "/proc/nowhere"], "cannot write to the folder /proc/nowhere"),
         (["--out", __file__], "test_command.py is a file"),

@@ -55,6 +55,25 @@ def test_ceilings_are_measured_once(tmp_path, monkeypatch):
     assert session.ceilings == {"gbs": 1.0, "tflops_float32": 2.0, "tflops_bfloat16": 2.0}
 
 
+def test_only_some_contenders_are_timed_and_the_rows_of_others_stay(tmp_path):
+    names = ["ours", "none", "sink", "memflow, chosen once"]
+    ways = {name: Contender(lambda: None, lambda: None) for name in names}
+
+    def rows_of(**options):
+        session = run.Session("cpu", ["tiny"], "op/select", 1, tmp_path, **options)
+        session.ceilings = CEILINGS
+        contest = session.contest(replace(session.cases[0], build=lambda *_: Built(dict(ways))))
+        contest.run_round()
+        session.finish(contest)
+        return list(contest.calls), [row["contender"] for row in results.load_bench(session.target)["rows"]]
+
+    assert rows_of() == (names, names)
+    some = ["ours", "none", "memflow, chosen once"]
+    assert rows_of(contenders=["chosen once"]) == (some, [*some, "sink"])
+    del ways["sink"]
+    assert rows_of() == (some, some)
+
+
 @torch.no_grad()
 def test_a_slower_write_is_caught(tmp_path, monkeypatch):
     """Streams without memory do it too, so that their ratios do not show it."""
