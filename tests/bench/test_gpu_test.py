@@ -27,7 +27,7 @@ def planted(tmp_path_factory):
         patch.setattr(gpu_test, "system_ptxas", lambda: str(ptxas))
         patch.setattr(gpu_test, "_PROCESSES", 2)
         patch.setattr(gpu_test, "_PYTEST", (*gpu_test._PYTEST, "--rootdir", str(folder)))
-        run = gpu_test.Run(str(folder / "test_planted.py"), outcomes, time.monotonic() + 900, limit=40.0, python=python)
+        run = gpu_test.Run(str(folder / "test_planted.py"), outcomes, time.monotonic() + 900, limit=15.0, python=python)
         patch.setattr(gpu_test, "ROOT", folder)
         patch.setenv("PYTHONPATH", str(HERE.parents[1]))
         patch.delenv("PYTEST_XDIST_WORKER", raising=False)  # this test may itself run in such a process
