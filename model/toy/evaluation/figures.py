@@ -9,7 +9,10 @@ import torch
 
 @dataclass(frozen=True)
 class Proportion:
-    """A share of cases with its 95 % Wilson interval (Wilson 1927), all rounded to four digits; NaN without cases."""
+    """A share of cases with its 95 % Wilson interval (Wilson 1927); NaN without cases.
+
+    The share is rounded to six digits, so that whole percent come out of it as they are, and the ends to four.
+    """
 
     value: float
     low: float
@@ -27,7 +30,7 @@ class Proportion:
         centre, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
         low, high = ((centre + sign * half) / (1 + z * z / n) for sign in (-1, 1))
         # Rounding errors can leave the ends just outside of 0 and 1.
-        return cls(round(p, 4), max(0.0, round(low, 4)), min(1.0, round(high, 4)), n)
+        return cls(round(p, 6), max(0.0, round(low, 4)), min(1.0, round(high, 4)), n)
 
 
 @dataclass(frozen=True)
