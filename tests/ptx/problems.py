@@ -50,7 +50,8 @@ def attention_case(
     """A case, the descriptors of its bank, and what the reference selects.
 
     bank: frames, tokens of a frame, tokens of a block. With a bank the queries and descriptors are small integers, so
-    that every implementation selects alike, ties included. valid: memory_frames. used: seqused_k.
+    that every implementation selects alike, ties included where a group has a power of two of queries. valid:
+    memory_frames. used: seqused_k.
     """
     (q_heads, kv_heads), (frames, frame_tokens, block_size) = heads, bank
     stored = frames + 2 if slots and frames else frames

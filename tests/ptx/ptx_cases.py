@@ -205,7 +205,7 @@ for block in (16, 32, 128):
         bank=(2, 140, block),
         dense=33,
     )
-    case(f"backward, blocks of {block}", attention, BF16, queries=70, dense=40, bank=(2, 140, block), backward=True)
+    case(f"backward, blocks of {block}", attention, BF16, dense=40, bank=(2, 140, block), backward=True)
 for head_dim in (40, 96, 256):
     case(f"bank, D {head_dim}", attention, BF16, head_dim=head_dim, queries=80, dense=40, bank=(2, 100, 64))
     case(f"backward, D {head_dim}", attention, BF16, head_dim=head_dim, queries=80, dense=40, bank=(1, 100, 64),
