@@ -3,7 +3,7 @@
 import pytest
 import torch
 from attention_cases import Case, assert_within_tolerance, dense_attention
-from test_triton import on_gpu, run_with_indices
+from attention_on_gpu import on_gpu, run_with_indices
 
 from memflow_ops.kernels import configs
 from memflow_ops.kernels.attention import hopper_forward, plan

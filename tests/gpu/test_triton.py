@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from attention_cases import Case, assert_within_tolerance, cases, dense_attention
+from attention_on_gpu import on_gpu, run_with_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from int8_cases import int8_case
@@ -18,31 +19,9 @@ from torch.library import opcheck
 import memflow_ops as ops
 from memflow_ops.geometry import Geometry
 from memflow_ops.impl import dense
-from memflow_ops.ops import registration as registered
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-
-
-def on_gpu(case: Case) -> Case:
-    move = lambda x: x.cuda() if isinstance(x, torch.Tensor) else x  # noqa: E731
-    tensors = {name: move(x) for name, x in case.tensors().items()}
-    return Case(**tensors, options={name: move(x) for name, x in case.options.items()})
-
-
-def run_with_indices(case: Case, **options):
-    """Out, LSE, and the selection that they were made with."""
-    results = []
-    original = registered.memory_attention
-
-    def spy(*arguments):
-        results.append(original(*arguments))
-        return results[-1]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(registered, "memory_attention", spy)
-        ops.memory_attention(*case.tensors().values(), **case.options, impl="triton", **options)
-    return results[0]
 
 
 # Few examples: each is of other sizes, and compiles its kernels anew.
