@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import torch.utils.checkpoint
+from torch._ops import HigherOrderOperator
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only
@@ -137,7 +138,12 @@ def _address(x: torch.Tensor) -> int:
 
 
 def _read(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """What the host reads of a tensor without values: True, or 0, which is a place in every list."""
+    """What the host reads of a tensor without values: True, or 0, which is a place in every list.
+
+    In rows, such as the frames that each story has retrieved, the places of a row differ.
+    """
+    if len(shape) > 1 and dtype != torch.bool:
+        return torch.arange(shape[-1], dtype=dtype).expand(shape)
     return torch.full(shape, dtype == torch.bool, dtype=dtype)
 
 
@@ -170,8 +176,16 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
 # ------------------------------------------------------------------------------ the language of ATen: operators on them
 
 
+def _flex_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *_: Any) -> tuple[torch.Tensor, ...]:
+    """Out, LSE and the largest scores of FlexAttention, the one operator that takes a function."""
+    by_row = q.new_empty(q.shape[:-1], dtype=torch.float32)
+    return q.new_empty(*q.shape[:-1], v.shape[-1]), by_row, by_row.clone()
+
+
 class ShapesAlone(TorchDispatchMode):
     """Operators whose results depend on values, and those of memflow_ops, which run their Python."""
+
+    supports_higher_order_operators = True
 
     def __init__(self, by_name: CudaByName):
         super().__init__()
@@ -179,6 +193,8 @@ class ShapesAlone(TorchDispatchMode):
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         kwargs = kwargs or {}
+        if isinstance(operator, HigherOrderOperator):
+            return _flex_attention(*args)
         tensors = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, torch.Tensor)]
         without = [x for x in tensors if x.is_meta]
         if not without:
