@@ -9,6 +9,7 @@ import json
 
 import torch
 import triton
+from torch.nn.attention.flex_attention import flex_attention
 
 from memflow_ops.bench.stand_in import gpu
 from memflow_ops.bench.stand_in.launches import Recorder, compile_kernel
@@ -47,6 +48,15 @@ def layer():
     return {"kernels": sorted(kernels), "shape": list(out.shape), "launches": recorder.launches}
 
 
+def shapes():
+    q = torch.randn(1, 2, 128, 64, device="cuda")
+    means = torch.randn(1, 5, 1, 2, 64, device="cuda")
+    return {
+        "FlexAttention": list(flex_attention(q, q, q).shape),
+        "relevance": list(memflow_ops.frame_relevance(q.transpose(1, 2), means).shape),
+    }
+
+
 def planned():
     return plan_block_means(torch.randn(1, 128, 2, 32, device="cuda").bfloat16(), 32, 64, torch.bfloat16)[0]
 
@@ -76,4 +86,5 @@ def cache():
     return {"errors": [first.error, second.error], "known": [first.known, second.known], "found": found}
 
 
-print(json.dumps({"devices": devices(), "layer": layer(), "host tensor": host_tensor(), "cache": cache()}))
+seen = {"devices": devices(), "shapes": shapes(), "layer": layer(), "host tensor": host_tensor(), "cache": cache()}
+print(json.dumps(seen))

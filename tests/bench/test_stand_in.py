@@ -42,7 +42,11 @@ def test_addresses_are_aligned_as_those_of_cuda_are(said):
 
 
 def test_values_that_the_host_reads_are_made_up_and_masks_pick_everything(said):
-    assert said["devices"]["read"] == [0.0, True, [0, 0]] and said["devices"]["masked"] == [24]
+    assert said["devices"]["read"] == [0.0, True, [0, 1]] and said["devices"]["masked"] == [24]
+
+
+def test_operators_that_take_functions_and_those_in_plain_torch_have_shapes(said):
+    assert said["shapes"] == {"FlexAttention": [1, 2, 128, 64], "relevance": [1, 5]}
 
 
 def test_forward_and_backward_of_a_layer_are_recorded(said):
