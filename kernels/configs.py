@@ -133,7 +133,8 @@ def attend_config(
             block_n = min(block_n, 32)
     large = dim > 128 and dtype != torch.float32 and 90 <= capability < 100
     if by_row and large:
-        block_m, block_n = 64, 32  # cursors do not fit in registers beside the state of 128 rows
+        # Cursors do not fit in registers beside the state of 128 rows.
+        block_m, block_n = 64, min(block_n, 32)
     elif not by_row:
         block_m = min(block_m, max(next_power_of_2(query_group), 16))  # 16 rows at least for tensor cores
     if block_m <= 64 and (dim <= 128 or (large and table is ATTEND_TILES and not by_row)) and dtype != torch.float32:

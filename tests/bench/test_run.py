@@ -25,10 +25,11 @@ TIMED = {"p20": 0.9, "p50": 1.0, "p80": 1.3}, {"p20": 0.9, "p50": 1.0, "p80": 1.
         ("op/select", 3, TIMED[1], [1.2] * 3, 3, "+20 %"),  # no doubt
         ("op/select", 3, TIMED[1], [1.09] * 3, 3, ""),
         ("stream/chunk", 10, TIMED[0], [1.2] * 10 + [1.11] * 10, 20, "+11 %"),  # as the history has room
+        ("stream/chunk", 20, TIMED[0], [1.2] * 20 + [1.11] * 40, 60, "+11 %"),  # no history grows
     ],
 )
 def test_what_is_in_doubt_is_measured_once_more(tmp_path, name, rounds, before, ratios, measured, said):
-    session = run.Session("cpu", ["tiny"], name, rounds, tmp_path)
+    session = run.Session("cpu", ["tiny"], name, rounds, tmp_path, contenders=["sink"] if rounds == 20 else [])
     session.ceilings = CEILINGS
     ways = {"ours": Contender(lambda: None, lambda: None), "none": Contender(lambda: None, lambda: None)}
     found = session.contest(replace(session.cases[0], build=lambda *_: Built(ways)))

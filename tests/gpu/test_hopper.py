@@ -5,6 +5,8 @@ import torch
 from attention_cases import Case, assert_within_tolerance, dense_attention
 from attention_on_gpu import on_gpu, run_with_indices
 
+pytest.importorskip("triton")
+
 from memflow_ops.kernels import configs
 from memflow_ops.kernels.attention import hopper_forward, plan
 

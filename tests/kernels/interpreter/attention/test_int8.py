@@ -4,6 +4,8 @@ Half precisions may be off by twice the error of PyTorch's dense attention over 
 two roundings of the largest output; float32 by 1e-5. Scales of what no group has selected are NaN.
 """
 
+from itertools import product
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -194,3 +196,12 @@ def test_a_second_query_reads_it():
     got = attend(*arguments, None, memory_q)
     state = attend(q, k, v, None, None, indices, geometry)
     check([memory_q, None, None, *bank, indices, geometry], got, resume=state)
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100, 120])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_tile_is_of_one_block(capability, dtype):
+    """All of its keys share a mean and a scale, whatever the head size and the query group."""
+    for head_dim, group, block in product((16, 64, 128, 256), (1, 16, 64, 128, 4680), (16, 32, 64)):
+        tiles, _, _ = configs.attend_config(capability, dtype, head_dim, group, 4680, int8_block=block)
+        assert tiles["BLOCK_N"] <= block, (head_dim, group, block)
